@@ -1,0 +1,219 @@
+"""Reading and writing safetensors tensor by tensor, in one file or in shards with an index.
+
+The `safetensors` library checks a file's header against its size. The tensors are then read at their
+offsets with plain file reads: memory holds one tensor at a time (a memory map counts every page that it has
+touched), and bfloat16 needs no support from the library. Writing is by hand because the library wants all
+of a file's tensors in memory at once. Format: https://huggingface.co/docs/safetensors (8-byte little-endian
+header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from conversion.directories import read_json, write_json
+from conversion.names import Tensor
+from transllm_jax.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `dtype` is safetensors' code (`F32`, `BF16`, ...), `offset` counts from the
+    file's start."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The numpy type called `float32`, `bfloat16` or `float16`. Raises UserError for another name."""
+    for dtype in DTYPES.values():
+        if dtype.name == name:
+            return dtype
+    raise UserError(f"dtype {name!r} is not one of {', '.join(d.name for d in DTYPES.values())}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory: `model.safetensors`, or what the index names.
+
+    If both are there `model.safetensors` is read, as transformers does. Raises UserError for a directory with
+    pickle files only, and for an index that names a missing file or one outside the directory.
+    """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not (directory / INDEX).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{directory} holds pickle checkpoints only ({', '.join(pickles)}), "
+                "which can run code when read; convert them to safetensors where you trust them"
+            )
+        raise UserError(
+            f"{directory} holds neither {SINGLE} nor {INDEX}; is this a complete model directory?"
+        )
+    names = sorted(set(_weight_map(directory).values()))
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
+    if outside:
+        raise UserError(
+            f"{directory / INDEX} names files outside the directory: {', '.join(outside)}; correct it"
+        )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory / INDEX} names missing files: {', '.join(missing)}; fetch them")
+    return [directory / name for name in names]
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    mapping = read_json(directory / INDEX).get("weight_map")
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(isinstance(file, str) for file in mapping.values())
+    ):
+        raise UserError(f"{directory / INDEX} has no weight_map from tensor to file; fetch it again")
+    return mapping
+
+
+def open_checkpoint(directory: Path) -> dict[str, Entry]:
+    """The tensors of a model directory by name, after checking every file's header against its size.
+
+    Raises UserError for a truncated or malformed file, for a tensor in two files, and for an index that
+    disagrees with its files.
+    """
+    entries: dict[str, Entry] = {}
+    files = weight_files(directory)
+    for file in files:
+        for name, entry in _read_header(file).items():
+            if name in entries:
+                raise UserError(
+                    f"tensor {name} is in both {entries[name].file} and {file}; remove one of the files"
+                )
+            entries[name] = entry
+    if files[0].name != SINGLE:
+        mapping = _weight_map(directory)
+        wrong = sorted(
+            name for name, file in mapping.items() if name not in entries or entries[name].file.name != file
+        )
+        if wrong:
+            raise UserError(
+                f"{directory / INDEX} and its files disagree about {', '.join(wrong)}; fetch them again"
+            )
+    return entries
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(str(file), framework="numpy"):
+            pass  # the library's checks: header, offsets without gaps, size of the file
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from None
+    return {
+        name: Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
+        for name, info in header.items()
+        if name != "__metadata__"
+    }
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """One tensor, in the type in which it is stored (F32, F16 or BF16)."""
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    return np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.offset).reshape(entry.shape)
+
+
+def require_finite(array: np.ndarray, name: str, where: object) -> None:
+    """Raises UserError that counts the values of `array` that are NaN or infinite."""
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise UserError(
+            f"tensor {name} of {where} has {bad} of {array.size} values NaN or infinite; fetch it again"
+        )
+
+
+def write_tensors(
+    directory: Path,
+    table: list[Tensor],
+    get: Callable[[Tensor], np.ndarray],
+    dtype: np.dtype[Any],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Write the tensors of `table` as Hugging Face reads them; returns the files.
+
+    `get(tensor)` is asked for one tensor at a time, in the table's order, and gives an array of
+    `tensor.shape`; it is rounded once to `dtype`. One file `model.safetensors`, or, above
+    `max_shard_bytes`, several with an index. Raises UserError if a value is not finite in `dtype`.
+    """
+    code = _CODES[dtype]
+    sizes = [int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize for tensor in table]
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for index, size in enumerate(sizes):
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(index)
+        filled += size
+    count = len(shards)
+    files = [
+        directory / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+        for number in range(1, count + 1)
+    ]
+    for file, indices in zip(files, shards, strict=True):
+        _write_file(file, [(table[i], sizes[i]) for i in indices], get, dtype, code)
+    if count > 1:
+        weight_map = {
+            table[i].name: file.name for file, indices in zip(files, shards, strict=True) for i in indices
+        }
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    return files
+
+
+def _write_file(
+    file: Path,
+    parts: list[tuple[Tensor, int]],
+    get: Callable[[Tensor], np.ndarray],
+    dtype: np.dtype[Any],
+    code: str,
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, size in parts:
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor, _ in parts:
+            array = get(tensor)
+            if array.shape != tensor.shape:
+                raise ValueError(f"{tensor.name}: got shape {array.shape}, expected {tensor.shape}")
+            with np.errstate(over="ignore"):  # an overflow is reported below, by name
+                array = np.ascontiguousarray(array, dtype=dtype)
+            require_finite(array, tensor.name, f"what is written as {dtype.name}")
+            stream.write(array.data.cast("B") if dtype.kind == "f" else array.view(np.uint16).data.cast("B"))

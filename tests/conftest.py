@@ -1,0 +1,136 @@
+"""Fixtures: a tiny random chat model in a Hugging Face directory, and a config of a whole run on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before jax is imported: tests run on the CPU, wherever they run, and share one cache of compiled programs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "compiled"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conversion.hf import write_model
+from conversion.names import weight_shapes
+from transllm_jax.model.config import LlamaConfig
+
+from tiny_tokenizer import build_tiny_tokenizer
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+EXAMPLES = Path(__file__).parents[1] / "examples" / "thai"
+
+
+def tiny_config(vocab_size: int, *, tied: bool = True) -> LlamaConfig:
+    """A LLaMA of 2 layers with grouped queries, and heads that do not fill the width (N * H != D)."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+    )
+
+
+def random_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights in our layout, large enough that attention and the norms matter."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for path, shape in weight_shapes(config).items():
+        values = rng.standard_normal(shape, dtype=np.float32)
+        weights[path] = 1 + 0.2 * values if path.endswith("scale") else values * (0.7 / shape[-1] ** 0.5)
+    return weights
+
+
+def write_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> LlamaConfig:
+    """A chat model as a Hugging Face directory: weights, config, tokenizer and chat template."""
+    tokenizer_dir = directory.with_name(directory.name + "-tokenizer")
+    build_tiny_tokenizer(tokenizer_dir)
+    from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+    config = tiny_config(Tokenizer.load(tokenizer_dir).vocab_size, tied=tied)
+    write_model(directory, config, random_weights(config, seed), tokenizer_dir=tokenizer_dir)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny chat model with tied embeddings."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    write_tiny_model(directory)
+    return directory
+
+
+def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]:
+    """The content of a config file: every stage in a few steps on the tiny model. Sections can be replaced."""
+    training = {
+        "steps": 4,
+        "batch_size": 2,
+        "length": 64,
+        "learning_rate": 1e-2,
+        "new_rows_multiplier": 2,
+        "checkpoint_every": 2,
+        "warmup_ratio": 0.25,
+    }
+    text = {"path": str(EXAMPLES / "text.train.txt"), "limit": 20000}
+    pairs = {"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "limit": 60}
+    config: dict[str, object] = {
+        "title": "tiny to Thai",
+        "workdir": str(workdir),
+        "seed": 1,
+        "model": {"source": str(model)},
+        "vocabulary": {"size": 60, "corpus": [text]},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "pretrain": {**training, "sources": [text]},
+        "translate": {
+            **training,
+            "sources": [
+                {**pairs, "weight": 0.8},
+                {"path": str(EXAMPLES / "english.train.txt"), "limit": 4000, "weight": 0.2},
+            ],
+        },
+        "recover": {
+            "instructions": str(EXAMPLES / "instructions.train.jsonl"),
+            "limit": 6,
+            "max_new_tokens": 6,
+            "batch_size": 4,
+            "translate_instructions": {
+                "file": str(EXAMPLES / "instructions.train.jsonl"),
+                "fields": ["instruction", "translation"],
+                "missing": "error",
+            },
+            # A random model hardly ever ends an answer by itself.
+            "keep_unfinished": True,
+        },
+        "transfer": {**training, "length": 256, "pairs": pairs},
+        "evaluation": {
+            "text": str(EXAMPLES / "text.heldout.txt"),
+            "pairs": str(EXAMPLES / "pairs.heldout.tsv"),
+            "instructions": str(EXAMPLES / "instructions.heldout.jsonl"),
+            "max_documents": 2,
+            "max_pairs": 3,
+            "max_chats": 3,
+            "max_new_tokens": 6,
+            "max_chain_tokens": 8,
+            "batch_size": 4,
+            "length": 64,
+        },
+    }
+    return config | changes
+
+
+@pytest.fixture
+def tiny_config_file(tiny_model: Path, tmp_path: Path) -> Path:
+    """A config file of a whole run on the tiny model, with its work directory beside it."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_run(tiny_model, tmp_path / "run"), allow_unicode=True), encoding="utf-8")
+    return path

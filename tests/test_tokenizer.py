@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_tokenizer
+
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
+
+
+def _edited(directory: Path, where: Path, file: str, **changes: object) -> Path:
+    """A copy of the directory with changes to the top level of one JSON file (None removes a key)."""
+    where.mkdir()
+    for path in directory.iterdir():
+        (where / path.name).write_bytes(path.read_bytes())
+    content = json.loads((where / file).read_text()) | changes
+    (where / file).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return where
+
+
+def test_ids_and_roles(tiny: Tokenizer) -> None:
+    assert tiny.vocab_size == 400
+    assert [tiny.token_id(t) for t in SPECIAL_TOKENS] == [0, 1, 2]
+    assert (tiny.eos_id, tiny.pad_id, tiny.document_end_id, tiny.bos_ids) == (2, 2, 0, [])
+    assert tiny.special_tokens == {t: i for i, t in enumerate(SPECIAL_TOKENS)}
+    assert tiny.token_id("no such token") is None
+    assert tiny.token(10**6) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_decoding_gives_the_text_back(tiny: Tokenizer, text: str) -> None:
+    assert tiny.decode(tiny.encode(text)) == text
+
+
+def test_special_tokens_are_parsed_in_text_and_skipped_on_request(tiny: Tokenizer) -> None:
+    ids = tiny.encode("hello<|im_end|>")
+    assert ids[-1] == 2
+    assert tiny.decode(ids) == "hello<|im_end|>"
+    assert tiny.decode(ids, skip_special_tokens=True) == "hello"
+
+
+def test_find_special(tiny: Tokenizer) -> None:
+    assert tiny.find_special("a <|im_end|> b <|endoftext|>") == "<|im_end|>"
+    assert tiny.find_special("a <|im_ end|> b") is None
+
+
+def test_encode_batch_is_encode(tiny: Tokenizer) -> None:
+    texts = ["hello", "", "the weather\n is nice", "ภาษาไทย"]
+    assert tiny.encode_batch(iter(texts)) == [tiny.encode(t) for t in texts]
+
+
+def test_truncation_and_padding_of_the_file_do_not_apply(directory: Path, tmp_path: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    where = _edited(directory, tmp_path / "t", "tokenizer.json", truncation=truncation)
+    assert len(Tokenizer.load(where).encode("the quick brown fox jumps")) > 2
+
+
+def test_what_the_tokenizer_puts_before_a_text(directory: Path, tmp_path: Path) -> None:
+    def special(name: str) -> dict[str, object]:
+        return {"SpecialToken": {"id": name, "type_id": 0}}
+
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [special("<|im_start|>"), {"Sequence": {"id": "A", "type_id": 0}}, special("<|im_end|>")],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            name: {"id": name, "ids": [i], "tokens": [name]} for i, name in enumerate(SPECIAL_TOKENS) if i
+        },
+    }
+    tokenizer = Tokenizer.load(_edited(directory, tmp_path / "bos", "tokenizer.json", post_processor=processor))
+    assert tokenizer.bos_ids == [1]
+    assert 1 not in tokenizer.encode("hello")
+
+
+def test_a_saved_directory_is_the_same_tokenizer(directory: Path, tiny: Tokenizer, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.fingerprint == tiny.fingerprint
+    assert again.chat_template == CHAT_TEMPLATE
+    again.save(tmp_path / "twice")
+    for path in (tmp_path / "saved").iterdir():
+        assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()
+
+
+def test_a_class_that_would_change_the_ids_is_not_kept(directory: Path, tmp_path: Path) -> None:
+    """GPT2Tokenizer of transformers 5 puts its own pre-tokenizer in the place of the file's."""
+    transformers = pytest.importorskip("transformers")
+    where = _edited(directory, tmp_path / "gpt2", "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    tokenizer = Tokenizer.load(where)
+    tokenizer.save(tmp_path / "saved")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("in 12,345 days\n\n  it's", "ภาษาไทย ๑๒", "a<|im_end|>\nb"):
+        assert auto(text).input_ids == tokenizer.encode(text)
+    assert str(auto.backend_tokenizer.pre_tokenizer) == str(tokenizer.backend.pre_tokenizer)
+    assert (auto.eos_token_id, auto.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"chat_template": "{{ messages[0]['content'] }}"}),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}),
+    ],
+)
+def test_the_fingerprint_tells_what_differs(
+    directory: Path, tiny: Tokenizer, tmp_path: Path, file: str, changes: dict[str, object]
+) -> None:
+    other = Tokenizer.load(_edited(directory, tmp_path / "other", file, **changes))
+    assert other.fingerprint != tiny.fingerprint
+    assert Tokenizer.load(directory).fingerprint == tiny.fingerprint
+
+
+def test_where_the_chat_template_is_found(directory: Path, tmp_path: Path) -> None:
+    where = _edited(directory, tmp_path / "x", "tokenizer_config.json", chat_template=None)
+    assert Tokenizer.load(where).chat_template is None
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named"}]
+    named_dir = _edited(directory, tmp_path / "named", "tokenizer_config.json", chat_template=named)
+    assert Tokenizer.load(named_dir).chat_template == "named"
+    (where / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert Tokenizer.load(where).chat_template == "json"
+    (where / "chat_template.jinja").write_text("jinja")
+    assert Tokenizer.load(where).chat_template == "jinja"
+
+
+def test_a_role_may_be_an_object(directory: Path, tmp_path: Path) -> None:
+    role = {"content": "<|endoftext|>", "lstrip": False}
+    where = _edited(directory, tmp_path / "x", "tokenizer_config.json", eos_token=role, pad_token=None)
+    assert (Tokenizer.load(where).eos_id, Tokenizer.load(where).pad_id) == (0, 0)
+
+
+def test_bad_directories(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path / "missing")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is missing"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a readable"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Tokenizer.load(tmp_path)
+    unknown = _edited(directory, tmp_path / "u", "tokenizer_config.json", eos_token="<|nothing|>")
+    with pytest.raises(UserError, match=r"<\|nothing\|>.*correct eos_token"):
+        _ = Tokenizer.load(unknown).eos_id
+    without = _edited(directory, tmp_path / "w", "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match="names no eos_token"):
+        _ = Tokenizer.load(without).eos_id

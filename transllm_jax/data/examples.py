@@ -1,0 +1,202 @@
+"""Token sequences to train on, made from documents, pairs and conversations.
+
+An example is one thing that must stay whole: packing puts examples side by side and never splits one. What is
+longer than a row is dealt with here (documents are split, conversations cut at a turn, pairs left out) and
+counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from transllm_jax.tokenizer import chat
+from transllm_jax.tokenizer.chain import MARKERS, Markers
+from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+Outcome = Literal["kept", "cut", "dropped"]
+
+
+class TextTokenizer(Protocol):
+    """What examples need of a tokenizer (`transllm_jax.tokenizer.tokenizer.Tokenizer` is one)."""
+
+    @property
+    def bos_ids(self) -> list[int]: ...
+
+    @property
+    def document_end_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """ids: int32 [n]. mask: uint8 [n], 1 where the token is a target that is trained.
+
+    A token is predicted from those before it in its example, so mask[0] never counts, whatever it is.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 1 or self.ids.shape != self.mask.shape or not len(self.ids):
+            raise ValueError(f"ids {self.ids.shape} and mask {self.mask.shape} must be [n] with n > 0")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class DocumentReport:
+    """documents read, examples made of them, documents that had to be split, tokens of the examples."""
+
+    documents: int
+    examples: int
+    split: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """pairs read, examples made of them (two a pair) or dropped for their length, tokens of the examples."""
+
+    pairs: int
+    examples: int
+    dropped: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ConversationReport:
+    """Conversations kept whole, cut at a turn, dropped (first turn does not fit); tokens of the examples."""
+
+    kept: int
+    cut: int
+    dropped: int
+    tokens: int
+
+
+def make_example(ids: Sequence[int], mask: Sequence[int]) -> Example:
+    """An Example from plain lists of equal length."""
+    return Example(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
+
+
+def _whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
+    """Everything is trained but what the tokenizer puts before a text by itself."""
+    bos = list(tokenizer.bos_ids)
+    return make_example([*bos, *ids, tokenizer.document_end_id], [0] * len(bos) + [1] * (len(ids) + 1))
+
+
+def document_example(tokenizer: TextTokenizer, text: str) -> Example:
+    """A document of any length: bos + text + document end; all trained but the bos."""
+    return _whole_text(tokenizer, tokenizer.encode(text))
+
+
+def split_example(example: Example, length: int) -> list[Example]:
+    """The example in pieces of at most `length` tokens (>= 2), in order.
+
+    A piece begins with the last token of the one before, as context only (mask 0): so each token of the whole
+    is a target in exactly one piece.
+    """
+    if length < 2:
+        raise ValueError(f"pieces must hold at least 2 tokens, not {length}")
+    if len(example) <= length:
+        return [example]
+    pieces = []
+    for start in range(0, len(example) - 1, length - 1):
+        ids, mask = example.ids[start : start + length].copy(), example.mask[start : start + length].copy()
+        if start:
+            mask[0] = 0
+        pieces.append(Example(ids, mask))
+    return pieces
+
+
+def document_examples(
+    tokenizer: TextTokenizer, texts: Sequence[str], length: int
+) -> tuple[list[Example], DocumentReport]:
+    """Documents for causal LM in examples of at most `length` tokens; longer ones are split."""
+    examples: list[Example] = []
+    split = 0
+    for ids in tokenizer.encode_batch(list(texts)):
+        pieces = split_example(_whole_text(tokenizer, ids), length)
+        split += len(pieces) > 1
+        examples += pieces
+    return examples, DocumentReport(len(texts), len(examples), split, _count(examples))
+
+
+def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
+    """Both directions of a pair as texts, from English and to English."""
+    english, target = markers.english, markers.target
+    return f"{english}{en}{target}{th}", f"{target}{th}{english}{en}"
+
+
+def pair_examples(
+    tokenizer: TextTokenizer, en: str, th: str, markers: Markers = MARKERS
+) -> tuple[Example, Example]:
+    """A pair as causal LM in both directions, first from English; all trained but the bos."""
+    forward, backward = tokenizer.encode_batch(list(pair_texts(en, th, markers)))
+    return _whole_text(tokenizer, forward), _whole_text(tokenizer, backward)
+
+
+def translation_examples(
+    tokenizer: TextTokenizer, pairs: Sequence[tuple[str, str]], max_length: int, markers: Markers = MARKERS
+) -> tuple[list[Example], PairReport]:
+    """`pair_examples` of many pairs; those of more than `max_length` tokens are dropped and counted.
+
+    Half a translation teaches to stop early, so a long one is not cut.
+    """
+    texts = [text for en, th in pairs for text in pair_texts(en, th, markers)]
+    examples = [_whole_text(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]
+    kept = [example for example in examples if len(example) <= max_length]
+    return kept, PairReport(len(pairs), len(kept), len(examples) - len(kept), _count(kept))
+
+
+def conversation_example(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_length: int, markers: Markers = MARKERS
+) -> tuple[Example | None, Outcome]:
+    """A conversation by the model's chat template, trained on exactly the answers and their end tokens.
+
+    One of more than `max_length` tokens, or with a last question that nobody answered, loses whole turns from
+    its end ("cut"); one whose first turn does not fit gives None ("dropped"). Raises UserError for what the
+    chat template or `chat.encode_conversation` refuses, such as a special token inside a message.
+    """
+    order = markers.in_order()
+    ids, mask = chat.encode_conversation(tokenizer, messages, order)
+    outcome: Outcome = "kept"
+    if len(ids) > max_length or messages[-1]["role"] != "assistant":
+        fitting, _ = chat.cut_conversation(tokenizer, messages, max_length, order)
+        if fitting is None:
+            return None, "dropped"
+        ids, mask = chat.encode_conversation(tokenizer, fitting, order)
+        outcome = "cut"
+    return make_example(ids, mask), outcome
+
+
+def conversation_examples(
+    tokenizer: Tokenizer,
+    conversations: Iterable[Sequence[Message]],
+    max_length: int,
+    markers: Markers = MARKERS,
+) -> tuple[list[Example], ConversationReport]:
+    """`conversation_example` of many, and how many were kept, cut and dropped."""
+    examples: list[Example] = []
+    counts: dict[Outcome, int] = {"kept": 0, "cut": 0, "dropped": 0}
+    for messages in conversations:
+        example, outcome = conversation_example(tokenizer, messages, max_length, markers)
+        counts[outcome] += 1
+        if example is not None:
+            examples.append(example)
+    return examples, ConversationReport(
+        kept=counts["kept"], cut=counts["cut"], dropped=counts["dropped"], tokens=_count(examples)
+    )
+
+
+def _count(examples: Iterable[Example]) -> int:
+    return sum(len(example) for example in examples)

@@ -1,0 +1,145 @@
+"""What a model finds likely: bits per byte of text, and its distance to the original model on that one's answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transllm_jax.data.examples import make_example, split_example
+from transllm_jax.data.packing import pack
+from transllm_jax.model.parameters import Flat, Split, merge
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.loss import cross_entropy
+
+# Answer tokens whose distributions over the vocabulary are held at once.
+CHUNK = 128
+# Rows are no longer than the longest answer needs, in steps of this: few shapes to compile, little padding.
+LENGTH_MULTIPLE = 64
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def _nats(trainable: Flat, frozen: Flat, batch: dict[str, jax.Array], *, structure: Any) -> jax.Array:
+    model = merge(structure, trainable, frozen)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    base, new = model.vocabulary.output_tables()
+    return cross_entropy(hidden, base, new, batch["labels"], batch["weights"])
+
+
+def bits_per_byte(
+    split: Split, tokenizer: Tokenizer, documents: Sequence[str], *, length: int, batch_size: int
+) -> float:
+    """Bits a UTF-8 byte of the documents, comparable across tokenizers.
+
+    Every token of the text counts and nothing else; a document's first token is predicted from the token that ends
+    documents. Documents longer than `length` tokens are read in pieces.
+    """
+    examples = []
+    for ids in tokenizer.encode_batch(documents):
+        start = [tokenizer.document_end_id, *tokenizer.bos_ids]
+        whole = make_example([*start, *ids], [0] * len(start) + [1] * len(ids))
+        examples += split_example(whole, length)
+    rows = pack(examples, length)
+    total = 0.0
+    for first in range(0, len(rows), batch_size):
+        batch = _padded(rows, first, batch_size)
+        total += float(_nats(split.trainable, split.frozen, batch, structure=split.structure))
+    return total / math.log(2) / sum(len(text.encode()) for text in documents)
+
+
+def _padded(rows: Any, first: int, size: int) -> dict[str, np.ndarray]:
+    """Rows first .. first + size as one batch; a short one is filled with padding, so one shape is compiled."""
+    batch = {}
+    for field in ("tokens", "positions", "segment_ids", "labels", "weights"):
+        values = getattr(rows, field)[first : first + size]
+        batch[field] = np.pad(values, [(0, size - len(values)), (0, 0)])
+    return batch
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def _hidden(trainable: Flat, frozen: Flat, tokens: jax.Array, segments: jax.Array, *, structure: Any) -> jax.Array:
+    model = merge(structure, trainable, frozen)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model(tokens, positions, segments)
+
+
+@partial(jax.jit, static_argnames=("structures",))
+def _divergence(
+    teacher: tuple[Flat, Flat],
+    student: tuple[Flat, Flat],
+    teacher_hidden: jax.Array,
+    student_hidden: jax.Array,
+    *,
+    structures: tuple[Any, Any],
+) -> jax.Array:
+    """KL(teacher || student) of each token, [C], over the teacher's vocabulary; mass on new tokens counts as lost."""
+    original = merge(structures[0], *teacher).vocabulary.logits(teacher_hidden)
+    moved = merge(structures[1], *student).vocabulary.logits(student_hidden)
+    p = jax.nn.log_softmax(original)
+    q = jax.nn.log_softmax(moved)[:, : original.shape[-1]]
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def english_kl(
+    base: Split,
+    split: Split,
+    answers: Sequence[tuple[list[int], list[int]]],
+    prefix: Sequence[int],
+    *,
+    length: int,
+    batch_size: int,
+) -> float:
+    """Mean KL per token, in nats, from the original model to this one on the original's own English answers.
+
+    `answers` holds (prompt ids, answer ids with the end token). `prefix` stands before the answer in this model's
+    format (`<RESPONSE>` after stage `transfer`, nothing before) and is not counted. Longer rows are cut to `length`.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
+    length = min(length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    total, tokens = 0.0, 0
+    for first in range(0, len(answers), batch_size):
+        batch = answers[first : first + batch_size]
+        taught, taught_places = _states(base, batch, [], length, batch_size)
+        moved, moved_places = _states(split, batch, prefix, length, batch_size)
+        # A prefix may push the end of a long answer out of the row: what both have is compared.
+        both = [
+            (t[: min(len(t), len(m))], m[: min(len(t), len(m))])
+            for t, m in zip(taught_places, moved_places, strict=True)
+        ]
+        taught = taught[np.concatenate([t for t, _ in both])]
+        moved = moved[np.concatenate([m for _, m in both])]
+        for start in range(0, len(taught), CHUNK):
+            teacher, student = taught[start : start + CHUNK], moved[start : start + CHUNK]
+            room = [(0, CHUNK - len(teacher)), (0, 0)]
+            values = _divergence(
+                (base.trainable, base.frozen),
+                (split.trainable, split.frozen),
+                np.pad(teacher, room),
+                np.pad(student, room),
+                structures=(base.structure, split.structure),
+            )
+            total += float(jnp.sum(values[: len(teacher)]))
+            tokens += len(teacher)
+    return total / max(tokens, 1)
+
+
+def _states(
+    split: Split, batch: Sequence[tuple[list[int], list[int]]], prefix: Sequence[int], length: int, size: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Hidden states [B * T, D], and for each row where those stand from which its answer's tokens are predicted."""
+    tokens = np.zeros((size, length), np.int32)
+    segments = np.zeros((size, length), np.int32)
+    places = []
+    for row, (prompt, answer) in enumerate(batch):
+        ids = [*prompt, *prefix, *answer][:length]
+        tokens[row, : len(ids)] = ids
+        segments[row, : len(ids)] = 1
+        start = len(prompt) + len(prefix) - 1
+        places.append(row * length + np.arange(start, len(ids) - 1))
+    hidden = _hidden(split.trainable, split.frozen, tokens, segments, structure=split.structure)
+    return np.asarray(hidden).reshape(size * length, -1), places

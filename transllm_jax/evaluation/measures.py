@@ -1,0 +1,251 @@
+"""What the measures of an evaluation mean, which direction is better, and how their numbers are written.
+
+Everything that shows results (the HTML report, the terminal, the plots) reads them through `rows`, so that a
+value which was not measured is "not measured" everywhere and a number looks the same in every place.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Results = Mapping[str, Any]
+Better = Literal["lower", "higher"]
+
+NOT_MEASURED = "not measured"
+BASE = "base"
+POINTS = (BASE, "vocabulary", "pretrain", "translate", "transfer")
+ARROWS = {"lower": "↓", "higher": "↑", None: ""}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure. `{language}` in its texts stands for the target language's name."""
+
+    key: str
+    label: str
+    short: str
+    """The label where there is little room, as in a terminal."""
+    meaning: str
+    better: Better | None
+    style: Literal["number", "score", "share"] = "number"
+    since: str = BASE
+    """The point that the change is counted from."""
+
+
+MEASURES = (
+    Measure(
+        "bits_per_byte",
+        "{language} bits per byte",
+        "{language} bits/byte",
+        "How much held-out {language} text surprises the model, per byte of text. "
+        "Comparable across tokenizers.",
+        "lower",
+    ),
+    Measure(
+        "tokens_per_character",
+        "Tokens per {language} character",
+        "Tokens/character",
+        "What one character of held-out {language} text costs. "
+        "Fewer tokens mean faster answers and longer memory.",
+        "lower",
+    ),
+    Measure(
+        "chrf_to_target",
+        "English to {language}, chrF",
+        "chrF into {language}",
+        "Overlap of characters with reference translations into {language}, from 0 to 100.",
+        "higher",
+        "score",
+    ),
+    Measure(
+        "chrf_to_english",
+        "{language} to English, chrF",
+        "chrF into English",
+        "Overlap of characters with reference translations into English, from 0 to 100.",
+        "higher",
+        "score",
+    ),
+    # The original model is at distance 0 from itself: what counts is what the last stage wins back.
+    Measure(
+        "english_kl",
+        "Drift of English answers, KL",
+        "English drift, KL",
+        "How far the model has moved from the original's own English answers, per token. 0 is no change.",
+        "lower",
+        since="translate",
+    ),
+    Measure(
+        "well_formed_chains",
+        "Well-formed chains",
+        "Well-formed chains",
+        "Share of answers with each step in its place: question in English, answer in English, "
+        "answer in {language}.",
+        "higher",
+        "share",
+    ),
+)
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite number, or None where there is none (missing, null, NaN, text)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def written(value: float | None, style: str = "number") -> str:
+    """A measured value as text; None is "not measured"."""
+    if value is None:
+        return NOT_MEASURED
+    if style == "share":
+        return percent(value)
+    if style == "score":
+        return f"{value:.1f}"
+    return "0" if value == 0 else f"{value:.3f}"
+
+
+def percent(share: float, *, sign: bool = False) -> str:
+    """0.896 as "89.6 %", 0.9 as "90 %"; with a sign (and always a decimal) where it is a change.
+
+    A share that is not whole is not rounded into looking like one (0.9996 stays below "100 %").
+    """
+    value = 100 * share
+    text = f"{abs(value):.1f}"
+    if sign:
+        return f"{_sign(value)}{text} %"
+    text = text.removesuffix(".0")
+    if text in ("0", "100") and value not in (0.0, 100.0):
+        text = f"{abs(value):.3g}" if value < 1 else f"{math.floor(value * 100) / 100:.2f}"
+    return f"{'−' if value < 0 else ''}{text} %"
+
+
+def language_name(results: Results) -> str:
+    """The target language's English name."""
+    return str(part(results, "language").get("name") or "target language")
+
+
+def part(results: Results, key: str) -> Mapping[str, Any]:
+    """The mapping under `key`, empty where the results have none."""
+    value = results.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def points(results: Results) -> list[str]:
+    """The points at which the model was evaluated, in order: the original model, then after each stage."""
+    if results.get("points"):
+        return [str(point) for point in results["points"]]
+    found = {point for values in part(results, "metrics").values() for point in values or {}}
+    return [point for point in POINTS if point in found] + sorted(found - set(POINTS))
+
+
+def point_label(point: str) -> str:
+    """The heading of a point: the base is "original" to the reader, a stage keeps its name."""
+    return "original" if point == BASE else point
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change from one point to the last measured one."""
+
+    text: str
+    verdict: Literal["better", "worse", "the same", ""]
+    since: str
+    until: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure with its values at every point."""
+
+    measure: Measure
+    label: str
+    short: str
+    meaning: str
+    values: dict[str, float | None]
+
+    def text(self, point: str) -> str:
+        """The value at `point` as text."""
+        return written(self.values.get(point), self.measure.style)
+
+    @property
+    def last(self) -> tuple[str, float] | None:
+        """The last point with a value, and the value."""
+        measured = [(point, value) for point, value in self.values.items() if value is not None]
+        return measured[-1] if measured else None
+
+    @property
+    def change(self) -> Change | None:
+        """From `measure.since` to the last measured point; None where either is missing."""
+        since, last = self.measure.since, self.last
+        before = self.values.get(since)
+        order = list(self.values)
+        if before is None or last is None or order.index(last[0]) <= order.index(since):
+            return None
+        until, after = last
+        difference = after - before
+        if self.measure.style == "share":
+            text = f"{_sign(difference)}{100 * abs(difference):.1f} points"
+        elif self.measure.style == "score":
+            text = f"{_sign(difference)}{abs(difference):.1f}"
+        elif before > 0:
+            text = percent(difference / before, sign=True)
+        else:
+            text = f"{_sign(difference)}{abs(difference):.3f}"
+        if self.measure.better is None:
+            return Change(text, "", since, until)
+        if difference == 0:
+            return Change("no change", "the same", since, until)
+        better = (difference < 0) == (self.measure.better == "lower")
+        return Change(text, "better" if better else "worse", since, until)
+
+
+def rows(results: Results) -> Iterator[Row]:
+    """The known measures in their order, measured or not, then any other that the results bring."""
+    names, where = language_name(results), points(results)
+    metrics = part(results, "metrics")
+    known = {measure.key for measure in MEASURES}
+    others = tuple(Measure(key, key.replace("_", " "), key, "", None) for key in metrics if key not in known)
+    for measure in MEASURES + others:
+        values = part(metrics, measure.key)
+        # Only our own texts are templates: another measure's name may contain braces.
+        label, short, meaning = (
+            text.format(language=names) if measure.key in known else text
+            for text in (measure.label, measure.short, measure.meaning)
+        )
+        yield Row(
+            measure,
+            label[:1].upper() + label[1:],
+            short[:1].upper() + short[1:] if measure.key in known and short.startswith(names) else short,
+            meaning,
+            {point: number(values.get(point)) for point in where},
+        )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "48 s", "3 min 30 s" or "2 h 5 min"."""
+    if seconds is None:
+        return NOT_MEASURED
+    whole = round(seconds)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def clean(text: object) -> str:
+    """Text of a model without control characters, which neither a page nor a terminal should be given."""
+    return "".join(
+        letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else "\ufffd"
+        for letter in str(text if text is not None else "")
+    )
+
+
+def _sign(difference: float) -> str:
+    return "−" if difference < 0 else "+"

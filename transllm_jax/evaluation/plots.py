@@ -1,0 +1,173 @@
+"""Small plots as inline SVG that takes its colours and its font from the page around it.
+
+matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables: one drawing
+serves light mode, dark mode and print. Text stays text. matplotlib is imported when the first plot is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from transllm_jax.evaluation.measures import BASE, Row, number, point_label, written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Stand-in colour -> CSS variable of the page. They only have to differ from each other.
+_INK, _MUTED, _LINE, _ACCENT, _SOFT, _BEFORE = (
+    "#010101",
+    "#020202",
+    "#030303",
+    "#040404",
+    "#050505",
+    "#060606",
+)
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    _ACCENT: "var(--accent)",
+    _SOFT: "var(--accent-soft)",
+    _BEFORE: "var(--before)",
+}
+_MOST_POINTS = 400
+"""More points than this on a curve cannot be seen at its size; each costs bytes."""
+
+
+def measure_plot(row: Row) -> Markup:
+    """A bar for each point, from zero, with its value written on it; gaps say "not measured"."""
+    where = list(row.values)
+    with _style():
+        figure = _figure(400, 200)
+        axes = figure.add_axes((0.01, 0.15, 0.98, 0.72))
+        known = [value for value in row.values.values() if value is not None]
+        top = 1.0 if row.measure.style == "share" else max([*known, 0.0])
+        top = top if top > 0 else 1.0
+        for place, (point, value) in enumerate(row.values.items()):
+            if value is None:
+                axes.text(
+                    place, top * 0.03, "not\nmeasured", ha="center", va="bottom", color=_MUTED, fontsize=11
+                )
+                continue
+            last = place == len(where) - 1
+            axes.bar(place, value, width=0.62, color=_BEFORE if point == BASE else _ACCENT if last else _SOFT)
+            text = written(value, row.measure.style)
+            axes.text(
+                place,
+                max(value, 0.0) + top * 0.03,
+                text,
+                ha="center",
+                va="bottom",
+                color=_INK,
+                fontsize=13.5,
+                weight="bold" if last else "normal",
+            )
+        axes.axhline(0, color=_MUTED, linewidth=1)
+        axes.set_xlim(-0.5, max(len(where), 1) - 0.5)
+        axes.set_ylim(min([*known, 0.0]), top)
+        axes.set_xticks(range(len(where)), [point_label(point) for point in where], color=_MUTED)
+        axes.tick_params(length=0, pad=5, labelsize=12.5)
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        spoken = ", ".join(f"{point_label(point)} {row.text(point)}" for point in where)
+        return _svg(figure, f"{row.label}: {spoken}", f"measure-{row.measure.key}")
+
+
+def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """The loss over the steps of a stage, and its running mean where there are enough steps for one.
+
+    records: dicts with `step` and `loss`; a record without a finite loss is left out. None without any left.
+    """
+    pairs = [(number(record.get("step")), number(record.get("loss"))) for record in records]
+    drawn = [(step, loss) for step, loss in pairs if step is not None and loss is not None]
+    if not drawn:
+        return None
+    steps, losses = [step for step, _ in drawn], [loss for _, loss in drawn]
+    mean = _running_mean(losses)
+    every = -(-len(drawn) // _MOST_POINTS)
+    with _style():
+        figure = _figure(320, 190)
+        axes = figure.add_axes((0.12, 0.15, 0.86, 0.79))
+        marker = "o" if len(drawn) == 1 else None
+        if mean is None:
+            axes.plot(steps, losses, color=_ACCENT, linewidth=1.8, marker=marker)
+        else:
+            axes.plot(steps[::every], losses[::every], color=_SOFT, linewidth=1)
+            axes.plot(steps[::every], mean[::every], color=_ACCENT, linewidth=2)
+        axes.margins(x=0.02)
+        axes.grid(axis="y", color=_LINE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.locator_params(axis="y", nbins=5)
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.tick_params(length=0, labelsize=11, labelcolor=_MUTED)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(_MUTED)
+        ends = [f"{losses[place]:.3f} at step {steps[place]:.0f}" for place in (0, -1)]
+        label = f"Loss of {stage}: {', '.join(ends)}"
+        return _svg(figure, label, f"loss-{stage}")
+
+
+def _running_mean(values: Sequence[float]) -> list[float] | None:
+    """Exponential mean over about a tenth of the values, unbiased at the start; None for a few values."""
+    if len(values) < 20:
+        return None
+    keep = 1 - 1 / max(len(values) / 10, 4)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            # Ids inside the file are hashes: salted alike, the same results give the same bytes.
+            "svg.hashsalt": "transllm",
+            "text.parse_math": False,
+            "axes.unicode_minus": False,
+        }
+    )
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of width x height units, where 10 units are a font of size 10."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72))
+
+
+def _svg(figure: Figure, label: str, name: str) -> Markup:
+    """The figure as an `<svg>` for the inside of an HTML page; `name` keeps its ids apart from others'."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    name = re.sub(r"[^\w-]", "-", name)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    # The style element would reach the whole page. The font is written as one property or as several.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
+    text = re.sub(r"font: ([^'\";]*px) [^;\"]*", r"font: \1 var(--font)", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    head = re.match(r"<svg[^>]*>", text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert head is not None and view is not None
+    opening = f'<svg {view[0]} role="img" aria-label="{escape(label)}">'
+    return Markup(opening + text[head.end() :].strip())

@@ -1,0 +1,214 @@
+"""The report of a run: one self-contained HTML file, made from the results and from nothing else.
+
+What the results lack is called "not measured". The file needs no network, no script and no other file. For
+the terminal there are `summary_table` and `conversation_panel`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from transllm_jax.evaluation.measures import (
+    ARROWS,
+    BASE,
+    NOT_MEASURED,
+    Results,
+    clean,
+    duration,
+    language_name,
+    number,
+    part,
+    point_label,
+    points,
+    rows,
+    written,
+)
+from transllm_jax.evaluation.plots import loss_plot, measure_plot
+from transllm_jax.evaluation.terminal import conversation_panel, summary_table
+from transllm_jax.evaluation.verdict import verdict
+
+__all__ = ["conversation_panel", "render_report", "summary_table", "write_report"]
+
+_EXPECTED_CURVES = ("pretrain", "translate", "transfer")
+_CHAIN = ("question_en", "answer_en", "answer_target")
+_MODEL_LABELS = {
+    "source": "Original model",
+    "parameters": "Parameters, all",
+    "trainable": "Parameters, trained",
+    "new_tokens": "New tokens",
+    "hidden_size": "Hidden size",
+    "layers": "Layers",
+}
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Write the report of `results` (the contents of evaluation/results.json) to `path`, atomically.
+
+    The file appears complete or not at all: a reader never sees half of it, and an earlier report stays where
+    this one fails.
+    """
+    # Rendered before anything is opened; a lone surrogate, which UTF-8 has no bytes for, becomes "?".
+    data = render_report(results).encode("utf-8", errors="replace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def render_report(results: Results) -> str:
+    """The report of `results` as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("transllm_jax.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clean"] = clean
+    environment.filters["point"] = point_label
+    environment.filters["count"] = _count
+    language = part(results, "language")
+    measured = list(rows(results))
+    return environment.get_template("report.html.j2").render(
+        title=results.get("title") or "Report",
+        created=_date(results.get("created")),
+        language=language_name(results),
+        # The empty language tag is HTML's way to say that the language is not known.
+        code=str(language.get("code") or ""),
+        verdict=verdict(results),
+        points=points(results),
+        base=BASE,
+        not_measured=NOT_MEASURED,
+        rows=measured,
+        arrows=ARROWS,
+        plots=[(row, measure_plot(row)) for row in measured if row.last is not None],
+        notes=list(_notes(results)),
+        conversations=list(_conversations(results)),
+        translations=list(_translations(results)),
+        stages=list(_stages(results)),
+        curves=list(_curves(results)),
+        model=[
+            (_MODEL_LABELS.get(key, key.replace("_", " ")), _value(value))
+            for key, value in part(results, "model").items()
+        ],
+        versions=[(key, _value(value)) for key, value in part(results, "versions").items()],
+        config=results.get("config") or "",
+    )
+
+
+def _notes(results: Results) -> Iterator[tuple[str, str]]:
+    """The details of the evaluation, each as a name and one line; unknown ones as they are."""
+    for key, value in part(results, "details").items():
+        if key == "counts" and isinstance(value, Mapping):
+            text = ", ".join(f"{_count(count)} {name.replace('_', ' ')}" for name, count in value.items())
+            yield "Held-out material", text
+        elif key == "chrf_prompt" and isinstance(value, Mapping):
+            text = ", ".join(f"{point_label(point)}: {prompt}" for point, prompt in value.items())
+            yield "How translations were asked for", text
+        else:
+            yield key.replace("_", " ").capitalize(), _value(value)
+
+
+def _conversations(results: Results) -> Iterator[dict[str, Any]]:
+    code = str(part(results, "language").get("code") or "")
+    for talk in results.get("conversations") or []:
+        base, chain = talk.get("base"), talk.get("chain")
+        yield {
+            "question": clean(talk.get("question")),
+            "base": None if base is None else clean(base).strip(),
+            "base_code": code if _mostly_beyond_ascii(clean(base)) else "",
+            "visible": clean(talk.get("visible")).strip(),
+            "raw": clean(talk.get("raw")),
+            "chain": {step: clean(chain.get(step)).strip() for step in _CHAIN} if chain else None,
+        }
+
+
+def _translations(results: Results) -> Iterator[dict[str, Any]]:
+    """Each sentence in both directions: source, reference, and what the model said at each point."""
+    order = points(results)
+    for pair in results.get("translations") or []:
+        outputs = part(pair, "outputs")
+        where = [point for point in order if point in outputs] + [
+            point for point in outputs if point not in order
+        ]
+        answers = {
+            direction: [(point, clean(part(outputs, point).get(direction)).strip()) for point in where]
+            if any(part(outputs, point).get(direction) is not None for point in where)
+            else []
+            for direction in ("to_target", "to_english")
+        }
+        yield {"english": clean(pair.get("english")), "target": clean(pair.get("target")), **answers}
+
+
+def _stages(results: Results) -> Iterator[dict[str, str]]:
+    for stage in results.get("stages") or []:
+        speed = number(stage.get("tokens_per_second"))
+        yield {
+            "name": str(stage.get("name") or ""),
+            "time": duration(number(stage.get("seconds"))),
+            "steps": _count(stage.get("steps")),
+            "tokens": _count(stage.get("tokens")),
+            "speed": "" if speed is None else f"{speed:,.1f}",
+            "summary": clean(stage.get("summary")),
+        }
+
+
+def _curves(results: Results) -> Iterator[dict[str, Any]]:
+    losses = part(results, "losses")
+    for stage in [*_EXPECTED_CURVES, *(name for name in losses if name not in _EXPECTED_CURVES)]:
+        records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
+        finite = [record for record in records if number(record.get("loss")) is not None]
+        caption = NOT_MEASURED
+        if finite:
+            first, last = finite[0], finite[-1]
+            caption = f"{written(number(first['loss']))} at step {_count(first.get('step'))}, "
+            caption += f"{written(number(last['loss']))} at step {_count(last.get('step'))}"
+        if len(records) > len(finite):
+            caption += f"; {len(records) - len(finite)} without a finite loss"
+        yield {"stage": stage, "plot": loss_plot(stage, records), "caption": caption}
+
+
+def _count(value: object) -> str:
+    """A count with thousands separated; empty where there is none."""
+    amount = number(value)
+    return "" if amount is None else f"{amount:,.0f}" if amount.is_integer() else f"{amount:,}"
+
+
+def _value(value: object) -> str:
+    """A value of the settings or details as one line."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _count(value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return clean(json.dumps(value, ensure_ascii=False))
+    return clean(value)
+
+
+def _date(created: object) -> str:
+    """An ISO 8601 time as a person writes it; anything else as it is."""
+    try:
+        moment = datetime.fromisoformat(str(created))
+    except ValueError:
+        return str(created or "")
+    zone = moment.strftime(" %Z") if moment.tzinfo else ""
+    return f"{moment.day} {moment.strftime('%B %Y, %H:%M')}{zone}"
+
+
+def _mostly_beyond_ascii(text: str) -> bool:
+    letters = [letter for letter in text if letter.isalpha()]
+    return 2 * sum(not letter.isascii() for letter in letters) > len(letters)

@@ -1,0 +1,102 @@
+"""Answers by the translation chain of thought: its fallback, and the history that a conversation keeps.
+
+TransLLM, section 3.5: the model sees earlier turns in English, where its strength is; an answer that breaks the format
+is continued once with the marker that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transllm_jax.generation.engine import WHOLE, Engine, Mode
+from transllm_jax.tokenizer.chain import Chain, Markers, missing_marker, parse, visible
+from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`raw` is the whole answer; `continued` says that the fallback was needed to get on."""
+
+    raw: str
+    chain: Chain | None
+    visible: str
+    continued: bool
+
+
+def _answer(raw: str, markers: Markers, continued: bool) -> Answer:
+    return Answer(raw.strip(), parse(raw, markers), visible(raw, markers), continued)
+
+
+class ChainChat:
+    """Answers with chains, one conversation or many."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, markers: Markers, *, max_new_tokens: int, mode: Mode = WHOLE
+    ) -> None:
+        self._engine, self._tokenizer, self._markers = engine, tokenizer, markers
+        self._max_new_tokens, self._mode = max_new_tokens, mode
+
+    def answers(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        fallback: bool = True,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> list[Answer]:
+        """The next answer in each conversation. With `fallback`, a broken chain is continued once."""
+        prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
+        generated = self._generate(prompts, on_tokens)
+        texts = [self._tokenizer.decode(ids) for ids in generated]
+        answers = [_answer(text, self._markers, False) for text in texts]
+        broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
+        if broken:
+            longer = [[*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken]
+            for row, ids in zip(broken, self._generate(longer, on_tokens), strict=True):
+                text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
+                answers[row] = _answer(text, self._markers, True)
+        return answers
+
+    def stream(self, messages: Sequence[Message]) -> Iterator[Answer]:
+        """The next answer of one conversation as it grows; the last one is whole (continued once, if it broke off)."""
+        prompt = encode_prompt(self._tokenizer, messages, self._markers.in_order())
+        ids: list[int] = []
+        for ids in self._stream(prompt):
+            yield _answer(self._tokenizer.decode(ids), self._markers, False)
+        text = self._tokenizer.decode(ids)
+        if self._breaks_off(text):
+            begun = [*ids, *self._appended(text)]
+            for more in self._stream([*prompt, *begun]):
+                yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True)
+
+    def _breaks_off(self, text: str) -> bool:
+        """Whether a chain was begun and lacks a marker: an English answer or a translation is whole as it is."""
+        begun = text.lstrip().startswith(self._markers.english) and self._markers.response in text
+        return begun and missing_marker(text, self._markers) is not None
+
+    def _appended(self, text: str) -> list[int]:
+        return self._tokenizer.encode(missing_marker(text, self._markers) or "")
+
+    def _generate(self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None]) -> list[list[int]]:
+        return self._engine.generate(
+            prompts,
+            max_new_tokens=self._max_new_tokens,
+            stop=[self._tokenizer.eos_id],
+            mode=self._mode,
+            on_tokens=on_tokens,
+        )
+
+    def _stream(self, prompt: Sequence[int]) -> Iterator[list[int]]:
+        return self._engine.stream(
+            prompt, max_new_tokens=self._max_new_tokens, stop=[self._tokenizer.eos_id], mode=self._mode
+        )
+
+
+def remembered(question: str, answer: Answer) -> list[Message]:
+    """A finished turn as the model sees it from now on: the English question and answer, where there is a chain."""
+    if answer.chain is not None:
+        question, text = answer.chain.question_en, answer.chain.answer_en
+    else:
+        text = answer.visible
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": text}]

@@ -1,0 +1,74 @@
+"""Translation behind one interface: a file of another system's translations, and the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from transllm_jax.data.sources import read_jsonl
+from transllm_jax.errors import UserError
+from transllm_jax.generation.engine import Engine
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+Direction = Literal["to_target", "to_english"]
+
+
+class Translator(Protocol):
+    """Translations in the order of the texts; None where this translator has none."""
+
+    def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]: ...
+
+
+class FileTranslator:
+    """English texts and their translations out of a jsonl file; the other direction reads it backwards.
+
+    Raises UserError for a broken line, and for a text that stands twice with different translations.
+    """
+
+    def __init__(self, path: str, fields: tuple[str, str] = ("source", "target")) -> None:
+        english, target = fields
+        self._tables: dict[Direction, dict[str, str]] = {"to_target": {}, "to_english": {}}
+        rows = read_jsonl(path, required=fields)
+        for row, place in zip(rows, rows.places, strict=True):
+            known = self._tables["to_target"].setdefault(row[english].strip(), row[target].strip())
+            if known != row[target].strip():
+                raise UserError(f"{place}: {row[english][:60]!r} has another translation above; remove one of them")
+            self._tables["to_english"].setdefault(row[target].strip(), row[english].strip())
+
+    def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
+        """Look each text up, white space at its ends aside."""
+        table = self._tables[direction]
+        return [table.get(text.strip()) for text in texts]
+
+
+class ModelTranslator:
+    """The model's own translation as stage `translate` trained it: `<EN>text<TH>` goes on with the translation."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        markers: Markers,
+        *,
+        max_new_tokens: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self._engine, self._tokenizer, self._markers = engine, tokenizer, markers
+        self._max_new_tokens, self._on_tokens = max_new_tokens, on_tokens
+
+    def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
+        """Greedy translations; None where the model gave nothing."""
+        if not texts:
+            return []
+        tokenizer, markers = self._tokenizer, self._markers
+        first, second = markers.english, markers.target
+        if direction == "to_english":
+            first, second = second, first
+        prompts = [[*tokenizer.bos_ids, *tokenizer.encode(f"{first}{text.strip()}{second}")] for text in texts]
+        ends = {tokenizer.document_end_id, tokenizer.eos_id}
+        ends |= {token for marker in markers.in_order() if (token := tokenizer.token_id(marker)) is not None}
+        answers = self._engine.generate(
+            prompts, max_new_tokens=self._max_new_tokens, stop=sorted(ends), on_tokens=self._on_tokens
+        )
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() or None for ids in answers]

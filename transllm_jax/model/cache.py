@@ -1,0 +1,76 @@
+"""The key and value cache of decoding, and the two passes over it: prefill and one token at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from transllm_jax.model.attention import attend, causal_mask, rotary_angles
+from transllm_jax.model.llama import Block, Llama
+
+
+class Cache(NamedTuple):
+    """Keys and values [L, B, K, S, H]; bool [B, S] of the slots that hold a real token; the next slot to write.
+
+    Rows are padded on the left, so all rows write the same slot, and a row's position is its count of real tokens.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+    end: jax.Array
+
+
+def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, adapters: bool) -> tuple[jax.Array, Cache]:
+    """Read left-padded prompts [B, P] (`valid` False on padding) into a cache of `size` slots.
+
+    Returns the hidden state of each row's last token, [B, D], and the cache.
+    """
+    length = tokens.shape[1]
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    angles = rotary_angles(positions, model.config.head_dim, model.config.rope_theta)
+    mask = causal_mask(valid.astype(jnp.int32))
+
+    def layer(x: jax.Array, block: Block) -> tuple[jax.Array, Any]:
+        return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v)), adapters=adapters)
+
+    x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens), model.blocks)
+    room = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
+    cache = Cache(
+        k=jnp.pad(k, room),
+        v=jnp.pad(v, room),
+        valid=jnp.pad(valid, [(0, 0), (0, size - length)]),
+        end=jnp.int32(length),
+    )
+    return model.final_norm(x[:, -1]), cache
+
+
+def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> tuple[jax.Array, Cache]:
+    """One token a row, [B], after what the cache holds -> (hidden [B, D], the cache with the token in it)."""
+    layers = model.config.num_hidden_layers
+    positions = jnp.sum(cache.valid, axis=1, keepdims=True)
+    angles = rotary_angles(positions, model.config.head_dim, model.config.rope_theta)
+    valid = jax.lax.dynamic_update_index_in_dim(cache.valid, jnp.ones(tokens.shape, bool), cache.end, axis=1)
+    mask = valid[:, None, None, :]
+
+    # The cache is the scan's carry, updated in place: as an output of the scan it would be copied at every token.
+    def layer(
+        carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[Block, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        x, keys, values = carry
+        block, index = inputs
+
+        def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            start = (index, 0, 0, cache.end, 0)
+            new_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
+            new_values = jax.lax.dynamic_update_slice(values, v[None], start)
+            return attend(q, new_keys[index], new_values[index], mask), (new_keys, new_values)
+
+        x, (keys, values) = block(x, angles, attend_cached, adapters=adapters)
+        return (x, keys, values), None
+
+    x = model.vocabulary.embed(tokens[:, None])
+    (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (model.blocks, jnp.arange(layers)))
+    return model.final_norm(x[:, 0]), Cache(k, v, valid, cache.end + 1)

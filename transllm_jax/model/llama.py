@@ -1,0 +1,173 @@
+"""LLaMA (arXiv 2302.13971) in Flax NNX: modules declare parameters, plain JAX transforms run them.
+
+The layers are one stacked `Block` (leading axis L), run by `jax.lax.scan`. What attention does with queries, keys and
+values is the caller's function, so training (self-attention under a mask) and decoding (a cache) share one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transllm_jax.model.attention import attend, causal_mask, rotary_angles, rotate
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig, LoRALinear
+from transllm_jax.model.vocabulary import Vocabulary
+
+# q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 as Hugging Face's."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        full = x.astype(jnp.float32)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return jax.lax.stop_gradient(self.scale[...]) * full.astype(x.dtype)
+
+
+class _Keys:
+    """One dropout key a linear layer, from a block's key; None where nothing is dropped."""
+
+    def __init__(self, key: jax.Array | None) -> None:
+        self.key, self.count = key, 0
+
+    def __call__(self) -> jax.Array | None:
+        self.count += 1
+        return None if self.key is None else jax.random.fold_in(self.key, self.count)
+
+
+class Attention(nnx.Module):
+    """The projections around attention; heads of size H, K key heads for N query heads."""
+
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        d, h = config.hidden_size, config.head_dim
+        n, k = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = h
+        self.q = LoRALinear(d, n * h, lora, rngs=rngs, dtype=dtype)
+        self.k = LoRALinear(d, k * h, lora, rngs=rngs, dtype=dtype)
+        self.v = LoRALinear(d, k * h, lora, rngs=rngs, dtype=dtype)
+        self.o = LoRALinear(n * h, d, lora, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, *, adapters: bool, keys: _Keys
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
+        batch, length, _ = x.shape
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+
+        q = rotate(heads(self.q(x, adapters=adapters, dropout=keys())), angles)
+        k = rotate(heads(self.k(x, adapters=adapters, dropout=keys())), angles)
+        v = heads(self.v(x, adapters=adapters, dropout=keys()))
+        out, carried = attend(q, k, v)
+        out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        return self.o(out, adapters=adapters, dropout=keys()), carried
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate = LoRALinear(d, f, lora, rngs=rngs, dtype=dtype)
+        self.up = LoRALinear(d, f, lora, rngs=rngs, dtype=dtype)
+        self.down = LoRALinear(f, d, lora, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        gate = self.gate(x, adapters=adapters, dropout=keys())
+        up = self.up(x, adapters=adapters, dropout=keys())
+        return self.down(jax.nn.silu(gate) * up, adapters=adapters, dropout=keys())
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each on a normalised residual stream."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> None:
+        self.attention_norm = RMSNorm(config, dtype=dtype)
+        self.attention = Attention(config, lora, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config, dtype=dtype)
+        self.mlp = MLP(config, lora, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        *,
+        adapters: bool,
+        dropout: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
+        keys = _Keys(dropout)
+        attended, carried = self.attention(self.attention_norm(x), angles, attend, adapters=adapters, keys=keys)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys), carried
+
+
+class Llama(nnx.Module):
+    """The whole model. `new_rows` trainable vocabulary rows and `lora` adapters stand beside the frozen weights."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig | None = None,
+        new_rows: int = 0,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> None:
+        self.config = config
+        self.lora = lora
+        self.vocabulary = Vocabulary(config, new_rows, rngs=rngs, dtype=dtype)
+        layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.blocks = jax.vmap(lambda key: Block(config, lora, rngs=nnx.Rngs(key), dtype=dtype))(layer_keys)
+        self.final_norm = RMSNorm(config, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        adapters: bool = True,
+        dropout: jax.Array | None = None,
+        remat: bool = False,
+    ) -> jax.Array:
+        """Packed rows to hidden states: ids, positions and segment ids [B, T] (segment 0 is padding) -> [B, T, D].
+
+        `adapters=False` is the original model (new rows are still looked up for new ids). `dropout` is a random key.
+        `remat` recomputes each layer in the backward pass: less memory, more time.
+        """
+        x = self.vocabulary.embed(tokens)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        mask = causal_mask(segment_ids)
+
+        def layer(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
+            block, index = inputs
+            key = None if dropout is None else jax.random.fold_in(dropout, index)
+            attend_here = lambda q, k, v: (attend(q, k, v, mask), None)  # noqa: E731
+            return block(x, angles, attend_here, adapters=adapters, dropout=key)[0], None
+
+        body = jax.checkpoint(layer) if remat else layer
+        x, _ = jax.lax.scan(body, x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
+        return self.final_norm(x)

@@ -1,0 +1,125 @@
+"""Between a model and flat dictionaries of arrays: building it from weights, and the split into trainable and frozen.
+
+A path is the attribute path joined with dots, such as `blocks.attention.q.kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transllm_jax.errors import UserError
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.llama import Llama
+from transllm_jax.model.lora import Adapter, LoraConfig, NewRows
+
+# A flat tree of arrays: path -> array.
+Flat = dict[str, jax.Array]
+TRAINABLE = nnx.Any(Adapter, NewRows)
+
+
+class Split(NamedTuple):
+    """A model taken apart: its static structure, what trains, and what is frozen (both path -> array)."""
+
+    structure: Any
+    trainable: Flat
+    frozen: Flat
+
+    def merge(self) -> Llama:
+        """The model again."""
+        return merge(self.structure, self.trainable, self.frozen)
+
+
+def _flatten(state: nnx.State) -> dict[str, Any]:
+    flat: Any = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
+def abstract(config: LlamaConfig, lora: LoraConfig | None, new_rows: int, dtype: jnp.dtype = jnp.float32) -> Split:
+    """The split of a model with shapes in place of arrays; costs no memory."""
+    model = nnx.eval_shape(lambda: Llama(config, lora, new_rows, rngs=nnx.Rngs(0), dtype=dtype))
+    parts: Any = nnx.split(model, TRAINABLE, ...)
+    structure, trainable, frozen = parts
+    return Split(structure, _flatten(trainable), _flatten(frozen))
+
+
+def merge(structure: Any, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Llama:
+    """A model out of its static structure and the arrays of both kinds. Usable inside a JAX transform."""
+    # `structure` was made by nnx.split; nnx.merge wants states whose leaves are arrays under the same paths.
+    flat = {tuple(path.split(".")): value for tree in (trainable, frozen) for path, value in tree.items()}
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = nested
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+    model: Llama = nnx.merge(structure, nested)
+    return model
+
+
+def initial_adapters(config: LlamaConfig, lora: LoraConfig, seed: int) -> dict[str, np.ndarray]:
+    """Adapters as LoRA starts them (a random, b zero), a pure function of the seed."""
+    shapes = {path: leaf for path, leaf in abstract(config, lora, 0).trainable.items()}
+    key = jax.random.key(seed)
+    adapters = {}
+    for number, (path, leaf) in enumerate(sorted(shapes.items())):
+        if path.endswith(".a"):
+            limit = (3 / leaf.shape[1]) ** 0.5
+            drawn = jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, jnp.float32, -limit, limit)
+            adapters[path] = np.asarray(drawn)
+        else:
+            adapters[path] = np.zeros(leaf.shape, np.float32)
+    return adapters
+
+
+def load_frozen(config: LlamaConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = jnp.float32) -> Flat:
+    """The frozen weights on the device. `weights` is emptied on the way, so that only one copy is held.
+
+    Raises UserError that lists every missing, extra or misshapen array.
+    """
+    wanted = abstract(config, None, 0, dtype).frozen
+    _check(weights, wanted, "weights")
+    return {path: jnp.asarray(weights.pop(path), dtype) for path in sorted(wanted)}
+
+
+def assemble(
+    config: LlamaConfig,
+    frozen: Flat,
+    *,
+    lora: LoraConfig | None = None,
+    trainable: Mapping[str, np.ndarray] | None = None,
+) -> Split:
+    """A model from its frozen weights and the arrays that train: adapters and new rows.
+
+    Raises UserError that lists every missing, extra or misshapen array.
+    """
+    trainable = dict(trainable or {})
+    rows = trainable.get("vocabulary.new")
+    dtype = frozen["vocabulary.base"].dtype
+    split = abstract(config, lora, 0 if rows is None else rows.shape[0], dtype)
+    _check(trainable, split.trainable, "adapters and new rows")
+    # A copy, always: training donates these buffers.
+    arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(split.trainable)}
+    return Split(split.structure, arrays, frozen)
+
+
+def _check(given: Mapping[str, np.ndarray], wanted: Mapping[str, Any], what: str) -> None:
+    faults = [f"{path} is missing" for path in sorted(wanted.keys() - given.keys())]
+    faults += [f"{path} is not of this model" for path in sorted(given.keys() - wanted.keys())]
+    faults += [
+        f"{path} has shape {tuple(given[path].shape)}, wanted {tuple(leaf.shape)}"
+        for path, leaf in sorted(wanted.items())
+        if path in given and tuple(given[path].shape) != tuple(leaf.shape)
+    ]
+    if faults:
+        raise UserError(f"{what}: {'; '.join(faults)}; is this the model that the config describes?")
+
+
+def count(tree: Mapping[str, Any]) -> int:
+    """The number of parameters in a flat tree."""
+    return sum(int(np.prod(leaf.shape)) for leaf in tree.values())

@@ -1,0 +1,159 @@
+"""The steps of a run in their order: what is done is skipped, what was cut off goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.artifacts import Artifact, fingerprint, flatten, locked, write_json
+from transllm_jax.config import Config
+from transllm_jax.errors import UserError
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
+from transllm_jax.stages.run import Run
+
+Inputs = Callable[[Run], dict[str, Any]]
+Work = Callable[[Run, Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step writes one directory. `after` names the steps whose results it reads.
+
+    A resumable step keeps what it had when it was cut off; another is begun anew.
+    """
+
+    name: str
+    inputs: Inputs
+    work: Work
+    after: tuple[str, ...] = ()
+    resumable: bool = False
+
+
+def _evaluation(point: str) -> Step:
+    after = ("base",) if point == "base" else (point, "evaluation/base")
+    return Step(f"evaluation/{point}", evaluate.inputs, partial(_evaluate, point=point), after)
+
+
+def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
+    return evaluate.run_evaluation(run, directory, point)
+
+
+STEPS = (
+    Step("base", base.inputs, base.run_stage),
+    _evaluation("base"),
+    Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",)),
+    _evaluation("vocabulary"),
+    Step("pretrain", pretrain.inputs, pretrain.run_stage, ("vocabulary",), resumable=True),
+    _evaluation("pretrain"),
+    Step("translate", translate.inputs, translate.run_stage, ("pretrain",), resumable=True),
+    _evaluation("translate"),
+    Step("recover", recover.inputs, recover.run_stage, ("translate",), resumable=True),
+    Step("transfer", transfer.inputs, transfer.run_stage, ("translate", "recover"), resumable=True),
+    _evaluation("transfer"),
+    Step("export", export.inputs, export.run_stage, ("transfer",)),
+    Step(
+        "report",
+        report.inputs,
+        report.run_stage,
+        (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
+    ),
+)
+NAMES = tuple(step.name for step in STEPS)
+
+
+def artifact(workdir: Path, name: str) -> Artifact:
+    """The artifact of a step. The report's page and results lie outside of its own directory."""
+    directory = workdir / ("evaluation/report" if name == "report" else name)
+    return Artifact(directory, name)
+
+
+def run_pipeline(
+    config: Config,
+    workdir: Path,
+    progress: Progress,
+    interrupt: Interrupt,
+    *,
+    until: str | None = None,
+    force: str | None = None,
+) -> bool:
+    """Run what is not done yet, up to and including stage `until` with its evaluation.
+
+    `force` begins a step and all that builds on it anew. Returns whether anything had to be done.
+    Raises UserError for bad input, before any model is loaded where that can be known; Preempted when stopped.
+    """
+    for given, option in ((until, "--until"), (force, "--force")):
+        if given is not None and given not in NAMES:
+            raise UserError(f"{option} {given}: no such stage; the stages are {', '.join(NAMES)}")
+    with locked(workdir):
+        run = Run(config, workdir, progress, interrupt)
+        # Every step's inputs first: a path that does not exist is found before an hour of training, not after.
+        evaluate.require_held_out(run)
+        inputs = _all_inputs(run)
+        if force is not None:
+            _forget(workdir, force)
+        states = {name: artifact(workdir, name).state(inputs[name]) for name in NAMES}
+        _write_run_file(workdir, config)
+        worked = False
+        for step in STEPS[: _end(until)]:
+            if states[step.name] == "done":
+                continue
+            worked = True
+            _do(run, step, inputs[step.name], resume=step.resumable and states[step.name] == "running")
+            interrupt.check(step.name)
+        return worked
+
+
+def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
+    place = artifact(run.workdir, step.name)
+    run.progress.say(f"[bold]{step.name}[/bold]{' goes on' if resume else ''}")
+    if not resume:
+        place.clear()
+    if step.resumable:
+        place.begin(inputs)
+    started = time.monotonic()
+    summary = dict(step.work(run, place.directory))
+    seconds = time.monotonic() - started
+    place.finish(inputs, {**summary, "seconds": seconds})
+    run.progress.say(f"  {summary['text']}  [dim]{seconds:.0f} s[/dim]")
+
+
+def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
+    """Each step's inputs as dotted keys, with the fingerprints of the steps that it reads."""
+    inputs: dict[str, dict[str, Any]] = {}
+    for step in STEPS:
+        own = {k: v for key, value in step.inputs(run).items() for k, v in flatten(key, value).items()}
+        inputs[step.name] = {**own, **{f"after {name}": fingerprint(inputs[name]) for name in step.after}}
+    return inputs
+
+
+def _forget(workdir: Path, name: str) -> None:
+    gone = {name}
+    for step in STEPS:
+        if gone & set(step.after):
+            gone.add(step.name)
+    # The last first: a kill in between leaves no step that builds on one that is gone.
+    for step in reversed(STEPS):
+        if step.name in gone:
+            artifact(workdir, step.name).clear()
+
+
+def _end(until: str | None) -> int:
+    if until is None:
+        return len(STEPS)
+    end = NAMES.index(until) + 1
+    if end < len(NAMES) and NAMES[end] == f"evaluation/{until}":
+        end += 1
+    return end
+
+
+def _write_run_file(workdir: Path, config: Config) -> None:
+    path = workdir / "run.yaml"
+    path.write_text(f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}", encoding="utf-8")
+    write_json(workdir / "versions.json", {name: version(name) for name in report.VERSIONS})

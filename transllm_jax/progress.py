@@ -1,0 +1,100 @@
+"""Progress of long work: a live bar in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+# Seconds between two lines of a bar in a log.
+LOG_EVERY = 15.0
+
+
+class Bar:
+    """One piece of work with a known total."""
+
+    def __init__(self, owner: Progress, name: str, total: int, done: int, unit: str) -> None:
+        self._owner, self._name, self._total, self._unit = owner, name, total, unit
+        self._done = done
+        self._first, self._started = done, time.monotonic()
+        self._logged = self._started
+        self._task: TaskID | None = None
+        if owner.live is not None:
+            self._task = owner.live.add_task(name, total=total, completed=done, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say how much is done, and a few words (a loss, a speed)."""
+        self._done = done
+        if self._task is not None and self._owner.live is not None:
+            self._owner.live.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._logged >= LOG_EVERY or done == self._total:
+            self._logged = now
+            left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
+            self._owner.say(
+                f"  {self._name} {done}/{self._total} {self._unit}s  {note}  {_clock(left)} left", markup=False
+            )
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Say that `count` more are done."""
+        self.update(self._done + count, note)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._task is not None and self._owner.live is not None:
+            self._owner.live.remove_task(self._task)
+            self._task = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Progress:
+    """The run's one voice: messages and bars on the console."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=False, quiet=quiet, highlight=False)
+        self.live: RichProgress | None = None
+        if self.console.is_terminal and not quiet:
+            self.live = RichProgress(
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}", style="dim"),
+                console=self.console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Progress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def say(self, message: RenderableType, *, markup: bool = True) -> None:
+        """Print a line (or any rich renderable)."""
+        self.console.print(message, markup=markup, soft_wrap=isinstance(message, str))
+
+    def task(self, name: str, *, total: int, done: int = 0, unit: str = "item") -> Bar:
+        """Begin a piece of work."""
+        return Bar(self, name, total, done, unit)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,101 @@
+"""The evaluation of one point on the held-out files, which no stage reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conversion.import_base import base_fingerprint
+from transllm_jax.artifacts import read_json, write_json
+from transllm_jax.data.sources import check_no_special, read_documents, read_jsonl, read_pairs, resolve
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.point import HeldOut, Point, evaluate
+from transllm_jax.generation.engine import Engine
+from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.chat import encode_prompt
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What an evaluation reads: files and config sections."""
+    section = run.config.evaluation
+    return {
+        "evaluation": section.model_dump(),
+        "prompts": run.config.prompts.model_dump(),
+        **run.hashes([section.text, section.pairs, section.instructions]),
+    }
+
+
+def require_held_out(run: Run) -> None:
+    """Refuse a held-out file that a stage trains on. Raises UserError that names it."""
+    config = run.config
+    trained = [
+        *config.vocabulary.corpus,
+        *config.pretrain.sources,
+        *config.translate.sources,
+        config.transfer.pairs,
+    ]
+    files = {file.resolve() for source in trained for file in resolve(source.path)}
+    files |= {file.resolve() for file in resolve(config.recover.instructions)}
+    for name in ("text", "pairs", "instructions"):
+        for file in resolve(getattr(config.evaluation, name)):
+            if file.resolve() in files:
+                raise UserError(f"evaluation.{name}: {file} is also trained on; hold it out of every stage")
+
+
+def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
+    """Measure a point; writes results.json."""
+    config = run.config
+    base = run.split("base")
+    here = Point(point, base if point == "base" else run.split(point), run.tokenizer(point), run.model_config)
+    with run.progress.task(f"evaluation of {point}", total=6, unit="part") as bar:
+        held_out = _held_out(run, directory.parent / "original_answers.json")
+        bar.update(1)
+        results = evaluate(
+            here, base, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
+        )
+    counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
+    write_json(directory / "results.json", {"point": point, "counts": counts, **results})
+    metrics = results["metrics"]
+    return {
+        "text": f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
+        f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
+        f"{metrics['well_formed_chains']:.0%} well-formed chains"
+    }
+
+
+def _held_out(run: Run, path: Path) -> HeldOut:
+    section = run.config.evaluation
+    documents = read_documents(section.text)
+    pairs = read_pairs(section.pairs, limit=section.max_pairs)
+    rows = read_jsonl(section.instructions, required=("instruction", "translation"), limit=section.max_chats)
+    for loaded in (documents, pairs, rows):
+        check_no_special(loaded, run.tokenizer("base").find_special)
+    questions = [(row["instruction"].strip(), row["translation"].strip()) for row in rows]
+    return HeldOut(
+        documents=documents[: section.max_documents],
+        pairs=pairs,
+        questions=questions,
+        answers=_original_answers(run, path, [question for question, _ in questions]),
+    )
+
+
+def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
+    """The original model's answers to the English questions as (prompt ids, answer ids with the end token)."""
+    wanted = {
+        "questions": questions,
+        "weights": base_fingerprint(run.base),
+        "max_new_tokens": run.config.evaluation.max_new_tokens,
+    }
+    if path.exists() and (known := read_json(path))["of"] == wanted:
+        return [(row["prompt"], row["answer"]) for row in known["rows"]]
+    tokenizer, section = run.tokenizer("base"), run.config.evaluation
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
+    engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
+    generated = engine.generate(prompts, max_new_tokens=section.max_new_tokens, stop=[tokenizer.eos_id])
+    rows: list[dict[str, Any]] = []
+    for question, prompt, ids in zip(questions, prompts, generated, strict=True):
+        ended = [tokenizer.eos_id] if len(ids) < section.max_new_tokens else []
+        rows.append({"question": question, "text": tokenizer.decode(ids), "prompt": prompt, "answer": ids + ended})
+    write_json(path, {"of": wanted, "rows": rows})
+    return [(row["prompt"], row["answer"]) for row in rows]

@@ -1,0 +1,20 @@
+"""Stage 2: causal language modelling on target-language text (TransLLM, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import pretraining_inputs, pretraining_stage
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What this stage reads: files and config sections."""
+    return pretraining_inputs(run, "pretrain")
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Train adapters and new rows from their initial values; resumes from its checkpoint."""
+    return pretraining_stage(run, directory, "pretrain", start="vocabulary")

@@ -1,0 +1,141 @@
+"""Stage 4, first half: Recovery KD (TransLLM, section 3.4).
+
+The original chat model, which is the base weights with the adapters off, answers English instructions; instructions
+and answers are translated. What it wrote is kept answer by answer, so a run that is cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.config import Translation
+from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.errors import UserError
+from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.translate import FileTranslator, ModelTranslator
+from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.training.metrics import read_rows
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What this stage reads: files and config sections."""
+    section = run.config.recover
+    files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
+    return {"recover": section.model_dump(), **run.hashes(file for file in files if file is not None)}
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Write answers.jsonl (of the original model) and chains.jsonl (with their translations)."""
+    section = run.config.recover
+    loaded = read_jsonl(section.instructions, limit=section.limit)
+    check_no_special(loaded, run.tokenizer("vocabulary").find_special)
+    instructions = [row["instruction"].strip() for row in loaded]
+    if len(set(instructions)) != len(instructions):
+        twice = next(text for text in instructions if instructions.count(text) > 1)
+        raise UserError(f"{section.instructions}: the instruction {twice[:60]!r} stands twice; remove one")
+    answers = _answer(run, directory / "answers.jsonl", instructions)
+    whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
+    questions, by_question = _translate(
+        run, [r["instruction"] for r in whole], section.translate_instructions, "instructions"
+    )
+    translated, by_answer = _translate(run, [r["answer"] for r in whole], section.translate_answers, "answers")
+    chains = [
+        {
+            "question": question,
+            "question_en": row["instruction"],
+            "answer_en": row["answer"],
+            "answer": answer,
+            "translated_by": {"question": how_question, "answer": how_answer},
+        }
+        for row, question, how_question, answer, how_answer in zip(
+            whole, questions, by_question, translated, by_answer, strict=True
+        )
+        if question is not None and answer is not None
+    ]
+    if not chains:
+        raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
+    (directory / "chains.jsonl").write_text(text, encoding="utf-8")
+    unfinished = len(answers) - len(whole)
+    counts = {how: by_answer.count(how) for how in ("file", "model", "none")}
+    return {
+        "text": f"{len(answers)} answers of the original model ({unfinished} cut off or empty, left out), "
+        f"{len(chains)} chains; answers translated by file {counts['file']}, by the model {counts['model']}",
+        "answers": len(answers),
+        "unfinished": unfinished,
+        "chains": len(chains),
+        "answers_translated_by": counts,
+    }
+
+
+def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
+    """Answers of the original model, in order; those that `path` holds are not asked again."""
+    section = run.config.recover
+    rows = read_rows(path)[: len(instructions)]
+    # Whole batches only, so that a resumed run asks in the same batches as an undisturbed one.
+    if len(rows) < len(instructions):
+        rows = rows[: len(rows) // section.batch_size * section.batch_size]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if len(rows) == len(instructions):
+        return rows
+    tokenizer = run.tokenizer("base")
+    engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
+    with (
+        path.open("a", encoding="utf-8") as file,
+        run.progress.task("answers", total=len(instructions), done=len(rows), unit="answer") as bar,
+    ):
+        while len(rows) < len(instructions):
+            batch = instructions[len(rows) : len(rows) + section.batch_size]
+            prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in batch]
+            generated = engine.generate(
+                prompts,
+                max_new_tokens=section.max_new_tokens,
+                stop=[tokenizer.eos_id],
+                on_tokens=lambda count: bar.advance(0, "the original model answers"),
+            )
+            for text, ids in zip(batch, generated, strict=True):
+                row = {
+                    "instruction": text,
+                    "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    "finished": len(ids) < section.max_new_tokens,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows.append(row)
+            file.flush()
+            bar.update(len(rows))
+            if len(rows) < len(instructions):
+                run.interrupt.check(f"recover: {len(rows)} of {len(instructions)} answers")
+    return rows
+
+
+def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -> tuple[list[str | None], list[str]]:
+    """Translations of English texts, and who made each: `file`, `model` or `none`."""
+    found: list[str | None] = [None] * len(texts)
+    if config.file is not None:
+        found = FileTranslator(config.file, config.fields).translate(texts, "to_target")
+    by = ["none" if text is None else "file" for text in found]
+    missing = [place for place, text in enumerate(found) if text is None]
+    if missing and config.missing == "error":
+        raise UserError(
+            f"{config.file}: no translation of {len(missing)} {what}, the first {texts[missing[0]][:60]!r}; "
+            f"add them, or set recover.translate_{what}.missing to model or drop"
+        )
+    if missing and config.missing == "model":
+        engine = Engine(run.split("translate"), run.model_config, batch_size=run.config.recover.batch_size)
+        with run.progress.task(f"translations of {what}", total=len(missing), unit="text") as bar:
+            translator = ModelTranslator(
+                engine,
+                run.tokenizer("vocabulary"),
+                run.markers,
+                max_new_tokens=run.config.recover.max_new_tokens,
+                on_tokens=lambda count: bar.advance(0, "the model translates"),
+            )
+            for place, text in zip(
+                missing, translator.translate([texts[place] for place in missing], "to_target"), strict=True
+            ):
+                found[place], by[place] = text, "none" if text is None else "model"
+    return found, by

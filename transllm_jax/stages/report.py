@@ -1,0 +1,175 @@
+"""The end of a run: all results together, as JSON and as a page, and whether the goals were met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.artifacts import read_json, write_json
+from transllm_jax.evaluation.measures import percent, written
+from transllm_jax.evaluation.report import write_report
+from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.training.metrics import read_rows
+
+TRAINED = ("pretrain", "translate", "transfer")
+STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
+VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+# How many conversations and translations the page shows.
+SHOWN = 8
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What the report reads besides the results."""
+    return {"title": run.config.title}
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Write evaluation/results.json and report.html."""
+    results = collect(run)
+    write_json(run.workdir / "evaluation" / "results.json", results)
+    write_report(results, run.workdir / "report.html")
+    met = sum(goal["met"] is True for goal in results["goals"])
+    return {"text": f"{met} of {len(results['goals'])} goals met"}
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """The results of all points and stages in the form that the report reads."""
+    config = run.config
+    measured = {point: read_json(run.workdir / "evaluation" / point / "results.json") for point in POINTS}
+    manifests = {name: read_json(run.workdir / name / "manifest.json") for name in STAGES}
+    metrics: dict[str, dict[str, float | None]] = {}
+    for point, result in measured.items():
+        for name, value in result["metrics"].items():
+            metrics.setdefault(name, {})[point] = value
+    vocabulary = manifests["vocabulary"]["summary"]
+    return {
+        "title": config.title,
+        "language": config.language.model_dump(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "source": config.model.source,
+            "parameters": vocabulary["frozen_parameters"],
+            "trainable": vocabulary["trainable_parameters"],
+            "new_tokens": vocabulary["new_tokens"],
+            "hidden_size": run.model_config.hidden_size,
+            "layers": run.model_config.num_hidden_layers,
+        },
+        "versions": {name: version(name) for name in VERSIONS},
+        "points": list(POINTS),
+        "metrics": metrics,
+        "details": {
+            "chrf_prompt": {point: result["chrf_prompt"] for point, result in measured.items()},
+            "counts": measured["base"]["counts"],
+            "english_kl_without_marker": {p: r["english_kl_without_marker"] for p, r in measured.items()},
+        },
+        "goals": goals(metrics, config.language.name),
+        "stages": [
+            {
+                "name": name,
+                "seconds": manifest["summary"].get("seconds"),
+                "steps": manifest["summary"].get("steps"),
+                "tokens": manifest["summary"].get("tokens"),
+                "tokens_per_second": manifest["summary"].get("tokens_per_second"),
+                "summary": manifest["summary"]["text"],
+            }
+            for name, manifest in manifests.items()
+        ],
+        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAINED},
+        "translations": _translations(run, measured),
+        "conversations": _conversations(run, measured),
+        "config": config.to_yaml(),
+    }
+
+
+def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str) -> list[dict[str, Any]]:
+    """What a run is expected to show, each with what was measured. `met` is None where something was not measured."""
+
+    def goal(name: str, wanted: str, measured: str, met: bool | None) -> dict[str, Any]:
+        return {"name": name, "wanted": wanted, "measured": measured, "met": met}
+
+    def at(metric: str, point: str) -> float | None:
+        return metrics.get(metric, {}).get(point)
+
+    found = []
+    before, after = at("bits_per_byte", "base"), at("bits_per_byte", "transfer")
+    known = before is not None and after is not None and before > 0
+    change = f" ({percent(after / before - 1, sign=True)})" if known else ""  # type: ignore[operator]
+    found.append(
+        goal(
+            f"{language} bits per byte",
+            "at least 20 % below the original model's with its own tokenizer",
+            f"{written(after)} against {written(before)}{change}",
+            after <= 0.8 * before if known else None,  # type: ignore[operator]
+        )
+    )
+    before, after = at("tokens_per_character", "base"), at("tokens_per_character", "transfer")
+    found.append(
+        goal(
+            f"Tokens per {language} character",
+            "at most 0.40",
+            f"{written(after)} against {written(before)}",
+            None if after is None else after <= 0.40,
+        )
+    )
+    for metric, name in (("chrf_to_target", f"English to {language}"), ("chrf_to_english", f"{language} to English")):
+        before, after = at(metric, "base"), at(metric, "transfer")
+        found.append(
+            goal(
+                f"chrF, {name}",
+                "above the original model's",
+                f"{written(after, 'score')} against {written(before, 'score')}",
+                None if before is None or after is None else after > before,
+            )
+        )
+    after = at("well_formed_chains", "transfer")
+    found.append(
+        goal(
+            "Well-formed chains",
+            "at least 90 %",
+            written(after, "share"),
+            None if after is None else after >= 0.9,
+        )
+    )
+    before, after = at("english_kl", "translate"), at("english_kl", "transfer")
+    found.append(
+        goal(
+            "English answers kept",
+            "KL to the original lower after stage 4 than after stage 3",
+            f"{written(after)} against {written(before)}",
+            None if before is None or after is None else after < before,
+        )
+    )
+    return found
+
+
+def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from transllm_jax.data.sources import read_pairs
+
+    pairs = read_pairs(run.config.evaluation.pairs, limit=run.config.evaluation.max_pairs)[:SHOWN]
+    return [
+        {
+            "english": english,
+            "target": target,
+            "outputs": {
+                point: {way: measured[point]["translations"][way][number] for way in ("to_target", "to_english")}
+                for point in ("base", "translate", "transfer")
+            },
+        }
+        for number, (english, target) in enumerate(pairs)
+    ]
+
+
+def _conversations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from transllm_jax.data.sources import read_jsonl
+
+    section = run.config.evaluation
+    rows = read_jsonl(section.instructions, required=("instruction", "translation"), limit=section.max_chats)
+    answers, before = measured["transfer"]["answers"], measured["base"]["answers"]
+    # The first ones, whatever they are: an example is not chosen for how it looks.
+    return [
+        {"question": row["translation"], "base": old["visible"], **new}
+        for row, new, old in list(zip(rows, answers, before, strict=True))[:SHOWN]
+    ]

@@ -1,0 +1,106 @@
+"""What every stage is given: the config, the work directory, a voice, and the models and tokenizers of its points.
+
+A point is a state of the model in the course of a run: `base` (the original chat model) and, after each stage that
+changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from conversion.hf import read_config, read_weights
+from transllm_jax.artifacts import file_hash
+from transllm_jax.config import Config, Source
+from transllm_jax.data import sources
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.parameters import Flat, Split, assemble, load_frozen
+from transllm_jax.progress import Progress
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.checkpoint import load_arrays
+
+POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
+
+
+class Run:
+    """One run of the pipeline. The frozen weights are read once and shared by the models of all points."""
+
+    def __init__(self, config: Config, workdir: Path, progress: Progress, interrupt: Interrupt) -> None:
+        self.config = config
+        self.workdir = workdir
+        self.progress = progress
+        self.interrupt = interrupt
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._hashes: dict[Path, str] = {}
+
+    @property
+    def base(self) -> Path:
+        """The imported chat model: a Hugging Face directory."""
+        return self.workdir / "base"
+
+    @cached_property
+    def model_config(self) -> LlamaConfig:
+        """The base model's shape."""
+        return read_config(self.base)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters' shape."""
+        lora = self.config.lora
+        return LoraConfig(lora.rank, lora.alpha, lora.dropout)
+
+    @property
+    def markers(self) -> Markers:
+        """The chain's markers."""
+        markers = self.config.markers
+        return Markers(markers.english, self.config.target_marker, markers.response)
+
+    @cached_property
+    def frozen(self) -> Flat:
+        """The base model's weights, on the device."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        return load_frozen(self.model_config, read_weights(self.base, dtype), dtype)
+
+    def tokenizer(self, point: str) -> Tokenizer:
+        """The tokenizer at a point: the base's own, or the expanded one."""
+        name = "base" if point == "base" else "vocabulary"
+        if name not in self._tokenizers:
+            self._tokenizers[name] = Tokenizer.load(self.workdir / name)
+        return self._tokenizers[name]
+
+    def split(self, point: str) -> Split:
+        """The model at a point."""
+        if point == "base":
+            return assemble(self.model_config, self.frozen)
+        return assemble(self.model_config, self.frozen, lora=self.lora, trainable=load_arrays(self.trainable(point)))
+
+    def trainable(self, point: str) -> Path:
+        """Where a point's adapters and new rows lie."""
+        return self.workdir / point / "trainable"
+
+    def read(self, source: Source) -> sources.Loaded[Any]:
+        """Documents of a `text` source, (English, target) pairs of a `pairs` source."""
+        if source.format == "pairs":
+            return sources.read_pairs(source.path, limit=source.limit, controls=source.controls)
+        return sources.read_documents(
+            source.path, limit=source.limit, separator=source.separator, controls=source.controls
+        )
+
+    def hashes(self, paths: Iterable[str]) -> dict[str, str]:
+        """The hashes of the files that these paths (or globs) mean, for a step's inputs.
+
+        Raises UserError for a path that means none.
+        """
+        files = [file for path in paths for file in sources.resolve(path)]
+        for file in files:
+            if file not in self._hashes:
+                self._hashes[file] = file_hash(file)
+        # Named by the path as given, which the user knows; the content is what counts.
+        return {f"file {file}": self._hashes[file] for file in files}

@@ -1,0 +1,20 @@
+"""Stage 3: causal language modelling on translation pairs in both directions, mixed with English text (section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import pretraining_inputs, pretraining_stage
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What this stage reads: files and config sections."""
+    return pretraining_inputs(run, "translate")
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Train on from stage `pretrain`; resumes from its checkpoint."""
+    return pretraining_stage(run, directory, "translate", start="pretrain")

@@ -1,0 +1,80 @@
+"""Stage 1: learn tokens of the target language, initialise their rows, add adapters (TransLLM, section 3.1).
+
+The model's answers to English text are unchanged: base ids do not move and the adapters begin at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transllm_jax.artifacts import write_json
+from transllm_jax.data.sources import check_no_special
+from transllm_jax.errors import UserError
+from transllm_jax.model.parameters import count, initial_adapters
+from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.expand import expand
+from transllm_jax.training.checkpoint import save_arrays
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What this stage reads: files and config sections."""
+    config = run.config
+    return {
+        "vocabulary": config.vocabulary.model_dump(),
+        "lora": config.lora.model_dump(),
+        "language": config.language.model_dump(),
+        "markers": config.markers.model_dump(),
+        "embeddings": config.embeddings,
+        "seed": config.seed,
+        **run.hashes(source.path for source in config.vocabulary.corpus),
+    }
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Write the expanded tokenizer, its report, and the adapters and new rows that training starts from."""
+    config = run.config
+    base = run.tokenizer("base")
+    if base.vocab_size != run.model_config.vocab_size:
+        raise UserError(
+            f"{run.base}: {base.vocab_size} tokens and {run.model_config.vocab_size} embedding rows; "
+            "a model with padding rows cannot be expanded yet: cut its embedding to the tokenizer's size"
+        )
+    documents: list[str] = []
+    for source in config.vocabulary.corpus:
+        loaded = run.read(source)
+        check_no_special(loaded, base.find_special)
+        documents += [item[1] if source.format == "pairs" else item for item in loaded]
+    expansion = expand(
+        base,
+        documents,
+        size=config.vocabulary.size,
+        language=config.language.code,
+        markers=list(run.markers.in_order()),
+        min_count=config.vocabulary.min_count,
+    )
+    expansion.tokenizer.save(directory)
+    trainable = initial_adapters(run.model_config, run.lora, config.seed)
+    tables = {"vocabulary.new": run.frozen["vocabulary.base"]}
+    if not run.model_config.tie_word_embeddings:
+        tables["vocabulary.output_new"] = run.frozen["vocabulary.output_base"]
+    for path, table in tables.items():
+        rows = np.asarray(table, np.float32)
+        trainable[path] = np.stack([rows[pieces].mean(axis=0) for pieces in expansion.pieces])
+    save_arrays(directory / "trainable", trainable)
+    report = {
+        **expansion.report,
+        "trainable_parameters": count(trainable),
+        "frozen_parameters": count(run.frozen),
+    }
+    write_json(directory / "report.json", report)
+    before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
+    return {
+        "text": f"{len(expansion.new_tokens)} new tokens; {before:.2f} -> {after:.2f} tokens a character",
+        "new_tokens": len(expansion.new_tokens),
+        "trainable_parameters": count(trainable),
+        "frozen_parameters": count(run.frozen),
+    }

@@ -1,0 +1,120 @@
+"""The translation chain of thought: how an answer is laid out, built, read back and mended.
+
+    a question in the target language:  <EN>question<RESPONSE>answer in English<TH>answer in the target language
+    a question in English:              <RESPONSE>answer in English
+    a translation instruction:          <TH>translation      (or <EN>translation)
+
+The markers are single special tokens and touch the text that follows them. So the answer behind a marker has exactly
+the ids that the original model gives it at the start of an answer, which is what is to be recovered; and no token is
+spent on a lone space. Everything here reads markers with spaces around them too.
+Source: TransLLM, arXiv 2405.13923, section 3 and table 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from transllm_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The markers before an English text, before a text in the target language, before an English answer."""
+
+    english: str = "<EN>"
+    target: str = "<TH>"
+    response: str = "<RESPONSE>"
+
+    @classmethod
+    def for_language(cls, language: str) -> Markers:
+        """The markers of a target language given as ISO code: `th` -> `<TH>`."""
+        return cls(target=f"<{language.upper()}>")
+
+    def in_order(self) -> tuple[str, str, str]:
+        """The three markers as a chain has them: before the question, the answer, the translated answer."""
+        return (self.english, self.response, self.target)
+
+
+MARKERS = Markers()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A whole chain: the question in English, the answer in English, the answer in the target language."""
+
+    question_en: str
+    answer_en: str
+    answer_target: str
+
+
+def _clean(text: str, what: str, markers: Markers) -> str:
+    found = _pattern(markers).search(text)
+    if found:
+        raise UserError(f"{what} contains the marker {found.group()}: remove it from the text {text[:60]!r}")
+    text = text.strip()
+    if not text:
+        raise UserError(f"{what} is empty: a chain needs text after every marker; drop this row")
+    return text
+
+
+def _pattern(markers: Markers) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(m) for m in markers.in_order()))
+
+
+def build_chain(question_en: str, answer_en: str, answer_target: str, markers: Markers = MARKERS) -> str:
+    """The whole chain as text. Raises UserError for an empty side or a marker inside a side."""
+    question = _clean(question_en, "the English question", markers)
+    answer = _clean(answer_en, "the English answer", markers)
+    target = _clean(answer_target, "the answer in the target language", markers)
+    return f"{markers.english}{question}{markers.response}{answer}{markers.target}{target}"
+
+
+def build_english_answer(answer: str, markers: Markers = MARKERS) -> str:
+    """The answer to an English question. Raises UserError for an empty answer or a marker inside it."""
+    return f"{markers.response}{_clean(answer, 'the English answer', markers)}"
+
+
+def build_translation(text: str, marker: str, markers: Markers = MARKERS) -> str:
+    """A translation after `marker`, the English or the target one. Raises UserError for another marker, an
+    empty text or a marker inside it."""
+    if marker not in (markers.english, markers.target):
+        raise UserError(f"{marker!r} is not a language marker: use {markers.english} or {markers.target}")
+    return f"{marker}{_clean(text, 'the translation', markers)}"
+
+
+def parse(text: str, markers: Markers = MARKERS) -> Chain | None:
+    """Reads a whole chain back, None where it is malformed.
+
+    Well-formed means: the three markers once each, in order, nothing before the first one, text after each.
+    """
+    if tuple(m.group() for m in _pattern(markers).finditer(text)) != markers.in_order():
+        return None
+    before, *parts = (part.strip() for part in _pattern(markers).split(text))
+    if before or not all(parts):
+        return None
+    return Chain(*parts)
+
+
+def well_formed(text: str, markers: Markers = MARKERS) -> bool:
+    """Whether the three markers stand once each, in order, each followed by text, nothing before them."""
+    return parse(text, markers) is not None
+
+
+def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
+    """The marker to append so that generation goes on with a chain that stopped early.
+
+    It is the one that follows the last marker present, or the first one if there is none; None where the
+    last one is the target marker, after which nothing can follow.
+    """
+    order = markers.in_order()
+    found = _pattern(markers).findall(text)
+    if not found:
+        return order[0]
+    position = order.index(found[-1])
+    return order[position + 1] if position + 1 < len(order) else None
+
+
+def visible(text: str, markers: Markers = MARKERS) -> str:
+    """What the user sees: the text after the last marker, stripped; all of it where there is no marker."""
+    return _pattern(markers).split(text)[-1].strip()

@@ -1,0 +1,104 @@
+"""Keeping runs of the target script whole: the pre-tokenizer of an expanded byte-level BPE tokenizer.
+
+The usual patterns cut a Thai word at every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and
+a merge cannot cross a cut. So runs of the script, with a space before, are isolated first; every stretch
+between them is then cut exactly as the base cuts it when it stands alone. Text without the script has no
+runs and keeps its cuts, hence its ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import tokenizers
+
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.scripts import Script
+
+# What `ByteLevel(use_regex=True)` splits by (GPT-2's pattern).
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
+    step = state["pre_tokenizer"]
+    if step is None:
+        return []
+    return list(step["pretokenizers"]) if step["type"] == "Sequence" else [step]
+
+
+def check_supported(state: dict[str, Any], source: str) -> None:
+    """Raises UserError unless `state`, a parsed tokenizer.json, is a byte-level BPE that can be expanded."""
+    model, steps = state["model"], _steps(state)
+    if model["type"] != "BPE":
+        raise UserError(
+            f"{source} is a {model['type']} tokenizer: only byte-level BPE bases can be expanded; choose one"
+        )
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        raise UserError(
+            f"{source} is a SentencePiece-style BPE tokenizer (no byte-level pre-tokenizer): only byte-level "
+            f"BPE bases (SmolLM2, LLaMA-3, Qwen) can be expanded so far; choose one"
+        )
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not know it")
+    if steps[-1].get("add_prefix_space"):
+        raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not know it")
+    for step in steps[:-1]:
+        known = step["type"] == "Digits" or (
+            step["type"] == "Split"
+            and "Regex" in step["pattern"]
+            and step["behavior"] == "Isolated"
+            and not step["invert"]
+        )
+        if not known:
+            raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not know it")
+
+
+def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
+    """The pre-tokenizer of `state`, a parsed tokenizer.json, changed so that runs of `script` stay whole.
+
+    A `Digits` step stays in front: the script's own digits stay single where the base's digits do.
+    """
+    run = f" ?[{script.character_class}]+"
+
+    def split(pattern: str) -> dict[str, Any]:
+        return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+    steps: list[dict[str, Any]] = []
+    isolated = False
+    for step in _steps(state):
+        cuts = step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"])
+        if step["type"] != "Digits" and not isolated:
+            steps.append(split(run))
+            isolated = True
+        if cuts:  # the runs stand alone already; as the first alternative each is matched whole and so not cut
+            steps.append(split(f"{run}|{step['pattern']['Regex'] if step['type'] == 'Split' else GPT2_PATTERN}"))
+        if step["type"] == "ByteLevel":
+            steps.append({**step, "use_regex": False})
+        elif step["type"] != "Split":
+            steps.append(step)
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+class RunFinder:
+    """Finds the runs of the target script in a text as the expanded tokenizer sees them, with their space."""
+
+    def __init__(self, state: dict[str, Any], script: Script) -> None:
+        """`state` is the base's parsed tokenizer.json."""
+        inside, numerals = script.character_class, script.numerals
+        pattern = f" ?[{inside}]+"
+        for step in _steps(state):
+            if step["type"] == "Digits" and numerals:  # digits are cut off first, all of them or one by one
+                many = "" if step["individual_digits"] else "+"
+                pattern = f"[{numerals}]{many}| ?(?:(?![{numerals}])[{inside}])+"
+        self._pattern = re.compile(pattern)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        self._normalizer = backend.normalizer
+
+    def find(self, text: str) -> list[str]:
+        """The runs in order; the text is normalised first if the base normalises."""
+        if self._normalizer is not None:
+            text = self._normalizer.normalize_str(text)
+        return self._pattern.findall(text)

@@ -1,0 +1,214 @@
+"""A tokenizer in a Hugging Face directory: tokenizer.json, tokenizer_config.json and a chat template.
+
+Encoding and decoding are the `tokenizers` library's. transformers, which takes seconds to import, is not
+needed: a saved directory is one that plain `AutoTokenizer` loads with the same ids, which a test checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from transllm_jax.errors import UserError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_IN_TOKENIZER_JSON = {
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "auto_map",
+    "tokenizer_file",
+    "name_or_path",
+    "add_prefix_space",
+    "add_bos_token",
+    "add_eos_token",
+}
+
+
+class Tokenizer:
+    """Text to token ids and back, with the special tokens and the chat template of a chat model."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        chat_template: str | None,
+        source: str = "tokenizer",
+    ) -> None:
+        """`config` is the content of tokenizer_config.json, `source` the name that error messages use."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.config = config
+        self.chat_template = chat_template
+        self.source = source
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Reads a Hugging Face tokenizer directory. Raises UserError for a missing or unreadable file."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"{directory} has no tokenizer.json: give a Hugging Face directory that has one "
+                f"(AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes it for any tokenizer)"
+            )
+        config = _read_json(directory / "tokenizer_config.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception for any broken file
+            raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
+        return cls(backend, config, _read_template(directory, config), str(directory))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+        The template also stands in tokenizer_config.json, where readers older than chat_template.jinja look.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True) + "\n", encoding="utf-8")
+        # A named class such as GPT2Tokenizer rebuilds its own pre-tokenizer when transformers 5 loads it and
+        # so loses ours; the generic class takes tokenizer.json as it is, which the dropped keys only repeat.
+        config = {key: value for key, value in self.config.items() if key not in _IN_TOKENIZER_JSON}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["clean_up_tokenization_spaces"] = False
+        config.pop("chat_template", None)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; no special token is put around it, but one that `text` spells out IS parsed:
+        check other people's text with `find_special` first."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(e.ids) for e in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`. A character of which only a part is there becomes U+FFFD."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written as in tokenizer.json, None if the vocabulary lacks it."""
+        found = self.backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def token(self, token_id: int) -> str | None:
+        """The token of an id, written as in tokenizer.json, None if there is no such id."""
+        found = self.backend.id_to_token(token_id)
+        return None if found is None else str(found)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token's text and id, in the order of the ids."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: int(i) for i, token in sorted(added.items()) if token.special}
+
+    def role(self, name: str) -> str | None:
+        """The token that tokenizer_config.json names for a role such as `eos_token`."""
+        value = self.config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return None if value is None else str(value)
+
+    def _role_id(self, name: str) -> int | None:
+        token = self.role(name)
+        if token is None:
+            return None
+        found = self.token_id(token)
+        if found is None:
+            raise UserError(
+                f"{self.source}: tokenizer_config.json names {token!r} as {name}, which tokenizer.json "
+                f"lacks: correct {name}"
+            )
+        return found
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The token that ends an answer. Raises UserError where tokenizer_config.json names none."""
+        found = self._role_id("eos_token")
+        if found is None:
+            raise UserError(f"{self.source}: tokenizer_config.json names no eos_token: add the one of the chat model")
+        return found
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The padding token; the end token where there is none."""
+        found = self._role_id("pad_token")
+        return self.eos_id if found is None else found
+
+    @cached_property
+    def document_end_id(self) -> int:
+        """The token that ends a document of plain text: `<|endoftext|>` if there is one, else eos."""
+        found = self.token_id("<|endoftext|>")
+        return self.eos_id if found is None else found
+
+    @cached_property
+    def bos_ids(self) -> list[int]:
+        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2."""
+        plain = list(self.backend.encode("a", add_special_tokens=False).ids)
+        whole = list(self.backend.encode("a", add_special_tokens=True).ids)
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start]
+        return []
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(re.escape(t) for t in longest_first) or r"(?!)")
+
+    def find_special(self, text: str) -> str | None:
+        """The first special token that `text` contains, None if it contains none."""
+        found = self._special_pattern.search(text)
+        return found.group() if found else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template."""
+        content = json.loads(self.backend.to_str())
+        roles = {name: self.role(name) for name in ROLES}
+        canonical = json.dumps([content, roles, self.chat_template], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it names the end token and the chat template; copy it from the model")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch it again")
+    return value
+
+
+def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """The chat template from where transformers looks: chat_template.jinja, then .json, then the config."""
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    value: Any = config.get("chat_template")
+    if (directory / "chat_template.json").is_file():
+        value = _read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(value, list):  # several named templates
+        value = {t["name"]: t["template"] for t in value}.get("default")
+    return None if value is None else str(value)

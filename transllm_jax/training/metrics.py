@@ -1,0 +1,42 @@
+"""metrics.jsonl: one line a logged step. A resumed run first drops the lines past its checkpoint: no step twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends rows to a jsonl file, each flushed at once, starting after `step`."""
+
+    def __init__(self, path: Path, *, step: int = 0) -> None:
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(part, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file that a run appends to; an unfinished last line (of a killed process) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
