@@ -42,12 +42,18 @@ def tiny_config(vocab_size: int, *, tied: bool = True) -> LlamaConfig:
 
 
 def random_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights in our layout, large enough that attention and the norms matter."""
+    """Weights in our layout, large enough that attention and the norms matter.
+
+    The layers speak louder than the embedding: with tied tables a weaker model only repeats its last token.
+    """
     rng = np.random.default_rng(seed)
     weights = {}
     for path, shape in weight_shapes(config).items():
         values = rng.standard_normal(shape, dtype=np.float32)
-        weights[path] = 1 + 0.2 * values if path.endswith("scale") else values * (0.7 / shape[-1] ** 0.5)
+        if path.endswith("scale"):
+            weights[path] = 1 + np.float32(0.2) * values
+        else:
+            weights[path] = values * np.float32(0.05 if path.startswith("vocabulary") else 1.2 / shape[-2] ** 0.5)
     return weights
 
 
@@ -57,8 +63,10 @@ def write_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Ll
     build_tiny_tokenizer(tokenizer_dir)
     from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-    config = tiny_config(Tokenizer.load(tokenizer_dir).vocab_size, tied=tied)
-    write_model(directory, config, random_weights(config, seed), tokenizer_dir=tokenizer_dir)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    config = tiny_config(tokenizer.vocab_size, tied=tied)
+    extra = {"eos_token_id": tokenizer.eos_id}
+    write_model(directory, config, random_weights(config, seed), tokenizer_dir=tokenizer_dir, extra_config=extra)
     return config
 
 
@@ -88,7 +96,7 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
         "workdir": str(workdir),
         "seed": 1,
         "model": {"source": str(model)},
-        "vocabulary": {"size": 60, "corpus": [text]},
+        "vocabulary": {"size": 140, "corpus": [text]},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "pretrain": {**training, "sources": [text]},
         "translate": {
@@ -113,7 +121,7 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
         },
         "transfer": {**training, "length": 256, "pairs": pairs},
         "evaluation": {
-            "text": str(EXAMPLES / "text.heldout.txt"),
+            "text": {"path": str(EXAMPLES / "text.heldout.txt")},
             "pairs": str(EXAMPLES / "pairs.heldout.tsv"),
             "instructions": str(EXAMPLES / "instructions.heldout.jsonl"),
             "max_documents": 2,

@@ -109,7 +109,7 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
 
-    # jsonl with a field `instruction`.
+    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
     instructions: str
     limit: Positive | None = None
     max_new_tokens: Positive = 256
@@ -150,9 +150,11 @@ class Prompts(Section):
 class Evaluation(Section):
     """Held-out files, which no stage reads, and how much of each is used."""
 
-    text: str
+    text: Source
     pairs: str
     instructions: str
+    # The fields of an instruction in English and in the target language.
+    instruction_fields: tuple[str, str] = ("instruction", "translation")
     max_documents: Positive = 50
     max_pairs: Positive = 50
     max_chats: Positive = 30

@@ -91,28 +91,21 @@ def english_kl(
     answers: Sequence[tuple[list[int], list[int]]],
     prefix: Sequence[int],
     *,
-    length: int,
     batch_size: int,
 ) -> float:
     """Mean KL per token, in nats, from the original model to this one on the original's own English answers.
 
     `answers` holds (prompt ids, answer ids with the end token). `prefix` stands before the answer in this model's
-    format (`<RESPONSE>` after stage `transfer`, nothing before) and is not counted. Longer rows are cut to `length`.
+    format (`<RESPONSE>` after stage `transfer`, nothing before) and is not counted.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
-    length = min(length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     total, tokens = 0.0, 0
     for first in range(0, len(answers), batch_size):
         batch = answers[first : first + batch_size]
         taught, taught_places = _states(base, batch, [], length, batch_size)
         moved, moved_places = _states(split, batch, prefix, length, batch_size)
-        # A prefix may push the end of a long answer out of the row: what both have is compared.
-        both = [
-            (t[: min(len(t), len(m))], m[: min(len(t), len(m))])
-            for t, m in zip(taught_places, moved_places, strict=True)
-        ]
-        taught = taught[np.concatenate([t for t, _ in both])]
-        moved = moved[np.concatenate([m for _, m in both])]
+        taught, moved = taught[np.concatenate(taught_places)], moved[np.concatenate(moved_places)]
         for start in range(0, len(taught), CHUNK):
             teacher, student = taught[start : start + CHUNK], moved[start : start + CHUNK]
             room = [(0, CHUNK - len(teacher)), (0, 0)]
@@ -125,7 +118,7 @@ def english_kl(
             )
             total += float(jnp.sum(values[: len(teacher)]))
             tokens += len(teacher)
-    return total / max(tokens, 1)
+    return total / tokens
 
 
 def _states(
@@ -136,7 +129,7 @@ def _states(
     segments = np.zeros((size, length), np.int32)
     places = []
     for row, (prompt, answer) in enumerate(batch):
-        ids = [*prompt, *prefix, *answer][:length]
+        ids = [*prompt, *prefix, *answer]
         tokens[row, : len(ids)] = ids
         segments[row, : len(ids)] = 1
         start = len(prompt) + len(prefix) - 1

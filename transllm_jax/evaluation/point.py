@@ -80,11 +80,11 @@ def evaluate(
         "tokens_per_character": tokens_per_character(point.tokenizer, held_out.documents),
     }
     bar.update(1, "English answers kept")
-    plain = english_kl(base, point.split, held_out.answers, [], length=config.length, batch_size=4)
+    plain = english_kl(base, point.split, held_out.answers, [], batch_size=4)
     marked = None
     if point.answers_in_chains:
         prefix = point.tokenizer.encode(markers.response)
-        marked = english_kl(base, point.split, held_out.answers, prefix, length=config.length, batch_size=4)
+        marked = english_kl(base, point.split, held_out.answers, prefix, batch_size=4)
     metrics["english_kl"] = plain if marked is None else marked
     translations: dict[Direction, list[str]] = {}
     ways: tuple[Direction, Direction] = ("to_target", "to_english")

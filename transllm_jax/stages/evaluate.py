@@ -8,7 +8,7 @@ from typing import Any
 
 from conversion.import_base import base_fingerprint
 from transllm_jax.artifacts import read_json, write_json
-from transllm_jax.data.sources import check_no_special, read_documents, read_jsonl, read_pairs, resolve
+from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs, resolve
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.point import HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
@@ -22,7 +22,7 @@ def inputs(run: Run) -> dict[str, Any]:
     return {
         "evaluation": section.model_dump(),
         "prompts": run.config.prompts.model_dump(),
-        **run.hashes([section.text, section.pairs, section.instructions]),
+        **run.hashes([section.text.path, section.pairs, section.instructions]),
     }
 
 
@@ -37,8 +37,9 @@ def require_held_out(run: Run) -> None:
     ]
     files = {file.resolve() for source in trained for file in resolve(source.path)}
     files |= {file.resolve() for file in resolve(config.recover.instructions)}
-    for name in ("text", "pairs", "instructions"):
-        for file in resolve(getattr(config.evaluation, name)):
+    section = config.evaluation
+    for name, path in (("text", section.text.path), ("pairs", section.pairs), ("instructions", section.instructions)):
+        for file in resolve(path):
             if file.resolve() in files:
                 raise UserError(f"evaluation.{name}: {file} is also trained on; hold it out of every stage")
 
@@ -66,12 +67,13 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
 
 def _held_out(run: Run, path: Path) -> HeldOut:
     section = run.config.evaluation
-    documents = read_documents(section.text)
+    documents = run.read_target(section.text)
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
-    rows = read_jsonl(section.instructions, required=("instruction", "translation"), limit=section.max_chats)
-    for loaded in (documents, pairs, rows):
+    english, target = section.instruction_fields
+    rows = read_jsonl(section.instructions, required=(english, target), limit=section.max_chats)
+    for loaded in (pairs, rows):
         check_no_special(loaded, run.tokenizer("base").find_special)
-    questions = [(row["instruction"].strip(), row["translation"].strip()) for row in rows]
+    questions = [(row[english].strip(), row[target].strip()) for row in rows]
     return HeldOut(
         documents=documents[: section.max_documents],
         pairs=pairs,

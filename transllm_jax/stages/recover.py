@@ -7,6 +7,7 @@ and answers are translated. What it wrote is kept answer by answer, so a run tha
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     section = run.config.recover
     loaded = read_jsonl(section.instructions, limit=section.limit)
     check_no_special(loaded, run.tokenizer("vocabulary").find_special)
-    instructions = [row["instruction"].strip() for row in loaded]
-    if len(set(instructions)) != len(instructions):
-        twice = next(text for text in instructions if instructions.count(text) > 1)
-        raise UserError(f"{section.instructions}: the instruction {twice[:60]!r} stands twice; remove one")
+    texts = [_instruction(row) for row in loaded]
+    instructions = list(dict.fromkeys(texts))
+    if len(instructions) < len(texts):
+        run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
     answers = _answer(run, directory / "answers.jsonl", instructions)
     whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
     questions, by_question = _translate(
@@ -54,7 +55,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         for row, question, how_question, answer, how_answer in zip(
             whole, questions, by_question, translated, by_answer, strict=True
         )
-        if question is not None and answer is not None
+        if _usable(run, question) and _usable(run, row["answer"]) and _usable(run, answer)
     ]
     if not chains:
         raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
@@ -70,6 +71,20 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         "chains": len(chains),
         "answers_translated_by": counts,
     }
+
+
+def _usable(run: Run, text: str | None) -> bool:
+    """Whether a text can stand in a chain: it is there, and no special token is spelled out in it."""
+    return bool(text and text.strip()) and run.tokenizer("vocabulary").find_special(text or "") is None
+
+
+def _printable(text: str) -> str:
+    """A model's text without control characters, which no file of text may hold."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc").strip()
+
+
+def _instruction(row: Mapping[str, Any]) -> str:
+    return "\n\n".join(part.strip() for part in (row["instruction"], row.get("input") or "") if part.strip())
 
 
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
@@ -100,7 +115,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
             for text, ids in zip(batch, generated, strict=True):
                 row = {
                     "instruction": text,
-                    "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
                     "finished": len(ids) < section.max_new_tokens,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -137,5 +152,5 @@ def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -
             for place, text in zip(
                 missing, translator.translate([texts[place] for place in missing], "to_target"), strict=True
             ):
-                found[place], by[place] = text, "none" if text is None else "model"
+                found[place], by[place] = (None, "none") if text is None else (_printable(text), "model")
     return found, by

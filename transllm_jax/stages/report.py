@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.artifacts import read_json, write_json
+from transllm_jax.data.sources import read_jsonl, read_pairs
 from transllm_jax.evaluation.measures import percent, written
 from transllm_jax.evaluation.report import write_report
 from transllm_jax.stages.run import POINTS, Run
@@ -146,8 +147,6 @@ def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str) -> l
 
 
 def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from transllm_jax.data.sources import read_pairs
-
     pairs = read_pairs(run.config.evaluation.pairs, limit=run.config.evaluation.max_pairs)[:SHOWN]
     return [
         {
@@ -163,13 +162,12 @@ def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def _conversations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from transllm_jax.data.sources import read_jsonl
-
     section = run.config.evaluation
-    rows = read_jsonl(section.instructions, required=("instruction", "translation"), limit=section.max_chats)
+    target = section.instruction_fields[1]
+    rows = read_jsonl(section.instructions, required=(target,), limit=section.max_chats)
     answers, before = measured["transfer"]["answers"], measured["base"]["answers"]
     # The first ones, whatever they are: an example is not chosen for how it looks.
     return [
-        {"question": row["translation"], "base": old["visible"], **new}
+        {"question": row[target], "base": old["visible"], **new}
         for row, new, old in list(zip(rows, answers, before, strict=True))[:SHOWN]
     ]

@@ -93,6 +93,12 @@ class Run:
             source.path, limit=source.limit, separator=source.separator, controls=source.controls
         )
 
+    def read_target(self, source: Source) -> list[str]:
+        """Texts in the target language: documents, or of pairs that side."""
+        loaded = self.read(source)
+        sources.check_no_special(loaded, self.tokenizer("base").find_special)
+        return [item[1] if source.format == "pairs" else item for item in loaded]
+
     def hashes(self, paths: Iterable[str]) -> dict[str, str]:
         """The hashes of the files that these paths (or globs) mean, for a step's inputs.
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from transllm_jax.artifacts import write_json
-from transllm_jax.data.sources import check_no_special
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import count, initial_adapters
 from transllm_jax.stages.run import Run
@@ -43,11 +42,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
             f"{run.base}: {base.vocab_size} tokens and {run.model_config.vocab_size} embedding rows; "
             "a model with padding rows cannot be expanded yet: cut its embedding to the tokenizer's size"
         )
-    documents: list[str] = []
-    for source in config.vocabulary.corpus:
-        loaded = run.read(source)
-        check_no_special(loaded, base.find_special)
-        documents += [item[1] if source.format == "pairs" else item for item in loaded]
+    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
     expansion = expand(
         base,
         documents,

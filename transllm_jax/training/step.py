@@ -81,7 +81,7 @@ def make_step(
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
         updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(total / tokens, tokens, optax.global_norm(gradient))
+        metrics = Metrics(total / tokens, tokens, optax.tree.norm(gradient))
         return TrainState(trainable, moments, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=(0,))

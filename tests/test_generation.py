@@ -1,0 +1,392 @@
+"""Generation: batches give what one prompt at a time gives; chains are mended once; translators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_weights, tiny_config
+from tiny_tokenizer import build_tiny_tokenizer
+
+from transllm_jax.errors import UserError
+from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.engine import BURST, ORIGINAL, PROMPT_MULTIPLE, WHOLE, Engine, Mode
+from transllm_jax.generation.sampling import Sampling, choose
+from transllm_jax.generation.translate import FileTranslator, ModelTranslator
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen, merge
+from transllm_jax.tokenizer.chain import Chain, Markers
+from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+VOCAB, NEW, ROOM = 61, 20, 20
+# No token has this id: nothing stops before its time.
+NEVER = [VOCAB + NEW]
+CONFIG = tiny_config(VOCAB, tied=False)
+
+
+@pytest.fixture(scope="module")
+def base() -> Split:
+    return assemble(CONFIG, load_frozen(CONFIG, random_weights(CONFIG)))
+
+
+@pytest.fixture(scope="module")
+def trained(base: Split) -> Split:
+    """The same frozen weights with adapters and new rows that make a difference."""
+    lora = LoraConfig(rank=3, alpha=6.0)
+    rng = np.random.default_rng(4)
+    shapes = abstract(CONFIG, lora, NEW).trainable
+    trainable = {
+        path: (0.1 if path.startswith("vocabulary") else 0.2) * rng.standard_normal(leaf.shape, dtype=np.float32)
+        for path, leaf in sorted(shapes.items())
+    }
+    return assemble(CONFIG, base.frozen, lora=lora, trainable=trainable)
+
+
+def some_prompts(lengths: Sequence[int], vocab_size: int = VOCAB) -> list[list[int]]:
+    rng = np.random.default_rng(8)
+    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+# More prompts than a batch holds, the last batch not full, not in the order of their lengths, and two widths.
+PROMPTS = some_prompts([9, 1, PROMPT_MULTIPLE + 2, 5, 3])
+BATCH = 2
+# Those of one width, for what needs no second one.
+SHORT = [row for row, prompt in enumerate(PROMPTS) if len(prompt) <= PROMPT_MULTIPLE]
+
+
+@partial(jax.jit, static_argnames=("structure", "mode"))
+def _all_logits(trainable: Any, frozen: Any, tokens: jax.Array, *, structure: Any, mode: Mode) -> jax.Array:
+    model = merge(structure, trainable, frozen)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = model(tokens, positions, jnp.ones_like(tokens), adapters=mode.adapters)
+    return model.vocabulary.logits(hidden, base_only=mode.base_only)
+
+
+def slow_greedy(split: Split, prompts: Sequence[Sequence[int]], count: int, mode: Mode = WHOLE) -> list[list[int]]:
+    """The definition: at each token the whole text so far is read anew. What follows in a row is not seen."""
+    tokens = np.zeros((len(PROMPTS), 2 * PROMPT_MULTIPLE), np.int32)  # one shape for all callers
+    ends = np.array([len(prompt) for prompt in prompts])
+    rows = np.arange(len(prompts))
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    for _ in range(count):
+        scores = _all_logits(split.trainable, split.frozen, jnp.asarray(tokens), structure=split.structure, mode=mode)
+        tokens[rows, ends] = np.asarray(scores)[rows, ends - 1].argmax(axis=-1)
+        ends += 1
+    return [tokens[row, end - count : end].tolist() for row, end in zip(rows, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def unstopped(trained: Split) -> list[list[int]]:
+    """What the trained model says to PROMPTS, by the slow reference, without a stop token."""
+    return slow_greedy(trained, PROMPTS, ROOM)
+
+
+@pytest.fixture(scope="module")
+def engine(trained: Split) -> Engine:
+    return Engine(trained, CONFIG, batch_size=BATCH)
+
+
+# --- greedy ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_gives_what_rereading_the_whole_text_at_each_token_gives(
+    engine: Engine, unstopped: list[list[int]]
+) -> None:
+    assert ROOM > BURST and len(PROMPTS) > 2 * BATCH
+    assert sum(len(set(answer)) > 5 for answer in unstopped) > 3, "the model does not just repeat itself"
+    assert max(chain(*unstopped)) >= VOCAB > min(chain(*unstopped)), "new ids are chosen, and read again"
+    told: list[int] = []
+    answers = engine.generate(PROMPTS, max_new_tokens=ROOM, stop=NEVER, on_tokens=told.append)
+    assert answers == unstopped
+    assert sum(told) == len(PROMPTS) * ROOM and len(told) > len(PROMPTS) / BATCH
+
+
+def test_an_answer_ends_before_its_first_stop_token(engine: Engine, unstopped: list[list[int]]) -> None:
+    def ends_with(stop: Sequence[int]) -> list[int]:
+        return [next((at for at, token in enumerate(answer) if token in stop), ROOM) for answer in unstopped]
+
+    def tells_apart(ends: list[int]) -> bool:
+        """One row is done at once, one in the first burst, one in the second."""
+        return 0 in ends and any(0 < end < BURST for end in ends) and any(BURST < end < ROOM for end in ends)
+
+    stop = next(stop for stop in combinations({*chain(*unstopped)}, 3) if tells_apart(ends_with(stop)))
+    ends = ends_with(stop)
+    answers = engine.generate(PROMPTS, max_new_tokens=ROOM, stop=stop)
+    assert answers == [answer[:end] for answer, end in zip(unstopped, ends, strict=True)]
+
+
+def test_the_number_of_new_tokens_is_kept(engine: Engine, unstopped: list[list[int]]) -> None:
+    answers = engine.generate(PROMPTS[3:], max_new_tokens=1, stop=NEVER)
+    assert answers == [answer[:1] for answer in unstopped[3:]]
+
+
+def test_a_stream_grows_to_what_generate_gives(engine: Engine, unstopped: list[list[int]]) -> None:
+    steps = list(engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=NEVER))
+    assert [len(step) for step in steps] == [1, 1 + BURST, ROOM]
+    assert all(steps[-1][: len(step)] == step for step in steps)
+    assert steps[-1] == unstopped[0]
+    stop = unstopped[0][6]
+    *_, last = engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=[stop])
+    assert last == unstopped[0][: unstopped[0].index(stop)]
+
+
+def test_the_original_mode_is_the_base_model(base: Split, engine: Engine, unstopped: list[list[int]]) -> None:
+    prompts = [PROMPTS[row] for row in SHORT]
+    answers = engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=ORIGINAL)
+    assert answers == slow_greedy(base, prompts, ROOM)
+    assert max(chain(*answers)) < VOCAB
+    assert all(mine != unstopped[row] for mine, row in zip(answers, SHORT, strict=True))
+
+
+def test_a_prompt_without_room_is_refused(engine: Engine) -> None:
+    limit = CONFIG.max_position_embeddings
+    with pytest.raises(UserError, match=f"prompt of {limit - 9} tokens and 10 new ones .* context of {limit}"):
+        engine.generate([[1], [1] * (limit - 9)], max_new_tokens=10, stop=NEVER)
+    with pytest.raises(UserError, match="empty prompt"):
+        engine.generate([[1], []], max_new_tokens=10, stop=NEVER)
+    with pytest.raises(UserError, match=f"context of {limit}"):
+        next(engine.stream([1] * limit, max_new_tokens=1, stop=NEVER))
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Sequence[float], sampling: Sampling, count: int = 4000) -> np.ndarray:
+    """The share of each id among `count` rows of equal logits."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    chosen = choose(rows, sampling, jnp.arange(count), jnp.int32(3))
+    return np.bincount(np.asarray(chosen), minlength=len(logits)) / count
+
+
+def test_samples_have_the_distribution_that_was_asked_for() -> None:
+    probabilities = np.array([0.15, 0.5, 0.05, 0.3])
+    logits = np.log(probabilities).tolist()
+    assert np.abs(sample(logits, Sampling(1.0)) - probabilities).max() < 0.03
+    # Temperature 1/2 squares the probabilities.
+    squares = probabilities**2 / (probabilities**2).sum()
+    assert np.abs(sample(logits, Sampling(0.5)) - squares).max() < 0.03
+    # The fewest likely tokens whose mass reaches top_p, in their own proportions.
+    assert np.abs(sample(logits, Sampling(1.0, top_p=0.7)) - np.array([0, 0.625, 0, 0.375])).max() < 0.03
+    assert sample(logits, Sampling(1.0, top_p=0.45)).tolist() == [0, 1, 0, 0]
+    assert sample(logits, Sampling(0.0)).tolist() == [0, 1, 0, 0]
+
+
+def test_a_draw_depends_on_seed_row_and_step_alone() -> None:
+    logits = jnp.zeros((3, 1000))
+    rows = jnp.array([5, 2, 9])
+
+    def draw(order: list[int], step: int = 1, seed: int = 0) -> list[int]:
+        at = jnp.asarray(order)
+        return choose(logits[at], Sampling(1.0, seed=seed), rows[at], jnp.int32(step)).tolist()
+
+    first = draw([0, 1, 2])
+    assert len(set(first)) == 3
+    assert draw([2, 0]) == [first[2], first[0]]
+    assert not set(draw([0, 1, 2], step=2)) & set(first)
+    assert not set(draw([0, 1, 2], seed=1)) & set(first)
+
+
+def test_impossible_sampling_is_refused() -> None:
+    for arguments in ((-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)):
+        with pytest.raises(UserError, match="sampling"):
+            Sampling(*arguments)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(trained: Split, engine: Engine) -> None:
+    mode = Mode(sampling=Sampling(1.0, top_p=0.9, seed=3))
+    prompts = [PROMPTS[row] for row in SHORT]
+    answers = engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode)
+    assert engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode) == answers
+    one_by_one = Engine(trained, CONFIG, batch_size=1)
+    assert one_by_one.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode) == answers
+    *_, streamed = engine.stream(prompts[0], max_new_tokens=ROOM, stop=NEVER, mode=mode)
+    assert streamed == answers[0]
+    # Two prompts alike are two draws.
+    twice = engine.generate([prompts[0], prompts[0]], max_new_tokens=ROOM, stop=NEVER, mode=mode)
+    assert twice[0] == answers[0] != twice[1]
+
+
+def test_a_small_nucleus_is_greedy(engine: Engine, unstopped: list[list[int]]) -> None:
+    mode = Mode(sampling=Sampling(1.5, top_p=1e-6, seed=3))
+    answers = engine.generate(PROMPTS[3:], max_new_tokens=ROOM, stop=NEVER, mode=mode)
+    assert answers == unstopped[3:]
+
+
+# --- chains ---------------------------------------------------------------------------------------------------------
+
+MARKERS = Markers()
+WHOLE_CHAIN = "<EN>What is it?<RESPONSE>A fox.<TH>สุนัข"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tiny tokenizer with the chain's markers as special tokens."""
+    made = Tokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    made.backend.add_special_tokens(list(MARKERS.in_order()))
+    return made
+
+
+class Script:
+    """In place of an engine: gives out texts in order, and keeps what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, *texts: str) -> None:
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.calls: list[list[list[int]]] = []
+        self.options: list[dict[str, Any]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        **options: Any,
+    ) -> list[list[int]]:
+        self.calls.append([list(prompt) for prompt in prompts])
+        self.options.append(options)
+        answers = [self.tokenizer.encode(self.texts.pop(0)) for _ in prompts]
+        on_tokens(sum(map(len, answers)))
+        return answers
+
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
+        (ids,) = self.generate([prompt], **options)
+        yield ids[: len(ids) // 2]
+        yield ids
+
+
+def chat_of(script: Script, **options: Any) -> ChainChat:
+    engine: Any = script
+    return ChainChat(engine, script.tokenizer, MARKERS, max_new_tokens=30, **options)
+
+
+def asked(question: str) -> list[Message]:
+    return [{"role": "user", "content": question}]
+
+
+def test_a_chain_that_breaks_off_is_continued_once_with_the_missing_marker(tokenizer: Tokenizer) -> None:
+    questions = [asked("อะไร"), asked("ใคร"), asked("ที่ไหน")]
+    script = Script(tokenizer, WHOLE_CHAIN, "<EN>Who is it?<RESPONSE>A dog.", "<RESPONSE>Here.", "สวัสดี")
+    told: list[int] = []
+    answers = chat_of(script, mode=ORIGINAL).answers(questions, on_tokens=told.append)
+
+    prompts = [encode_prompt(tokenizer, question) for question in questions]
+    marker = tokenizer.token_id("<TH>")
+    continued = [*prompts[1], *tokenizer.encode("<EN>Who is it?<RESPONSE>A dog."), marker]
+    assert script.calls == [prompts, [continued]]
+    for options in script.options:
+        assert options == {"max_new_tokens": 30, "stop": [tokenizer.eos_id], "mode": ORIGINAL}
+    assert len(told) == 2
+    assert answers == [
+        Answer(WHOLE_CHAIN, Chain("What is it?", "A fox.", "สุนัข"), "สุนัข", False),
+        Answer("<EN>Who is it?<RESPONSE>A dog.<TH>สวัสดี", Chain("Who is it?", "A dog.", "สวัสดี"), "สวัสดี", True),
+        Answer("<RESPONSE>Here.", None, "Here.", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["<RESPONSE>Here.", "<EN>a translation", "<TH>สวัสดี", "no marker at all", WHOLE_CHAIN, ""]
+)
+def test_what_is_no_broken_chain_is_left_as_it_is(tokenizer: Tokenizer, text: str) -> None:
+    script = Script(tokenizer, text, text)
+    (answer,) = chat_of(script).answers([asked("อะไร")])
+    *_, streamed = chat_of(script).stream(asked("อะไร"))
+    assert len(script.calls) == 2 and streamed == answer
+    assert answer.raw == text and not answer.continued and (answer.chain is not None) == (text == WHOLE_CHAIN)
+
+
+def test_there_is_no_second_continuation_and_none_without_fallback(tokenizer: Tokenizer) -> None:
+    broken = "<EN>Who?<RESPONSE>A dog."
+    script = Script(tokenizer, broken, "")
+    (answer,) = chat_of(script).answers([asked("ใคร")])
+    assert len(script.calls) == 2 and script.texts == []
+    assert answer == Answer(broken + "<TH>", None, "", True)
+
+    script = Script(tokenizer, broken)
+    (answer,) = chat_of(script).answers([asked("ใคร")], fallback=False)
+    assert len(script.calls) == 1 and answer == Answer(broken, None, "A dog.", False)
+
+
+def test_a_streamed_answer_ends_as_a_batched_one(tokenizer: Tokenizer) -> None:
+    texts = ("<EN>Who is it?<RESPONSE>A dog.", "สวัสดี")
+    script = Script(tokenizer, *texts)
+    steps = list(chat_of(script).stream(asked("ใคร")))
+    batched = Script(tokenizer, *texts)
+    assert [steps[-1]] == chat_of(batched).answers([asked("ใคร")])
+    assert script.calls == batched.calls
+    assert [step.continued for step in steps] == [False, False, True, True]
+    assert all(len(one.raw) <= len(other.raw) for one, other in pairwise(steps))
+
+    (*_, whole) = chat_of(Script(tokenizer, WHOLE_CHAIN)).stream(asked("อะไร"))
+    assert whole.visible == "สุนัข" and not whole.continued
+
+
+def test_a_turn_is_remembered_in_english(tokenizer: Tokenizer) -> None:
+    script = Script(tokenizer, WHOLE_CHAIN, "<TH>สวัสดี", "<RESPONSE>Yes.")
+    chat = chat_of(script)
+    history: list[Message] = []
+    for question in ("อะไร", "แปล: hello", "Really?"):
+        (answer,) = chat.answers([[*history, *asked(question)]])
+        history += remembered(question, answer)
+    assert history == [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A fox."},
+        {"role": "user", "content": "แปล: hello"},
+        {"role": "assistant", "content": "สวัสดี"},
+        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    seen = tokenizer.decode(script.calls[2][0])
+    assert "A fox." in seen and "Really?" in seen and "สุนัข" not in seen and "อะไร" not in seen
+
+
+# --- translators ----------------------------------------------------------------------------------------------------
+
+
+def jsonl(path: Path, *rows: tuple[str, str]) -> str:
+    lines = [json.dumps({"en": english, "th": target}, ensure_ascii=False) for english, target in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_translates_in_both_directions(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "pairs.jsonl", ("a fox", "จิ้งจอก"), (" a dog ", "สุนัข"), ("a fox", "จิ้งจอก"))
+    translator = FileTranslator(path, ("en", "th"))
+    assert translator.translate(["a dog", "\na fox ", "a cat"], "to_target") == ["สุนัข", "จิ้งจอก", None]
+    assert translator.translate(["สุนัข", "a dog"], "to_english") == ["a dog", None]
+
+
+def test_a_file_with_two_translations_of_a_text_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "pairs.jsonl", ("a fox", "จิ้งจอก"), ("a fox", "สุนัข"))
+    with pytest.raises(UserError, match=r"pairs\.jsonl:2: 'a fox' has another translation"):
+        FileTranslator(path, ("en", "th"))
+    with pytest.raises(UserError, match="no field 'source'"):
+        FileTranslator(path)
+
+
+@pytest.mark.parametrize(
+    ("direction", "first", "second"), [("to_target", "<EN>", "<TH>"), ("to_english", "<TH>", "<EN>")]
+)
+def test_the_model_translates_after_the_markers(tokenizer: Tokenizer, direction: Any, first: str, second: str) -> None:
+    script = Script(tokenizer, " a fox ", " ")
+    engine: Any = script
+    told: list[int] = []
+    translator = ModelTranslator(engine, tokenizer, MARKERS, max_new_tokens=12, on_tokens=told.append)
+    assert translator.translate(["จิ้งจอก ", "สุนัข"], direction) == ["a fox", None]
+    assert [tokenizer.decode(prompt) for prompt in script.calls[0]] == [
+        f"{first}จิ้งจอก{second}",
+        f"{first}สุนัข{second}",
+    ]
+    (options,) = script.options
+    ends = ["<|endoftext|>", "<|im_end|>", "<EN>", "<TH>", "<RESPONSE>"]
+    assert sorted(options["stop"]) == sorted(tokenizer.token_id(end) for end in ends)
+    assert options["max_new_tokens"] == 12 and told
+    assert translator.translate([], direction) == [] and len(script.calls) == 1

@@ -1,0 +1,152 @@
+"""Cross-entropy over two blocks in chunks: the plain one's value and gradients, without the plain one's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transllm_jax.training.loss import cross_entropy
+
+VOCAB, NEW, WIDTH = 11, 4, 8
+TOKENS = (3, 4)
+
+
+def plain(hidden: jax.Array, base: jax.Array, new: jax.Array | None, labels: Any, weights: Any) -> jax.Array:
+    """The definition: all logits of one table."""
+    table = base if new is None else jnp.concatenate([base, new])
+    scores = jax.nn.log_softmax((hidden @ table.T).astype(jnp.float32))
+    return -jnp.sum(weights * jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0])
+
+
+def inputs(new_rows: int | None, scale: float = 1.0) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    size = VOCAB + (new_rows or 0)
+    labels = rng.permutation(np.arange(np.prod(TOKENS)) % size).reshape(TOKENS)
+    weights = rng.choice([0.0, 0.25, 1.0, 1.5], TOKENS)
+    if new_rows:
+        assert (weights[labels >= VOCAB] > 0).any() and (weights[labels < VOCAB] > 0).any()
+    return {
+        "hidden": jnp.asarray(scale * rng.standard_normal((*TOKENS, WIDTH)), jnp.float32),
+        "base": jnp.asarray(rng.standard_normal((VOCAB, WIDTH)), jnp.float32),
+        "new": None if new_rows is None else jnp.asarray(rng.standard_normal((new_rows, WIDTH)), jnp.float32),
+        "labels": jnp.asarray(labels, jnp.int32),
+        "weights": jnp.asarray(weights, jnp.float32),
+    }
+
+
+@partial(jax.jit, static_argnames=("function", "chunk"))
+def value_and_gradients(function: Any, given: dict[str, Any], chunk: int | None = None) -> tuple[Any, ...]:
+    """(value, gradient of hidden, gradient of new); the value's own gradient is not 1."""
+    rest = {name: given[name] for name in ("base", "labels", "weights")}
+    options = {} if chunk is None else {"chunk": chunk}
+
+    def scaled(hidden: jax.Array, new: jax.Array | None) -> jax.Array:
+        return 2.5 * function(hidden=hidden, new=new, **rest, **options)
+
+    if given["new"] is None:
+        value, slope = jax.value_and_grad(scaled)(given["hidden"], None)
+        return value, slope
+    value, slopes = jax.value_and_grad(scaled, argnums=(0, 1))(given["hidden"], given["new"])
+    return value, *slopes
+
+
+# 12 tokens: a chunk of 4 divides them, 5 does not, 256 holds them all.
+@pytest.mark.parametrize("chunk", [4, 5, 256])
+@pytest.mark.parametrize("new_rows", [None, NEW])
+def test_value_and_gradients_are_the_plain_ones(new_rows: int | None, chunk: int) -> None:
+    given = inputs(new_rows)
+    ours = value_and_gradients(cross_entropy, given, chunk)
+    wanted = value_and_gradients(plain, given)
+    assert len(ours) == len(wanted) == (2 if new_rows is None else 3)
+    for left, right in zip(ours, wanted, strict=True):
+        assert left.shape == right.shape and np.abs(right).max() > 0.1
+        assert np.abs(left - right).max() < 1e-5 * np.abs(right).max()
+    # The value outside of a gradient takes another way.
+    alone = jax.jit(partial(cross_entropy, chunk=chunk))(**given)
+    assert alone.dtype == jnp.float32 and np.allclose(2.5 * alone, wanted[0], rtol=1e-6)
+
+
+def test_base_rows_get_no_gradient() -> None:
+    given = inputs(NEW)
+    base = given.pop("base")
+    assert not np.asarray(jax.grad(lambda base: cross_entropy(base=base, **given))(base)).any()
+
+
+def test_nothing_weighted_is_zero_with_zero_gradients() -> None:
+    given = inputs(NEW) | {"weights": jnp.zeros(TOKENS)}
+    value, *gradients = value_and_gradients(cross_entropy, given, 5)
+    assert value == 0
+    assert [gradient.shape for gradient in gradients] == [(*TOKENS, WIDTH), (NEW, WIDTH)]
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_chunks_without_weighted_tokens_are_not_computed() -> None:
+    given = inputs(NEW)
+    weighted = np.zeros(TOKENS, bool)
+    weighted.flat[[1, 4, 6, 11]] = True
+    given["weights"] = jnp.where(weighted, given["weights"] + 0.5, 0)
+    # Whatever touched an unweighted token would be NaN, even with weight 0.
+    poisoned = given | {"hidden": jnp.where(weighted[..., None], given["hidden"], jnp.nan)}
+    ours = value_and_gradients(cross_entropy, poisoned, 4)
+    wanted = value_and_gradients(plain, given)
+    for left, right in zip(ours, wanted, strict=True):
+        assert np.abs(left - right).max() < 1e-5 * np.abs(right).max()
+    assert (np.asarray(ours[1])[~weighted] == 0).all()
+    # The weighted tokens by themselves, bit for bit.
+    alone = {name: given[name][weighted] for name in ("hidden", "labels", "weights")}
+    apart = value_and_gradients(cross_entropy, given | alone, 4)
+    assert np.array_equal(apart[0], ours[0]) and np.array_equal(apart[2], ours[2])
+    assert np.array_equal(apart[1], np.asarray(ours[1])[weighted])
+
+
+@pytest.mark.parametrize("new_rows", [None, NEW])
+def test_large_logits_do_not_overflow(new_rows: int | None) -> None:
+    given = inputs(new_rows, scale=300.0)
+    assert float(jnp.abs(given["hidden"] @ given["base"].T).max()) > 500
+    ours = value_and_gradients(cross_entropy, given, 5)
+    wanted = value_and_gradients(plain, given)
+    for left, right in zip(ours, wanted, strict=True):
+        assert np.isfinite(left).all() and np.abs(left - right).max() < 1e-5 * np.abs(right).max()
+
+
+def test_bfloat16_is_finite_and_near() -> None:
+    given = inputs(NEW)
+    short = {
+        name: values.astype(jnp.bfloat16) if name in ("hidden", "base", "new") else values
+        for name, values in given.items()
+    }
+    value, *gradients = value_and_gradients(cross_entropy, short, 5)
+    wanted, *right = value_and_gradients(plain, given)
+    assert value.dtype == jnp.float32 and abs(value - wanted) < 0.01 * wanted
+    for ours, exact in zip(gradients, right, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(jnp.float32) - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """The shapes of all values that a program computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval.shape for out in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
+def test_the_logits_of_all_tokens_never_exist() -> None:
+    tokens, vocabulary, chunk = 64, 50, 8
+    hidden, base, new = jnp.ones((tokens, WIDTH)), jnp.ones((vocabulary, WIDTH)), jnp.ones((NEW, WIDTH))
+    labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+
+    def largest(function: Any) -> int:
+        gradient = jax.grad(lambda hidden, new: function(hidden, base, new, labels, weights), argnums=(0, 1))
+        return max(int(np.prod(shape)) for shape in _shapes(jax.make_jaxpr(gradient)(hidden, new).jaxpr))
+
+    assert largest(plain) >= tokens * vocabulary, "the search finds them where they are"
+    assert largest(partial(cross_entropy, chunk=chunk)) <= max(tokens * WIDTH, chunk * vocabulary)

@@ -1,0 +1,515 @@
+"""The model: equal to transformers', nothing leaks between documents, adapters stand beside the frozen weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_weights, tiny_config
+from flax import nnx
+
+from conversion.hf import write_model
+from transllm_jax.errors import UserError
+from transllm_jax.generation.engine import Engine
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig, LoRALinear
+from transllm_jax.model.parameters import (
+    Split,
+    abstract,
+    assemble,
+    count,
+    initial_adapters,
+    load_frozen,
+    merge,
+)
+from transllm_jax.training.step import summed_loss
+
+VOCAB, NEW, LENGTH = 61, 5, 24
+LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.25)
+
+
+def base_split(config: LlamaConfig) -> Split:
+    return assemble(config, load_frozen(config, random_weights(config)))
+
+
+def random_trainable(config: LlamaConfig, lora: LoraConfig, new_rows: int) -> dict[str, np.ndarray]:
+    """Adapters and new rows in the middle of training: nothing is zero."""
+    rng = np.random.default_rng(3)
+    shapes = abstract(config, lora, new_rows).trainable
+    return {path: 0.2 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
+
+
+def trained_split(config: LlamaConfig, lora: LoraConfig = LORA, new_rows: int = NEW) -> Split:
+    frozen = load_frozen(config, random_weights(config))
+    return assemble(config, frozen, lora=lora, trainable=random_trainable(config, lora, new_rows))
+
+
+@partial(jax.jit, static_argnames=("structure", "adapters", "base_only"))
+def _logits(
+    trainable: Any, frozen: Any, rows: tuple[jax.Array, ...], *, structure: Any, adapters: bool, base_only: bool
+) -> jax.Array:
+    model = merge(structure, trainable, frozen)
+    return model.vocabulary.logits(model(*rows, adapters=adapters), base_only=base_only)
+
+
+def logits(split: Split, rows: tuple[np.ndarray, ...], *, adapters: bool = True, base_only: bool = False) -> np.ndarray:
+    """float32 [B, T, V (+ n)] for rows of (tokens, positions, segment ids)."""
+    device_rows = tuple(map(jnp.asarray, rows))
+    return np.asarray(
+        _logits(
+            split.trainable,
+            split.frozen,
+            device_rows,
+            structure=split.structure,
+            adapters=adapters,
+            base_only=base_only,
+        )
+    )
+
+
+def whole_rows(vocab_size: int = VOCAB, seed: int = 1) -> tuple[np.ndarray, ...]:
+    """Two rows of one document each."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (2, LENGTH), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    return tokens, positions, np.ones_like(tokens)
+
+
+def training_batch(vocab_size: int) -> dict[str, jax.Array]:
+    """Two documents a row and padding, with every id of the vocabulary among tokens and labels."""
+    order = np.random.default_rng(5).permutation(np.arange(3 * LENGTH) % vocab_size)[: 2 * LENGTH]
+    tokens = order.reshape(2, LENGTH).astype(np.int32)
+    tokens[:, :NEW] = np.arange(vocab_size - NEW, vocab_size)
+    segments = np.repeat([1, 2, 0], [10, 11, 3])[None].repeat(2, axis=0).astype(np.int32)
+    positions = np.concatenate([np.arange(10), np.arange(11), np.zeros(3)])[None].repeat(2, axis=0).astype(np.int32)
+    labels = np.roll(tokens, -1, axis=1)
+    weights = ((segments > 0) & (np.roll(segments, -1, axis=1) == segments)).astype(np.float32)
+    batch = {
+        "tokens": tokens,
+        "positions": positions,
+        "segment_ids": segments,
+        "labels": labels,
+        "weights": weights,
+    }
+    return {field: jnp.asarray(values) for field, values in batch.items()}
+
+
+# --- equal to transformers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config = replace(tiny_config(VOCAB, tied=tied), num_key_value_heads=kv_heads, rope_theta=300.0, rms_norm_eps=1e-2)
+    assert config.num_attention_heads * config.head_dim != config.hidden_size
+    write_model(tmp_path / "model", config, random_weights(config))
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+
+    tokens, positions, segments = (array.copy() for array in whole_rows())
+    # Row 0 is padded on its left. Row 1 starts at a position above 0 and has a gap, which shows that positions count.
+    segments[0, :7] = 0
+    positions[0] = np.maximum(np.arange(LENGTH) - 7, 0)
+    positions[1] = np.arange(LENGTH) + 5 + 30 * (np.arange(LENGTH) > 10)
+    with torch.no_grad():
+        wanted = reference(
+            input_ids=torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(segments).long(),
+            position_ids=torch.tensor(positions).long(),
+        ).logits.numpy()
+    ours = logits(base_split(config), (tokens, positions, segments))
+
+    real = segments > 0
+    assert ours.shape == (2, LENGTH, VOCAB) and np.isfinite(ours).all()
+    assert wanted[real].std() > 0.3
+    assert np.abs(ours - wanted)[real].max() < 1e-4
+
+
+@pytest.mark.reference
+def test_transformers_and_we_read_each_others_config() -> None:
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig as Reference
+
+    ours = replace(tiny_config(VOCAB, tied=False), rope_theta=123456.0)
+    theirs = Reference(**ours.to_hf())
+    for field in fields(ours):
+        if field.name != "rope_theta":
+            assert getattr(theirs, field.name) == getattr(ours, field.name), field.name
+    assert LlamaConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == ours
+
+
+# --- the config -----------------------------------------------------------------------------------------------------
+
+# For each field another value, and the weight that then does not fit (None: the weights fit, the logits differ).
+OTHER_VALUES: dict[str, tuple[Any, str | None]] = {
+    "vocab_size": (62, "vocabulary.base"),
+    "hidden_size": (64, "final_norm.scale"),
+    "intermediate_size": (81, "blocks.mlp.gate.kernel"),
+    "num_hidden_layers": (3, "blocks.attention.q.kernel"),
+    "num_attention_heads": (2, "blocks.attention.q.kernel"),
+    "num_key_value_heads": (4, "blocks.attention.k.kernel"),
+    "head_dim": (8, "blocks.attention.o.kernel"),
+    "tie_word_embeddings": (False, "vocabulary.output_base is missing"),
+    "rms_norm_eps": (0.1, None),
+    "rope_theta": (100.0, None),
+    "max_position_embeddings": (20, None),
+}
+
+
+def test_no_field_of_the_config_is_without_a_test() -> None:
+    assert OTHER_VALUES.keys() == {field.name for field in fields(LlamaConfig)}
+
+
+@pytest.mark.parametrize("field", [name for name, (_, misfit) in OTHER_VALUES.items() if misfit])
+def test_weights_of_another_shape_than_the_config_are_refused(field: str) -> None:
+    value, misfit = OTHER_VALUES[field]
+    config = tiny_config(VOCAB)
+    with pytest.raises(UserError, match=misfit):
+        load_frozen(replace(config, **{field: value}), random_weights(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": OTHER_VALUES["rms_norm_eps"][0]},
+        {"rope_theta": OTHER_VALUES["rope_theta"][0]},
+        # The same shapes of all weights, cut into other heads.
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+    ],
+    ids=["rms_norm_eps", "rope_theta", "heads"],
+)
+def test_config_fields_that_change_no_shape_change_the_logits(changes: dict[str, Any]) -> None:
+    config = tiny_config(VOCAB)
+    before = logits(base_split(config), whole_rows())
+    after = logits(base_split(replace(config, **changes)), whole_rows())
+    assert np.abs(after - before).max() > 0.01
+
+
+def test_max_position_embeddings_limits_generation() -> None:
+    config = replace(tiny_config(VOCAB), max_position_embeddings=OTHER_VALUES["max_position_embeddings"][0])
+    with pytest.raises(UserError, match="context of 20"):
+        Engine(base_split(config), config).generate([[1] * 10], max_new_tokens=11, stop=[0])
+
+
+def test_the_config_survives_the_way_to_config_json_and_back() -> None:
+    for tied in (True, False):
+        config = replace(
+            tiny_config(VOCAB, tied=tied), rope_theta=500000.0, rms_norm_eps=1e-6, max_position_embeddings=77
+        )
+        assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_config_json_of_either_generation_of_transformers_is_read() -> None:
+    raw = tiny_config(VOCAB).to_hf()
+    del raw["rope_theta"]
+    newer = LlamaConfig.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}})
+    assert newer.rope_theta == 5000.0
+    del raw["head_dim"], raw["num_key_value_heads"]
+    older = LlamaConfig.from_hf(raw)
+    assert (older.rope_theta, older.head_dim, older.num_key_value_heads) == (10000.0, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+    ],
+    ids=str,
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        LlamaConfig.from_hf(tiny_config(VOCAB).to_hf() | changes)
+
+
+def test_a_missing_field_is_named() -> None:
+    raw = tiny_config(VOCAB).to_hf()
+    del raw["intermediate_size"]
+    with pytest.raises(UserError, match="intermediate_size"):
+        LlamaConfig.from_hf(raw)
+
+
+# --- adapters and new rows beside the frozen weights ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_without_adapters_and_new_rows_it_is_the_original_model_bit_for_bit(tied: bool) -> None:
+    config = tiny_config(VOCAB, tied=tied)
+    original = logits(base_split(config), whole_rows())
+    trained = trained_split(config)
+    assert np.array_equal(logits(trained, whole_rows(), adapters=False, base_only=True), original)
+    assert np.abs(logits(trained, whole_rows())[..., :VOCAB] - original).max() > 0.1, "what is switched off counts"
+
+
+def test_fresh_adapters_change_nothing() -> None:
+    config = tiny_config(VOCAB)
+    fresh = initial_adapters(config, LORA, seed=7)
+    split = assemble(config, load_frozen(config, random_weights(config)), lora=LORA, trainable=fresh)
+    assert np.array_equal(logits(split, whole_rows()), logits(base_split(config), whole_rows()))
+
+
+def test_fresh_adapters_are_a_function_of_the_seed() -> None:
+    config = tiny_config(VOCAB)
+    one, again, other = (initial_adapters(config, LORA, seed=seed) for seed in (7, 7, 8))
+    assert one.keys() == abstract(config, LORA, 0).trainable.keys()
+    for path, values in one.items():
+        assert np.array_equal(values, again[path])
+        assert values.dtype == np.float32
+        if path.endswith(".b"):
+            assert not values.any()
+        else:
+            limit = (3 / values.shape[1]) ** 0.5
+            assert 0.8 * limit < np.abs(values).max() <= limit
+            assert not np.array_equal(values, other[path])
+    # Same shapes, drawn apart: k and v, and the two layers.
+    assert not np.array_equal(one["blocks.attention.k.a"], one["blocks.attention.v.a"])
+    assert not np.array_equal(one["blocks.mlp.up.a"][0], one["blocks.mlp.up.a"][1])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool) -> None:
+    config = tiny_config(VOCAB, tied=tied)
+    trainable = random_trainable(config, LORA, NEW)
+    merged = random_weights(config)
+    for path in merged:
+        if path.endswith(".kernel"):
+            stem = path.removesuffix("kernel")
+            merged[path] = merged[path] + LORA.alpha / LORA.rank * trainable[stem + "a"] @ trainable[stem + "b"]
+    merged["vocabulary.base"] = np.concatenate([merged["vocabulary.base"], trainable["vocabulary.new"]])
+    if not tied:
+        rows = [merged["vocabulary.output_base"], trainable["vocabulary.output_new"]]
+        merged["vocabulary.output_base"] = np.concatenate(rows)
+    larger = replace(config, vocab_size=VOCAB + NEW)
+    rows_with_new_ids = whole_rows(VOCAB + NEW)
+    assert (rows_with_new_ids[0] >= VOCAB).any()
+    wanted = logits(assemble(larger, load_frozen(larger, merged)), rows_with_new_ids)
+    ours = logits(trained_split(config), rows_with_new_ids)
+    assert np.abs(ours - wanted).max() < 1e-4
+
+
+def test_assemble_lists_all_that_is_wrong() -> None:
+    config = tiny_config(VOCAB)
+    frozen = load_frozen(config, random_weights(config))
+    trainable = random_trainable(config, LORA, NEW)
+    del trainable["blocks.attention.q.a"], trainable["blocks.mlp.down.b"]
+    trainable["vocabulary.output_new"] = trainable["vocabulary.new"]
+    trainable["blocks.mlp.up.b"] = trainable["blocks.mlp.up.b"][:, :, 1:]
+    with pytest.raises(UserError) as caught:
+        assemble(config, frozen, lora=LORA, trainable=trainable)
+    message = str(caught.value)
+    assert "blocks.attention.q.a is missing" in message and "blocks.mlp.down.b is missing" in message
+    assert "vocabulary.output_new is not of this model" in message
+    assert "blocks.mlp.up.b has shape (2, 3, 79), wanted (2, 3, 80)" in message
+    with pytest.raises(UserError, match=r"blocks\.attention\.k\.a is not of this model"):
+        assemble(config, frozen, lora=None, trainable=random_trainable(config, LORA, NEW))
+
+
+def test_load_frozen_lists_all_that_is_wrong_and_takes_the_weights_otherwise() -> None:
+    config = tiny_config(VOCAB)
+    weights = random_weights(config)
+    weights["surplus"] = np.zeros(3, np.float32)
+    weights["final_norm.scale"] = np.ones(47, np.float32)
+    down = weights.pop("blocks.mlp.down.kernel")
+    with pytest.raises(UserError) as caught:
+        load_frozen(config, weights)
+    message = str(caught.value)
+    assert "surplus is not of this model" in message
+    assert "final_norm.scale has shape (47,), wanted (48,)" in message
+    assert "blocks.mlp.down.kernel is missing" in message
+
+    del weights["surplus"]
+    weights |= {"final_norm.scale": np.ones(48, np.float32), "blocks.mlp.down.kernel": down}
+    kept = dict(weights)
+    frozen = load_frozen(config, weights)
+    assert not weights, "only one copy is held"
+    assert frozen.keys() == kept.keys() and all(np.array_equal(frozen[path], kept[path]) for path in kept)
+
+
+def test_assemble_copies_what_trains() -> None:
+    config = tiny_config(VOCAB)
+    frozen = load_frozen(config, random_weights(config))
+    trainable = {path: jnp.asarray(value) for path, value in random_trainable(config, LORA, NEW).items()}
+    split = assemble(config, frozen, lora=LORA, trainable=trainable)
+    for values in split.trainable.values():
+        values.delete()
+    assert all(np.isfinite(values).all() for values in trainable.values())
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_does_not_see_its_neighbours() -> None:
+    split = trained_split(tiny_config(VOCAB))
+    rng = np.random.default_rng(9)
+    document = rng.integers(0, VOCAB + NEW, 8, dtype=np.int32)
+
+    def row(start: int, neighbours: str) -> np.ndarray:
+        """The document's logits from place `start` of a row whose other places hold padding or other documents."""
+        tokens = rng.integers(0, VOCAB + NEW, (2, LENGTH), dtype=np.int32)
+        segments = np.zeros_like(tokens)
+        if neighbours != "padding":
+            segments[:, :start], segments[:, start + 8 :] = 1, 3
+        positions = np.where(segments == 3, np.arange(LENGTH) - start - 8, np.arange(LENGTH))
+        at = slice(start, start + 8)
+        tokens[0, at], segments[0, at], positions[0, at] = document, 2, np.arange(8)
+        return logits(split, (tokens, positions.astype(np.int32), segments))[0, at]
+
+    alone = row(6, "padding")
+    assert alone.std() > 0.3
+    for neighbours in ("padding", "documents", "documents"):
+        assert np.array_equal(row(6, neighbours), alone)
+    # At another place the same sums are taken in another order: equal to float32's rounding.
+    for start in (0, 16):
+        assert np.abs(row(start, "documents") - alone).max() < 1e-5
+
+
+def test_a_token_does_not_see_later_ones() -> None:
+    split = base_split(tiny_config(VOCAB))
+    tokens, positions, segments = whole_rows()
+    before = logits(split, (tokens, positions, segments))
+    changed = tokens.copy()
+    changed[:, 15:] = (changed[:, 15:] + 1) % VOCAB
+    after = logits(split, (changed, positions, segments))
+    assert np.array_equal(before[:, :15], after[:, :15])
+    assert np.abs(before[:, 15:] - after[:, 15:]).max(axis=(0, 2)).min() > 0.01
+
+
+# --- gradients and dropout ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def split_in_training(request: pytest.FixtureRequest) -> Split:
+    return trained_split(tiny_config(VOCAB, tied=request.param))
+
+
+def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one(split_in_training: Split) -> None:
+    structure, trainable, frozen = split_in_training
+    batch = training_batch(VOCAB + NEW)
+
+    @jax.jit
+    def gradients(trainable: Any, frozen: Any) -> Any:
+        return jax.grad(lambda *both: summed_loss(structure, *both, batch), argnums=(0, 1))(trainable, frozen)
+
+    of_trainable, of_frozen = gradients(trainable, frozen)
+    assert of_frozen.keys() == frozen.keys() and count(frozen) > count(trainable)
+    for path, values in of_frozen.items():
+        assert not np.asarray(values).any(), path
+    for path, values in of_trainable.items():
+        values = np.asarray(values)
+        assert np.isfinite(values).all(), path
+        # Every layer of an adapter, and every new row.
+        assert (np.abs(values).reshape(len(values), -1).max(axis=1) > 1e-4).all(), path
+
+
+def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
+    structure, trainable, frozen = trained_split(tiny_config(VOCAB))
+    batch, key = training_batch(VOCAB + NEW), jax.random.key(2)
+
+    def compiled(remat: bool) -> Any:
+        def loss(trainable: Any) -> jax.Array:
+            return summed_loss(structure, trainable, frozen, batch, dropout=key, remat=remat)
+
+        return jax.jit(jax.value_and_grad(loss)).lower(trainable).compile()
+
+    keeping, recomputing = compiled(False), compiled(True)
+    memory = [program.memory_analysis().temp_size_in_bytes for program in (keeping, recomputing)]
+    assert memory[1] < 0.8 * memory[0]
+    loss, gradient = keeping(trainable)
+    again, recomputed = recomputing(trainable)
+    assert np.allclose(loss, again, rtol=1e-6)
+    for path, values in gradient.items():
+        scale = np.abs(values).max()
+        assert scale > 0 and np.abs(values - recomputed[path]).max() < 1e-5 * scale, path
+
+
+def test_dropout_takes_a_key() -> None:
+    config = tiny_config(VOCAB)
+    split = trained_split(config)
+    undropped = assemble(
+        config, split.frozen, lora=replace(LORA, dropout=0.0), trainable=random_trainable(config, LORA, NEW)
+    )
+    rows = tuple(map(jnp.asarray, whole_rows()))
+
+    @partial(jax.jit, static_argnames=("structure", "adapters"))
+    def hidden(structure: Any, trainable: Any, frozen: Any, key: Any, adapters: bool = True) -> jax.Array:
+        return merge(structure, trainable, frozen)(*rows, dropout=key, adapters=adapters)
+
+    plain = hidden(*split, None)
+    one, same, other = (hidden(*split, jax.random.key(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert np.abs(one - plain).max() > 0.01 and np.abs(one - other).max() > 0.01
+    # No rate, no adapters: a key changes nothing.
+    assert np.array_equal(hidden(*undropped, jax.random.key(1)), plain)
+    without = hidden(*split, None, adapters=False)
+    assert np.array_equal(hidden(*split, jax.random.key(1), adapters=False), without)
+    assert np.abs(without - plain).max() > 0.01
+
+
+def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
+    """A linear layer that holds the given kernel, a and b."""
+    shapes = parts["kernel"].shape
+    structure, _ = nnx.split(LoRALinear(*shapes, lora, rngs=nnx.Rngs(0)))
+    layer: LoRALinear = nnx.merge(structure, dict(parts))
+    return layer
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
+def test_the_gradients_of_an_adapted_layer_are_those_of_its_formula(dropped: bool) -> None:
+    rate, size_in, size_out = 0.25, 8, 6
+    lora = LoraConfig(rank=3, alpha=7.5, dropout=rate)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (4, 50, size_in))
+    kernel = jax.random.normal(keys[1], (size_in, size_out))
+    a, b = jax.random.normal(keys[2], (size_in, 3)), jax.random.normal(keys[3], (3, size_out))
+    key = keys[4] if dropped else None
+
+    # With identities for a and b, and no kernel, what comes out is what the adapter is given.
+    eye = jnp.eye(size_in)
+    open_layer = layer_of(LoraConfig(size_in, size_in, rate), {"kernel": 0 * eye, "a": eye, "b": eye})
+    given = np.asarray(open_layer(x, adapters=True, dropout=key))
+    kept = given != 0
+    factor = kept / (1 - rate) if dropped else np.ones(x.shape, np.float32)
+    assert np.allclose(given, x * factor, atol=1e-6)
+    assert abs(kept.mean() - (1 - rate if dropped else 1)) < 0.04
+
+    def ours(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return layer_of(lora, {"kernel": kernel, "a": a, "b": b})(x, adapters=True, dropout=key)
+
+    def formula(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return x @ kernel + lora.alpha / lora.rank * ((x * factor) @ a) @ b
+
+    @partial(jax.jit, static_argnames="function")
+    def gradients(function: Any) -> tuple[Any, jax.Array]:
+        def scalar(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = function(*arguments)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(scalar, argnums=(0, 1, 2, 3), has_aux=True)(x, kernel, a, b)
+
+    (of_ours, y), (of_formula, wanted) = gradients(ours), gradients(formula)
+    assert np.abs(y - wanted).max() < 1e-5 * np.abs(wanted).max()
+    for place, (gradient, right) in enumerate(zip(of_ours, of_formula, strict=True)):
+        if place == 1:
+            assert not gradient.any(), "the kernel is frozen"
+        else:
+            assert np.abs(gradient - right).max() < 1e-4 * np.abs(right).max()

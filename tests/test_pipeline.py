@@ -1,0 +1,308 @@
+"""The whole run on a tiny random model: every stage, its resumption, its export, and what must never change."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_run
+from conversion.directories import sha256_of
+from conversion.hf import read_weights
+from transllm_jax import cli, pipeline
+from transllm_jax.config import load_config
+from transllm_jax.data.sources import read_jsonl
+from transllm_jax.errors import Preempted, UserError
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.parameters import assemble, count, load_frozen
+from transllm_jax.progress import Progress
+from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
+
+TRAINED = ("pretrain", "translate", "transfer")
+
+
+def execute(config: Path, **options: Any) -> bool:
+    settings = load_config(config)
+    return pipeline.run_pipeline(settings, Path(settings.workdir), Progress(quiet=True), Interrupt(), **options)
+
+
+def write_config(path: Path, model: Path, workdir: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(tiny_run(model, workdir, **changes), allow_unicode=True), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Run]:
+    """A finished run: its config file, its work directory, and the `Run` that it was made with."""
+    here = tmp_path_factory.mktemp("finished")
+    config = write_config(here / "config.yaml", tiny_model, here / "run")
+    made: list[Run] = []
+
+    class Kept(Run):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Run", Kept)
+        assert execute(config)
+    return config, here / "run", made[0]
+
+
+def adapters(workdir: Path, point: str) -> dict[str, np.ndarray]:
+    return load_arrays(workdir / point / "trainable")
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(left[k].tobytes() == right[k].tobytes() for k in left)
+
+
+def test_a_run_leaves_what_is_promised(finished: tuple[Path, Path, Run]) -> None:
+    _, workdir, _ = finished
+    for name in pipeline.NAMES:
+        manifest = pipeline.artifact(workdir, name).manifest()
+        assert manifest is not None and manifest["state"] == "done", name
+    results = json.loads((workdir / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert set(results["metrics"]) == {
+        "bits_per_byte",
+        "tokens_per_character",
+        "chrf_to_target",
+        "chrf_to_english",
+        "english_kl",
+        "well_formed_chains",
+    }
+    for values in results["metrics"].values():
+        assert set(values) == set(POINTS) and all(np.isfinite(value) for value in values.values())
+    assert results["metrics"]["english_kl"]["base"] == 0
+    assert results["metrics"]["english_kl"]["transfer"] > 0
+    assert results["metrics"]["tokens_per_character"]["transfer"] < results["metrics"]["tokens_per_character"]["base"]
+    assert len(results["losses"]["pretrain"]) == 4
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "tiny to Thai" in page and f"{results['metrics']['bits_per_byte']['transfer']:.3f}" in page
+
+
+def test_each_stage_trains_and_hands_on(finished: tuple[Path, Path, Run]) -> None:
+    _, workdir, _ = finished
+    before = adapters(workdir, "vocabulary")
+    for point in TRAINED:
+        after = adapters(workdir, point)
+        moved = [path for path in after if not np.array_equal(before[path], after[path])]
+        assert set(moved) == set(after), point  # adapters of all seven projections, and the new rows
+        before = after
+
+
+def test_frozen_is_frozen(finished: tuple[Path, Path, Run], tiny_model: Path) -> None:
+    _, workdir, run = finished
+    assert sha256_of(workdir / "base" / "model.safetensors") == sha256_of(tiny_model / "model.safetensors")
+    original = read_weights(tiny_model)
+    assert set(run.frozen) == set(original)
+    for path, array in run.frozen.items():  # the very arrays that all four stages trained with
+        assert np.asarray(array).tobytes() == original[path].tobytes(), path
+
+
+def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, Run]) -> None:
+    _, _, run = finished
+    split = run.split("transfer")
+    assert not set(split.trainable) & set(split.frozen)
+    state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
+    assert moments_size(state) == 2 * count(split.trainable)
+    saved = json.loads(
+        (run.workdir / "transfer" / "checkpoints" / "4" / "default" / "_METADATA").read_text(encoding="utf-8")
+    )
+    assert not [path for path in saved["tree_metadata"] if "kernel" in path or "vocabulary.base" in path]
+
+
+def test_adapters_off_is_the_original_model(finished: tuple[Path, Path, Run], tiny_model: Path) -> None:
+    _, _, run = finished
+    imported = assemble(run.model_config, load_frozen(run.model_config, read_weights(tiny_model))).merge()
+    moved = run.split("transfer").merge()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.model_config.vocab_size, (2, 24)))
+    positions, segments = jnp.broadcast_to(jnp.arange(24), (2, 24)), jnp.ones((2, 24), jnp.int32)
+    wanted = imported.vocabulary.logits(imported(tokens, positions, segments))
+    got = moved.vocabulary.logits(moved(tokens, positions, segments, adapters=False), base_only=True)
+    assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+    on = moved.vocabulary.logits(moved(tokens, positions, segments), base_only=True)
+    assert not np.array_equal(on, wanted)
+
+
+def test_recovered_answers_are_the_original_models(finished: tuple[Path, Path, Run]) -> None:
+    _, workdir, _ = finished
+    answers = read_jsonl(workdir / "recover" / "answers.jsonl", required=("instruction",))
+    chains = read_jsonl(workdir / "recover" / "chains.jsonl", required=("question", "answer_en", "answer"))
+    assert len(answers) == 6 and 0 < len(chains) <= 6
+    by_instruction = {row["instruction"]: row["answer"] for row in answers}
+    for row in chains:
+        assert row["answer_en"] == by_instruction[row["question_en"]]
+        assert row["translated_by"] == {"question": "file", "answer": "model"}
+
+
+def test_the_second_run_has_nothing_to_do(
+    finished: tuple[Path, Path, Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, workdir, _ = finished
+    monkeypatch.setattr(pipeline, "_do", lambda *_, **__: pytest.fail("a step was done again"))
+    assert not execute(config)
+    monkeypatch.setattr(sys, "argv", ["transllm", "run", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert "All is done" in printed and str(workdir / "report.html") in printed.replace("\n", "")
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    _, workdir, _ = finished
+    again = write_config(tmp_path / "again.yaml", tiny_model, tmp_path / "again")
+    execute(again)
+    for point in ("vocabulary", *TRAINED):
+        assert same(adapters(workdir, point), adapters(tmp_path / "again", point)), point
+    other = write_config(tmp_path / "other.yaml", tiny_model, tmp_path / "other", seed=2)
+    execute(other, until="pretrain")
+    assert not (tmp_path / "other" / "translate").exists()
+    assert not same(adapters(workdir, "pretrain"), adapters(tmp_path / "other", "pretrain"))
+
+
+def test_a_changed_config_is_refused_by_key_and_force_redoes_what_builds_on_it(
+    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    changed = tiny_run(tiny_model, tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    execute(config)
+    kept = adapters(tmp_path / "run", "pretrain")
+    done = (tmp_path / "run" / "pretrain" / "manifest.json").stat().st_mtime_ns
+    changed["translate"]["learning_rate"] = 5e-3  # type: ignore[index]
+    config.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    with pytest.raises(UserError, match=r"translate\.learning_rate \(0\.01 -> 0\.005\).*--force translate"):
+        execute(config)
+    before = adapters(tmp_path / "run", "transfer")
+    execute(config, force="translate")
+    assert (tmp_path / "run" / "pretrain" / "manifest.json").stat().st_mtime_ns == done
+    assert same(adapters(tmp_path / "run", "pretrain"), kept)
+    assert not same(adapters(tmp_path / "run", "transfer"), before)
+    assert not execute(config)
+
+
+def test_stopped_on_request_it_goes_on(
+    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workdir, _ = finished
+    config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
+    settings = load_config(config)
+    stops = 0
+    for _ in range(40):
+        interrupt = Interrupt()
+        interrupt.requested = True  # as if Ctrl-C came at once: every resumption gets one piece of work done
+        try:
+            pipeline.run_pipeline(settings, tmp_path / "run", Progress(quiet=True), interrupt)
+            break
+        except Preempted:
+            stops += 1
+    assert stops > len(pipeline.NAMES)  # also within the training stages and within `recover`
+    for point in TRAINED:
+        assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
+        # The losses, too, and no step twice.
+        assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
+    for name in ("answers.jsonl", "chains.jsonl"):
+        assert (workdir / "recover" / name).read_bytes() == (tmp_path / "run" / "recover" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(
+    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    _, workdir, _ = finished
+    config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
+    command = [sys.executable, "-m", "transllm_jax.cli", "run", str(config)]
+    moments = random.Random(os.getpid())
+    kills = 0
+    while kills < 4:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + moments.uniform(6, 16)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()  # type: ignore[union-attr]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert kills
+    for point in TRAINED:
+        assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
+        assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
+
+
+def test_one_run_at_a_time(tiny_config_file: Path) -> None:
+    from transllm_jax.artifacts import locked
+
+    workdir = Path(load_config(tiny_config_file).workdir)
+    with locked(workdir), pytest.raises(UserError, match="another run"):
+        execute(tiny_config_file)
+
+
+@pytest.mark.reference
+def test_the_export_is_the_model_in_transformers(finished: tuple[Path, Path, Run]) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, workdir, run = finished
+    model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
+    theirs = AutoTokenizer.from_pretrained(workdir / "export")
+    ours, tokenizer = run.split("transfer").merge(), run.tokenizer("transfer")
+    assert model.config.tie_word_embeddings and model.get_input_embeddings().weight.shape[0] == len(theirs)
+    for text in ("The cat sits on the warm roof.", "แมวนั่งอยู่บนหลังคา <TH>ฝนตก", "<EN>Hello<RESPONSE>Hi!<TH>สวัสดีครับ"):
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text)
+        tokens = jnp.asarray([ids])
+        hidden = ours(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits.numpy()
+        assert np.abs(np.asarray(ours.vocabulary.logits(hidden)) - wanted).max() < 1e-3
+    from transllm_jax.tokenizer.chat import Message, encode_prompt
+
+    messages: list[Message] = [{"role": "user", "content": "วันนี้ฝนตกไหม"}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert list(rendered) == encode_prompt(tokenizer, messages)
+
+
+def test_chat_speaks_with_the_run_its_original_and_the_export(
+    finished: tuple[Path, Path, Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transllm_jax.chat import open_session
+
+    _, workdir, _ = finished
+    question = "ฝนตกไหม"
+    answers = {}
+    for name, path, base in (
+        ("run", workdir, False),
+        ("export", workdir / "export", False),
+        ("original", workdir, True),
+    ):
+        session = open_session(path, base=base, max_new_tokens=12)
+        *_, answers[name] = session.ask(question)
+    assert answers["run"].raw == answers["export"].raw
+    assert answers["run"].raw != answers["original"].raw
+    with pytest.raises(UserError, match="special token <TH>"):
+        list(open_session(workdir).ask("<TH>x"))
+    monkeypatch.setattr(sys, "argv", ["transllm", "chat", str(workdir), question, "--show-chain"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.strip()

@@ -1,0 +1,432 @@
+"""Training: what moves and what does not, checkpoints, and a run that was stopped ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_weights, tiny_config
+
+from transllm_jax.errors import Preempted, UserError
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.parameters import Split, abstract, assemble, count, load_frozen
+from transllm_jax.progress import Progress
+from transllm_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays
+from transllm_jax.training.loop import LoopConfig, Outcome, train
+from transllm_jax.training.metrics import MetricsLog, read_rows
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, schedule
+from transllm_jax.training.step import TrainState, initial_state, make_step, summed_loss
+
+VOCAB, NEW, LENGTH, STEPS = 40, 5, 16, 6
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, steps=STEPS, warmup_steps=1, new_rows_multiplier=2.0, weight_decay=0.01)
+
+
+def new_split(lora: LoraConfig = LORA, new_rows: int = NEW) -> Split:
+    """A model in the middle of training: nothing is zero."""
+    config = tiny_config(VOCAB)
+    rng = np.random.default_rng(1)
+    shapes = abstract(config, lora, new_rows).trainable
+    trainable = {path: 0.1 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
+    return assemble(config, load_frozen(config, random_weights(config)), lora=lora, trainable=trainable)
+
+
+def batch_of(k: int) -> dict[str, np.ndarray]:
+    """Batch k: sequences in which each token determines the next, among base and new ids."""
+    tokens = np.zeros((2, LENGTH), np.int32)
+    tokens[:, 0] = [k % (VOCAB + NEW), (7 * k + 3) % (VOCAB + NEW)]
+    for place in range(1, LENGTH):
+        tokens[:, place] = (tokens[:, place - 1] * 2 + 3) % (VOCAB + NEW)
+    weights = np.ones((2, LENGTH), np.float32)
+    weights[:, -1] = 0
+    return {
+        "tokens": tokens,
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape),
+        "segment_ids": np.ones_like(tokens),
+        "labels": np.roll(tokens, -1, axis=1),
+        "weights": weights,
+    }
+
+
+class Source:
+    """Batches by number; `before` is called with each number that is asked for."""
+
+    def __init__(self, before: Callable[[int], None] = lambda k: None) -> None:
+        self.before = before
+
+    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        self.before(k)
+        return batch_of(k)
+
+
+def run(
+    directory: Path, source: Any = None, *, checkpoint_every: int = 2, interrupt: Interrupt | None = None
+) -> Outcome:
+    config = LoopConfig(OPTIMIZER, checkpoint_every=checkpoint_every, seed=11, dropout=True)
+    progress = Progress(quiet=True)
+    return train(new_split(), source or Source(), config, directory, progress, interrupt or Interrupt())
+
+
+@cache
+def _summed_loss() -> Any:
+    split = new_split()
+    return jax.jit(lambda trainable, batch: summed_loss(split.structure, trainable, split.frozen, batch))
+
+
+def mean_loss(trainable: Any, batch: dict[str, jax.Array]) -> float:
+    """nats a token, without dropout"""
+    return float(_summed_loss()(trainable, batch) / batch["weights"].sum())
+
+
+def tree_bytes(tree: Any) -> dict[str, bytes]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in _leaves(tree)}
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
+    config = replace(OPTIMIZER, learning_rate=0.5, steps=20, warmup_steps=4, final_fraction=0.2)
+    rate = schedule(config)
+    values = [float(rate(step)) for step in range(21)]
+    assert np.allclose(values[:5], [0.1, 0.2, 0.3, 0.4, 0.5])
+    falling = [0.1 + 0.4 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(17)]
+    assert np.allclose(values[4:], falling) and math.isclose(values[20], 0.1, rel_tol=1e-5)
+    # No warm-up starts at the peak; nothing but warm-up ends just below it.
+    assert math.isclose(schedule(replace(config, warmup_steps=0))(0), 0.5, rel_tol=1e-6)
+    assert math.isclose(schedule(replace(config, warmup_steps=20))(19), 0.5 * 20 / 21, rel_tol=1e-5)
+
+
+def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else() -> None:
+    split = new_split()
+    state = make_optimizer(OPTIMIZER).init(split.trainable)
+    assert moments_size(state) == 2 * count(split.trainable)
+    held = [jax.tree_util.keystr(path) for path, leaf in _leaves(state) if leaf.ndim]
+    assert len(held) == 2 * len(split.trainable)
+    for path in split.trainable:
+        assert sum(f"'{path}'" in name for name in held) == 2, path
+    assert not any(path in name for path in split.frozen for name in held)
+    assert all(leaf.dtype == jnp.float32 for _, leaf in _leaves(state) if leaf.ndim)
+
+
+def test_the_multiplier_scales_the_new_rows_rate() -> None:
+    parameters = {"blocks.mlp.up.a": jnp.full((2, 3), 0.7), "vocabulary.new": jnp.full((4, 3), -0.4)}
+    gradients = {path: jnp.full(values.shape, 0.3) for path, values in parameters.items()}
+
+    def update(multiplier: float) -> dict[str, np.ndarray]:
+        optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.1, new_rows_multiplier=multiplier))
+        updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+        return {path: np.asarray(values) for path, values in updates.items()}
+
+    once, thrice = update(1.0), update(3.0)
+    rate = OPTIMIZER.learning_rate / 2  # step 0 of one warm-up step
+    # Adam's first step is the gradient's sign; the decay is the weight's tenth.
+    assert np.allclose(once["blocks.mlp.up.a"], -rate * (1 + 0.07), rtol=1e-4)
+    assert np.allclose(once["vocabulary.new"], -rate * (1 - 0.04), rtol=1e-4)
+    assert np.array_equal(thrice["blocks.mlp.up.a"], once["blocks.mlp.up.a"])
+    assert np.allclose(thrice["vocabulary.new"], 3 * once["vocabulary.new"], rtol=1e-6)
+
+
+def test_large_gradients_are_clipped_to_their_global_norm() -> None:
+    parameters = {"blocks.mlp.up.a": jnp.zeros(2), "vocabulary.new": jnp.zeros(2)}
+    gradients = {"blocks.mlp.up.a": jnp.array([3.0, 0.0]), "vocabulary.new": jnp.array([0.0, 4.0])}
+    optimizer = make_optimizer(replace(OPTIMIZER, clip_norm=0.5, beta1=0.5))
+    _, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    means = [np.asarray(leaf) for path, leaf in _leaves(state) if ".mu[" in jax.tree_util.keystr(path)]
+    assert len(means) == 2
+    # The gradients' norm is 5; Adam is given a tenth of them, and its first mean is half of that.
+    assert np.allclose(sum(means), [0.15, 0.2], rtol=1e-5)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    return make_step(new_split().structure, make_optimizer(OPTIMIZER), seed=11, dropout=False, remat=False)
+
+
+def device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {field: jnp.asarray(values) for field, values in batch.items()}
+
+
+def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) -> None:
+    split = new_split()
+    before, frozen = tree_bytes(split.trainable), tree_bytes(split.frozen)
+    batch = device(batch_of(0))
+    wanted = mean_loss(split.trainable, batch)
+
+    state, metrics = step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, batch)
+    after = tree_bytes(state.trainable)
+    assert after.keys() == before.keys() and all(after[path] != before[path] for path in before)
+    # Still there (not donated), and untouched.
+    assert tree_bytes(split.frozen) == frozen
+    assert int(state.step) == 1
+    assert metrics.tokens == 2 * (LENGTH - 1)
+    assert math.isclose(metrics.loss, wanted, rel_tol=1e-5)
+    assert 0 < metrics.gradient_norm < 100
+
+
+def test_the_step_is_on_the_mean_over_weighted_tokens(step: Any) -> None:
+    """A batch with all weights doubled has the same mean: the same loss, gradient norm and next arrays."""
+    outcomes = []
+    for factor in (1, 2):
+        split = new_split()
+        batch = batch_of(0)
+        batch["weights"] = factor * batch["weights"]
+        outcomes.append(step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, device(batch)))
+    (one, metrics), (other, of_other) = outcomes
+    assert np.allclose(metrics.loss, of_other.loss, rtol=1e-6)
+    assert np.allclose(metrics.gradient_norm, of_other.gradient_norm, rtol=1e-4)
+    for path, values in one.trainable.items():
+        assert np.allclose(values, other.trainable[path], atol=1e-5), path
+
+
+def test_a_batch_without_a_trained_token_is_harmless(step: Any) -> None:
+    split = new_split()
+    batch = batch_of(0)
+    batch["weights"] = np.zeros_like(batch["weights"])
+    state, metrics = step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, device(batch))
+    assert metrics.loss == 0 and metrics.gradient_norm == 0
+    assert all(np.isfinite(values).all() for values in state.trainable.values())
+
+
+def test_dropout_is_a_function_of_seed_and_step() -> None:
+    optimizer = make_optimizer(OPTIMIZER)
+    steps = {
+        seed: make_step(new_split().structure, optimizer, seed=seed, dropout=True, remat=False) for seed in (11, 12)
+    }
+
+    def loss(seed: int, number: int) -> float:
+        split = new_split()
+        state = initial_state(split.trainable, optimizer)._replace(step=jnp.int32(number))
+        return float(steps[seed](state, split.frozen, device(batch_of(0)))[1].loss)
+
+    assert loss(11, 0) == loss(11, 0)
+    assert len({loss(11, 0), loss(11, 1), loss(12, 0)}) == 3
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def latest(directory: Path) -> int | None:
+    with closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        return checkpoints.latest()
+
+
+def restored(directory: Path, like: TrainState | None = None) -> TrainState:
+    with closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        return checkpoints.restore(some_state(0) if like is None else like)
+
+
+def save(directory: Path, *states: TrainState) -> None:
+    with closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        for state in states:
+            checkpoints.save(state)
+
+
+def some_state(step: int, *, lora: LoraConfig = LORA, new_rows: int = NEW) -> TrainState:
+    """A state in which every value is another one."""
+    rng = np.random.default_rng(step)
+    state = initial_state(new_split(lora, new_rows).trainable, make_optimizer(OPTIMIZER))
+    drawn = jax.tree.map(
+        lambda leaf: (
+            jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) if leaf.ndim else jnp.int32(rng.integers(99))
+        ),
+        state,
+    )
+    return drawn._replace(step=jnp.int32(step))
+
+
+def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    states = [some_state(step) for step in (2, 4, 7)]
+    save(tmp_path, *states)
+    assert latest(tmp_path) == 7
+    again = restored(tmp_path)
+    assert jax.tree.structure(again) == jax.tree.structure(states[-1])
+    assert tree_bytes(again) == tree_bytes(states[-1]) != tree_bytes(states[0])
+    assert [leaf.dtype for _, leaf in _leaves(again)] == [leaf.dtype for _, leaf in _leaves(states[-1])]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"4", "7"}
+
+
+def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
+    onwards = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=(0,))
+    large = {"vocabulary.new": jnp.zeros((1000, 1000))}
+    state = onwards(TrainState(large, make_optimizer(OPTIMIZER).init(large), jnp.int32(0)))
+    with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(state)
+        for _ in range(5):
+            state = onwards(state)
+    again = restored(tmp_path, state)
+    assert int(again.step) == 1 and (np.asarray(again.trainable["vocabulary.new"]) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "other", [{"lora": replace(LORA, rank=3)}, {"new_rows": NEW + 1}, {"new_rows": 0}], ids=["rank", "rows", "no rows"]
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    save(tmp_path, some_state(3))
+    with pytest.raises(UserError, match="checkpoints/3: not a checkpoint of this configuration") as caught:
+        restored(tmp_path, some_state(0, **other))
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
+    arrays = dict(new_split().trainable)
+    save_arrays(tmp_path / "trainable", arrays)
+    read = load_arrays(tmp_path / "trainable")
+    assert tree_bytes(read) == tree_bytes(arrays)
+    assert all(isinstance(values, np.ndarray) for values in read.values())
+    with pytest.raises(UserError, match="no such adapters"):
+        load_arrays(tmp_path / "elsewhere")
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """A run of all steps, and its directory."""
+    directory = tmp_path_factory.mktemp("loop") / "pretrain"
+    return run(directory), directory
+
+
+def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> None:
+    outcome, directory = undisturbed
+    rows = read_rows(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    seen = [device(batch_of(k)) for k in range(STEPS)]
+    before, after = (
+        np.mean([mean_loss(trainable, batch) for batch in seen])
+        for trainable in (new_split().trainable, outcome.trainable)
+    )
+    assert after < before - 0.2
+    rate = schedule(OPTIMIZER)
+    for row in rows:
+        assert math.isclose(row["learning_rate"], rate(row["step"] - 1), rel_tol=1e-6)
+        assert row["gradient_norm"] > 0 and row["trained_tokens"] == 2 * (LENGTH - 1)
+    assert outcome.steps == STEPS and outcome.last_loss == rows[-1]["loss"] and outcome.tokens_per_second > 0
+    assert latest(directory) == STEPS
+
+
+def require_same(outcome: Outcome, directory: Path, undisturbed: tuple[Outcome, Path]) -> None:
+    """The same bytes of trained arrays and of the last checkpoint, and the same rows in metrics.jsonl."""
+    wanted, other = undisturbed
+    assert tree_bytes(outcome.trainable) == tree_bytes(wanted.trainable)
+    assert (directory / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert tree_bytes(restored(directory)) == tree_bytes(restored(other))
+
+
+def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(
+    tmp_path: Path, undisturbed: tuple[Outcome, Path]
+) -> None:
+    interrupt = Interrupt()
+    directory = tmp_path / "pretrain"
+
+    def ask(k: int) -> None:
+        interrupt.requested = k == 2
+
+    with pytest.raises(Preempted, match="stopped at step 3 of 6"):
+        run(directory, Source(ask), checkpoint_every=100, interrupt=interrupt)
+    assert latest(directory) == 3
+    assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == [1, 2, 3]
+
+    asked_for: list[int] = []
+    outcome = run(directory, Source(asked_for.append))
+    assert asked_for == [3, 4, 5], "no batch twice, none left out"
+    require_same(outcome, directory, undisturbed)
+
+
+def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
+    tmp_path: Path, undisturbed: tuple[Outcome, Path]
+) -> None:
+    directory = tmp_path / "pretrain"
+
+    def die(k: int) -> None:
+        if k == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, Source(die))
+    # Step 3 is logged but not saved; and a kill may come in the middle of a line.
+    metrics = directory / "metrics.jsonl"
+    assert [row["step"] for row in read_rows(metrics)] == [1, 2, 3]
+    assert latest(directory) == 2
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+
+    asked_for: list[int] = []
+    outcome = run(directory, Source(asked_for.append))
+    assert asked_for == [2, 3, 4, 5]
+    require_same(outcome, directory, undisturbed)
+
+
+def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
+    interrupt = Interrupt()
+
+    def ask(k: int) -> None:
+        interrupt.requested = k == STEPS - 1
+
+    require_same(run(tmp_path / "a", Source(ask), interrupt=interrupt), tmp_path / "a", undisturbed)
+
+
+def test_a_non_finite_loss_is_the_users_to_mend_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    directory = tmp_path / "pretrain"
+
+    class Broken(Source):
+        def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+            batch = batch_of(k)
+            if k == 3:
+                batch["weights"] = batch["weights"] * np.float32(3e38)
+            return batch
+
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step 4; lower pretrain\.learning_rate"):
+        run(directory, Broken(), checkpoint_every=3)
+    assert latest(directory) == 3
+    assert all(np.isfinite(leaf).all() for _, leaf in _leaves(restored(directory)))
+    assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == [1, 2, 3]
+
+
+# --- metrics.jsonl --------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_last_line_is_left_out_and_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    rows = [{"step": step, "loss": step / 3} for step in (1, 2, 3)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    for cut in range(len(whole) - len(json.dumps(rows[-1])) - 1, len(whole)):
+        path.write_text(whole[:cut], encoding="utf-8")
+        assert read_rows(path) == rows[:2], "only a line with its end is whole"
+    path.write_text(whole[:-4], encoding="utf-8")
+    log = MetricsLog(path, step=3)
+    log.write(rows[-1])
+    assert path.read_text(encoding="utf-8") == whole, "a line is on the disk at once"
+    log.close()
+
+
+def test_lines_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 8)), encoding="utf-8")
+    log = MetricsLog(path, step=4)
+    log.write({"step": 5, "loss": 2.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+    MetricsLog(path).close()
+    assert read_rows(path) == [], "a run from the start starts its log"
