@@ -28,8 +28,8 @@ from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 VOCAB, NEW, ROOM = 61, 20, 20
-# No token has this id: nothing stops before its time.
-NEVER = [VOCAB + NEW]
+# No token has these ids: nothing stops before its time. Three, as in all tests: another number is another program.
+NEVER = [VOCAB + NEW, VOCAB + NEW + 1, VOCAB + NEW + 2]
 CONFIG = tiny_config(VOCAB, tied=False)
 
 
@@ -136,7 +136,7 @@ def test_a_stream_grows_to_what_generate_gives(engine: Engine, unstopped: list[l
     assert all(steps[-1][: len(step)] == step for step in steps)
     assert steps[-1] == unstopped[0]
     stop = unstopped[0][6]
-    *_, last = engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=[stop])
+    *_, last = engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=[stop, *NEVER[1:]])
     assert last == unstopped[0][: unstopped[0].index(stop)]
 
 
@@ -181,6 +181,14 @@ def test_samples_have_the_distribution_that_was_asked_for() -> None:
     assert sample(logits, Sampling(0.0)).tolist() == [0, 1, 0, 0]
 
 
+def test_a_small_nucleus_is_greedy() -> None:
+    logits = jax.random.normal(jax.random.key(0), (200, VOCAB))
+    greedy = choose(logits, Sampling(), jnp.arange(200), jnp.int32(0))
+    assert greedy.tolist() == logits.argmax(axis=-1).tolist()
+    assert np.array_equal(choose(logits, Sampling(1.5, top_p=1e-6, seed=3), jnp.arange(200), jnp.int32(0)), greedy)
+    assert (choose(logits, Sampling(1.5, seed=3), jnp.arange(200), jnp.int32(0)) == greedy).mean() < 0.5
+
+
 def test_a_draw_depends_on_seed_row_and_step_alone() -> None:
     logits = jnp.zeros((3, 1000))
     rows = jnp.array([5, 2, 9])
@@ -202,24 +210,22 @@ def test_impossible_sampling_is_refused() -> None:
             Sampling(*arguments)
 
 
-def test_sampled_answers_do_not_depend_on_the_batch(trained: Split, engine: Engine) -> None:
+def test_sampled_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
     mode = Mode(sampling=Sampling(1.0, top_p=0.9, seed=3))
+
+    def answers(prompts: list[list[int]]) -> list[list[int]]:
+        return engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode)
+
     prompts = [PROMPTS[row] for row in SHORT]
-    answers = engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode)
-    assert engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode) == answers
-    one_by_one = Engine(trained, CONFIG, batch_size=1)
-    assert one_by_one.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=mode) == answers
-    *_, streamed = engine.stream(prompts[0], max_new_tokens=ROOM, stop=NEVER, mode=mode)
-    assert streamed == answers[0]
+    first = answers(prompts)
+    assert answers(prompts) == first
+    # A prompt keeps its number; it stands in another batch, at another place, beside another prompt.
+    others = some_prompts([4, 2, 30, 8, 3])
+    assert answers([prompts[0], *others])[0] == first[0]
+    assert answers([others[0], prompts[1]])[1] == first[1]
     # Two prompts alike are two draws.
-    twice = engine.generate([prompts[0], prompts[0]], max_new_tokens=ROOM, stop=NEVER, mode=mode)
-    assert twice[0] == answers[0] != twice[1]
-
-
-def test_a_small_nucleus_is_greedy(engine: Engine, unstopped: list[list[int]]) -> None:
-    mode = Mode(sampling=Sampling(1.5, top_p=1e-6, seed=3))
-    answers = engine.generate(PROMPTS[3:], max_new_tokens=ROOM, stop=NEVER, mode=mode)
-    assert answers == unstopped[3:]
+    twice = answers([prompts[0], prompts[0]])
+    assert twice[0] == first[0] != twice[1]
 
 
 # --- chains ---------------------------------------------------------------------------------------------------------

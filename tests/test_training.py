@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -206,21 +207,6 @@ def test_a_batch_without_a_trained_token_is_harmless(step: Any) -> None:
     assert all(np.isfinite(values).all() for values in state.trainable.values())
 
 
-def test_dropout_is_a_function_of_seed_and_step() -> None:
-    optimizer = make_optimizer(OPTIMIZER)
-    steps = {
-        seed: make_step(new_split().structure, optimizer, seed=seed, dropout=True, remat=False) for seed in (11, 12)
-    }
-
-    def loss(seed: int, number: int) -> float:
-        split = new_split()
-        state = initial_state(split.trainable, optimizer)._replace(step=jnp.int32(number))
-        return float(steps[seed](state, split.frozen, device(batch_of(0)))[1].loss)
-
-    assert loss(11, 0) == loss(11, 0)
-    assert len({loss(11, 0), loss(11, 1), loss(12, 0)}) == 3
-
-
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -277,14 +263,21 @@ def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_pa
     assert int(again.step) == 1 and (np.asarray(again.trainable["vocabulary.new"]) == 1).all()
 
 
+# Orbax leaves the readers of the other arrays unfinished.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "other", [{"lora": replace(LORA, rank=3)}, {"new_rows": NEW + 1}, {"new_rows": 0}], ids=["rank", "rows", "no rows"]
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     save(tmp_path, some_state(3))
-    with pytest.raises(UserError, match="checkpoints/3: not a checkpoint of this configuration") as caught:
-        restored(tmp_path, some_state(0, **other))
-    assert "\n" not in str(caught.value)
+
+    def message() -> str:
+        with pytest.raises(UserError, match="checkpoints/3: not a checkpoint of this configuration") as caught:
+            restored(tmp_path, some_state(0, **other))
+        return str(caught.value)
+
+    assert "\n" not in message()
+    gc.collect()
 
 
 def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
@@ -323,6 +316,27 @@ def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> 
         assert row["gradient_norm"] > 0 and row["trained_tokens"] == 2 * (LENGTH - 1)
     assert outcome.steps == STEPS and outcome.last_loss == rows[-1]["loss"] and outcome.tokens_per_second > 0
     assert latest(directory) == STEPS
+
+
+def test_dropout_is_a_function_of_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
+    optimizer = make_optimizer(OPTIMIZER)
+    dropping, other_seed = (
+        make_step(new_split().structure, optimizer, seed=seed, dropout=True, remat=False) for seed in (11, 12)
+    )
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        """Batch 0 and the arrays that a run starts from, at a step of the given number."""
+        split = new_split()
+        state = initial_state(split.trainable, optimizer)._replace(step=jnp.int32(number))
+        return state, split.frozen, device(batch_of(0))
+
+    first = read_rows(undisturbed[1] / "metrics.jsonl")[0]["loss"]
+    losses = [
+        float(stepping(*arguments(number))[1].loss) for stepping, number in ((dropping, 0), (dropping, 1), (step, 0))
+    ]
+    assert losses[0] == first
+    assert len(set(losses)) == 3 and max(losses) - min(losses) < 1
+    assert str(jax.make_jaxpr(dropping)(*arguments(0))) != str(jax.make_jaxpr(other_seed)(*arguments(0)))
 
 
 def require_same(outcome: Outcome, directory: Path, undisturbed: tuple[Outcome, Path]) -> None:

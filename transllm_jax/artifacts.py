@@ -130,11 +130,12 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{workdir} is a file, not a directory; choose another --workdir") from None
-    except PermissionError:
-        raise UserError(f"{workdir} cannot be written to; choose another --workdir") from None
-    with (workdir / ".lock").open("w") as file:
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written to ({error.strerror}); choose another --workdir") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -39,6 +39,8 @@ class Session:
 
         Raises UserError for a question with a special token in it, or one that does not fit the context.
         """
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise UserError("the question is not UTF-8; use a UTF-8 locale, such as LANG=C.UTF-8")
         found = self.tokenizer.find_special(question)
         if found:
             raise UserError(f"the question contains the special token {found}; write it in another way")
@@ -57,10 +59,13 @@ def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, s
     Raises UserError for a directory that is neither.
     """
     mode = Mode(sampling=sampling)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a work directory or a model directory")
     if (path / "run.yaml").is_file():
         config = load_config(path / "run.yaml")
         run = Run(config, path, Progress(quiet=True), Interrupt())
-        point = "base" if base else newest_point(path)
+        newest = newest_point(path)
+        point = "base" if base else newest
         engine = Engine(run.split(point), run.model_config)
         tokenizer, markers = run.tokenizer(point), run.markers
         name = "the original model" if base else f"the model after {point}"

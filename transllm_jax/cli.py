@@ -6,6 +6,7 @@ go on; 1 a defect, with its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -57,8 +58,12 @@ def run(
     from transllm_jax.pipeline import run_pipeline
     from transllm_jax.progress import Progress
 
-    with Progress() as progress, Interrupt() as interrupt:
-        worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force)
+    try:
+        with Progress() as progress, Interrupt() as interrupt:
+            worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force)
+    except KeyboardInterrupt:
+        # Asked twice. Caught here: typer would make its own exit code of it.
+        raise Preempted("stopped at once, the last checkpoint stands") from None
     if not worked:
         progress.say(f"All is done in {place}; redo a stage with --force STAGE.", markup=False)
     _show_results(progress.console, place)
@@ -155,9 +160,12 @@ def main() -> None:
     except Preempted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(PREEMPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{place}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(INPUT_WRONG)
 
 
 if __name__ == "__main__":

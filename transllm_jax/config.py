@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from transllm_jax.errors import UserError
 
@@ -19,7 +19,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A part of the config; frozen, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, given: Any) -> Any:
+        # YAML reads yes, no, on and off as true and false, and pydantic would read those as 1 and 0.
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} cannot be {str(value).lower()} (yes, no, on and off mean that in YAML)")
+        return given
 
 
 class Model(Section):
@@ -46,13 +56,36 @@ class Source(Section):
     # Read only so much from the start: bytes of text, or pairs.
     limit: Positive | None = None
 
+    @model_validator(mode="after")
+    def _has_no_idle_separator(self) -> Source:
+        if self.format == "pairs" and self.separator != "blank line":
+            raise ValueError("separator is for text; pairs stand one a line, so remove it")
+        return self
+
+
+def _unweighted(source: Source) -> Source:
+    """A source that is no part of a mixture. A key that nobody reads is an error."""
+    if source.weight is not None:
+        raise ValueError("weight means nothing here, where no mixture is made; remove it")
+    return source
+
+
+def _pairs(source: Source) -> Source:
+    if source.format != "pairs":
+        raise ValueError("pairs are needed here; add `format: pairs`")
+    return source
+
+
+WholeSource = Annotated[Source, AfterValidator(_unweighted)]
+PairSource = Annotated[WholeSource, AfterValidator(_pairs)]
+
 
 class Vocabulary(Section):
     """Stage 1: the tokens that are added, the markers aside."""
 
     size: Positive
     # Text in the target language; of pairs, the target side is read.
-    corpus: list[Source] = Field(min_length=1)
+    corpus: list[WholeSource] = Field(min_length=1)
     min_count: Positive = 2
 
 
@@ -88,6 +121,12 @@ class Pretraining(Training):
 
     sources: list[Source] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _has_all_weights_or_none(self) -> Pretraining:
+        if len({source.weight is None for source in self.sources}) == 2:
+            raise ValueError("some sources have a weight and others none; give it to all of them or to none")
+        return self
+
 
 class Translation(Section):
     """Where translations come from: a file of another system's, the model's own of stage `translate`, or both."""
@@ -103,6 +142,8 @@ class Translation(Section):
     def _has_a_way(self) -> Translation:
         if self.file is None and self.missing != "model":
             raise ValueError(f"without a file, missing must be 'model', not {self.missing!r}")
+        if self.file is None and self.fields != ("source", "target"):
+            raise ValueError("fields without a file mean nothing; add the file, or remove them")
         return self
 
 
@@ -124,7 +165,7 @@ class Transfer(Training):
     """Stage 4, second half: the mixture of chains, English answers and translation instructions."""
 
     # Pairs that the translation instructions are made of.
-    pairs: Source
+    pairs: PairSource
     # Shares of the rows.
     chains: float = Field(default=0.5, gt=0)
     english: float = Field(default=0.25, gt=0)
@@ -150,7 +191,7 @@ class Prompts(Section):
 class Evaluation(Section):
     """Held-out files, which no stage reads, and how much of each is used."""
 
-    text: Source
+    text: WholeSource
     pairs: str
     instructions: str
     # The fields of an instruction in English and in the target language.
@@ -161,7 +202,7 @@ class Evaluation(Section):
     max_new_tokens: Positive = 96
     max_chain_tokens: Positive = 256
     batch_size: Positive = 32
-    length: Positive = 256
+    length: Annotated[int, Field(ge=16)] = 256
 
 
 class Export(Section):
@@ -176,6 +217,16 @@ class Markers(Section):
     english: str = "<EN>"
     target: str | None = None
     response: str = "<RESPONSE>"
+
+    @model_validator(mode="after")
+    def _are_markers(self) -> Markers:
+        given = [marker for marker in (self.english, self.target, self.response) if marker is not None]
+        for marker in given:
+            if not marker or any(letter.isspace() for letter in marker):
+                raise ValueError(f"the marker {marker!r} is empty or has a space in it; use one like <TH>")
+        if len(set(given)) < len(given):
+            raise ValueError("two markers are alike; choose different ones")
+        return self
 
 
 class Language(Section):
@@ -271,6 +322,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}; remove one of the two") from None
     *parents, last = key.split(".")
     node = tree
     for name in parents:
@@ -295,7 +348,10 @@ def _explain(error: ValidationError) -> str:
         elif fault["type"] == "missing":
             faults.append(f"{path}: missing; add it")
         else:
-            faults.append(f"{path}: {fault['msg']} (it is {fault['input']!r})")
+            message = fault["msg"].removeprefix("Value error, ")
+            given = repr(fault["input"])
+            # A section that contradicts itself is not shown whole: the message says what it is about.
+            faults.append(f"{path}: {message}" + ("" if isinstance(fault["input"], dict) else f" (it is {given[:60]})"))
     return "; ".join(faults)
 
 
@@ -306,6 +362,7 @@ def _fields(path: Sequence[str | int]) -> list[str]:
         if isinstance(name, int):
             continue
         annotation = section.model_fields[name].annotation
-        arguments = getattr(annotation, "__args__", ())
+        # Of `list[Annotated[Source, ...]]`, the Source.
+        arguments = [getattr(argument, "__origin__", argument) for argument in getattr(annotation, "__args__", ())]
         section = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), annotation)
     return list(section.model_fields)

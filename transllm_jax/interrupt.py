@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # Not print: the handler may run within another print.
+        os.write(2, b"\nstopping after the piece of work at hand, which is saved; once more to stop at once\n")
 
     def check(self, where: str) -> None:
         """Raise Preempted if a stop was asked for; called where everything so far is on disk."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,12 +20,14 @@ from transllm_jax.stages.run import Run
 
 Inputs = Callable[[Run], dict[str, Any]]
 Work = Callable[[Run, Path], Mapping[str, Any]]
+Check = Callable[[Run], None]
 
 
 @dataclass(frozen=True)
 class Step:
     """A step writes one directory. `after` names the steps whose results it reads.
 
+    `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
     A resumable step keeps what it had when it was cut off; another is begun anew.
     """
 
@@ -33,12 +35,13 @@ class Step:
     inputs: Inputs
     work: Work
     after: tuple[str, ...] = ()
+    check: Check | None = None
     resumable: bool = False
 
 
 def _evaluation(point: str) -> Step:
     after = ("base",) if point == "base" else (point, "evaluation/base")
-    return Step(f"evaluation/{point}", evaluate.inputs, partial(_evaluate, point=point), after)
+    return Step(f"evaluation/{point}", evaluate.inputs, partial(_evaluate, point=point), after, evaluate.check)
 
 
 def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
@@ -48,14 +51,14 @@ def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
 STEPS = (
     Step("base", base.inputs, base.run_stage),
     _evaluation("base"),
-    Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",)),
+    Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",), vocabulary.check),
     _evaluation("vocabulary"),
-    Step("pretrain", pretrain.inputs, pretrain.run_stage, ("vocabulary",), resumable=True),
+    Step("pretrain", pretrain.inputs, pretrain.run_stage, ("vocabulary",), pretrain.check, resumable=True),
     _evaluation("pretrain"),
-    Step("translate", translate.inputs, translate.run_stage, ("pretrain",), resumable=True),
+    Step("translate", translate.inputs, translate.run_stage, ("pretrain",), translate.check, resumable=True),
     _evaluation("translate"),
-    Step("recover", recover.inputs, recover.run_stage, ("translate",), resumable=True),
-    Step("transfer", transfer.inputs, transfer.run_stage, ("translate", "recover"), resumable=True),
+    Step("recover", recover.inputs, recover.run_stage, ("translate",), recover.check, resumable=True),
+    Step("transfer", transfer.inputs, transfer.run_stage, ("translate", "recover"), transfer.check, resumable=True),
     _evaluation("transfer"),
     Step("export", export.inputs, export.run_stage, ("transfer",)),
     Step(
@@ -94,20 +97,30 @@ def run_pipeline(
     with locked(workdir):
         run = Run(config, workdir, progress, interrupt)
         # Every step's inputs first: a path that does not exist is found before an hour of training, not after.
+        vocabulary.require_language(run)
         evaluate.require_held_out(run)
         inputs = _all_inputs(run)
-        if force is not None:
-            _forget(workdir, force)
-        states = {name: artifact(workdir, name).state(inputs[name]) for name in NAMES}
+        gone = _with_all_that_builds_on(force) if force is not None else set()
+        # What stays is looked at before anything goes: a run that is refused has removed nothing.
+        states = {name: artifact(workdir, name).state(inputs[name]) for name in NAMES if name not in gone}
+        _forget(workdir, gone)
         _write_run_file(workdir, config)
-        worked = False
-        for step in STEPS[: _end(until)]:
-            if states[step.name] == "done":
-                continue
-            worked = True
-            _do(run, step, inputs[step.name], resume=step.resumable and states[step.name] == "running")
+        todo = [step for step in STEPS[: _end(until)] if states.get(step.name) != "done"]
+        checked = False
+        for step in todo:
+            if step.after and not checked:
+                # The base is there. What else the steps need is looked at now, not after hours of their predecessors.
+                _check(run, todo)
+                checked = True
+            _do(run, step, inputs[step.name], resume=step.resumable and states.get(step.name) == "running")
             interrupt.check(step.name)
-        return worked
+        return bool(todo)
+
+
+def _check(run: Run, steps: Sequence[Step]) -> None:
+    for check in dict.fromkeys(step.check for step in steps):
+        if check is not None:
+            check(run)
 
 
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
@@ -133,11 +146,15 @@ def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
     return inputs
 
 
-def _forget(workdir: Path, name: str) -> None:
+def _with_all_that_builds_on(name: str) -> set[str]:
     gone = {name}
     for step in STEPS:
         if gone & set(step.after):
             gone.add(step.name)
+    return gone
+
+
+def _forget(workdir: Path, gone: Set[str]) -> None:
     # The last first: a kill in between leaves no step that builds on one that is gone.
     for step in reversed(STEPS):
         if step.name in gone:

@@ -62,9 +62,7 @@ class Batches:
     each epoch. Raises UserError for a source without rows or with a weight that is not above 0.
     """
 
-    def __init__(
-        self, sources: Sequence[tuple[str, PackedRows, float | None]], batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, sources: Sequence[tuple[str, PackedRows, float | None]], batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: it must be at least 1")
         if not sources:
@@ -104,16 +102,13 @@ class Batches:
         """Batch k: tokens, positions, segment_ids and labels int32 [B, T], weights float32 [B, T]."""
         chosen = self.rows(k)
         return {
-            field: np.stack([getattr(self._rows[source], field)[row] for source, row in chosen])
-            for field in FIELDS
+            field: np.stack([getattr(self._rows[source], field)[row] for source, row in chosen]) for field in FIELDS
         }
 
     def epoch(self, k: int) -> dict[str, float]:
         """By source: how many times its rows were passed before batch k (1.5: once and a half)."""
         counts = self._proportions.counts(k * self.batch_size)
-        return {
-            name: count / len(rows) for name, count, rows in zip(self.names, counts, self._rows, strict=True)
-        }
+        return {name: count / len(rows) for name, count, rows in zip(self.names, counts, self._rows, strict=True)}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -147,9 +142,7 @@ def _parts(sources: Sequence[tuple[str, PackedRows, float | None]]) -> list[int]
         if weight is None:
             raise UserError(f"source {name!r} has no weight but others have: give all of them one, or none")
         if not 0 < weight < float("inf"):
-            raise UserError(
-                f"source {name!r} has weight {weight}: it must be above 0, or take the source out"
-            )
+            raise UserError(f"source {name!r} has weight {weight}: it must be above 0, or take the source out")
         # 0.1 as a float is not a tenth; what was written is
         fractions.append(Fraction(str(weight)))
     factor = 1

@@ -137,9 +137,7 @@ def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
     return f"{english}{en}{target}{th}", f"{target}{th}{english}{en}"
 
 
-def pair_examples(
-    tokenizer: TextTokenizer, en: str, th: str, markers: Markers = MARKERS
-) -> tuple[Example, Example]:
+def pair_examples(tokenizer: TextTokenizer, en: str, th: str, markers: Markers = MARKERS) -> tuple[Example, Example]:
     """A pair as causal LM in both directions, first from English; all trained but the bos."""
     forward, backward = tokenizer.encode_batch(list(pair_texts(en, th, markers)))
     return _whole_text(tokenizer, forward), _whole_text(tokenizer, backward)

@@ -82,9 +82,7 @@ def plan(lengths: Sequence[int] | np.ndarray, row_length: int, *, window: int = 
         raise ValueError(f"row_length and window must be at least 1: {row_length}, {window}")
     rows: list[list[int]] = []
     row_of_slot = np.full(window, -1, np.int64)
-    space = np.zeros(
-        window, np.int64
-    )  # by slot: tokens still free in its open row; 0 in a slot without a row
+    space = np.zeros(window, np.int64)  # by slot: tokens still free in its open row; 0 in a slot without a row
     used = 0
     for index, length in enumerate(np.asarray(lengths, np.int64).tolist()):
         if not 1 <= length <= row_length:

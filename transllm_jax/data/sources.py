@@ -104,9 +104,7 @@ class _Collector:
 
     def finish(self, path: str | Path, what: str) -> Loaded[Any]:
         if not self.items:
-            raise UserError(
-                f"{path} has no {what}: give a file with text in it, or take it out of the config"
-            )
+            raise UserError(f"{path} has no {what}: give a file with text in it, or take it out of the config")
         report = SourceReport(len(self.items), self.characters, self.bytes, self.normalised, self.removed)
         return Loaded(self.items, self.places, report)
 
@@ -143,9 +141,7 @@ def resolve(path: str | Path) -> list[Path]:
         raise UserError(f"{path} is a directory: name its files, for instance {exact / '*.txt'}")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
-        raise UserError(
-            f"no file matches {path}: check the path, which is relative to the config's directory"
-        )
+        raise UserError(f"no file matches {path}: check the path, which is relative to the config's directory")
     return found
 
 
@@ -173,9 +169,7 @@ def _lines(path: str | Path, collector: _Collector) -> Iterator[tuple[str, Place
                     yield collector.check(_decode(raw, place, offset), place), place
                     offset += len(raw)
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"{place} cannot be decompressed ({error}): the file is damaged, fetch it again"
-            ) from error
+            raise UserError(f"{place} cannot be decompressed ({error}): the file is damaged, fetch it again") from error
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
         if offset == 0:
@@ -237,9 +231,7 @@ def read_documents(
     return collector.finish(path, "documents")
 
 
-def read_pairs(
-    path: str | Path, *, limit: int | None = None, controls: Controls = "refuse"
-) -> Loaded[tuple[str, str]]:
+def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls = "refuse") -> Loaded[tuple[str, str]]:
     """Pairs (English, target language) from tab-separated lines; space around a side is removed.
 
     limit: at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with
@@ -291,14 +283,10 @@ def _record(line: str, fields: Mapping[str, type], place: Place) -> dict[str, An
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error}): write one complete object a line") from error
     if not isinstance(record, dict):
-        raise UserError(
-            f"{place} is JSON but not an object: write {{{', '.join(f'{f!r}: ...' for f in fields)}}}"
-        )
+        raise UserError(f"{place} is JSON but not an object: write {{{', '.join(f'{f!r}: ...' for f in fields)}}}")
     for name, kind in fields.items():
         if name not in record:
-            raise UserError(
-                f"{place} has no field {name!r} (it has: {', '.join(map(str, record)) or 'none'}): add it"
-            )
+            raise UserError(f"{place} has no field {name!r} (it has: {', '.join(map(str, record)) or 'none'}): add it")
         value = record[name]
         # bool is an int to Python, not to whoever writes a number
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -308,9 +296,7 @@ def _record(line: str, fields: Mapping[str, type], place: Place) -> dict[str, An
             raise UserError(f"{place}: field {name!r} is empty: fill it in or remove the line")
     for text in _texts(record):
         if _SURROGATE.search(text):
-            raise UserError(
-                f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character"
-            )
+            raise UserError(f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character")
     return record
 
 
@@ -336,6 +322,4 @@ def check_no_special(
                 at = str(Place(place.path, place.line + below))
             else:
                 at = f"{where or 'the data'}, item {index + 1}"
-            raise UserError(
-                f"{at} contains the special token {special}: remove it or write it in another way"
-            )
+            raise UserError(f"{at} contains the special token {special}: remove it or write it in another way")

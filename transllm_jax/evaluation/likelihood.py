@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -85,44 +85,56 @@ def _divergence(
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
-def english_kl(
-    base: Split,
-    split: Split,
-    answers: Sequence[tuple[list[int], list[int]]],
-    prefix: Sequence[int],
-    *,
-    batch_size: int,
-) -> float:
-    """Mean KL per token, in nats, from the original model to this one on the original's own English answers.
+# A prompt's ids, and its answer's with the end token.
+AnswerIds = tuple[list[int], list[int]]
 
-    `answers` holds (prompt ids, answer ids with the end token). `prefix` stands before the answer in this model's
-    format (`<RESPONSE>` after stage `transfer`, nothing before) and is not counted.
-    """
-    longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
-    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    total, tokens = 0.0, 0
-    for first in range(0, len(answers), batch_size):
-        batch = answers[first : first + batch_size]
-        taught, taught_places = _states(base, batch, [], length, batch_size)
-        moved, moved_places = _states(split, batch, prefix, length, batch_size)
-        taught, moved = taught[np.concatenate(taught_places)], moved[np.concatenate(moved_places)]
-        for start in range(0, len(taught), CHUNK):
-            teacher, student = taught[start : start + CHUNK], moved[start : start + CHUNK]
+
+class Teacher:
+    """The original model and its own English answers; its states on them are computed once, for all points."""
+
+    def __init__(self, base: Split, answers: Sequence[AnswerIds], *, batch_size: int) -> None:
+        self.base, self.answers, self.batch_size = base, answers, batch_size
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """The states from which the answers' tokens are predicted, [tokens, D]."""
+        return _answer_states(self.base, self.answers, [], self.batch_size)
+
+    def divergence(self, split: Split, prefix: Sequence[int] = ()) -> float:
+        """Mean KL per token, in nats, from the original model to `split` on the original's own answers.
+
+        `prefix` stands before the answer in this model's format (`<RESPONSE>` after stage `transfer`, nothing before)
+        and is not counted.
+        """
+        moved = _answer_states(split, self.answers, prefix, self.batch_size)
+        total = 0.0
+        for start in range(0, len(moved), CHUNK):
+            teacher, student = self.states[start : start + CHUNK], moved[start : start + CHUNK]
             room = [(0, CHUNK - len(teacher)), (0, 0)]
             values = _divergence(
-                (base.trainable, base.frozen),
+                (self.base.trainable, self.base.frozen),
                 (split.trainable, split.frozen),
                 np.pad(teacher, room),
                 np.pad(student, room),
-                structures=(base.structure, split.structure),
+                structures=(self.base.structure, split.structure),
             )
             total += float(jnp.sum(values[: len(teacher)]))
-            tokens += len(teacher)
-    return total / tokens
+        return total / len(moved)
+
+
+def _answer_states(split: Split, answers: Sequence[AnswerIds], prefix: Sequence[int], batch_size: int) -> np.ndarray:
+    """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    found = []
+    for first in range(0, len(answers), batch_size):
+        states, places = _states(split, answers[first : first + batch_size], prefix, length, batch_size)
+        found.append(states[np.concatenate(places)])
+    return np.concatenate(found)
 
 
 def _states(
-    split: Split, batch: Sequence[tuple[list[int], list[int]]], prefix: Sequence[int], length: int, size: int
+    split: Split, batch: Sequence[AnswerIds], prefix: Sequence[int], length: int, size: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Hidden states [B * T, D], and for each row where those stand from which its answer's tokens are predicted."""
     tokens = np.zeros((size, length), np.int32)

@@ -41,16 +41,14 @@ MEASURES = (
         "bits_per_byte",
         "{language} bits per byte",
         "{language} bits/byte",
-        "How much held-out {language} text surprises the model, per byte of text. "
-        "Comparable across tokenizers.",
+        "How much held-out {language} text surprises the model, per byte of text. Comparable across tokenizers.",
         "lower",
     ),
     Measure(
         "tokens_per_character",
         "Tokens per {language} character",
         "Tokens/character",
-        "What one character of held-out {language} text costs. "
-        "Fewer tokens mean faster answers and longer memory.",
+        "What one character of held-out {language} text costs. Fewer tokens mean faster answers and longer memory.",
         "lower",
     ),
     Measure(
@@ -82,8 +80,7 @@ MEASURES = (
         "well_formed_chains",
         "Well-formed chains",
         "Well-formed chains",
-        "Share of answers with each step in its place: question in English, answer in English, "
-        "answer in {language}.",
+        "Share of answers with each step in its place: question in English, answer in English, answer in {language}.",
         "higher",
         "share",
     ),

@@ -51,9 +51,7 @@ def measure_plot(row: Row) -> Markup:
         top = top if top > 0 else 1.0
         for place, (point, value) in enumerate(row.values.items()):
             if value is None:
-                axes.text(
-                    place, top * 0.03, "not\nmeasured", ha="center", va="bottom", color=_MUTED, fontsize=11
-                )
+                axes.text(place, top * 0.03, "not\nmeasured", ha="center", va="bottom", color=_MUTED, fontsize=11)
                 continue
             last = place == len(where) - 1
             axes.bar(place, value, width=0.62, color=_BEFORE if point == BASE else _ACCENT if last else _SOFT)

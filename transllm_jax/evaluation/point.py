@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transllm_jax.config import Evaluation, Prompts
-from transllm_jax.evaluation.likelihood import bits_per_byte, english_kl
+from transllm_jax.evaluation.likelihood import Teacher, bits_per_byte
 from transllm_jax.generation.chain import ChainChat
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import Direction, ModelTranslator
@@ -27,15 +27,11 @@ PAIR, CHAT = "pair", "chat"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no stage reads: documents, (English, target) pairs, and questions in both languages.
-
-    `answers` are the original model's own English answers, as (prompt ids, answer ids with the end token).
-    """
+    """What no stage reads: documents, (English, target) pairs, and questions in both languages."""
 
     documents: Sequence[str]
     pairs: Sequence[tuple[str, str]]
     questions: Sequence[tuple[str, str]]
-    answers: Sequence[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Point:
 
 def evaluate(
     point: Point,
-    base: Split,
+    teacher: Teacher,
     held_out: HeldOut,
     config: Evaluation,
     prompts: Prompts,
@@ -80,11 +76,11 @@ def evaluate(
         "tokens_per_character": tokens_per_character(point.tokenizer, held_out.documents),
     }
     bar.update(1, "English answers kept")
-    plain = english_kl(base, point.split, held_out.answers, [], batch_size=4)
+    plain = teacher.divergence(point.split)
     marked = None
     if point.answers_in_chains:
         prefix = point.tokenizer.encode(markers.response)
-        marked = english_kl(base, point.split, held_out.answers, prefix, batch_size=4)
+        marked = teacher.divergence(point.split, prefix)
     metrics["english_kl"] = plain if marked is None else marked
     translations: dict[Direction, list[str]] = {}
     ways: tuple[Direction, Direction] = ("to_target", "to_english")

@@ -142,9 +142,7 @@ def _translations(results: Results) -> Iterator[dict[str, Any]]:
     order = points(results)
     for pair in results.get("translations") or []:
         outputs = part(pair, "outputs")
-        where = [point for point in order if point in outputs] + [
-            point for point in outputs if point not in order
-        ]
+        where = [point for point in order if point in outputs] + [point for point in outputs if point not in order]
         answers = {
             direction: [(point, clean(part(outputs, point).get(direction)).strip()) for point in where]
             if any(part(outputs, point).get(direction) is not None for point in where)

@@ -75,9 +75,7 @@ def conversation_panel(results: Results, index: int = 0) -> RenderableType:
 
     def step(label: str, text: object, style: str = "", heading: str = "dim") -> None:
         # On a line of its own: terminals disagree about the width of many scripts.
-        lines.extend(
-            [Text(label, style=heading), Text(clean(text).strip() or "(empty)", style=style), Text()]
-        )
+        lines.extend([Text(label, style=heading), Text(clean(text).strip() or "(empty)", style=style), Text()])
 
     step(f"Question in {name}", talk.get("question"), "bold")
     chain = talk.get("chain")
@@ -90,6 +88,4 @@ def conversation_panel(results: Results, index: int = 0) -> RenderableType:
     step("Answer", talk.get("visible"), "bold")
     if talk.get("base") is not None:
         step("The original model answered", talk["base"], "dim")
-    return Panel(
-        Group(*lines[:-1]), title=f"Conversation {index + 1} of {len(conversations)}", title_align="left"
-    )
+    return Panel(Group(*lines[:-1]), title=f"Conversation {index + 1} of {len(conversations)}", title_align="left")

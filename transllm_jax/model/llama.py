@@ -15,7 +15,7 @@ from flax import nnx
 
 from transllm_jax.model.attention import attend, causal_mask, rotary_angles, rotate
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.lora import LoraConfig, LoRALinear
+from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.vocabulary import Vocabulary
 
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
 
 
 class _Keys:
-    """One dropout key a linear layer, from a block's key; None where nothing is dropped."""
+    """One dropout key for each input of linear layers, from a block's key; None where nothing is dropped."""
 
     def __init__(self, key: jax.Array | None) -> None:
         self.key, self.count = key, 0
@@ -45,6 +45,26 @@ class _Keys:
     def __call__(self) -> jax.Array | None:
         self.count += 1
         return None if self.key is None else jax.random.fold_in(self.key, self.count)
+
+
+@jax.custom_vjp
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. Its backward pass keeps the two inputs and nothing else."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up = residuals
+    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    to_gate, to_up = pull(g)
+    return to_gate, to_up
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Attention(nnx.Module):
@@ -68,10 +88,8 @@ class Attention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-        q = rotate(heads(self.q(x, adapters=adapters, dropout=keys())), angles)
-        k = rotate(heads(self.k(x, adapters=adapters, dropout=keys())), angles)
-        v = heads(self.v(x, adapters=adapters, dropout=keys()))
-        out, carried = attend(q, k, v)
+        q, k, v = map(heads, project((self.q, self.k, self.v), x, adapters=adapters, dropout=keys()))
+        out, carried = attend(rotate(q, angles), rotate(k, angles), v)
         out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return self.o(out, adapters=adapters, dropout=keys()), carried
 
@@ -87,9 +105,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate = self.gate(x, adapters=adapters, dropout=keys())
-        up = self.up(x, adapters=adapters, dropout=keys())
-        return self.down(jax.nn.silu(gate) * up, adapters=adapters, dropout=keys())
+        gate, up = project((self.gate, self.up), x, adapters=adapters, dropout=keys())
+        return self.down(_swiglu(gate, up), adapters=adapters, dropout=keys())
 
 
 class Block(nnx.Module):

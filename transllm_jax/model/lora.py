@@ -6,8 +6,10 @@ exist for the last two only (`transllm_jax.model.parameters.split`), so a frozen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,28 +38,35 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+Arrays = tuple[jax.Array, ...]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _adapted(x: jax.Array, h: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """x @ w + scale * (h @ a) @ b on [tokens, in]; `w` is frozen and gets no gradient."""
-    return x @ w + (h @ (a * scale)) @ b
+def _adapted(x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, scale: float) -> Arrays:
+    """x @ w + scale * (h @ a) @ b for several layers on one input [tokens, in]; each w is frozen, without gradient."""
+    return tuple(x @ w + (h @ (a * scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
 
 
 def _adapted_forward(
-    x: jax.Array, h: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    u = h @ (a * scale)
-    return x @ w + u @ b, (h, u, w, a, b)
+    x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, scale: float
+) -> tuple[Arrays, tuple[Any, ...]]:
+    us = tuple(h @ (a * scale) for a in a_s)
+    ys = tuple(x @ w + u @ b for w, u, b in zip(ws, us, bs, strict=True))
+    # The input is kept once for all the layers on it, not once a layer.
+    return ys, (h, us, ws, a_s, bs)
 
 
-def _adapted_backward(
-    scale: float, residuals: tuple[jax.Array, ...], g: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array, jax.Array]:
-    h, u, w, a, b = residuals
-    # The barrier keeps XLA from fusing the producer of g, with its transposes, into each of the products below:
-    # on a CPU that recomputation costs more than the products themselves.
-    g = jax.lax.optimization_barrier(g)
-    gu = g @ b.T
-    return g @ w.T, gu @ (a * scale).T, None, (h.T @ gu) * scale, u.T @ g
+def _adapted_backward(scale: float, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
+    h, us, ws, a_s, bs = residuals
+    # The barrier keeps XLA from fusing the producer of a gradient, with its transposes, into each of the products
+    # below: on a CPU that recomputation costs more than the products themselves.
+    gs = jax.lax.optimization_barrier(gs)
+    slopes = [g @ b.T for g, b in zip(gs, bs, strict=True)]
+    to_x = sum(g @ w.T for g, w in zip(gs, ws, strict=True))
+    to_h = sum(slope @ (a * scale).T for slope, a in zip(slopes, a_s, strict=True))
+    to_a = tuple((h.T @ slope) * scale for slope in slopes)
+    to_b = tuple(u.T @ g for u, g in zip(us, gs, strict=True))
+    return to_x, to_h, None, to_a, to_b
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -89,21 +98,28 @@ class LoRALinear(nnx.Module):
             self.b = Adapter(jnp.zeros((lora.rank, features_out), jnp.float32))
 
     def __call__(self, x: jax.Array, *, adapters: bool, dropout: jax.Array | None = None) -> jax.Array:
-        """[B, T, in] -> [B, T, out]; `dropout` is a random key, given in training when the rate is not 0."""
-        flat = x.reshape(-1, x.shape[-1])
-        w = self.kernel[...]
-        if self.lora is None or not adapters:
-            y = _frozen(flat, w)
-        else:
-            h = flat
-            if dropout is not None and self.lora.dropout:
-                keep = jax.random.bernoulli(dropout, 1 - self.lora.dropout, flat.shape)
-                h = jnp.where(keep, flat / (1 - self.lora.dropout), 0)
-            a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-            y = _adapted(flat, h, w, a, b, self.lora.scale)
-        return y.reshape(*x.shape[:-1], -1)
+        """[B, T, in] -> [B, T, out]; see `project`."""
+        return project((self,), x, adapters=adapters, dropout=dropout)[0]
 
 
-def _frozen(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w with no gradient for w."""
-    return x @ jax.lax.stop_gradient(w)
+def project(
+    layers: Sequence[LoRALinear], x: jax.Array, *, adapters: bool, dropout: jax.Array | None = None
+) -> list[jax.Array]:
+    """Several layers on one input, [B, T, in] -> [B, T, out] each.
+
+    `dropout` is a random key, given in training when the rate is not 0; the layers share what is dropped.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    ws = tuple(layer.kernel[...] for layer in layers)
+    lora = layers[0].lora
+    if lora is None or not adapters:
+        ys = tuple(flat @ jax.lax.stop_gradient(w) for w in ws)
+    else:
+        h = flat
+        if dropout is not None and lora.dropout:
+            keep = jax.random.bernoulli(dropout, 1 - lora.dropout, flat.shape)
+            h = jnp.where(keep, flat / (1 - lora.dropout), 0)
+        a_s = tuple(layer.a[...].astype(x.dtype) for layer in layers)
+        bs = tuple(layer.b[...].astype(x.dtype) for layer in layers)
+        ys = _adapted(flat, h, ws, a_s, bs, lora.scale)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]

@@ -11,8 +11,8 @@ from transllm_jax.stages.run import Run
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What the import depends on; the weights are fingerprinted by it, in `base/source.json`."""
-    return {"model.source": run.config.model.source, "model.sha256": run.config.model.sha256}
+    """What the import depends on, and the type that all steps compute in."""
+    return {"model": run.config.model.model_dump()}
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from conversion.import_base import base_fingerprint
 from transllm_jax.artifacts import read_json, write_json
-from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs, resolve
+from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.evaluation.point import HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
 from transllm_jax.stages.run import Run
@@ -22,12 +23,14 @@ def inputs(run: Run) -> dict[str, Any]:
     return {
         "evaluation": section.model_dump(),
         "prompts": run.config.prompts.model_dump(),
+        "language": run.config.language.model_dump(),
+        "markers": run.config.markers.model_dump(),
         **run.hashes([section.text.path, section.pairs, section.instructions]),
     }
 
 
 def require_held_out(run: Run) -> None:
-    """Refuse a held-out file that a stage trains on. Raises UserError that names it."""
+    """Refuse a held-out file that a stage trains on, or a copy of one. Raises UserError that names it."""
     config = run.config
     trained = [
         *config.vocabulary.corpus,
@@ -35,13 +38,41 @@ def require_held_out(run: Run) -> None:
         *config.translate.sources,
         config.transfer.pairs,
     ]
-    files = {file.resolve() for source in trained for file in resolve(source.path)}
-    files |= {file.resolve() for file in resolve(config.recover.instructions)}
+    recover = config.recover
+    records = [recover.instructions, recover.translate_instructions.file, recover.translate_answers.file]
+    seen = set(run.hashes([source.path for source in trained] + [path for path in records if path]).values())
     section = config.evaluation
     for name, path in (("text", section.text.path), ("pairs", section.pairs), ("instructions", section.instructions)):
-        for file in resolve(path):
-            if file.resolve() in files:
+        for file, digest in run.hashes([path]).items():
+            if digest in seen:
                 raise UserError(f"evaluation.{name}: {file} is also trained on; hold it out of every stage")
+
+
+def check(run: Run) -> None:
+    """What can be known to be wrong before the first evaluation begins. Raises UserError."""
+    section, prompts = run.config.evaluation, run.config.prompts
+    for key, given in (("to_target", prompts.to_target), ("to_english", prompts.to_english)):
+        for prompt in given:
+            if found := run.find_special(prompt):
+                raise UserError(f"prompts.{key}: {prompt!r} contains the special token {found}; take it out")
+    run.check_length("evaluation.length", section.length)
+    run.check_length("evaluation.max_chain_tokens", section.max_chain_tokens)
+    run.check(section.text)
+    pairs = read_pairs(section.pairs, limit=section.max_pairs)
+    rows = read_jsonl(section.instructions, required=section.instruction_fields, limit=section.max_chats)
+    check_no_special(pairs, run.find_special)
+    check_no_special(rows, run.find_special)
+    asked = [
+        (prompt.replace("{language}", run.config.language.name).replace("{text}", text), place)
+        for pair, place in zip(pairs, pairs.places, strict=True)
+        for prompt, text in zip((prompts.to_target[0], prompts.to_english[0]), pair, strict=True)
+    ]
+    asked += [
+        (row[field], place)
+        for row, place in zip(rows, rows.places, strict=True)
+        for field in section.instruction_fields
+    ]
+    run.check_room(asked, "evaluation.max_new_tokens", section.max_new_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
@@ -50,10 +81,14 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     base = run.split("base")
     here = Point(point, base if point == "base" else run.split(point), run.tokenizer(point), run.model_config)
     with run.progress.task(f"evaluation of {point}", total=6, unit="part") as bar:
-        held_out = _held_out(run, directory.parent / "original_answers.json")
+        held_out = _held_out(run)
         bar.update(1)
+        if run.teacher is None:
+            asked = [question for question, _ in held_out.questions]
+            answers = _original_answers(run, directory.parent / "original_answers.json", asked)
+            run.teacher = Teacher(base, answers, batch_size=4)
         results = evaluate(
-            here, base, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
+            here, run.teacher, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
         )
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
     write_json(directory / "results.json", {"point": point, "counts": counts, **results})
@@ -65,7 +100,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     }
 
 
-def _held_out(run: Run, path: Path) -> HeldOut:
+def _held_out(run: Run) -> HeldOut:
     section = run.config.evaluation
     documents = run.read_target(section.text)
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
@@ -78,7 +113,6 @@ def _held_out(run: Run, path: Path) -> HeldOut:
         documents=documents[: section.max_documents],
         pairs=pairs,
         questions=questions,
-        answers=_original_answers(run, path, [question for question, _ in questions]),
     )
 
 

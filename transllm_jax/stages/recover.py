@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.config import Translation
-from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.data.sources import Place, check_no_special, read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
@@ -29,12 +29,28 @@ def inputs(run: Run) -> dict[str, Any]:
     return {"recover": section.model_dump(), **run.hashes(file for file in files if file is not None)}
 
 
+def check(run: Run) -> None:
+    """What can be known to be wrong before this stage begins. Raises UserError."""
+    section, context = run.config.recover, run.model_config.max_position_embeddings
+    texts, places = _instructions(run)
+    run.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
+    by_model = "model" in (section.translate_instructions.missing, section.translate_answers.missing)
+    if by_model and 2 * (section.max_new_tokens + 2) > context:
+        raise UserError(
+            f"recover.max_new_tokens is {section.max_new_tokens}: an answer and its translation of so many tokens each "
+            f"exceed the model's context of {context}; set it to at most {context // 2 - 2}"
+        )
+    for config in (section.translate_instructions, section.translate_answers):
+        if config.file is not None:
+            check_no_special(read_jsonl(config.file, required=config.fields), run.find_special)
+    _from_file(texts, section.translate_instructions, "instructions")
+    _from_file([], section.translate_answers, "answers")
+
+
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write answers.jsonl (of the original model) and chains.jsonl (with their translations)."""
     section = run.config.recover
-    loaded = read_jsonl(section.instructions, limit=section.limit)
-    check_no_special(loaded, run.tokenizer("vocabulary").find_special)
-    texts = [_instruction(row) for row in loaded]
+    texts, _ = _instructions(run)
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
         run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
@@ -83,8 +99,18 @@ def _printable(text: str) -> str:
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc").strip()
 
 
-def _instruction(row: Mapping[str, Any]) -> str:
-    return "\n\n".join(part.strip() for part in (row["instruction"], row.get("input") or "") if part.strip())
+def _instructions(run: Run) -> tuple[list[str], list[Place]]:
+    """The instructions, each with its input where it has one, and where each stands."""
+    section = run.config.recover
+    loaded = read_jsonl(section.instructions, limit=section.limit)
+    check_no_special(loaded, run.find_special)
+    texts = []
+    for row, place in zip(loaded, loaded.places, strict=True):
+        more = row.get("input") or ""
+        if not isinstance(more, str):
+            raise UserError(f"{place}: field 'input' must be a string, not {str(more)[:40]}; write it as one")
+        texts.append("\n\n".join(part.strip() for part in (row["instruction"], more) if part.strip()))
+    return texts, loaded.places
 
 
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
@@ -127,18 +153,25 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
     return rows
 
 
-def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -> tuple[list[str | None], list[str]]:
-    """Translations of English texts, and who made each: `file`, `model` or `none`."""
-    found: list[str | None] = [None] * len(texts)
-    if config.file is not None:
-        found = FileTranslator(config.file, config.fields).translate(texts, "to_target")
-    by = ["none" if text is None else "file" for text in found]
-    missing = [place for place, text in enumerate(found) if text is None]
+def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str | None]:
+    """What the file of translations has of each text. Raises UserError where that must be all, and is not."""
+    if config.file is None:
+        return [None] * len(texts)
+    found = FileTranslator(config.file, config.fields).translate(texts, "to_target")
+    missing = [text for text, translation in zip(texts, found, strict=True) if translation is None]
     if missing and config.missing == "error":
         raise UserError(
-            f"{config.file}: no translation of {len(missing)} {what}, the first {texts[missing[0]][:60]!r}; "
+            f"{config.file}: no translation of {len(missing)} {what}, the first {missing[0][:60]!r}; "
             f"add them, or set recover.translate_{what}.missing to model or drop"
         )
+    return found
+
+
+def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -> tuple[list[str | None], list[str]]:
+    """Translations of English texts, and who made each: `file`, `model` or `none`."""
+    found = _from_file(texts, config, what)
+    by = ["none" if text is None else "file" for text in found]
+    missing = [place for place, text in enumerate(found) if text is None]
     if missing and config.missing == "model":
         engine = Engine(run.split("translate"), run.model_config, batch_size=run.config.recover.batch_size)
         with run.progress.task(f"translations of {what}", total=len(missing), unit="text") as bar:

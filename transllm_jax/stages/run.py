@@ -17,12 +17,15 @@ from conversion.hf import read_config, read_weights
 from transllm_jax.artifacts import file_hash
 from transllm_jax.config import Config, Source
 from transllm_jax.data import sources
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import load_arrays
 
@@ -37,8 +40,11 @@ class Run:
         self.workdir = workdir
         self.progress = progress
         self.interrupt = interrupt
+        # The original model with its answers to held-out questions; made by the first evaluation, used by all.
+        self.teacher: Teacher | None = None
         self._tokenizers: dict[str, Tokenizer] = {}
         self._hashes: dict[Path, str] = {}
+        self._checked: set[Source] = set()
 
     @property
     def base(self) -> Path:
@@ -98,6 +104,46 @@ class Run:
         loaded = self.read(source)
         sources.check_no_special(loaded, self.tokenizer("base").find_special)
         return [item[1] if source.format == "pairs" else item for item in loaded]
+
+    def find_special(self, text: str) -> str | None:
+        """The first of the base model's special tokens or the chain's markers in a text: no user data may hold one."""
+        found = self.tokenizer("base").find_special(text)
+        return found or next((marker for marker in self.markers.in_order() if marker in text), None)
+
+    def check(self, source: Source) -> None:
+        """Read a source for its faults alone, once. Raises UserError with file and line."""
+        source = source.model_copy(update={"weight": None})
+        if source not in self._checked:
+            sources.check_no_special(self.read(source), self.find_special)
+            self._checked.add(source)
+
+    def check_length(self, key: str, length: int) -> None:
+        """Refuse a length in tokens above the model's context. Raises UserError that names the config's key."""
+        context = self.model_config.max_position_embeddings
+        if length > context:
+            raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
+
+    def check_room(self, questions: Iterable[tuple[str, sources.Place]], key: str, new_tokens: int) -> None:
+        """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
+
+        Raises UserError that names its place and the config's key.
+        """
+        tokenizer, context = self.tokenizer("base"), self.model_config.max_position_embeddings
+
+        def length(text: str) -> int:
+            return len(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
+
+        frame = length("a")
+        for text, place in questions:
+            # A token holds a byte at least, so most questions need not be encoded.
+            if frame + len(text.encode()) + new_tokens <= context:
+                continue
+            tokens = length(text)
+            if tokens + new_tokens > context:
+                raise UserError(
+                    f"{place}: a prompt of {tokens} tokens and {key} {new_tokens} exceed the model's context of "
+                    f"{context}; shorten the text or lower {key}"
+                )
 
     def hashes(self, paths: Iterable[str]) -> dict[str, str]:
         """The hashes of the files that these paths (or globs) mean, for a step's inputs.

@@ -106,6 +106,14 @@ def pretraining_rows(run: Run, name: str) -> list[Rows]:
     return rows
 
 
+def check_pretraining(run: Run, name: str) -> None:
+    """What can be known to be wrong before stage `pretrain` or `translate` begins. Raises UserError."""
+    section = run.config.pretrain if name == "pretrain" else run.config.translate
+    run.check_length(f"{name}.length", section.length)
+    for source in section.sources:
+        run.check(source)
+
+
 def pretraining_inputs(run: Run, name: str) -> dict[str, Any]:
     """What stage `pretrain` or `translate` reads: files and config sections."""
     section = run.config.pretrain if name == "pretrain" else run.config.translate

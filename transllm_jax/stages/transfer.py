@@ -30,6 +30,12 @@ def inputs(run: Run) -> dict[str, Any]:
     }
 
 
+def check(run: Run) -> None:
+    """What can be known to be wrong before this stage begins. Raises UserError."""
+    run.check_length("transfer.length", run.config.transfer.length)
+    run.check(run.config.transfer.pairs)
+
+
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train on from stage `translate`; resumes from its checkpoint."""
     section = run.config.transfer

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import pretraining_inputs, pretraining_stage
+from transllm_jax.stages.training import check_pretraining, pretraining_inputs, pretraining_stage
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """What this stage reads: files and config sections."""
     return pretraining_inputs(run, "translate")
+
+
+def check(run: Run) -> None:
+    """What can be known to be wrong before this stage begins. Raises UserError."""
+    check_pretraining(run, "translate")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:

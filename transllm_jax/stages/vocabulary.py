@@ -5,6 +5,7 @@ The model's answers to English text are unchanged: base ids do not move and the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import count, initial_adapters
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.expand import expand
+from transllm_jax.tokenizer.runs import check_supported
+from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.training.checkpoint import save_arrays
 
 
@@ -33,15 +36,34 @@ def inputs(run: Run) -> dict[str, Any]:
     }
 
 
-def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Write the expanded tokenizer, its report, and the adapters and new rows that training starts from."""
-    config = run.config
-    base = run.tokenizer("base")
+def require_language(run: Run) -> None:
+    """Refuse a language whose script is not known. Raises UserError."""
+    try:
+        script_of(run.config.language.code)
+    except UserError as error:
+        raise UserError(f"language.code: {error}") from None
+
+
+def check(run: Run) -> None:
+    """What can be known to be wrong before this stage begins. Raises UserError."""
+    base, config = run.tokenizer("base"), run.config
     if base.vocab_size != run.model_config.vocab_size:
         raise UserError(
             f"{run.base}: {base.vocab_size} tokens and {run.model_config.vocab_size} embedding rows; "
             "a model with padding rows cannot be expanded yet: cut its embedding to the tokenizer's size"
         )
+    check_supported(json.loads(base.backend.to_str()), base.source)
+    for marker in run.markers.in_order():
+        if base.token_id(marker) is not None:
+            raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
+    for source in config.vocabulary.corpus:
+        run.check(source)
+
+
+def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
+    """Write the expanded tokenizer, its report, and the adapters and new rows that training starts from."""
+    config = run.config
+    base = run.tokenizer("base")
     documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
     expansion = expand(
         base,

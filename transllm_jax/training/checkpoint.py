@@ -74,9 +74,7 @@ def _plain(state: TrainState) -> dict[str, Any]:
 def save_arrays(directory: Path, arrays: dict[str, Any]) -> None:
     """Write a flat dictionary of arrays: a stage's output, its adapters and new rows."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            directory.absolute(), {path: np.asarray(value) for path, value in arrays.items()}, force=True
-        )
+        checkpointer.save(directory.absolute(), {path: np.asarray(value) for path, value in arrays.items()}, force=True)
 
 
 def load_arrays(directory: Path) -> dict[str, np.ndarray]:

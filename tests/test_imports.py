@@ -1,0 +1,235 @@
+"""The import graph: one direction, one door to each library that moves fast, and no module larger than one idea."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("transllm_jax", "conversion")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports_of(source: str, module: str = "") -> set[str]:
+    """The full names of what a module's source imports, wherever in it: `from a import b` is a.b, whatever b is."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute, so that this test sees them"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+            raise AssertionError(f"{module}:{node.lineno} imports by a name that this test cannot see")
+    return found
+
+
+IMPORTS = {module: imports_of(path.read_text(encoding="utf-8"), module) for module, path in MODULES.items()}
+
+
+def within(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def importing(packages: Iterable[str]) -> set[str]:
+    """The modules that import one of these packages or something in them."""
+    return {module for module, names in IMPORTS.items() if any(within(name, packages) for name in names)}
+
+
+def test_the_walk_sees_the_package() -> None:
+    assert len(MODULES) > 50 and "transllm_jax.stages.recover" in MODULES and "transllm_jax" in MODULES
+    assert "transllm_jax.errors.UserError" in IMPORTS["transllm_jax.config"]
+    assert "transllm_jax.pipeline.run_pipeline" in IMPORTS["transllm_jax.cli"]  # inside a function
+    assert imports_of("import a.b\nfrom c import d as e\ndef f():\n    import g") == {"a.b", "c.d", "g"}
+
+
+# What each part of the package may import of the package, itself aside: cli -> pipeline -> stages -> the rest.
+BOTTOM = {"errors"}
+TOOLS = {"model", "data", "tokenizer"}
+COMMON = {"config", "errors", "progress", "interrupt"}
+ALLOWED = {
+    "errors": set(),
+    "config": BOTTOM,
+    "artifacts": BOTTOM,
+    "progress": BOTTOM,
+    "interrupt": BOTTOM,
+    "model": BOTTOM,
+    "tokenizer": BOTTOM,
+    "data": BOTTOM | {"tokenizer"},
+    "training": COMMON | TOOLS,
+    "generation": COMMON | TOOLS,
+    "evaluation": COMMON | TOOLS | {"training", "generation"},
+    "stages": COMMON | TOOLS | {"artifacts", "training", "generation", "evaluation", "conversion"},
+    "pipeline": COMMON | {"artifacts", "stages"},
+    "status": {"errors", "artifacts", "pipeline", "training"},
+    "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion"},
+    # The commands bring the parts together, and show the report's table.
+    "cli": COMMON | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion"},
+    # `from transllm_jax import __version__`
+    "": set(),
+}
+
+
+def part_of(module: str) -> str:
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] if first == "transllm_jax" else first
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {part_of(module) for module in MODULES}
+    assert parts == ALLOWED.keys() | {"conversion"}, "a new part of the package belongs into ALLOWED"
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_run_one_way(part: str) -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module in MODULES
+        if part_of(module) == part
+        for name in IMPORTS[module]
+        if within(name, PACKAGES) and name != "transllm_jax.__version__" and part_of(name) not in ALLOWED[part] | {part}
+    ]
+    assert not wrong
+
+
+def test_conversion_imports_model_tokenizer_and_errors_only() -> None:
+    allowed = ("conversion", "transllm_jax.model", "transllm_jax.tokenizer", "transllm_jax.errors")
+    wrong = [
+        f"{module} imports {name}"
+        for module in MODULES
+        if within(module, ["conversion"])
+        for name in IMPORTS[module]
+        if within(name, PACKAGES) and not within(name, allowed)
+    ]
+    assert not wrong
+
+
+def test_a_stage_never_imports_another_stage() -> None:
+    shared = ("transllm_jax.stages.run", "transllm_jax.stages.training")
+    stages = [module for module in MODULES if within(module, ["transllm_jax.stages"])]
+    wrong = [
+        f"{module} imports {name}"
+        for module in stages
+        for name in IMPORTS[module]
+        if within(name, ["transllm_jax.stages"]) and not within(name, shared)
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    edges = {
+        module: {other for name in names for other in (name, name.rpartition(".")[0]) if other in MODULES} - {module}
+        for module, names in IMPORTS.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in edges[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+# Libraries that move fast, or that cost much to import: where each may be imported.
+DOORS = {
+    "orbax": {"transllm_jax.training.checkpoint"},
+    "grain": {"transllm_jax.data.batches"},
+    "optax": {"transllm_jax.training.optimizer", "transllm_jax.training.step"},
+    "tokenizers": {"transllm_jax.tokenizer", "conversion.gguf_tokenizer"},
+    "safetensors": {"conversion.safetensors_io"},
+    "gguf": {"conversion.gguf_weights"},
+    "huggingface_hub": {"conversion.fetch"},
+    "flax": {"transllm_jax.model"},
+    "jax": {
+        "transllm_jax.model",
+        "transllm_jax.training",
+        "transllm_jax.generation",
+        "transllm_jax.evaluation.likelihood",
+        "transllm_jax.stages.run",
+        "transllm_jax.chat",
+        "transllm_jax.cli",
+    },
+    "matplotlib": {"transllm_jax.evaluation.plots"},
+    "sacrebleu": {"transllm_jax.evaluation.point"},
+    "pydantic": {"transllm_jax.config"},
+    "yaml": {"transllm_jax.config"},
+    "typer": {"transllm_jax.cli"},
+    "torch": set(),
+    "transformers": set(),
+    "datasets": set(),
+    "tensorflow_datasets": set(),
+    "sentencepiece": set(),
+    "pickle": set(),
+}
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_one_door(library: str) -> None:
+    wrong = {module for module in importing([library]) if not within(module, DOORS[library])}
+    assert not wrong
+    # A door that nobody uses is to be taken out of the table.
+    assert all(any(within(module, [door]) for module in importing([library])) for door in DOORS[library])
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_is_one_idea(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_every_module_has_a_docstring() -> None:
+    missing = [
+        module
+        for module, path in MODULES.items()
+        if (source := path.read_text(encoding="utf-8")).strip() and not ast.get_docstring(ast.parse(source))
+    ]
+    assert not missing
+
+
+HEAVY = ("jax", "flax", "optax", "orbax", "grain", "numpy", "transformers", "torch", "tokenizers", "matplotlib")
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy libraries that a fresh interpreter has loaded after `code`."""
+    code += f"\nimport sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_help_is_fast() -> None:
+    assert loaded_by("import transllm_jax.cli") == set()
+    assert loaded_by("import transllm_jax.config, transllm_jax.artifacts") == set()
+
+
+def test_no_stage_loads_transformers_or_torch() -> None:
+    loaded = loaded_by("import transllm_jax.pipeline, transllm_jax.chat, conversion.fetch")
+    assert "jax" in loaded and not loaded & {"transformers", "torch", "matplotlib"}
+
+
+def test_the_modules_that_others_import_from_are_documented_by_name() -> None:
+    """No underscore name crosses a module's border."""
+    wrong = defaultdict(list)
+    for module, names in IMPORTS.items():
+        for name in names:
+            last = name.rpartition(".")[2]
+            if within(name, PACKAGES) and last.startswith("_") and last != "__version__":
+                wrong[module].append(name)
+    assert not wrong
