@@ -46,9 +46,7 @@ def new_directory(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise UserError(f"the disk is full at {dst.parent}; free some space and run again") from error
         ours = str(error.filename or dst).startswith(str(dst.parent))
         if ours and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(
-                f"cannot write {dst}: {error.strerror}; choose a destination that you may write"
-            ) from None
+            raise UserError(f"cannot write {dst}: {error.strerror}; choose a destination that you may write") from None
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,9 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path} holds a {type(value).__name__} where an object belongs; fetch the file again"
-        )
+        raise UserError(f"{path} holds a {type(value).__name__} where an object belongs; fetch the file again")
     return value
 
 

@@ -101,9 +101,7 @@ def _check_trainable(config: LlamaConfig, trained: dict[str, np.ndarray], rank: 
         if trained[path].shape != expected[path]
     ]
     if problems:
-        raise UserError(
-            f"the adapter does not fit the base model: {'; '.join(problems)}; was it trained on another?"
-        )
+        raise UserError(f"the adapter does not fit the base model: {'; '.join(problems)}; was it trained on another?")
     for path, array in trained.items():
         require_finite(array, path, "the adapter")
 

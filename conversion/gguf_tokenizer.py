@@ -31,16 +31,12 @@ def _pre_tokenizer(name: str) -> Any:
     """The rule behind `tokenizer.ggml.pre`, or None if the name is not known."""
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence(
-            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name in _LLAMA3_NAMES:
         split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
-        return pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return None
 
 
@@ -78,9 +74,7 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     if not isinstance(template, str) or not template:
         raise UserError(f"{where} has no chat template; a chat model is needed")
     if fields.get("tokenizer.ggml.add_eos_token"):
-        raise UserError(
-            f"{where}: tokenizer.ggml.add_eos_token is not supported; use another file of the model"
-        )
+        raise UserError(f"{where}: tokenizer.ggml.add_eos_token is not supported; use another file of the model")
     tokens, types = _tokens(fields, where)
     ids = special_ids(fields)
     for key, number in ids.items():
@@ -93,9 +87,7 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     # llama.cpp puts BOS before every text of a llama-bpe file unless the file says otherwise.
     if fields.get("tokenizer.ggml.add_bos_token", name in _LLAMA3_NAMES):
         if "bos_token_id" not in ids:
-            raise UserError(
-                f"{where} asks for a BOS token but has no tokenizer.ggml.bos_token_id; use another file"
-            )
+            raise UserError(f"{where} asks for a BOS token but has no tokenizer.ggml.bos_token_id; use another file")
         bos = tokens[ids["bos_token_id"]]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
@@ -107,9 +99,7 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
     if tokenizer.get_vocab_size() != len(tokens):
-        raise UserError(
-            f"{where}: its special tokens are not in its vocabulary; use another file of the model"
-        )
+        raise UserError(f"{where}: its special tokens are not in its vocabulary; use another file of the model")
 
     tokenizer.save(str(directory / "tokenizer.json"))
     config: dict[str, Any] = {f"{key.removesuffix('_id')}": tokens[number] for key, number in ids.items()}
@@ -132,9 +122,7 @@ def _tokens(fields: dict[str, Any], where: str | Path) -> tuple[list[str], list[
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types) or not tokens:
         raise UserError(f"{where}: tokenizer.ggml.tokens and token_type are missing or of different lengths")
     if len(set(tokens)) != len(tokens):
-        raise UserError(
-            f"{where}: tokenizer.ggml.tokens has the same token twice; use another file of the model"
-        )
+        raise UserError(f"{where}: tokenizer.ggml.tokens has the same token twice; use another file of the model")
     return tokens, types
 
 
@@ -144,13 +132,9 @@ def _bpe(fields: dict[str, Any], tokens: list[str], where: str | Path, *, ignore
         raise UserError(f"{where}: tokenizer.ggml.merges is missing; use another file of the model")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
-        raise UserError(
-            f"{where}: tokenizer.ggml.merges has a merge that is not of two tokens; use another file"
-        )
+        raise UserError(f"{where}: tokenizer.ggml.merges has a merge that is not of two tokens; use another file")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     known = {pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()}
     if len(known) != len(set(pairs)):
-        raise UserError(
-            f"{where}: tokenizer.ggml.merges has merges of tokens that do not exist; use another file"
-        )
+        raise UserError(f"{where}: tokenizer.ggml.merges has merges of tokens that do not exist; use another file")
     return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges)

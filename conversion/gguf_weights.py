@@ -121,9 +121,7 @@ def open_gguf(path: str | Path) -> GGUFModel:
         raise UserError(f"{path} has the other byte order than this machine; fetch a file made for it")
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise UserError(
-            f"{path} holds the architecture {architecture!r}; use a model of architecture 'llama'"
-        )
+        raise UserError(f"{path} holds the architecture {architecture!r}; use a model of architecture 'llama'")
     config = _config(path, fields, stored)
     _check_tensors(path, config, stored)
     return GGUFModel(path, fields, config, stored)
@@ -142,9 +140,7 @@ def _config(path: Path, fields: dict[str, Any], stored: dict[str, ReaderTensor])
         raise UserError(f"{path}: {', '.join(refused)} is not supported; use a model without")
     embedding = stored.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UserError(
-            f"{path}: tensor token_embd.weight is missing or not two-dimensional; fetch the file again"
-        )
+        raise UserError(f"{path}: tensor token_embd.weight is missing or not two-dimensional; fetch the file again")
     try:
         heads = _whole(path, own, "attention.head_count")
         hidden = _whole(path, own, "embedding_length")
@@ -202,6 +198,4 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: dict[str, ReaderTens
         if shape != table[name].shape:
             problems.append(f"{name} has shape {list(shape)}, the metadata say {list(table[name].shape)}")
     if problems:
-        raise UserError(
-            f"{path}: the tensors are not those of its metadata; {'; '.join(problems)}; use another file"
-        )
+        raise UserError(f"{path}: the tensors are not those of its metadata; {'; '.join(problems)}; use another file")

@@ -62,18 +62,14 @@ def open_model(directory: str | Path, config: LlamaConfig) -> dict[str, Entry]:
     if missing:
         problems.append(f"missing: {collapse(missing)}")
     tied = config.tie_word_embeddings and OUTPUT in entries
-    extra = {name for name in entries.keys() - table.keys() if not DERIVED.match(name)} - {
-        OUTPUT if tied else ""
-    }
+    extra = {name for name in entries.keys() - table.keys() if not DERIVED.match(name)} - {OUTPUT if tied else ""}
     if extra:
         problems.append(f"not part of the model: {collapse(extra)}")
     known = [name for name in table if name in entries] + ([OUTPUT] if tied else [])
     for name in known:
         expected = table[EMBEDDING if name not in table else name].shape
         if entries[name].shape != expected:
-            problems.append(
-                f"{name} has shape {list(entries[name].shape)}, config.json says {list(expected)}"
-            )
+            problems.append(f"{name} has shape {list(entries[name].shape)}, config.json says {list(expected)}")
         if entries[name].dtype not in DTYPES:
             problems.append(f"{name} has type {entries[name].dtype}, only {', '.join(DTYPES)} are read")
     if problems:
@@ -149,9 +145,7 @@ def write_model(
 _GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_config(
-    directory: Path, raw: dict[str, Any], dtype: str, generation: dict[str, Any] | None = None
-) -> None:
+def write_config(directory: Path, raw: dict[str, Any], dtype: str, generation: dict[str, Any] | None = None) -> None:
     """Write config.json and generation_config.json.
 
     `raw` is the config.json dictionary. `generation` is the generation_config.json dictionary; without one

@@ -55,7 +55,7 @@ def import_base(
         else:
             say(f"checking the weights of {source}")
             origin = _import_directory(fetched, directory, sha256)
-        require_matching_tokenizer(directory)
+        require_matching_tokenizer(directory, source)
         files = {file.name: sha256_of(file) for file in weight_files(directory)}
         record = {
             "source": source,
@@ -76,7 +76,7 @@ def base_fingerprint(directory: str | Path) -> str:
     return fingerprint
 
 
-def require_matching_tokenizer(directory: Path) -> None:
+def require_matching_tokenizer(directory: Path, source: str | None = None) -> None:
     """Raises UserError if the tokenizer has ids that the embedding has no row for.
 
     The other way round is normal: an embedding is often padded to a round number of rows.
@@ -85,7 +85,7 @@ def require_matching_tokenizer(directory: Path) -> None:
     highest = max(token_ids(directory), default=-1)
     if highest >= vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has ids up to {highest}, the embedding has {vocab_size} rows; "
+            f"{source or directory}: the tokenizer has ids up to {highest}, the embedding has {vocab_size} rows; "
             "the tokenizer is not this model's"
         )
 
@@ -116,23 +116,16 @@ def _import_directory(fetched: Fetched, directory: Path, sha256: str | None) -> 
     if sha256 is not None:
         found = fingerprint_of({file.name: sha256_of(directory / file.name) for file in files})
         if found != sha256.lower():
-            raise UserError(
-                f"the weights of {src} have SHA-256 {found}, expected {sha256}; correct one or the other"
-            )
+            raise UserError(f"the weights of {src} have SHA-256 {found}, expected {sha256}; correct one or the other")
     shutil.copyfile(src / "config.json", directory / "config.json")
     if (src / "generation_config.json").is_file():
         shutil.copyfile(src / "generation_config.json", directory / "generation_config.json")
     else:
         ids = {
-            name: raw[name]
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if raw.get(name) is not None
+            name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None
         }
         write_json(directory / "generation_config.json", ids)
-    if (
-        read_json(directory / "generation_config.json").get("eos_token_id") is None
-        and raw.get("eos_token_id") is None
-    ):
+    if read_json(directory / "generation_config.json").get("eos_token_id") is None and raw.get("eos_token_id") is None:
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
     copy_tokenizer(src, directory)
     for notice in sorted([*src.glob("LICENSE*"), *src.glob("NOTICE*")]):

@@ -81,9 +81,7 @@ def tensors(config: LlamaConfig) -> list[Tensor]:
         for path, name in KERNELS.items():
             shape_in, shape_out = shapes[path]
             table.append(
-                Tensor(
-                    f"{prefix}{name}.weight", f"{path}.kernel", (shape_out, shape_in), layer, transposed=True
-                )
+                Tensor(f"{prefix}{name}.weight", f"{path}.kernel", (shape_out, shape_in), layer, transposed=True)
             )
     table.append(Tensor("model.norm.weight", "final_norm.scale", (config.hidden_size,)))
     if not config.tie_word_embeddings:

@@ -70,15 +70,11 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory} holds pickle checkpoints only ({', '.join(pickles)}), "
                 "which can run code when read; convert them to safetensors where you trust them"
             )
-        raise UserError(
-            f"{directory} holds neither {SINGLE} nor {INDEX}; is this a complete model directory?"
-        )
+        raise UserError(f"{directory} holds neither {SINGLE} nor {INDEX}; is this a complete model directory?")
     names = sorted(set(_weight_map(directory).values()))
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
     if outside:
-        raise UserError(
-            f"{directory / INDEX} names files outside the directory: {', '.join(outside)}; correct it"
-        )
+        raise UserError(f"{directory / INDEX} names files outside the directory: {', '.join(outside)}; correct it")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory / INDEX} names missing files: {', '.join(missing)}; fetch them")
@@ -87,11 +83,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _weight_map(directory: Path) -> dict[str, str]:
     mapping = read_json(directory / INDEX).get("weight_map")
-    if (
-        not isinstance(mapping, dict)
-        or not mapping
-        or not all(isinstance(file, str) for file in mapping.values())
-    ):
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise UserError(f"{directory / INDEX} has no weight_map from tensor to file; fetch it again")
     return mapping
 
@@ -107,19 +99,13 @@ def open_checkpoint(directory: Path) -> dict[str, Entry]:
     for file in files:
         for name, entry in _read_header(file).items():
             if name in entries:
-                raise UserError(
-                    f"tensor {name} is in both {entries[name].file} and {file}; remove one of the files"
-                )
+                raise UserError(f"tensor {name} is in both {entries[name].file} and {file}; remove one of the files")
             entries[name] = entry
     if files[0].name != SINGLE:
         mapping = _weight_map(directory)
-        wrong = sorted(
-            name for name, file in mapping.items() if name not in entries or entries[name].file.name != file
-        )
+        wrong = sorted(name for name, file in mapping.items() if name not in entries or entries[name].file.name != file)
         if wrong:
-            raise UserError(
-                f"{directory / INDEX} and its files disagree about {', '.join(wrong)}; fetch them again"
-            )
+            raise UserError(f"{directory / INDEX} and its files disagree about {', '.join(wrong)}; fetch them again")
     return entries
 
 
@@ -149,9 +135,7 @@ def require_finite(array: np.ndarray, name: str, where: object) -> None:
     """Raises UserError that counts the values of `array` that are NaN or infinite."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
-        raise UserError(
-            f"tensor {name} of {where} has {bad} of {array.size} values NaN or infinite; fetch it again"
-        )
+        raise UserError(f"tensor {name} of {where} has {bad} of {array.size} values NaN or infinite; fetch it again")
 
 
 def write_tensors(
@@ -186,9 +170,7 @@ def write_tensors(
     for file, indices in zip(files, shards, strict=True):
         _write_file(file, [(table[i], sizes[i]) for i in indices], get, dtype, code)
     if count > 1:
-        weight_map = {
-            table[i].name: file.name for file, indices in zip(files, shards, strict=True) for i in indices
-        }
+        weight_map = {table[i].name: file.name for file, indices in zip(files, shards, strict=True) for i in indices}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     return files
 

@@ -35,9 +35,7 @@ def require_tokenizer(directory: Path) -> None:
         return
     mend = "fetch the tokenizer's files"
     if (directory / "tokenizer.model").is_file():
-        mend = (
-            "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
-        )
+        mend = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
     raise UserError(f"{directory} has no tokenizer.json; {mend}")
 
 

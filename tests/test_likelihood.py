@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
 
-from transllm_jax.evaluation.likelihood import CHUNK, bits_per_byte, english_kl
+from transllm_jax.evaluation.likelihood import CHUNK, Teacher, bits_per_byte
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen, merge
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -71,15 +71,16 @@ DOCUMENTS = [
 ]
 
 
-def bits_of_pieces(split: Split, tokenizer: Tokenizer, length: int) -> float:
+def bits_of_pieces(split: Split, tokenizer: Tokenizer, length: int, bos: Sequence[int] = ()) -> float:
     """The definition. A piece reads `length` tokens, of which the first is context: the one before it."""
     nats = 0.0
     for text in DOCUMENTS:
-        ids = [tokenizer.document_end_id, *tokenizer.encode(text)]
+        ids = [tokenizer.document_end_id, *bos, *tokenizer.encode(text)]
         for start in range(0, len(ids) - 1, length - 1):
             piece = ids[start : start + length]
             scores = log_probabilities(split, piece)
-            nats -= sum(scores[place, following] for place, following in enumerate(piece[1:]))
+            counted = len(bos) if start == 0 else 0
+            nats -= sum(scores[place, piece[place + 1]] for place in range(counted, len(piece) - 1))
     return nats / math.log(2) / sum(len(text.encode("utf-8")) for text in DOCUMENTS)
 
 
@@ -94,14 +95,20 @@ def test_bits_per_byte_are_those_of_the_full_logits(tokenizer: Tokenizer, base: 
     assert values[1] > values[0] + 0.01, "adapters and new rows take part"
 
 
+def test_what_the_tokenizer_puts_before_a_text_is_read_and_not_counted(tokenizer: Tokenizer, base: Split) -> None:
+    with_bos = Tokenizer(tokenizer.backend, tokenizer.config, tokenizer.chat_template)
+    with_bos.__dict__["bos_ids"] = [tokenizer.eos_id]
+    ours = bits_per_byte(base, with_bos, DOCUMENTS, length=48, batch_size=2)
+    assert math.isclose(ours, bits_of_pieces(base, tokenizer, WIDTH, with_bos.bos_ids), rel_tol=1e-5)
+
+
 def test_whole_documents_count_the_same_in_rows_of_any_length(tokenizer: Tokenizer, base: Split) -> None:
     values = [
         bits_per_byte(base, tokenizer, documents, length=length, batch_size=batch_size)
         for length, batch_size, documents in (
             (48, 2, DOCUMENTS),
             (48, 2, DOCUMENTS[::-1]),
-            (48, 3, DOCUMENTS),
-            (WIDTH, 2, DOCUMENTS),
+            (WIDTH, 3, DOCUMENTS),
         )
     ]
     assert np.allclose(values, values[0], rtol=1e-5)
@@ -142,33 +149,36 @@ def definition(base: Split, split: Split, answers: Sequence[tuple[list[int], lis
     return float(np.mean(values))
 
 
-def test_a_model_has_no_distance_to_itself(tokenizer: Tokenizer, base: Split) -> None:
-    assert english_kl(base, base, some_answers(tokenizer), [], batch_size=6) == 0
+@pytest.fixture(scope="module")
+def teacher(tokenizer: Tokenizer, base: Split) -> Teacher:
+    return Teacher(base, some_answers(tokenizer), batch_size=4)
 
 
-def test_the_distance_is_that_of_the_full_logits(tokenizer: Tokenizer, base: Split, trained: Split) -> None:
-    answers = some_answers(tokenizer)
-    assert sum(len(answer) for _, answer in answers) > CHUNK, "the last chunk is filled up"
+def test_a_model_has_no_distance_to_itself(teacher: Teacher) -> None:
+    assert teacher.divergence(teacher.base) == 0
+
+
+def test_the_distance_is_that_of_the_full_logits(
+    tokenizer: Tokenizer, base: Split, trained: Split, teacher: Teacher
+) -> None:
+    assert sum(len(answer) for _, answer in teacher.answers) % CHUNK > 0, "the last chunk is filled up"
+    assert len(teacher.answers) % teacher.batch_size > 0, "the last batch is filled up"
     marker = tokenizer.vocab_size + 2
     distances = []
     for prefix in ([], [marker]):
-        distances.append(english_kl(base, trained, answers, prefix, batch_size=6))
-        assert math.isclose(distances[-1], definition(base, trained, answers, prefix), rel_tol=1e-4)
+        distances.append(teacher.divergence(trained, prefix))
+        assert math.isclose(distances[-1], definition(base, trained, teacher.answers, prefix), rel_tol=1e-4)
     assert distances[0] > 0.01 and abs(distances[1] - distances[0]) > 1e-3
-    # Batches of 4: the last one is filled up.
-    in_batches = english_kl(base, trained, answers, [marker], batch_size=4)
-    assert math.isclose(in_batches, distances[1], rel_tol=1e-5)
 
 
-def test_mass_on_new_tokens_is_lost(tokenizer: Tokenizer, base: Split) -> None:
+def test_mass_on_new_tokens_is_lost(tokenizer: Tokenizer, base: Split, teacher: Teacher) -> None:
     """n new rows of zeros take a share that is known: their logits are 0 among those of the original."""
     config = tiny_config(tokenizer.vocab_size)
     rows = np.zeros((NEW, config.hidden_size), np.float32)
     larger = assemble(config, base.frozen, trainable={"vocabulary.new": rows})
-    answers = some_answers(tokenizer)
     losses = []
-    for prompt, answer in answers:
+    for prompt, answer in teacher.answers:
         scores = log_probabilities(larger, prompt + answer)[len(prompt) - 1 : -1]
         losses += (-np.log(np.exp(scores[:, :-NEW]).sum(axis=1))).tolist()
-    distance = english_kl(base, larger, answers, [], batch_size=6)
+    distance = teacher.divergence(larger)
     assert distance > 1e-3 and math.isclose(distance, np.mean(losses), rel_tol=1e-3)

@@ -17,10 +17,12 @@ from conftest import random_weights, tiny_config
 from flax import nnx
 
 from conversion.hf import write_model
+from conversion.names import tensors
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
+from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.lora import LoraConfig, LoRALinear
+from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.parameters import (
     Split,
     abstract,
@@ -80,6 +82,26 @@ def whole_rows(vocab_size: int = VOCAB, seed: int = 1) -> tuple[np.ndarray, ...]
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (2, LENGTH), dtype=np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     return tokens, positions, np.ones_like(tokens)
+
+
+@partial(jax.jit, static_argnames="structure")
+def gradients(trainable: Any, frozen: Any, batch: Any, *, structure: Any) -> tuple[Any, Any]:
+    """The summed loss's gradients of what trains and of what is frozen."""
+    return jax.grad(lambda *trees: summed_loss(structure, *trees, batch), argnums=(0, 1))(trainable, frozen)
+
+
+def merged_weights(config: LlamaConfig, lora: LoraConfig, trainable: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights of a plain model that computes what the base does with these adapters and new rows."""
+    merged = random_weights(config)
+    for path in merged:
+        if path.endswith(".kernel"):
+            stem = path.removesuffix("kernel")
+            merged[path] = merged[path] + lora.alpha / lora.rank * trainable[stem + "a"] @ trainable[stem + "b"]
+    for table, rows in (("base", "new"), ("output_base", "output_new")):
+        if f"vocabulary.{table}" in merged:
+            both = [merged[f"vocabulary.{table}"], trainable[f"vocabulary.{rows}"]]
+            merged[f"vocabulary.{table}"] = np.concatenate(both)
+    return merged
 
 
 def training_batch(vocab_size: int) -> dict[str, jax.Array]:
@@ -148,6 +170,47 @@ def test_transformers_and_we_read_each_others_config() -> None:
         if field.name != "rope_theta":
             assert getattr(theirs, field.name) == getattr(ours, field.name), field.name
     assert LlamaConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == ours
+
+
+@pytest.mark.reference
+def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
+    """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(VOCAB, tied=False)
+    structure, trainable, frozen = trained_split(config)
+    larger = replace(config, vocab_size=VOCAB + NEW)
+    write_model(tmp_path / "model", larger, merged_weights(config, LORA, random_trainable(config, LORA, NEW)))
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    batch = training_batch(VOCAB + NEW)
+    tokens, positions, segments = whole_rows(VOCAB + NEW)
+    batch |= {"tokens": tokens, "positions": positions, "segment_ids": segments}
+    ours, _ = gradients(trainable, frozen, batch, structure=structure)
+
+    logits = reference(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(segments).long()).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(np.array(batch["labels"])).long().flatten(), reduction="none"
+    )
+    (losses * torch.tensor(np.array(batch["weights"])).flatten()).sum().backward()
+
+    wanted = {path: np.zeros(values.shape, np.float32) for path, values in trainable.items()}
+    parameters = dict(reference.named_parameters())
+    for tensor in tensors(larger):
+        gradient = parameters[tensor.name].grad.numpy()
+        if tensor.path.endswith(".kernel"):
+            stem, gradient = tensor.path.removesuffix("kernel"), LORA.scale * gradient.T
+            a, b = (np.asarray(trainable[stem + name][tensor.layer]) for name in "ab")
+            wanted[stem + "a"][tensor.layer], wanted[stem + "b"][tensor.layer] = gradient @ b.T, a.T @ gradient
+        elif tensor.path == "vocabulary.base":
+            wanted["vocabulary.new"] = gradient[VOCAB:]
+        elif tensor.path == "vocabulary.output_base":
+            wanted["vocabulary.output_new"] = gradient[VOCAB:]
+    for path, values in wanted.items():
+        assert np.abs(values).max() > 1e-3
+        assert np.abs(ours[path] - values).max() < 1e-4 * np.abs(values).max(), path
 
 
 # --- the config -----------------------------------------------------------------------------------------------------
@@ -289,16 +352,7 @@ def test_fresh_adapters_are_a_function_of_the_seed() -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
-    trainable = random_trainable(config, LORA, NEW)
-    merged = random_weights(config)
-    for path in merged:
-        if path.endswith(".kernel"):
-            stem = path.removesuffix("kernel")
-            merged[path] = merged[path] + LORA.alpha / LORA.rank * trainable[stem + "a"] @ trainable[stem + "b"]
-    merged["vocabulary.base"] = np.concatenate([merged["vocabulary.base"], trainable["vocabulary.new"]])
-    if not tied:
-        rows = [merged["vocabulary.output_base"], trainable["vocabulary.output_new"]]
-        merged["vocabulary.output_base"] = np.concatenate(rows)
+    merged = merged_weights(config, LORA, random_trainable(config, LORA, NEW))
     larger = replace(config, vocab_size=VOCAB + NEW)
     rows_with_new_ids = whole_rows(VOCAB + NEW)
     assert (rows_with_new_ids[0] >= VOCAB).any()
@@ -402,11 +456,7 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False))
     batch = training_batch(VOCAB + NEW)
 
-    @jax.jit
-    def gradients(trainable: Any, frozen: Any) -> Any:
-        return jax.grad(lambda *both: summed_loss(structure, *both, batch), argnums=(0, 1))(trainable, frozen)
-
-    of_trainable, of_frozen = gradients(trainable, frozen)
+    of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
     assert of_frozen.keys() == frozen.keys() and count(frozen) > count(trainable)
     for path, values in of_frozen.items():
         assert not np.asarray(values).any(), path
@@ -446,19 +496,16 @@ def test_dropout_takes_a_key() -> None:
     )
     rows = tuple(map(jnp.asarray, whole_rows()))
 
-    @partial(jax.jit, static_argnames=("structure", "adapters"))
-    def hidden(structure: Any, trainable: Any, frozen: Any, key: Any, adapters: bool = True) -> jax.Array:
-        return merge(structure, trainable, frozen)(*rows, dropout=key, adapters=adapters)
+    @partial(jax.jit, static_argnames="structure")
+    def hidden(structure: Any, trainable: Any, frozen: Any, key: Any) -> jax.Array:
+        return merge(structure, trainable, frozen)(*rows, dropout=key)
 
     plain = hidden(*split, None)
     one, same, other = (hidden(*split, jax.random.key(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert np.abs(one - plain).max() > 0.01 and np.abs(one - other).max() > 0.01
-    # No rate, no adapters: a key changes nothing.
+    # No rate: a key changes nothing.
     assert np.array_equal(hidden(*undropped, jax.random.key(1)), plain)
-    without = hidden(*split, None, adapters=False)
-    assert np.array_equal(hidden(*split, jax.random.key(1), adapters=False), without)
-    assert np.abs(without - plain).max() > 0.01
 
 
 def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
@@ -469,15 +516,37 @@ def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
     return layer
 
 
+@partial(jax.jit, static_argnames="function")
+def outputs_and_gradients(function: Any, *arguments: Any) -> tuple[Any, Any]:
+    """The outputs, and the gradients of all arguments of a scalar that weighs the outputs unequally."""
+
+    def scalar(*arguments: Any) -> tuple[jax.Array, Any]:
+        outputs = function(*arguments)
+        return sum(jnp.sum(jnp.sin(output + place)) for place, output in enumerate(jax.tree.leaves(outputs))), outputs
+
+    slopes, outputs = jax.grad(scalar, argnums=tuple(range(len(arguments))), has_aux=True)(*arguments)
+    return outputs, slopes
+
+
+def require_near(ours: Any, wanted: Any) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(wanted)
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(right).max() > 0.1 and np.abs(left - right).max() < 1e-4 * np.abs(right).max()
+
+
 @pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
-def test_the_gradients_of_an_adapted_layer_are_those_of_its_formula(dropped: bool) -> None:
-    rate, size_in, size_out = 0.25, 8, 6
+def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: bool) -> None:
+    rate, size_in, sizes_out = 0.25, 8, (6, 5, 5)
     lora = LoraConfig(rank=3, alpha=7.5, dropout=rate)
-    keys = jax.random.split(jax.random.key(0), 5)
-    x = jax.random.normal(keys[0], (4, 50, size_in))
-    kernel = jax.random.normal(keys[1], (size_in, size_out))
-    a, b = jax.random.normal(keys[2], (size_in, 3)), jax.random.normal(keys[3], (3, size_out))
-    key = keys[4] if dropped else None
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    x = drawn(4, 50, size_in)
+    layers = [{"kernel": drawn(size_in, size), "a": drawn(size_in, 3), "b": drawn(3, size)} for size in sizes_out]
+    kernels = [layer.pop("kernel") for layer in layers]
+    key = jax.random.key(1) if dropped else None
 
     # With identities for a and b, and no kernel, what comes out is what the adapter is given.
     eye = jnp.eye(size_in)
@@ -488,24 +557,47 @@ def test_the_gradients_of_an_adapted_layer_are_those_of_its_formula(dropped: boo
     assert np.allclose(given, x * factor, atol=1e-6)
     assert abs(kept.mean() - (1 - rate if dropped else 1)) < 0.04
 
-    def ours(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return layer_of(lora, {"kernel": kernel, "a": a, "b": b})(x, adapters=True, dropout=key)
+    def ours(x: jax.Array, layers: Any, kernels: Any) -> list[jax.Array]:
+        modules = [layer_of(lora, {"kernel": w, **layer}) for w, layer in zip(kernels, layers, strict=True)]
+        return project(modules, x, adapters=True, dropout=key)
 
-    def formula(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return x @ kernel + lora.alpha / lora.rank * ((x * factor) @ a) @ b
+    def formula(x: jax.Array, layers: Any, kernels: Any) -> list[jax.Array]:
+        return [
+            x @ w + lora.alpha / lora.rank * ((x * factor) @ layer["a"]) @ layer["b"]
+            for w, layer in zip(kernels, layers, strict=True)
+        ]
 
-    @partial(jax.jit, static_argnames="function")
-    def gradients(function: Any) -> tuple[Any, jax.Array]:
-        def scalar(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = function(*arguments)
-            return jnp.sum(jnp.sin(y)), y
+    outputs, (of_x, of_layers, of_kernels) = outputs_and_gradients(ours, x, layers, kernels)
+    assert not any(np.asarray(slope).any() for slope in of_kernels), "kernels are frozen"
+    wanted, (*slopes, _) = outputs_and_gradients(formula, x, layers, kernels)
+    require_near((outputs, of_x, of_layers), (wanted, *slopes))
 
-        return jax.grad(scalar, argnums=(0, 1, 2, 3), has_aux=True)(x, kernel, a, b)
+    def switched_off(x: jax.Array, layers: Any, kernels: Any) -> list[jax.Array]:
+        modules = [layer_of(lora, {"kernel": w, **layer}) for w, layer in zip(kernels, layers, strict=True)]
+        return project(modules, x, adapters=False, dropout=key)
 
-    (of_ours, y), (of_formula, wanted) = gradients(ours), gradients(formula)
-    assert np.abs(y - wanted).max() < 1e-5 * np.abs(wanted).max()
-    for place, (gradient, right) in enumerate(zip(of_ours, of_formula, strict=True)):
-        if place == 1:
-            assert not gradient.any(), "the kernel is frozen"
-        else:
-            assert np.abs(gradient - right).max() < 1e-4 * np.abs(right).max()
+    outputs, (of_x, *slopes) = outputs_and_gradients(switched_off, x, layers, kernels)
+    assert not any(np.asarray(slope).any() for slope in jax.tree.leaves(slopes))
+    wanted, (of_formula,) = outputs_and_gradients(lambda x: [x @ w for w in kernels], x)
+    require_near((outputs, of_x), (wanted, of_formula))
+
+
+def test_the_gradients_of_attention_are_those_of_its_formula() -> None:
+    rng = np.random.default_rng(0)
+    heads, kv_heads, length, size = 4, 2, 9, 6
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, count, length, size)), jnp.float32) for count in (heads, kv_heads, kv_heads)
+    )
+    # Two documents and padding.
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    allowed = (segments[:, :, None] == segments[:, None, :]) & (np.arange(length)[:, None] >= np.arange(length))
+
+    def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(part, heads // kv_heads, axis=1) for part in (k, v))
+        scores = jnp.where(allowed[:, None], q @ k.swapaxes(-1, -2) / size**0.5, -jnp.inf)
+        return jax.nn.softmax(scores, axis=-1) @ v
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, causal_mask(jnp.asarray(segments)))
+
+    require_near(outputs_and_gradients(ours, q, k, v), outputs_and_gradients(formula, q, k, v))

@@ -52,9 +52,7 @@ def test_every_example_is_packed_once_and_intact(examples: list[Example], window
 
 @settings(deadline=None)
 @given(example_lists(), st.integers(1, 5))
-def test_labels_stay_inside_their_example_and_weights_follow_the_mask(
-    examples: list[Example], window: int
-) -> None:
+def test_labels_stay_inside_their_example_and_weights_follow_the_mask(examples: list[Example], window: int) -> None:
     rows = pack(examples, LENGTH, window=window)
     following = {int(a): int(b) for e in examples for a, b in zip(e.ids[:-1], e.ids[1:], strict=True)}
     trained = {int(i) for e in examples for i, m in zip(e.ids[1:], e.mask[1:], strict=True) if m}
@@ -65,9 +63,7 @@ def test_labels_stay_inside_their_example_and_weights_follow_the_mask(
         assert weight == (1.0 if int(label) in trained else 0.0)
     assert rows.trained_count == len(trained)
     assert rows.token_count == sum(map(len, examples))
-    assert rows.padded_fraction == pytest.approx(
-        1 - rows.token_count / rows.tokens.size if rows.tokens.size else 0
-    )
+    assert rows.padded_fraction == pytest.approx(1 - rows.token_count / rows.tokens.size if rows.tokens.size else 0)
 
 
 def reference_first_fit(lengths: list[int], row_length: int, window: int) -> list[list[int]]:
@@ -125,9 +121,7 @@ def numbered(count: int, base: int = 0, length: int = 4) -> PackedRows:
     """Rows that can be told apart by their tokens: row r is all base + r."""
     tokens = np.broadcast_to(np.arange(base, base + count, dtype=np.int32)[:, None], (count, length)).copy()
     ones = np.ones((count, length), np.int32)
-    return PackedRows(
-        tokens, ones * np.arange(length, dtype=np.int32), ones, tokens + 1, ones.astype(np.float32)
-    )
+    return PackedRows(tokens, ones * np.arange(length, dtype=np.int32), ones, tokens + 1, ones.astype(np.float32))
 
 
 def drawn(batches: Batches, steps: range) -> list[int]:
@@ -199,9 +193,7 @@ def test_without_weights_every_row_of_every_source_is_seen_once_an_epoch() -> No
 
 
 def test_mixture_has_its_proportions_and_small_sources_repeat() -> None:
-    batches = Batches(
-        [("a", numbered(500), 0.6), ("b", numbered(7, 1000), 0.3), ("c", numbered(2, 2000), 0.1)], 10, 0
-    )
+    batches = Batches([("a", numbered(500), 0.6), ("b", numbered(7, 1000), 0.3), ("c", numbered(2, 2000), 0.1)], 10, 0)
     assert batches.shares == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.1})
     values = drawn(batches, range(10))
     counts = Counter(value // 1000 for value in values)

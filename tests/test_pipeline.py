@@ -163,9 +163,7 @@ def test_the_second_run_has_nothing_to_do(
     assert "All is done" in printed and str(workdir / "report.html") in printed.replace("\n", "")
 
 
-def test_the_same_seed_gives_the_same_bytes(
-    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_bytes(finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path) -> None:
     _, workdir, _ = finished
     again = write_config(tmp_path / "again.yaml", tiny_model, tmp_path / "again")
     execute(again)
@@ -223,9 +221,7 @@ def test_stopped_on_request_it_goes_on(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(
-    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path) -> None:
     _, workdir, _ = finished
     config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
     command = [sys.executable, "-m", "transllm_jax.cli", "run", str(config)]

@@ -222,9 +222,7 @@ def test_ids_are_unique_and_inner_links_resolve(html: str) -> None:
         for _, attributes in page.tags
         if (attributes.get("href") or "").startswith("#") and attributes["href"]
     } | set(re.findall(r"url\(#([^)]+)\)", html))
-    wanted |= {
-        str(attributes["aria-labelledby"]) for _, attributes in page.tags if "aria-labelledby" in attributes
-    }
+    wanted |= {str(attributes["aria-labelledby"]) for _, attributes in page.tags if "aria-labelledby" in attributes}
     assert wanted <= set(ids)
 
 
@@ -259,12 +257,7 @@ def test_every_number_is_there(html: str) -> None:
 def test_text_in_plots_is_text_and_takes_the_colours_of_the_page(html: str) -> None:
     drawing = html[html.index("<svg") : html.index("</svg>")]
     assert re.search(r"<text[^>]*>1\.183</text>", drawing)
-    assert (
-        "<style" not in drawing
-        and "var(--ink)" in drawing
-        and "var(--font)" in drawing
-        and "DejaVu" not in html
-    )
+    assert "<style" not in drawing and "var(--ink)" in drawing and "var(--font)" in drawing and "DejaVu" not in html
     assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", html)  # no stand-in colour is left
 
 

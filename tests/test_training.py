@@ -29,6 +29,9 @@ from transllm_jax.training.metrics import MetricsLog, read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, schedule
 from transllm_jax.training.step import TrainState, initial_state, make_step, summed_loss
 
+# A frozen array that was given away with the state.
+pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
+
 VOCAB, NEW, LENGTH, STEPS = 40, 5, 16, 6
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, steps=STEPS, warmup_steps=1, new_rows_multiplier=2.0, weight_decay=0.01)
@@ -131,7 +134,7 @@ def test_the_multiplier_scales_the_new_rows_rate() -> None:
 
     def update(multiplier: float) -> dict[str, np.ndarray]:
         optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.1, new_rows_multiplier=multiplier))
-        updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(parameters), parameters)
         return {path: np.asarray(values) for path, values in updates.items()}
 
     once, thrice = update(1.0), update(3.0)

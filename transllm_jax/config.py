@@ -303,7 +303,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        where = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"{path}: not YAML: {where}; correct it") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values; see configs/demo.yaml")
     for override in overrides:

@@ -19,7 +19,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (0 <= self.temperature < float("inf")) or not 0 < self.top_p <= 1:
             raise UserError(
                 f"sampling: temperature {self.temperature} must be at least 0, and top_p {self.top_p} in (0, 1]"
             )

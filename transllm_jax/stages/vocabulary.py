@@ -65,14 +65,17 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     config = run.config
     base = run.tokenizer("base")
     documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
-    expansion = expand(
-        base,
-        documents,
-        size=config.vocabulary.size,
-        language=config.language.code,
-        markers=list(run.markers.in_order()),
-        min_count=config.vocabulary.min_count,
-    )
+    try:
+        expansion = expand(
+            base,
+            documents,
+            size=config.vocabulary.size,
+            language=config.language.code,
+            markers=list(run.markers.in_order()),
+            min_count=config.vocabulary.min_count,
+        )
+    except UserError as error:
+        raise UserError(f"vocabulary: {error}") from None
     expansion.tokenizer.save(directory)
     trainable = initial_adapters(run.model_config, run.lora, config.seed)
     tables = {"vocabulary.new": run.frozen["vocabulary.base"]}

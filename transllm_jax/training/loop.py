@@ -84,8 +84,8 @@ def train(
             loss = float(metrics.loss)
             if not math.isfinite(loss):
                 raise UserError(
-                    f"{directory.name}: the loss is {loss} at step {number + 1}; lower {directory.name}.learning_rate. "
-                    "The last checkpoint stands"
+                    f"{directory.name}: the loss is {loss} at step {number + 1}; lower {directory.name}.learning_rate "
+                    f"and redo the stage with --force {directory.name}. The last checkpoint stands"
                 )
             if number == first:
                 # The first step compiles; the speed is of the others.
