@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from tiny_tokenizer import build_tiny_tokenizer
+
 from conversion.hf import write_model
 from conversion.names import weight_shapes
 from transllm_jax.model.config import LlamaConfig
-
-from tiny_tokenizer import build_tiny_tokenizer
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "thai"

@@ -601,3 +601,10 @@ def test_the_gradients_of_attention_are_those_of_its_formula() -> None:
         return attend(q, k, v, causal_mask(jnp.asarray(segments)))
 
     require_near(outputs_and_gradients(ours, q, k, v), outputs_and_gradients(formula, q, k, v))
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("value", [0, -2, "many", 1.5, True])
+def test_sizes_that_are_no_sizes_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=field):
+        LlamaConfig.from_hf({**tiny_config(300).to_hf(), field: value})

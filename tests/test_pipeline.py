@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import tiny_run
+
 from conversion.directories import sha256_of
 from conversion.hf import read_weights
 from transllm_jax import cli, pipeline

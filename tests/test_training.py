@@ -447,3 +447,9 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
     MetricsLog(path).close()
     assert read_rows(path) == [], "a run from the start starts its log"
+
+
+def test_a_run_that_had_finished_reports_its_last_loss(tmp_path, undisturbed):
+    run(tmp_path / "pretrain")
+    again = run(tmp_path / "pretrain")
+    assert again.last_loss == undisturbed[0].last_loss

@@ -87,6 +87,16 @@ class Vocabulary(Section):
     # Text in the target language; of pairs, the target side is read.
     corpus: list[WholeSource] = Field(min_length=1)
     min_count: Positive = 2
+    # What new rows start from: the mean of the rows of the pieces they replace; or that, with each token's frequency as
+    # a prior (training/new_rows.py), which needs English text to tell the languages apart by.
+    initial_rows: Literal["mean", "calibrated"] = "mean"
+    english: WholeSource | None = None
+
+    @model_validator(mode="after")
+    def _has_english(self) -> Vocabulary:
+        if (self.initial_rows == "calibrated") != (self.english is not None):
+            raise ValueError("initial_rows: calibrated and english (a source of English text) need each other")
+        return self
 
 
 class Lora(Section):

@@ -141,9 +141,7 @@ def resolve(path: str | Path) -> list[Path]:
         raise UserError(f"{path} is a directory: name its files, for instance {exact / '*.txt'}")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
-        raise UserError(
-            f"no file matches {path}: check the path, which is relative to the directory that the command was started in"
-        )
+        raise UserError(f"no file matches {path}: check the path, relative to where the command was started")
     return found
 
 

@@ -112,6 +112,8 @@ class Engine:
         `on_tokens` is told the number of tokens generated since it was last called (for progress).
         Raises UserError for a prompt that leaves no room in the model's context.
         """
+        if not prompts:
+            return []
         answers: list[list[int]] = [[] for _ in prompts]
         for rows, state in self._batches(prompts, max_new_tokens, stop, mode, on_tokens):
             for row, ids in zip(rows, np.asarray(state.out), strict=False):
@@ -159,6 +161,8 @@ class Engine:
         stop: Sequence[int],
         mode: Mode,
     ) -> _State:
+        if not stop or max_new_tokens < 1:
+            raise ValueError("generation needs a stop token and room for a new one")
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) == 0:
             raise UserError("generation: an empty prompt; give at least one token")

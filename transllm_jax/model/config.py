@@ -8,6 +8,15 @@ from typing import Any
 
 from transllm_jax.errors import UserError
 
+_OPTIONAL = {"num_key_value_heads", "head_dim"}
+_SIZES = _OPTIONAL | {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+}
 # Options of Hugging Face's LlamaConfig that change the computation, with the only value that this model computes.
 _REQUIRED = {
     "hidden_act": "silu",
@@ -61,6 +70,13 @@ class LlamaConfig:
         for name, value in _REQUIRED.items():
             if config.get(name, value) != value:
                 raise UserError(f"config.json: {name}={config[name]!r} is not supported; only {value!r} is")
+        # Not `or`: an explicit 0 is wrong, and not a missing value.
+        for name in _SIZES & config.keys():
+            value = config[name]
+            if value is None and name in _OPTIONAL:
+                del config[name]
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"config.json: {name} is {value!r}; it must be a whole number above 0")
         try:
             heads = int(config["num_attention_heads"])
             return cls(
@@ -69,8 +85,8 @@ class LlamaConfig:
                 intermediate_size=int(config["intermediate_size"]),
                 num_hidden_layers=int(config["num_hidden_layers"]),
                 num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+                num_key_value_heads=int(config.get("num_key_value_heads", heads)),
+                head_dim=int(config.get("head_dim", config["hidden_size"] // heads)),
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(theta),
                 max_position_embeddings=int(config.get("max_position_embeddings", 2048)),

@@ -34,6 +34,7 @@ def require_held_out(run: Run) -> None:
     config = run.config
     trained = [
         *config.vocabulary.corpus,
+        *([config.vocabulary.english] if config.vocabulary.english is not None else []),
         *config.pretrain.sources,
         *config.translate.sources,
         config.transfer.pairs,

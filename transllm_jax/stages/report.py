@@ -64,7 +64,9 @@ def collect(run: Run) -> dict[str, Any]:
         "details": {
             "chrf_prompt": {point: result["chrf_prompt"] for point, result in measured.items()},
             "counts": measured["base"]["counts"],
-            "english_kl_without_marker": {p: r["english_kl_without_marker"] for p, r in measured.items()},
+            "drift of English answers asked for without the marker": ", ".join(
+                f"{point} {written(result['english_kl_without_marker'])}" for point, result in measured.items()
+            ),
         },
         "goals": goals(metrics, config.language.name),
         "stages": [

@@ -6,20 +6,23 @@ The model's answers to English text are unchanged: base ids do not move and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transllm_jax.artifacts import write_json
+from transllm_jax.config import Source
 from transllm_jax.errors import UserError
-from transllm_jax.model.parameters import count, initial_adapters
+from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.expand import expand
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
+from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import save_arrays
+from transllm_jax.training.new_rows import calibrated, mean_rows, text_states
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "markers": config.markers.model_dump(),
         "embeddings": config.embeddings,
         "seed": config.seed,
-        **run.hashes(source.path for source in config.vocabulary.corpus),
+        **run.hashes(source.path for source in _sources(run)),
     }
 
 
@@ -46,7 +49,7 @@ def require_language(run: Run) -> None:
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    base, config = run.tokenizer("base"), run.config
+    base = run.tokenizer("base")
     if base.vocab_size != run.model_config.vocab_size:
         raise UserError(
             f"{run.base}: {base.vocab_size} tokens and {run.model_config.vocab_size} embedding rows; "
@@ -56,7 +59,7 @@ def check(run: Run) -> None:
     for marker in run.markers.in_order():
         if base.token_id(marker) is not None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
-    for source in config.vocabulary.corpus:
+    for source in _sources(run):
         run.check(source)
 
 
@@ -82,8 +85,9 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if not run.model_config.tie_word_embeddings:
         tables["vocabulary.output_new"] = run.frozen["vocabulary.output_base"]
     for path, table in tables.items():
-        rows = np.asarray(table, np.float32)
-        trainable[path] = np.stack([rows[pieces].mean(axis=0) for pieces in expansion.pieces])
+        trainable[path] = mean_rows(np.asarray(table, np.float32), expansion.pieces)
+    if config.vocabulary.english is not None:
+        _calibrate(run, expansion.tokenizer, trainable, documents, config.vocabulary.english)
     save_arrays(directory / "trainable", trainable)
     report = {
         **expansion.report,
@@ -98,3 +102,29 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(run.frozen),
     }
+
+
+def _sources(run: Run) -> list[Source]:
+    section = run.config.vocabulary
+    return [*section.corpus, *([section.english] if section.english is not None else [])]
+
+
+def _calibrate(
+    run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str], english: Source
+) -> None:
+    """Give the new output rows their frequency as a prior; the tokens' counts are those in the corpus."""
+    tied = run.model_config.tie_word_embeddings
+    path, table = ("vocabulary.new", "base") if tied else ("vocabulary.output_new", "output_base")
+    split = assemble(run.model_config, run.frozen, lora=run.lora, trainable=trainable)
+    first, new = run.model_config.vocab_size, trainable[path].shape[0]
+    counts = np.zeros(new, np.int64)
+    for ids in tokenizer.encode_batch(documents):
+        counts += np.bincount([token - first for token in ids if token >= first], minlength=new)
+    texts = run.read(english)
+    trainable[path] = calibrated(
+        trainable[path],
+        counts,
+        text_states(split, tokenizer, documents),
+        text_states(split, tokenizer, [pair[0] for pair in texts] if english.format == "pairs" else texts),
+        np.asarray(run.frozen[f"vocabulary.{table}"], np.float32),
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +18,7 @@ from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.metrics import MetricsLog
+from transllm_jax.training.metrics import MetricsLog, read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.step import initial_state, make_step
 
@@ -46,7 +47,6 @@ class Outcome:
 
     trainable: Flat
     steps: int
-    trained_tokens: int = 0
     tokens_per_second: float = 0.0
     last_loss: float = field(default=math.nan)
 
@@ -71,10 +71,13 @@ def train(
     checkpoints = Checkpoints(directory / "checkpoints")
     if checkpoints.latest() is not None:
         state = checkpoints.restore(state)
+    # A restored state is bound to its device, a fresh one is not yet: bound alike, both run the same compiled program.
+    state = jax.device_put(state, jax.devices()[0])
     first = int(state.step)
     log = MetricsLog(directory / "metrics.jsonl", step=first)
     step = make_step(split.structure, optimizer, seed=config.seed, dropout=config.dropout, remat=config.remat)
-    loss = math.nan
+    # Nothing is left to do for a stage that was killed just before it was noted as done.
+    loss = read_rows(directory / "metrics.jsonl")[-1]["loss"] if first >= steps else math.nan
     started, timed = 0.0, 0
     bar = progress.task(directory.name, total=steps, done=first, unit="step")
     try:

@@ -1,0 +1,83 @@
+"""What the rows of new tokens start from.
+
+The mean of the rows of the pieces that a token replaces is close, but it does not know how often the token occurs, and
+the pieces of bytes outbid the tokens that are made of them. `calibrated` mends both along one direction: the one in
+which the model's states on target-language text differ most clearly from those on English text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from transllm_jax.data.examples import document_examples
+from transllm_jax.data.packing import pack
+from transllm_jax.errors import UserError
+from transllm_jax.model.parameters import Flat, Split, merge
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+# What a new token is raised by, in nats, where the text is of the target language: over its pieces, which stay.
+BOOST = 3.0
+# How much the base rows' own use of a direction counts against it, beside the states' spread along it.
+BASE_WEIGHT = 100.0
+# Tokens of each language whose states are looked at, in rows of this many tokens, so many rows at once.
+STATES, LENGTH, BATCH = 4096, 256, 4
+
+
+def mean_rows(table: np.ndarray, pieces: Sequence[Sequence[int]]) -> np.ndarray:
+    """A row for each new token, the mean of its pieces' rows: table [V, D], n lists of ids -> float32 [n, D]."""
+    return np.stack([table[list(ids)].mean(axis=0, dtype=np.float32) for ids in pieces])
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def _hidden(trainable: Flat, frozen: Flat, batch: dict[str, jax.Array], *, structure: Any) -> jax.Array:
+    model = merge(structure, trainable, frozen)
+    return model(batch["tokens"], batch["positions"], batch["segment_ids"])
+
+
+def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) -> np.ndarray:
+    """The model's states before the output on the documents' first `STATES` tokens or so, float32 [.., D]."""
+    examples, _ = document_examples(tokenizer, list(documents), LENGTH)
+    rows = pack(examples, LENGTH)
+    found = []
+    for first in range(0, min(len(rows), STATES // LENGTH), BATCH):
+        batch = {
+            field: np.resize(getattr(rows, field)[first : first + BATCH], (BATCH, LENGTH))
+            for field in ("tokens", "positions", "segment_ids")
+        }
+        states = _hidden(split.trainable, split.frozen, batch, structure=split.structure)
+        found.append(np.asarray(states)[batch["segment_ids"] > 0])
+    return np.concatenate(found)
+
+
+def calibrated(
+    rows: np.ndarray, counts: np.ndarray, target: np.ndarray, english: np.ndarray, base: np.ndarray
+) -> np.ndarray:
+    """Rows that give new tokens their frequency as a prior, where the text is of the target language.
+
+    rows [n, D]; counts [n], how often each token occurs in the corpus, 0 for one that is left as it is (a marker);
+    target and english [.., D], the model's states before the output on text of both languages; base [V, D], the frozen
+    output rows. With u the direction that separates the two kinds of states (Fisher's linear discriminant, kept away
+    from directions that the base rows read), a row gets u * (BOOST + log count - mean log count) / (mean target state
+    along u): on target-language text its logit rises by that much, on English text by little or less.
+    Raises UserError where the states do not tell the languages apart.
+    """
+    rows, base = rows.astype(np.float64), base.astype(np.float64)
+    target, english = target.astype(np.float64), english.astype(np.float64)
+    spread = np.cov(target.T) + np.cov(english.T) + BASE_WEIGHT * base.T @ base / len(base)
+    direction = np.linalg.solve(spread + 1e-3 * np.eye(rows.shape[1]), target.mean(axis=0) - english.mean(axis=0))
+    direction /= max(float(np.linalg.norm(direction)), 1e-12)
+    reach = float(target.mean(axis=0) @ direction)
+    gap, noise = reach - float(english.mean(axis=0) @ direction), float((target @ direction).std())
+    if reach <= 0 or gap < 2 * noise or gap == 0:
+        raise UserError(
+            "vocabulary.initial_rows: this model's states do not tell the target language from English; set it to mean"
+        )
+    seen = counts > 0
+    prior = np.where(seen, np.log(np.maximum(counts, 1)), 0.0)
+    lift = np.where(seen, BOOST + prior - prior[seen].mean(), 0.0)
+    return (rows + (lift / reach)[:, None] * direction).astype(np.float32)
