@@ -13,6 +13,7 @@ help:
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
 	  f"Python {v[0]}.{v[1]} is too old or too new: use 3.11 to 3.13, for example make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo 'installing into $(VENV): a minute or two'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@

@@ -1,7 +1,7 @@
 """Answers by the translation chain of thought: its fallback, and the history that a conversation keeps.
 
-TransLLM, section 3.5: the model sees earlier turns in English, where its strength is; an answer that breaks the format
-is continued once with the marker that is missing.
+TransLLM (arXiv 2405.13923): the model sees earlier turns in English, where its strength is; an answer that breaks the
+format is continued once with the marker that is missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 2: causal language modelling on target-language text (TransLLM, section 3.2)."""
+"""Stage 2: causal language modelling on target-language text (TransLLM, arXiv 2405.13923)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4, first half: Recovery KD (TransLLM, section 3.4).
+"""Stage 4, first half: Recovery KD (TransLLM, arXiv 2405.13923).
 
 The original chat model, which is the base weights with the adapters off, answers English instructions; instructions
 and answers are translated. What it wrote is kept answer by answer, so a run that is cut off goes on where it was.

@@ -1,5 +1,6 @@
-"""Stage 4, second half: fine-tuning on chains, English answers and translation instructions (TransLLM, section 3.4).
+"""Stage 4, second half: fine-tuning on chains, English answers and translation instructions.
 
+TransLLM, arXiv 2405.13923.
 The loss is on the assistant's tokens only.
 """
 

@@ -1,4 +1,7 @@
-"""Stage 3: causal language modelling on translation pairs in both directions, mixed with English text (section 3.3)."""
+"""Stage 3: causal language modelling on translation pairs in both directions, mixed with English text.
+
+TransLLM, arXiv 2405.13923.
+"""
 
 from __future__ import annotations
 

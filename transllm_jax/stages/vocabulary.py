@@ -1,4 +1,4 @@
-"""Stage 1: learn tokens of the target language, initialise their rows, add adapters (TransLLM, section 3.1).
+"""Stage 1: learn tokens of the target language, initialise their rows, add adapters (TransLLM, arXiv 2405.13923).
 
 The model's answers to English text are unchanged: base ids do not move and the adapters begin at zero.
 """

@@ -7,7 +7,7 @@
 The markers are single special tokens and touch the text that follows them. So the answer behind a marker has exactly
 the ids that the original model gives it at the start of an answer, which is what is to be recovered; and no token is
 spent on a lone space. Everything here reads markers with spaces around them too.
-Source: TransLLM, arXiv 2405.13923, section 3 and table 1.
+Source: TransLLM, arXiv 2405.13923.
 """
 
 from __future__ import annotations
