@@ -86,7 +86,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         tables["vocabulary.output_new"] = run.frozen["vocabulary.output_base"]
     for path, table in tables.items():
         trainable[path] = mean_rows(np.asarray(table, np.float32), expansion.pieces)
-    if config.vocabulary.english is not None:
+    if config.vocabulary.initial_rows == "calibrated" and config.vocabulary.english is not None:
         _calibrate(run, expansion.tokenizer, trainable, documents, config.vocabulary.english)
     save_arrays(directory / "trainable", trainable)
     report = {
