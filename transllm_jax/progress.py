@@ -18,7 +18,7 @@ class Bar:
 
     def __init__(self, owner: Progress, name: str, total: int, done: int, unit: str) -> None:
         self._owner, self._name, self._total, self._unit = owner, name, total, unit
-        self._done = done
+        self._done, self._tokens = done, 0
         self._first, self._started = done, time.monotonic()
         self._logged = self._started
         self._task: TaskID | None = None
@@ -39,9 +39,11 @@ class Bar:
                 f"  {self._name} {done}/{self._total} {self._unit}s  {note}  {_clock(left)} left", markup=False
             )
 
-    def advance(self, count: int, note: str = "") -> None:
-        """Say that `count` more are done."""
-        self.update(self._done + count, note)
+    def tokens(self, count: int) -> None:
+        """Say that `count` more tokens were generated; the bar shows how many a second."""
+        self._tokens += count
+        elapsed = max(time.monotonic() - self._started, 1e-3)
+        self.update(self._done, f"{self._tokens / elapsed:,.0f} tokens/s")
 
     def close(self) -> None:
         """Take the bar off the screen."""

@@ -136,7 +136,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
                 prompts,
                 max_new_tokens=section.max_new_tokens,
                 stop=[tokenizer.eos_id],
-                on_tokens=lambda count: bar.advance(0, "the original model answers"),
+                on_tokens=bar.tokens,
             )
             for text, ids in zip(batch, generated, strict=True):
                 row = {
@@ -180,7 +180,7 @@ def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -
                 run.tokenizer("vocabulary"),
                 run.markers,
                 max_new_tokens=run.config.recover.max_new_tokens,
-                on_tokens=lambda count: bar.advance(0, "the model translates"),
+                on_tokens=bar.tokens,
             )
             for place, text in zip(
                 missing, translator.translate([texts[place] for place in missing], "to_target"), strict=True
