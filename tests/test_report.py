@@ -458,3 +458,15 @@ def test_shares_are_not_rounded_into_a_goal() -> None:
     assert percent(0.9) == "90 %" and percent(0.875) == "87.5 %" and percent(1.0) == "100 %"
     assert percent(0.9999) == "99.99 %" and percent(0.0) == "0 %" and percent(0.0001) == "0.01 %"
     assert percent(-0.2134, sign=True) == "−21.3 %" and percent(0.78, sign=True) == "+78.0 %"
+
+
+def test_the_goal_of_well_formed_chains_says_how_different_they_are() -> None:
+    from transllm_jax.stages.report import _variety, goals
+
+    chain = {"question_en": "What is it?", "answer_en": "A cat.", "answer_target": "แมว"}
+    answers = [{"chain": chain}, {"chain": chain}, {"chain": None}, {"chain": {**chain, "question_en": "Why?"}}]
+    measured = {"well_formed_chains": {"transfer": 0.75}}
+    goal = next(g for g in goals(measured, "Thai", _variety(answers)) if g["name"] == "Well-formed chains")
+    assert goal["measured"] == "75 %; 2 different English questions in 3 chains" and goal["met"] is False
+    unmeasured = [g for g in goals({}, "Thai", "") if g["met"] is not None]
+    assert unmeasured == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +68,7 @@ def collect(run: Run) -> dict[str, Any]:
                 f"{point} {written(result['english_kl_without_marker'])}" for point, result in measured.items()
             ),
         },
-        "goals": goals(metrics, config.language.name),
+        "goals": goals(metrics, config.language.name, _variety(measured["transfer"]["answers"])),
         "stages": [
             {
                 "name": name,
@@ -87,8 +87,17 @@ def collect(run: Run) -> dict[str, Any]:
     }
 
 
-def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str) -> list[dict[str, Any]]:
-    """What a run is expected to show, each with what was measured. `met` is None where something was not measured."""
+def _variety(answers: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the chains say something of their own: a form can be learned without a content."""
+    questions = [answer["chain"]["question_en"] for answer in answers if answer["chain"] is not None]
+    return f"{len(set(questions))} different English questions in {len(questions)} chains"
+
+
+def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str, variety: str) -> list[dict[str, Any]]:
+    """What a run is expected to show, each with what was measured. `met` is None where something was not measured.
+
+    `variety` says how different the chains are, beside the share that is well formed.
+    """
 
     def goal(name: str, wanted: str, measured: str, met: bool | None) -> dict[str, Any]:
         return {"name": name, "wanted": wanted, "measured": measured, "met": met}
@@ -132,7 +141,7 @@ def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str) -> l
         goal(
             "Well-formed chains",
             "at least 90 %",
-            written(after, "share"),
+            f"{written(after, 'share')}; {variety}",
             None if after is None else after >= 0.9,
         )
     )
