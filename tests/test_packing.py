@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transllm_jax.data.batches import FIELDS, Batches, Proportions
+from transllm_jax.data.batches import Batches, Proportions
 from transllm_jax.data.examples import Example, split_example
-from transllm_jax.data.packing import PackedRows, pack, plan
+from transllm_jax.data.packing import FIELDS, PackedRows, pack, plan
 from transllm_jax.errors import UserError
 
 LENGTH = 16
@@ -235,3 +235,13 @@ def test_batches_refuse_bad_mixtures() -> None:
         Batches([("a", numbered(2), None)], 0, 0)
     with pytest.raises(ValueError, match="row length"):
         Batches([("a", numbered(2), None), ("b", numbered(2, length=5), None)], 2, 0)
+
+
+def test_a_short_batch_of_rows_is_filled_with_padding() -> None:
+    rows = numbered(5)
+    whole, short = rows.batch(0, 3), rows.batch(3, 3)
+    for field in FIELDS:
+        values = getattr(rows, field)
+        np.testing.assert_array_equal(whole[field], values[:3])
+        np.testing.assert_array_equal(short[field][:2], values[3:])
+        assert short[field].shape == whole[field].shape and not short[field][2:].any()

@@ -92,6 +92,11 @@ class Vocabulary(Section):
     initial_rows: Literal["mean", "calibrated"] = "mean"
     english: WholeSource | None = None
 
+    @property
+    def sources(self) -> list[Source]:
+        """All the text that the stage reads."""
+        return [*self.corpus, *([self.english] if self.english is not None else [])]
+
     @model_validator(mode="after")
     def _has_english(self) -> Vocabulary:
         if (self.initial_rows == "calibrated") != (self.english is not None):

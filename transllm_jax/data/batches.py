@@ -15,10 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from transllm_jax.data.packing import PackedRows
+from transllm_jax.data.packing import FIELDS, PackedRows
 from transllm_jax.errors import UserError
-
-FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights")
 
 
 class Proportions(grain.transforms.DatasetSelectionMap):

@@ -15,6 +15,10 @@ import numpy as np
 IGNORED = 0  # label where nothing is predicted; its weight is 0, the value is never looked at
 
 
+# The arrays of packed rows, and of a batch of them.
+FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights")
+
+
 class HasTokens(Protocol):
     """What packing needs of an example (`transllm_jax.data.examples.Example` is one)."""
 
@@ -48,6 +52,14 @@ class PackedRows:
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
+
+    def batch(self, first: int, size: int) -> dict[str, np.ndarray]:
+        """Rows first .. first + size as [size, T] arrays; padding fills a short batch, so that all have one shape."""
+        return {
+            field: np.pad(values, [(0, size - len(values)), (0, 0)])
+            for field in FIELDS
+            for values in [getattr(self, field)[first : first + size]]
+        }
 
     @property
     def row_length(self) -> int:

@@ -15,7 +15,7 @@ from transllm_jax.data.examples import make_example, split_example
 from transllm_jax.data.packing import pack
 from transllm_jax.model.parameters import Flat, Split, merge
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.loss import cross_entropy
+from transllm_jax.training.step import hidden_states, summed_loss
 
 # Answer tokens whose distributions over the vocabulary are held at once.
 CHUNK = 128
@@ -23,12 +23,7 @@ CHUNK = 128
 LENGTH_MULTIPLE = 64
 
 
-@partial(jax.jit, static_argnames=("structure",))
-def _nats(trainable: Flat, frozen: Flat, batch: dict[str, jax.Array], *, structure: Any) -> jax.Array:
-    model = merge(structure, trainable, frozen)
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    base, new = model.vocabulary.output_tables()
-    return cross_entropy(hidden, base, new, batch["labels"], batch["weights"])
+_nats = jax.jit(summed_loss, static_argnames=("structure",))
 
 
 def bits_per_byte(
@@ -47,25 +42,9 @@ def bits_per_byte(
     rows = pack(examples, length)
     total = 0.0
     for first in range(0, len(rows), batch_size):
-        batch = _padded(rows, first, batch_size)
-        total += float(_nats(split.trainable, split.frozen, batch, structure=split.structure))
+        batch = rows.batch(first, batch_size)
+        total += float(_nats(split.structure, split.trainable, split.frozen, batch))
     return total / math.log(2) / sum(len(text.encode()) for text in documents)
-
-
-def _padded(rows: Any, first: int, size: int) -> dict[str, np.ndarray]:
-    """Rows first .. first + size as one batch; a short one is filled with padding, so one shape is compiled."""
-    batch = {}
-    for field in ("tokens", "positions", "segment_ids", "labels", "weights"):
-        values = getattr(rows, field)[first : first + size]
-        batch[field] = np.pad(values, [(0, size - len(values)), (0, 0)])
-    return batch
-
-
-@partial(jax.jit, static_argnames=("structure",))
-def _hidden(trainable: Flat, frozen: Flat, tokens: jax.Array, segments: jax.Array, *, structure: Any) -> jax.Array:
-    model = merge(structure, trainable, frozen)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model(tokens, positions, segments)
 
 
 @partial(jax.jit, static_argnames=("structures",))
@@ -146,5 +125,7 @@ def _states(
         segments[row, : len(ids)] = 1
         start = len(prompt) + len(prefix) - 1
         places.append(row * length + np.arange(start, len(ids) - 1))
-    hidden = _hidden(split.trainable, split.frozen, tokens, segments, structure=split.structure)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    batch_of = {"tokens": tokens, "positions": positions, "segment_ids": segments}
+    hidden = hidden_states(split.structure, split.trainable, split.frozen, batch_of)
     return np.asarray(hidden).reshape(size * length, -1), places

@@ -182,8 +182,7 @@ class Llama(nnx.Module):
         def layer(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, index = inputs
             key = None if dropout is None else jax.random.fold_in(dropout, index)
-            attend_here = lambda q, k, v: (attend(q, k, v, mask), None)  # noqa: E731
-            return block(x, angles, attend_here, adapters=adapters, dropout=key)[0], None
+            return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), None), adapters=adapters, dropout=key)
 
         body = jax.checkpoint(layer) if remat else layer
         x, _ = jax.lax.scan(body, x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))

@@ -33,8 +33,7 @@ def require_held_out(run: Run) -> None:
     """Refuse a held-out file that a stage trains on, or a copy of one. Raises UserError that names it."""
     config = run.config
     trained = [
-        *config.vocabulary.corpus,
-        *([config.vocabulary.english] if config.vocabulary.english is not None else []),
+        *config.vocabulary.sources,
         *config.pretrain.sources,
         *config.translate.sources,
         config.transfer.pairs,

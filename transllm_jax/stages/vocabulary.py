@@ -35,7 +35,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "markers": config.markers.model_dump(),
         "embeddings": config.embeddings,
         "seed": config.seed,
-        **run.hashes(source.path for source in _sources(run)),
+        **run.hashes(source.path for source in run.config.vocabulary.sources),
     }
 
 
@@ -59,7 +59,7 @@ def check(run: Run) -> None:
     for marker in run.markers.in_order():
         if base.token_id(marker) is not None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
-    for source in _sources(run):
+    for source in run.config.vocabulary.sources:
         run.check(source)
 
 
@@ -102,11 +102,6 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         "trainable_parameters": count(trainable),
         "frozen_parameters": count(run.frozen),
     }
-
-
-def _sources(run: Run) -> list[Source]:
-    section = run.config.vocabulary
-    return [*section.corpus, *([section.english] if section.english is not None else [])]
 
 
 def _calibrate(

@@ -43,7 +43,7 @@ class LoopConfig:
 
 @dataclass
 class Outcome:
-    """What a stage's training did; `seconds` and the speed are of this process's steps, compilation aside."""
+    """What a stage's training did; the speed is that of this process's steps, compilation aside."""
 
     trainable: Flat
     steps: int

@@ -8,17 +8,15 @@ which the model's states on target-language text differ most clearly from those 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-import jax
 import numpy as np
 
 from transllm_jax.data.examples import document_examples
 from transllm_jax.data.packing import pack
 from transllm_jax.errors import UserError
-from transllm_jax.model.parameters import Flat, Split, merge
+from transllm_jax.model.parameters import Split
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.step import hidden_states
 
 # What a new token is raised by, in nats, where the text is of the target language: over its pieces, which stay.
 BOOST = 3.0
@@ -33,23 +31,14 @@ def mean_rows(table: np.ndarray, pieces: Sequence[Sequence[int]]) -> np.ndarray:
     return np.stack([table[list(ids)].mean(axis=0, dtype=np.float32) for ids in pieces])
 
 
-@partial(jax.jit, static_argnames=("structure",))
-def _hidden(trainable: Flat, frozen: Flat, batch: dict[str, jax.Array], *, structure: Any) -> jax.Array:
-    model = merge(structure, trainable, frozen)
-    return model(batch["tokens"], batch["positions"], batch["segment_ids"])
-
-
 def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) -> np.ndarray:
     """The model's states before the output on the documents' first `STATES` tokens or so, float32 [.., D]."""
     examples, _ = document_examples(tokenizer, list(documents), LENGTH)
     rows = pack(examples, LENGTH)
     found = []
     for first in range(0, min(len(rows), STATES // LENGTH), BATCH):
-        batch = {
-            field: np.resize(getattr(rows, field)[first : first + BATCH], (BATCH, LENGTH))
-            for field in ("tokens", "positions", "segment_ids")
-        }
-        states = _hidden(split.trainable, split.frozen, batch, structure=split.structure)
+        batch = rows.batch(first, BATCH)
+        states = hidden_states(split.structure, split.trainable, split.frozen, batch)
         found.append(np.asarray(states)[batch["segment_ids"] > 0])
     return np.concatenate(found)
 

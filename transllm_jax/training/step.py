@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,13 @@ def summed_loss(
     )
     base, new = model.vocabulary.output_tables()
     return cross_entropy(hidden, base, new, batch["labels"], batch["weights"])
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def hidden_states(structure: Any, trainable: Flat, frozen: Flat, batch: Batch) -> jax.Array:
+    """The states before the output, [B, T, D], of a batch's tokens; of the batch, labels and weights are not needed."""
+    model = merge(structure, trainable, frozen)
+    return model(batch["tokens"], batch["positions"], batch["segment_ids"])
 
 
 def make_step(
