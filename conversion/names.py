@@ -1,4 +1,4 @@
-"""The one table of tensor names: Hugging Face's LLaMA on one side, our layout on the other.
+"""The one table of tensor names: Hugging Face's LLaMA family on one side, our layout on the other.
 
 Hugging Face stores a linear layer as `[out, in]`, one tensor a layer. We store its kernel as `[in, out]`, all
 layers stacked on axis 0 (`y = x @ kernel[layer]`). Everything else is the same array under another name.
@@ -30,6 +30,11 @@ KERNELS = {
 _NORMS = {
     "blocks.attention_norm.scale": "input_layernorm",
     "blocks.mlp_norm.scale": "post_attention_layernorm",
+}
+# Over one head's size H, in Qwen3.
+_HEAD_NORMS = {
+    "blocks.attention.q_norm.scale": "self_attn.q_norm",
+    "blocks.attention.k_norm.scale": "self_attn.k_norm",
 }
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -83,6 +88,10 @@ def tensors(config: LlamaConfig) -> list[Tensor]:
             table.append(
                 Tensor(f"{prefix}{name}.weight", f"{path}.kernel", (shape_out, shape_in), layer, transposed=True)
             )
+            if path.rpartition(".")[2] in config.biases:
+                table.append(Tensor(f"{prefix}{name}.bias", f"{path}.bias", (shape_out,), layer))
+        for path, name in _HEAD_NORMS.items() if config.qk_norm else ():
+            table.append(Tensor(f"{prefix}{name}.weight", path, (config.head_dim,), layer))
     table.append(Tensor("model.norm.weight", "final_norm.scale", (config.hidden_size,)))
     if not config.tie_word_embeddings:
         table.append(Tensor(OUTPUT, "vocabulary.output_base", vocabulary))

@@ -52,6 +52,8 @@ def random_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
         values = rng.standard_normal(shape, dtype=np.float32)
         if path.endswith("scale"):
             weights[path] = 1 + np.float32(0.2) * values
+        elif path.endswith("bias"):
+            weights[path] = np.float32(0.3) * values
         else:
             weights[path] = values * np.float32(0.05 if path.startswith("vocabulary") else 1.2 / shape[-2] ** 0.5)
     return weights

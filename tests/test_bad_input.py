@@ -434,7 +434,7 @@ def _no_config(model: Path) -> None:
         (_no_weights, ("holds pickle checkpoints only (pytorch_model.bin)", "convert them to safetensors")),
         (_truncated, ("model.safetensors is truncated", "fetch it again")),
         (_other_layers, ("missing: model.layers.2.", "correct config.json")),
-        (_other_kind, ("model_type 'mamba' is not supported", "use a model of type 'llama'")),
+        (_other_kind, ("model_type 'mamba' is not supported", "use one of llama, mistral, qwen2, qwen3")),
         (_not_a_number, ("tensor model.norm.weight", "1 of 48 values NaN or infinite", "fetch it again")),
         (_no_tokenizer, ("has no tokenizer.json", "fetch the tokenizer's files")),
         (_no_config, ("config.json is missing", "complete model directory?")),

@@ -290,7 +290,7 @@ DAMAGE = [
     (lambda d: (d / "config.json").write_text("{"), r"config\.json is not valid JSON"),
     (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not valid JSON"),
     (lambda d: (d / "config.json").write_text("[]"), "list where an object"),
-    (_edit("config.json", lambda c: c.update(model_type="qwen2")), "'qwen2'"),
+    (_edit("config.json", lambda c: c.update(model_type="mamba")), "'mamba'"),
     (_edit("config.json", lambda c: c.update(quantization_config={"bits": 4})), "quantization_config is set"),
     (_edit("config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})), "auto_map is set"),
     (_edit("config.json", lambda c: c.update(num_hidden_layers=4)), r"missing: model\.layers\.3\."),

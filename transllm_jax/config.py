@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from transllm_jax.errors import UserError
 
@@ -105,11 +105,24 @@ class Vocabulary(Section):
 
 
 class Lora(Section):
-    """The adapters on q, k, v, o, gate, up and down."""
+    """The adapters, and the linear layers that have one."""
 
     rank: Positive = 64
     alpha: float = Field(default=128, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    # Scale by alpha / sqrt(rank) in place of alpha / rank (rsLoRA, arXiv 2312.03732).
+    rslora: bool = False
+    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = Field(
+        default=["q", "k", "v", "o", "gate", "up", "down"], min_length=1
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _in_order(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a layer is named twice; name each once")
+        # What counts is the set: the same layers in another order are the same run.
+        return sorted(value, key=["q", "k", "v", "o", "gate", "up", "down"].index)
 
 
 class Training(Section):

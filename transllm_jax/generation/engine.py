@@ -166,10 +166,10 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) == 0:
             raise UserError("generation: an empty prompt; give at least one token")
-        if longest + max_new_tokens > self.config.max_position_embeddings:
+        if longest + max_new_tokens > self.config.context:
             raise UserError(
                 f"generation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+                f"{self.config.context}; shorten the prompt or lower max_new_tokens"
             )
         width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         tokens = np.zeros((size, width), np.int32)

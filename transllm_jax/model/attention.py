@@ -1,4 +1,4 @@
-"""Rotary positions and grouped-query attention, in the layout [B, heads, T, H]."""
+"""Grouped-query attention and its masks, in the layout [B, heads, T, H]."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, 1, T, H / 2] for positions [B, T] (RoPE, arXiv 2104.09864, in Hugging Face's layout)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn x [B, heads, T, H] by its positions; the first half of H pairs with the second."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] segment ids (0 is padding) -> bool [B, 1, T, T]: same segment, and no later key."""
+def causal_mask(segment_ids: jax.Array, window: int | None = None) -> jax.Array:
+    """[B, T] segment ids (0 is padding) -> bool [B, 1, T, T]: same segment, no later key, the last `window` keys."""
     length = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        # Tokens of a segment stand side by side, so places differ as positions do.
+        seen &= ~jnp.tril(seen, -window)
     # Padding attends to itself, so that no row is empty; nothing real attends to padding.
-    return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
+    return (same & seen)[:, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transllm_jax.model.attention import attend, causal_mask, rotary_angles
+from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.llama import Block, Llama
 
 
@@ -30,8 +30,8 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
     """
     length = tokens.shape[1]
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    angles = rotary_angles(positions, model.config.head_dim, model.config.rope_theta)
-    mask = causal_mask(valid.astype(jnp.int32))
+    angles = model.angles(positions)
+    mask = causal_mask(valid.astype(jnp.int32), model.config.sliding_window)
 
     def layer(x: jax.Array, block: Block) -> tuple[jax.Array, Any]:
         return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v)), adapters=adapters)
@@ -51,9 +51,13 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
     """One token a row, [B], after what the cache holds -> (hidden [B, D], the cache with the token in it)."""
     layers = model.config.num_hidden_layers
     positions = jnp.sum(cache.valid, axis=1, keepdims=True)
-    angles = rotary_angles(positions, model.config.head_dim, model.config.rope_theta)
+    angles = model.angles(positions)
     valid = jax.lax.dynamic_update_index_in_dim(cache.valid, jnp.ones(tokens.shape, bool), cache.end, axis=1)
-    mask = valid[:, None, None, :]
+    seen = valid
+    if model.config.sliding_window is not None:
+        # Nothing stands between real tokens of a row, so slots differ as positions do.
+        seen = valid & (jnp.arange(valid.shape[1]) > cache.end - model.config.sliding_window)
+    mask = seen[:, None, None, :]
 
     # The cache is the scan's carry, updated in place: as an output of the scan it would be copied at every token.
     def layer(

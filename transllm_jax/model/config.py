@@ -1,12 +1,16 @@
-"""The shape of a LLaMA-family model, in Hugging Face's field names."""
+"""The shape of a model of the LLaMA family, in Hugging Face's field names.
+
+LLaMA, Mistral, Qwen2 and Qwen3 are one model: what differs between them is a few fields here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transllm_jax.errors import UserError
+from transllm_jax.model.rope import RopeScaling
 
 _OPTIONAL = {"num_key_value_heads", "head_dim"}
 _SIZES = _OPTIONAL | {
@@ -17,19 +21,31 @@ _SIZES = _OPTIONAL | {
     "num_attention_heads",
     "max_position_embeddings",
 }
-# Options of Hugging Face's LlamaConfig that change the computation, with the only value that this model computes.
-_REQUIRED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "pretraining_tp": 1,
+# Options that change the computation, with the only value that this model computes.
+_REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1, "is_causal": True}
+# What transformers assumes where a family's config.json is silent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a LLaMA model. Field names are those of Hugging Face's `config.json`."""
+    """Sizes and options of a model. Field names are those of Hugging Face's `config.json`, as far as it has them.
+
+    `attention_bias`: biases on q, k and v, and on o unless the family is qwen2; `mlp_bias`: on gate, up and down.
+    `qk_norm`: an RMSNorm over each head of q and k before they are rotated. `sliding_window`: how many keys a query
+    sees, itself among them (None: all).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -42,6 +58,11 @@ class LlamaConfig:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    model_type: str = "llama"
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -52,6 +73,28 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise UserError(f"model config: head_dim {self.head_dim} is odd; rotary embedding needs an even one")
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normalised (Qwen3)."""
+        return self.model_type == "qwen3"
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The linear layers that have a bias, of q, k, v, o, gate, up and down."""
+        names = set()
+        if self.attention_bias:
+            names |= {"q", "k", "v"} if self.model_type == "qwen2" else {"q", "k", "v", "o"}
+        if self.mlp_bias:
+            names |= {"gate", "up", "down"}
+        return frozenset(names)
+
+    @property
+    def context(self) -> int:
+        """The number of tokens that the model reads at most: dynamic scaling stretches what it was trained on."""
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Read a Hugging Face `config.json` dictionary.
@@ -59,14 +102,9 @@ class LlamaConfig:
         Raises UserError that names the field, for an architecture or option that would be computed wrongly.
         """
         kind = config.get("model_type")
-        if kind != "llama":
-            raise UserError(f"config.json: model_type {kind!r} is not supported; use a model of type 'llama'")
-        config = dict(config)
-        # transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`.
-        rope = dict(config.pop("rope_parameters", None) or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        if rope.pop("rope_type", "default") != "default" or rope:
-            raise UserError("config.json: rope_parameters other than 'default' are not supported yet")
+        if kind not in _DEFAULTS:
+            raise UserError(f"config.json: model_type {kind!r} is not supported; use one of {', '.join(_DEFAULTS)}")
+        config = {**_DEFAULTS[kind], **config}
         for name, value in _REQUIRED.items():
             if config.get(name, value) != value:
                 raise UserError(f"config.json: {name}={config[name]!r} is not supported; only {value!r} is")
@@ -79,6 +117,7 @@ class LlamaConfig:
                 raise UserError(f"config.json: {name} is {value!r}; it must be a whole number above 0")
         try:
             heads = int(config["num_attention_heads"])
+            theta, scaling = _rope(config)
             return cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=int(config["hidden_size"]),
@@ -87,23 +126,112 @@ class LlamaConfig:
                 num_attention_heads=heads,
                 num_key_value_heads=int(config.get("num_key_value_heads", heads)),
                 head_dim=int(config.get("head_dim", config["hidden_size"] // heads)),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(theta),
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+                rope_theta=theta,
+                max_position_embeddings=int(config["max_position_embeddings"]),
+                tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+                model_type=kind,
+                rope_scaling=scaling,
+                # Qwen2 has no such option: it always has these biases. Mistral never has.
+                attention_bias=kind == "qwen2" or _flag(config, "attention_bias", only=("llama", "qwen3")),
+                mlp_bias=_flag(config, "mlp_bias", only=("llama",)),
+                sliding_window=_sliding_window(config),
             )
         except KeyError as missing:
             raise UserError(f"config.json: field {missing} is missing; is this a complete model directory?") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The dictionary that Hugging Face's `LlamaConfig` reads (and older readers: `rope_theta` at the top)."""
-        fields = asdict(self)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **fields,
-            "rope_scaling": None,
+        """The dictionary that Hugging Face reads, in the form that all its versions and other programs know."""
+        raw: dict[str, Any] = {
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_hf(),
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
         }
+        if self.model_type in ("llama", "qwen3"):
+            raw["attention_bias"] = self.attention_bias
+        if self.model_type == "llama":
+            raw["mlp_bias"] = self.mlp_bias
+        if self.model_type in ("mistral", "qwen2", "qwen3"):
+            raw["sliding_window"] = self.sliding_window
+        if self.model_type in ("qwen2", "qwen3"):
+            raw["use_sliding_window"] = self.sliding_window is not None
+            raw["max_window_layers"] = 0 if self.sliding_window is not None else self.num_hidden_layers
+        return raw
+
+
+def _flag(config: Mapping[str, Any], name: str, only: tuple[str, ...] = tuple(_DEFAULTS)) -> bool:
+    """A field that is true or false; true is refused outside of the families `only`, whose model ignores it."""
+    value = config.get(name, False)
+    if not isinstance(value, bool):
+        raise UserError(f"config.json: {name} is {value!r}; it must be true or false")
+    if value and config["model_type"] not in only:
+        raise UserError(f"config.json: {name}={value!r} is not an option of model_type {config['model_type']!r}")
+    return value
+
+
+def _positive(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"config.json: {name} is {value!r}; it must be a number above 0")
+    return float(value)
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """RoPE's base and scaling: transformers 5 writes `rope_parameters`, others `rope_theta` and `rope_scaling`."""
+    scaling: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = config.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.json: {name} is {value!r}; it must be an object or null")
+        if scaling and value and dict(value) | {"rope_theta": 0} != scaling | {"rope_theta": 0}:
+            raise UserError("config.json: rope_scaling and rope_parameters differ; remove one of them")
+        scaling = dict(value) or scaling
+    top = _positive(config, "rope_theta", 10000.0)
+    theta = _positive(scaling, "rope_theta", top)
+    if "rope_theta" in config and theta != top:
+        raise UserError(f"config.json: rope_theta is {top} and {theta} in rope_parameters; correct one of them")
+    scaling.pop("rope_theta", None)
+    if config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
+    return theta, RopeScaling.from_hf(scaling, int(config["max_position_embeddings"]))
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window of every layer, or None. Raises UserError where some layers have one and others not."""
+    kind, layers = config["model_type"], int(config["num_hidden_layers"])
+    window = config.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise UserError(f"config.json: sliding_window is {window!r}; it must be a whole number above 0, or null")
+    if kind == "llama":
+        return None  # not an option of the family: transformers ignores the field
+    if kind == "mistral":
+        if config.get("layer_types"):
+            raise UserError("config.json: layer_types is not supported for model_type 'mistral'; remove it")
+        return window
+    if not _flag(config, "use_sliding_window"):
+        window = None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28)
+        types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise UserError(f"config.json: layer_types must name sliding_attention or full_attention, {layers} times")
+    if len(set(types)) > 1:
+        raise UserError("config.json: layer_types mixes sliding and full attention, which is not supported")
+    if types[0] == "full_attention":
+        return None
+    if window is None:
+        raise UserError("config.json: layer_types has sliding_attention, but there is no sliding_window; add it")
+    return window

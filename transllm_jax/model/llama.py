@@ -1,4 +1,4 @@
-"""LLaMA (arXiv 2302.13971) in Flax NNX: modules declare parameters, plain JAX transforms run them.
+"""LLaMA (arXiv 2302.13971) and its family in Flax NNX: modules declare parameters, plain JAX transforms run them.
 
 The layers are one stacked `Block` (leading axis L), run by `jax.lax.scan`. What attention does with queries, keys and
 values is the caller's function, so training (self-attention under a mask) and decoding (a cache) share one block.
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transllm_jax.model.attention import attend, causal_mask, rotary_angles, rotate
+from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig, LoRALinear, project
+from transllm_jax.model.rope import rotary_angles, rotate
 from transllm_jax.model.vocabulary import Vocabulary
 
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
@@ -25,12 +26,12 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 as Hugging Face's."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32) -> None:
-        self.scale = nnx.Param(jnp.ones((config.hidden_size,), dtype))
-        self.eps = config.rms_norm_eps
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+        """[..., D] -> [..., D], or over the heads' size H."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
         return jax.lax.stop_gradient(self.scale[...]) * full.astype(x.dtype)
@@ -74,10 +75,15 @@ class Attention(nnx.Module):
         d, h = config.hidden_size, config.head_dim
         n, k = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = h
-        self.q = LoRALinear(d, n * h, lora, rngs=rngs, dtype=dtype)
-        self.k = LoRALinear(d, k * h, lora, rngs=rngs, dtype=dtype)
-        self.v = LoRALinear(d, k * h, lora, rngs=rngs, dtype=dtype)
-        self.o = LoRALinear(n * h, d, lora, rngs=rngs, dtype=dtype)
+        linear = _layers(config, lora, rngs, dtype)
+        self.q = linear("q", d, n * h)
+        self.k = linear("k", d, k * h)
+        self.v = linear("v", d, k * h)
+        self.o = linear("o", n * h, d)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype)
 
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, *, adapters: bool, keys: _Keys
@@ -89,6 +95,8 @@ class Attention(nnx.Module):
             return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
         q, k, v = map(heads, project((self.q, self.k, self.v), x, adapters=adapters, dropout=keys()))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         out, carried = attend(rotate(q, angles), rotate(k, angles), v)
         out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return self.o(out, adapters=adapters, dropout=keys()), carried
@@ -99,14 +107,27 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         d, f = config.hidden_size, config.intermediate_size
-        self.gate = LoRALinear(d, f, lora, rngs=rngs, dtype=dtype)
-        self.up = LoRALinear(d, f, lora, rngs=rngs, dtype=dtype)
-        self.down = LoRALinear(f, d, lora, rngs=rngs, dtype=dtype)
+        linear = _layers(config, lora, rngs, dtype)
+        self.gate = linear("gate", d, f)
+        self.up = linear("up", d, f)
+        self.down = linear("down", f, d)
 
     def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         gate, up = project((self.gate, self.up), x, adapters=adapters, dropout=keys())
         return self.down(_swiglu(gate, up), adapters=adapters, dropout=keys())
+
+
+def _layers(
+    config: LlamaConfig, lora: LoraConfig | None, rngs: nnx.Rngs, dtype: jnp.dtype
+) -> Callable[[str, int, int], LoRALinear]:
+    """A maker of linear layers by name: which has a bias is the config's, which an adapter is LoRA's."""
+
+    def linear(name: str, features_in: int, features_out: int) -> LoRALinear:
+        own = lora if lora is not None and name in lora.targets else None
+        return LoRALinear(features_in, features_out, own, bias=name in config.biases, rngs=rngs, dtype=dtype)
+
+    return linear
 
 
 class Block(nnx.Module):
@@ -120,9 +141,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
-        self.attention_norm = RMSNorm(config, dtype=dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, lora, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, lora, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -158,7 +179,7 @@ class Llama(nnx.Module):
         self.vocabulary = Vocabulary(config, new_rows, rngs=rngs, dtype=dtype)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.blocks = jax.vmap(lambda key: Block(config, lora, rngs=nnx.Rngs(key), dtype=dtype))(layer_keys)
-        self.final_norm = RMSNorm(config, dtype=dtype)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def __call__(
         self,
@@ -176,8 +197,8 @@ class Llama(nnx.Module):
         `remat` recomputes each layer in the backward pass: less memory, more time.
         """
         x = self.vocabulary.embed(tokens)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        mask = causal_mask(segment_ids)
+        angles = self.angles(positions)
+        mask = causal_mask(segment_ids, self.config.sliding_window)
 
         def layer(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, index = inputs
@@ -187,3 +208,10 @@ class Llama(nnx.Module):
         body = jax.checkpoint(layer) if remat else layer
         x, _ = jax.lax.scan(body, x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
         return self.final_norm(x)
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine [B, 1, T, H / 2] of positions [B, T]."""
+        config = self.config
+        return rotary_angles(
+            positions, config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+        )

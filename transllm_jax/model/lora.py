@@ -24,18 +24,27 @@ class NewRows(nnx.Param):
     """Embedding or output rows of tokens that stage `vocabulary` added, trained in float32."""
 
 
+# Every linear layer of a block.
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA's rank R, its scale alpha / R, and the dropout on the adapter's input (training only)."""
+    """LoRA's rank R, its alpha, the dropout on the adapter's input (training only), and the layers that have one.
+
+    `rslora` scales by alpha / sqrt(R) in place of alpha / R (arXiv 2312.03732).
+    """
 
     rank: int
     alpha: float
     dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] = TARGETS
 
     @property
     def scale(self) -> float:
-        """The factor of the adapter's output: alpha / R."""
-        return self.alpha / self.rank
+        """The factor of the adapter's output."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 Arrays = tuple[jax.Array, ...]
@@ -73,9 +82,9 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 class LoRALinear(nnx.Module):
-    """y = x @ kernel + scale * (x @ a) @ b, without bias; kernel [in, out], a [in, R], b [R, out].
+    """y = x @ kernel + scale * (x @ a) @ b + bias; kernel [in, out], a [in, R], b [R, out], bias [out] or none.
 
-    With `adapters=False`, or without a `LoraConfig`, exactly x @ kernel: the original layer, bit for bit.
+    With `adapters=False`, or without a `LoraConfig`, exactly the original layer, bit for bit.
     """
 
     def __init__(
@@ -84,11 +93,15 @@ class LoRALinear(nnx.Module):
         features_out: int,
         lora: LoraConfig | None,
         *,
+        bias: bool = False,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
         std = features_in**-0.5
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (features_in, features_out), dtype) * std)
+        self.has_bias = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((features_out,), dtype))
         self.lora = lora
         if lora is not None:
             # LoRA's own initialisation: a random, b zero, so that training starts from the original model.
@@ -110,16 +123,22 @@ def project(
     `dropout` is a random key, given in training when the rate is not 0; the layers share what is dropped.
     """
     flat = x.reshape(-1, x.shape[-1])
-    ws = tuple(layer.kernel[...] for layer in layers)
-    lora = layers[0].lora
-    if lora is None or not adapters:
-        ys = tuple(flat @ jax.lax.stop_gradient(w) for w in ws)
-    else:
+    lora = next((layer.lora for layer in layers if layer.lora is not None), None) if adapters else None
+    adapted = [layer for layer in layers if lora is not None and layer.lora is not None]
+    plain = [layer for layer in layers if lora is None or layer.lora is None]
+    ys = {id(layer): flat @ jax.lax.stop_gradient(layer.kernel[...]) for layer in plain}
+    if lora is not None:
         h = flat
         if dropout is not None and lora.dropout:
             keep = jax.random.bernoulli(dropout, 1 - lora.dropout, flat.shape)
             h = jnp.where(keep, flat / (1 - lora.dropout), 0)
-        a_s = tuple(layer.a[...].astype(x.dtype) for layer in layers)
-        bs = tuple(layer.b[...].astype(x.dtype) for layer in layers)
-        ys = _adapted(flat, h, ws, a_s, bs, lora.scale)
-    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+        ws = tuple(layer.kernel[...] for layer in adapted)
+        a_s = tuple(layer.a[...].astype(x.dtype) for layer in adapted)
+        bs = tuple(layer.b[...].astype(x.dtype) for layer in adapted)
+        outputs = _adapted(flat, h, ws, a_s, bs, lora.scale)
+        ys |= {id(layer): y for layer, y in zip(adapted, outputs, strict=True)}
+    return [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
+
+
+def _with_bias(layer: LoRALinear, y: jax.Array) -> jax.Array:
+    return y + jax.lax.stop_gradient(layer.bias[...]) if layer.has_bias else y

@@ -31,7 +31,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    section, context = run.config.recover, run.model_config.max_position_embeddings
+    section, context = run.config.recover, run.model_config.context
     texts, places = _instructions(run)
     run.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
     by_model = "model" in (section.translate_instructions.missing, section.translate_answers.missing)

@@ -60,7 +60,7 @@ class Run:
     def lora(self) -> LoraConfig:
         """The adapters' shape."""
         lora = self.config.lora
-        return LoraConfig(lora.rank, lora.alpha, lora.dropout)
+        return LoraConfig(lora.rank, lora.alpha, lora.dropout, lora.rslora, tuple(lora.targets))
 
     @property
     def markers(self) -> Markers:
@@ -119,7 +119,7 @@ class Run:
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse a length in tokens above the model's context. Raises UserError that names the config's key."""
-        context = self.model_config.max_position_embeddings
+        context = self.model_config.context
         if length > context:
             raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
 
@@ -128,7 +128,7 @@ class Run:
 
         Raises UserError that names its place and the config's key.
         """
-        tokenizer, context = self.tokenizer("base"), self.model_config.max_position_embeddings
+        tokenizer, context = self.tokenizer("base"), self.model_config.context
 
         def length(text: str) -> int:
             return len(encode_prompt(tokenizer, [{"role": "user", "content": text}]))

@@ -1,0 +1,254 @@
+"""Each family of models against transformers: whole texts, prefill and cached decoding, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_weights, tiny_config
+
+from conversion.hf import read_config, read_weights, write_model
+from transllm_jax.errors import UserError
+from transllm_jax.model.cache import decode, prefill
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.parameters import Split, assemble, load_frozen, merge
+from transllm_jax.model.rope import RopeScaling
+
+VOCAB, LENGTH, PROMPT = 61, 28, 11
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+BASE = tiny_config(VOCAB, tied=False)
+FAMILIES: dict[str, LlamaConfig] = {
+    "llama2": replace(BASE, num_key_value_heads=4, rms_norm_eps=1e-5),
+    "llama3-untied": replace(BASE, rope_theta=500.0, rope_scaling=LLAMA3),
+    "llama3-tied": replace(BASE, rope_theta=500.0, rope_scaling=LLAMA3, tie_word_embeddings=True),
+    "llama-linear": replace(BASE, rope_scaling=RopeScaling("linear", 4.0)),
+    # The text is longer than what the model was trained on, so the scaling counts.
+    "llama-dynamic": replace(BASE, rope_scaling=RopeScaling("dynamic", 4.0), max_position_embeddings=16),
+    "llama-biases": replace(BASE, attention_bias=True, mlp_bias=True),
+    "smollm2": replace(BASE, num_attention_heads=6, rope_theta=100000.0, head_dim=8, tie_word_embeddings=True),
+    "mistral": replace(BASE, model_type="mistral"),
+    "mistral-window": replace(BASE, model_type="mistral", sliding_window=6),
+    "qwen2": replace(BASE, model_type="qwen2", attention_bias=True, tie_word_embeddings=True, head_dim=12),
+    "qwen2.5-untied": replace(BASE, model_type="qwen2", attention_bias=True, rope_theta=1e6, head_dim=12),
+    "qwen2-window": replace(BASE, model_type="qwen2", attention_bias=True, head_dim=12, sliding_window=5),
+    "qwen3": replace(BASE, model_type="qwen3", tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3-biases": replace(BASE, model_type="qwen3", attention_bias=True),
+}
+TOKENS = np.random.default_rng(3).integers(0, VOCAB, (2, LENGTH)).astype(np.int32)
+
+
+def build(directory: Path, config: LlamaConfig, dtype: jnp.dtype = jnp.float32) -> Split:
+    """The model of a Hugging Face directory, as our code reads it."""
+    assert read_config(directory) == config
+    return assemble(config, load_frozen(config, read_weights(directory, dtype), dtype))
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def _whole(structure: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+    model = merge(structure, {}, frozen)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.vocabulary.logits(model(tokens, positions, jnp.ones_like(tokens)))
+
+
+@partial(jax.jit, static_argnames=("structure", "size"))
+def _prefill(structure: Any, frozen: Any, tokens: jax.Array, valid: jax.Array, size: int) -> Any:
+    model = merge(structure, {}, frozen)
+    hidden, cache = prefill(model, tokens, valid, size, adapters=False)
+    return model.vocabulary.logits(hidden), cache
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def _decode(structure: Any, frozen: Any, tokens: jax.Array, cache: Any) -> Any:
+    model = merge(structure, {}, frozen)
+    hidden, cache = decode(model, tokens, cache, adapters=False)
+    return model.vocabulary.logits(hidden), cache
+
+
+def whole(split: Split, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(_whole(split.structure, split.frozen, jnp.asarray(tokens)), np.float32)
+
+
+def cached(split: Split, tokens: np.ndarray, padding: int) -> np.ndarray:
+    """The logits from the prompt's last token on, one token at a time; the prompt padded on its left."""
+    padded = np.pad(tokens[:, :PROMPT], ((0, 0), (padding, 0)))
+    valid = np.arange(PROMPT + padding)[None] >= padding
+    valid = jnp.asarray(np.broadcast_to(valid, padded.shape))
+    logits, cache = _prefill(split.structure, split.frozen, jnp.asarray(padded), valid, LENGTH + padding)
+    found = [logits]
+    for place in range(PROMPT, LENGTH):
+        logits, cache = _decode(split.structure, split.frozen, jnp.asarray(tokens[:, place]), cache)
+        found.append(logits)
+    return np.asarray(jnp.stack(found, axis=1), np.float32)
+
+
+def reference_logits(directory: Path, dtype: str = "float32", *, cache: bool = False) -> np.ndarray:
+    """transformers' logits of TOKENS: of the whole texts, or from the prompt's end on with its key and value cache."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    tokens = torch.tensor(TOKENS).long()
+    with torch.no_grad():
+        if not cache:
+            return model(tokens).logits.float().numpy()
+        out = model(tokens[:, :PROMPT], use_cache=True)
+        found = [out.logits[:, -1]]
+        for place in range(PROMPT, LENGTH):
+            out = model(tokens[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits[:, -1])
+    return torch.stack(found, dim=1).float().numpy()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    config = FAMILIES[name]
+    write_model(tmp_path / "model", config, random_weights(config))
+    split = build(tmp_path / "model", config)
+
+    wanted = reference_logits(tmp_path / "model")
+    ours = whole(split, TOKENS)
+    assert wanted.std() > 0.3
+    assert np.abs(ours - wanted).max() < 1e-4
+
+    wanted = reference_logits(tmp_path / "model", cache=True)
+    for padding in (0, 5):
+        assert np.abs(cached(split, TOKENS, padding) - wanted).max() < 1e-4
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_is_as_close_as_transformers_bfloat16(tmp_path: Path, name: str) -> None:
+    config = FAMILIES[name]
+    # Weights that bfloat16 holds exactly: what is compared is the arithmetic.
+    write_model(tmp_path / "model", config, random_weights(config), dtype="bfloat16")
+    exact = reference_logits(tmp_path / "model")
+    theirs = np.abs(reference_logits(tmp_path / "model", "bfloat16") - exact)
+    split = build(tmp_path / "model", config, jnp.bfloat16)
+    ours = np.abs(whole(split, TOKENS) - exact)
+    stepwise = np.abs(cached(split, TOKENS, 0) - exact[:, PROMPT - 1 :])
+    if name == "llama-dynamic":  # its cached keys were rotated by the frequencies of a shorter text
+        theirs_cached = reference_logits(tmp_path / "model", "bfloat16", cache=True)
+        exact_cached = reference_logits(tmp_path / "model", cache=True)
+        stepwise = np.abs(cached(split, TOKENS, 0) - exact_cached)
+        assert stepwise.mean() < 1.5 * np.abs(theirs_cached - exact_cached).mean()
+    assert 0 < ours.mean() < 1.5 * theirs.mean()
+    assert 0 < stepwise.mean() < 1.5 * theirs.mean()
+    assert ours.max() < 2 * theirs.max()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_transformers_wrote_is_read(tmp_path: Path, name: str) -> None:
+    """The config and the names of tensors as transformers' own save_pretrained writes them."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES[name]
+    write_model(tmp_path / "ours", config, random_weights(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    assert read_config(tmp_path / "theirs") == config
+    again = read_weights(tmp_path / "theirs")
+    for path, values in random_weights(config).items():
+        np.testing.assert_array_equal(again[path], values, err_msg=path)
+
+
+def test_the_families_differ() -> None:
+    """Each option counts: without it, the same weights give other logits."""
+    for name, plain in {
+        "llama3-untied": {"rope_scaling": None},
+        "llama-linear": {"rope_scaling": None},
+        "llama-dynamic": {"rope_scaling": None},
+        "mistral-window": {"sliding_window": None},
+        "qwen2-window": {"sliding_window": None},
+    }.items():
+        config = FAMILIES[name]
+        with_it = assemble(config, load_frozen(config, random_weights(config)))
+        without = replace(config, **plain)
+        other = assemble(without, load_frozen(without, random_weights(without)))
+        assert np.abs(whole(with_it, TOKENS) - whole(other, TOKENS)).max() > 0.01, name
+
+
+def test_dynamic_scaling_of_a_row_does_not_depend_on_its_neighbours() -> None:
+    config = FAMILIES["llama-dynamic"]
+    split = assemble(config, load_frozen(config, random_weights(config)))
+    short = np.where(np.arange(LENGTH) < 10, TOKENS, 0)
+    positions = np.where(np.arange(LENGTH) < 10, np.arange(LENGTH), 0)
+    segments = (np.arange(LENGTH) < 10).astype(np.int32)
+
+    @jax.jit
+    def run(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        return split.merge()(tokens, positions, segments)
+
+    alone = run(short[:1], positions[None], segments[None])
+    beside = run(
+        np.stack([short[0], TOKENS[1]]),
+        np.stack([positions, np.arange(LENGTH)]),
+        np.stack([segments, np.ones(LENGTH, np.int32)]),
+    )
+    np.testing.assert_allclose(alone[0, :10], beside[0, :10], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("llama2", {"model_type": "gemma2"}, "gemma2"),
+        ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("llama2", {"rope_scaling": {"type": "longrope", "rope_type": "longrope"}}, "longrope"),
+        ("llama2", {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "correct one"),
+        ("llama2", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ("llama2", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "at least 1"),
+        ("llama2", {"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "'two'"),
+        ("llama2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
+        ("llama2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ("llama3-tied", {"rope_scaling": LLAMA3.to_hf() | {"low_freq_factor": 4.0}}, "below high_freq_factor"),
+        ("llama2", {"rope_scaling": 2.0}, "must be an object"),
+        ("llama2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta is 10000.0 and 5.0"),
+        ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama2", {"rope_theta": 0}, "rope_theta"),
+        ("llama2", {"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ("llama2", {"attention_bias": "yes"}, "true or false"),
+        ("mistral", {"attention_bias": True}, "not an option"),
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"mlp_bias": True}, "not an option"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "mixes sliding and full",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"]}, "2 times"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name(name: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        LlamaConfig.from_hf(FAMILIES[name].to_hf() | changes)
+
+
+def test_fields_that_config_json_leaves_out_are_the_familys() -> None:
+    raw = FAMILIES["mistral"].to_hf()
+    for field in ("sliding_window", "num_key_value_heads", "max_position_embeddings", "head_dim"):
+        del raw[field]
+    with pytest.raises(UserError, match="num_key_value_heads 8"):
+        LlamaConfig.from_hf(raw)
+    found = LlamaConfig.from_hf(raw | {"num_attention_heads": 8})
+    assert (found.sliding_window, found.max_position_embeddings, found.head_dim) == (4096, 131072, 6)
+    raw = FAMILIES["qwen3"].to_hf()
+    del raw["head_dim"]
+    assert LlamaConfig.from_hf(raw).head_dim == 128
+
+
+def test_dynamic_scaling_lengthens_the_context() -> None:
+    assert FAMILIES["llama-dynamic"].context == 64
+    assert FAMILIES["llama-linear"].context == BASE.max_position_embeddings
