@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, combinations, pairwise
@@ -17,12 +18,14 @@ from conftest import random_weights, tiny_config
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.generation.chain import Answer, ChainChat, remembered
 from transllm_jax.generation.engine import BURST, ORIGINAL, PROMPT_MULTIPLE, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling, choose
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
+from transllm_jax.model.cache import decode, prefill
 from transllm_jax.model.lora import LoraConfig
-from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen, merge
+from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, load_frozen, merge
 from transllm_jax.tokenizer.chain import Chain, Markers
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -68,7 +71,7 @@ def _all_logits(trainable: Any, frozen: Any, tokens: jax.Array, *, structure: An
     model = merge(structure, trainable, frozen)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model(tokens, positions, jnp.ones_like(tokens), adapters=mode.adapters)
-    return model.vocabulary.logits(hidden, base_only=mode.base_only)
+    return model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
 
 
 def slow_greedy(split: Split, prompts: Sequence[Sequence[int]], count: int, mode: Mode = WHOLE) -> list[list[int]]:
@@ -155,6 +158,60 @@ def test_the_original_mode_is_the_base_model(base: Split, engine: Engine, unstop
     assert answers == slow_greedy(base, prompts, ROOM)
     assert max(chain(*answers)) < VOCAB
     assert all(mine != unstopped[row] for mine, row in zip(answers, SHORT, strict=True))
+
+
+@pytest.fixture(scope="module")
+def retrained(base: Split, trained: Split) -> Split:
+    """The trained model with base rows that are far from the frozen ones."""
+    rng = np.random.default_rng(6)
+    shape = base.frozen["vocabulary.base"].shape
+    rows = {path: 0.1 * rng.standard_normal(shape, dtype=np.float32) for path in BASE_ROWS}
+    trainable = {path: np.asarray(values) for path, values in trained.trainable.items()}
+    return assemble(CONFIG, base.frozen, lora=LoraConfig(rank=3, alpha=6.0), trainable=trainable | rows)
+
+
+def test_trained_base_rows_speak_and_the_original_does_not_hear_them(
+    base: Split, retrained: Split, unstopped: list[list[int]]
+) -> None:
+    prompts = [PROMPTS[row] for row in SHORT]
+    engine = Engine(retrained, CONFIG, batch_size=BATCH)
+    answers = engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER)
+    assert answers == slow_greedy(retrained, prompts, ROOM)
+    assert all(mine != unstopped[row] for mine, row in zip(answers, SHORT, strict=True))
+    original = engine.generate(prompts, max_new_tokens=ROOM, stop=NEVER, mode=ORIGINAL)
+    assert original == slow_greedy(base, prompts, ROOM)
+
+
+def test_the_logits_of_the_original_mode_are_bit_for_bit_the_base_models(base: Split, retrained: Split) -> None:
+    """Prefill and one token after it, on a text of base ids."""
+
+    @partial(jax.jit, static_argnames=("structure", "mode"))
+    def scores(trainable: Any, frozen: Any, *, structure: Any, mode: Mode) -> tuple[jax.Array, jax.Array]:
+        model = merge(structure, trainable, frozen)
+        tokens = jnp.asarray([PROMPTS[0]])
+        first, cache = prefill(model, tokens[:, :-1], jnp.ones((1, 8), bool), 10, adapters=mode.adapters)
+        second, _ = decode(model, tokens[:, -1], cache, adapters=mode.adapters)
+        first, second = (
+            model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
+            for hidden in (first, second)
+        )
+        return first, second
+
+    wanted = scores(base.trainable, base.frozen, structure=base.structure, mode=WHOLE)
+    original = scores(retrained.trainable, retrained.frozen, structure=retrained.structure, mode=ORIGINAL)
+    whole = scores(retrained.trainable, retrained.frozen, structure=retrained.structure, mode=WHOLE)
+    for right, left, moved in zip(wanted, original, whole, strict=True):
+        assert np.array_equal(left, right) and np.abs(moved[:, :VOCAB] - right).max() > 0.1
+
+
+def test_a_model_is_its_own_teacher_whatever_was_trained(base: Split, retrained: Split) -> None:
+    answers = [(prompt, prompt[::-1]) for prompt in some_prompts([9, 4, 6])]
+    own, other = (Teacher(split, answers, batch_size=2) for split in (retrained, base))
+    assert np.array_equal(own.states, other.states)
+    distance = own.divergence(retrained)
+    # Two programs: their sums may be taken in another order.
+    assert distance > 0.1 and math.isclose(distance, other.divergence(retrained), rel_tol=1e-5)
+    assert own.divergence(base) == 0
 
 
 def test_a_prompt_without_room_is_refused(engine: Engine) -> None:

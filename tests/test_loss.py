@@ -40,29 +40,33 @@ def inputs(new_rows: int | None, scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-@partial(jax.jit, static_argnames=("function", "chunk"))
-def value_and_gradients(function: Any, given: dict[str, Any], chunk: int | None = None) -> tuple[Any, ...]:
-    """(value, gradient of hidden, gradient of new); the value's own gradient is not 1."""
-    rest = {name: given[name] for name in ("base", "labels", "weights")}
-    options = {} if chunk is None else {"chunk": chunk}
+@partial(jax.jit, static_argnames=("function", "chunk", "train_base"))
+def value_and_gradients(
+    function: Any, given: dict[str, Any], chunk: int | None = None, train_base: bool = False
+) -> tuple[Any, ...]:
+    """(value, gradient of hidden, gradient of new, that of base if it trains); the value's own gradient is not 1."""
+    rest = {name: given[name] for name in ("labels", "weights")}
+    options: dict[str, Any] = {} if chunk is None else {"chunk": chunk}
+    if train_base and function is cross_entropy:
+        options["train_base"] = True
 
-    def scaled(hidden: jax.Array, new: jax.Array | None) -> jax.Array:
-        return 2.5 * function(hidden=hidden, new=new, **rest, **options)
+    def scaled(hidden: jax.Array, new: jax.Array | None, base: jax.Array) -> jax.Array:
+        return 2.5 * function(hidden=hidden, new=new, base=base, **rest, **options)
 
-    if given["new"] is None:
-        value, slope = jax.value_and_grad(scaled)(given["hidden"], None)
-        return value, slope
-    value, slopes = jax.value_and_grad(scaled, argnums=(0, 1))(given["hidden"], given["new"])
+    names = [name for name in ("hidden", "new", "base") if given[name] is not None and (name != "base" or train_base)]
+    places = tuple(("hidden", "new", "base").index(name) for name in names)
+    value, slopes = jax.value_and_grad(scaled, argnums=places)(given["hidden"], given["new"], given["base"])
     return value, *slopes
 
 
 # 12 tokens: a chunk of 4 divides them, 5 does not, 256 holds them all.
+@pytest.mark.parametrize("train_base", [False, True], ids=["base frozen", "base trained"])
 @pytest.mark.parametrize(("new_rows", "chunk"), [(NEW, 4), (NEW, 5), (NEW, 256), (None, 5)])
-def test_value_and_gradients_are_the_plain_ones(new_rows: int | None, chunk: int) -> None:
+def test_value_and_gradients_are_the_plain_ones(new_rows: int | None, chunk: int, train_base: bool) -> None:
     given = inputs(new_rows)
-    ours = value_and_gradients(cross_entropy, given, chunk)
-    wanted = value_and_gradients(plain, given)
-    assert len(ours) == len(wanted) == (2 if new_rows is None else 3)
+    ours = value_and_gradients(cross_entropy, given, chunk, train_base)
+    wanted = value_and_gradients(plain, given, train_base=train_base)
+    assert len(ours) == len(wanted) == (2 if new_rows is None else 3) + train_base
     for left, right in zip(ours, wanted, strict=True):
         assert left.shape == right.shape and np.abs(right).max() > 0.1
         assert np.abs(left - right).max() < 1e-5 * np.abs(right).max()
@@ -71,7 +75,13 @@ def test_value_and_gradients_are_the_plain_ones(new_rows: int | None, chunk: int
     assert alone.dtype == jnp.float32 and np.allclose(2.5 * alone, wanted[0], rtol=1e-6)
 
 
-def test_base_rows_get_no_gradient() -> None:
+def test_training_the_base_rows_changes_no_bit_of_the_rest() -> None:
+    given = inputs(NEW)
+    frozen, trained = (value_and_gradients(cross_entropy, given, 5, train_base) for train_base in (False, True))
+    assert all(np.array_equal(left, right) for left, right in zip(frozen, trained[:3], strict=True))
+
+
+def test_frozen_base_rows_get_no_gradient() -> None:
     given = inputs(NEW)
     base = given.pop("base")
     assert not np.asarray(jax.grad(lambda base: cross_entropy(base=base, **given))(base)).any()
@@ -79,9 +89,9 @@ def test_base_rows_get_no_gradient() -> None:
 
 def test_nothing_weighted_is_zero_with_zero_gradients() -> None:
     given = inputs(NEW) | {"weights": jnp.zeros(TOKENS)}
-    value, *gradients = value_and_gradients(cross_entropy, given, 5)
+    value, *gradients = value_and_gradients(cross_entropy, given, 5, True)
     assert value == 0
-    assert [gradient.shape for gradient in gradients] == [(*TOKENS, WIDTH), (NEW, WIDTH)]
+    assert [gradient.shape for gradient in gradients] == [(*TOKENS, WIDTH), (NEW, WIDTH), (VOCAB, WIDTH)]
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
@@ -92,15 +102,16 @@ def test_chunks_without_weighted_tokens_are_not_computed() -> None:
     given["weights"] = jnp.where(weighted, given["weights"] + 0.5, 0)
     # Whatever touched an unweighted token would be NaN, even with weight 0.
     poisoned = given | {"hidden": jnp.where(weighted[..., None], given["hidden"], jnp.nan)}
-    ours = value_and_gradients(cross_entropy, poisoned, 4)
-    wanted = value_and_gradients(plain, given)
+    ours = value_and_gradients(cross_entropy, poisoned, 4, True)
+    wanted = value_and_gradients(plain, given, train_base=True)
+    assert len(ours) == len(wanted) == 4
     for left, right in zip(ours, wanted, strict=True):
         assert np.abs(left - right).max() < 1e-5 * np.abs(right).max()
     assert (np.asarray(ours[1])[~weighted] == 0).all()
     # The weighted tokens by themselves, bit for bit.
     alone = {name: given[name][weighted] for name in ("hidden", "labels", "weights")}
-    apart = value_and_gradients(cross_entropy, given | alone, 4)
-    assert np.array_equal(apart[0], ours[0]) and np.array_equal(apart[2], ours[2])
+    apart = value_and_gradients(cross_entropy, given | alone, 4, True)
+    assert all(np.array_equal(apart[place], ours[place]) for place in (0, 2, 3))
     assert np.array_equal(apart[1], np.asarray(ours[1])[weighted])
 
 
@@ -120,8 +131,8 @@ def test_bfloat16_is_finite_and_near() -> None:
         name: values.astype(jnp.bfloat16) if name in ("hidden", "base", "new") else values
         for name, values in given.items()
     }
-    value, *gradients = value_and_gradients(cross_entropy, short, 5)
-    wanted, *right = value_and_gradients(plain, given)
+    value, *gradients = value_and_gradients(cross_entropy, short, 5, True)
+    wanted, *right = value_and_gradients(plain, given, train_base=True)
     assert value.dtype == jnp.float32 and abs(value - wanted) < 0.01 * wanted
     for ours, exact in zip(gradients, right, strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -149,3 +160,18 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
 
     assert largest(plain) >= tokens * vocabulary, "the search finds them where they are"
     assert largest(partial(cross_entropy, chunk=chunk)) <= max(tokens * WIDTH, chunk * vocabulary)
+
+
+def test_a_gradient_of_the_whole_table_exists_only_where_it_is_asked_for() -> None:
+    tokens, vocabulary, chunk = 24, 50, 8
+    hidden, base, new = jnp.ones((tokens, WIDTH)), jnp.ones((vocabulary, WIDTH)), jnp.ones((NEW, WIDTH))
+    labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+
+    def has_a_table(train_base: bool) -> bool:
+        def loss(hidden: jax.Array, new: jax.Array, base: jax.Array) -> jax.Array:
+            return cross_entropy(hidden, base, new, labels, weights, chunk, train_base=train_base)
+
+        gradient = jax.grad(loss, argnums=(0, 1, 2) if train_base else (0, 1))
+        return (vocabulary, WIDTH) in _shapes(jax.make_jaxpr(gradient)(hidden, new, base).jaxpr)
+
+    assert has_a_table(True) and not has_a_table(False)

@@ -24,6 +24,7 @@ from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.parameters import (
+    BASE_ROWS,
     Split,
     abstract,
     assemble,
@@ -33,6 +34,7 @@ from transllm_jax.model.parameters import (
     merge,
 )
 from transllm_jax.model.rope import RopeScaling
+from transllm_jax.model.vocabulary import Vocabulary
 from transllm_jax.training.step import summed_loss
 
 VOCAB, NEW, LENGTH = 61, 5, 24
@@ -43,16 +45,21 @@ def base_split(config: LlamaConfig) -> Split:
     return assemble(config, load_frozen(config, random_weights(config)))
 
 
-def random_trainable(config: LlamaConfig, lora: LoraConfig, new_rows: int) -> dict[str, np.ndarray]:
-    """Adapters and new rows in the middle of training: nothing is zero."""
+def random_trainable(
+    config: LlamaConfig, lora: LoraConfig, new_rows: int, *, train_base: bool = False
+) -> dict[str, np.ndarray]:
+    """Adapters, new rows and perhaps base rows in the middle of training: nothing is zero."""
     rng = np.random.default_rng(3)
-    shapes = abstract(config, lora, new_rows).trainable
+    shapes = abstract(config, lora, new_rows, train_base=train_base).trainable
     return {path: 0.2 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
 
 
-def trained_split(config: LlamaConfig, lora: LoraConfig = LORA, new_rows: int = NEW) -> Split:
+def trained_split(
+    config: LlamaConfig, lora: LoraConfig = LORA, new_rows: int = NEW, *, train_base: bool = False
+) -> Split:
     frozen = load_frozen(config, random_weights(config))
-    return assemble(config, frozen, lora=lora, trainable=random_trainable(config, lora, new_rows))
+    trainable = random_trainable(config, lora, new_rows, train_base=train_base)
+    return assemble(config, frozen, lora=lora, trainable=trainable)
 
 
 @partial(jax.jit, static_argnames=("structure", "adapters", "base_only"))
@@ -60,7 +67,7 @@ def _logits(
     trainable: Any, frozen: Any, rows: tuple[jax.Array, ...], *, structure: Any, adapters: bool, base_only: bool
 ) -> jax.Array:
     model = merge(structure, trainable, frozen)
-    return model.vocabulary.logits(model(*rows, adapters=adapters), base_only=base_only)
+    return model.vocabulary.logits(model(*rows, adapters=adapters), base_only=base_only, adapters=adapters)
 
 
 def logits(split: Split, rows: tuple[np.ndarray, ...], *, adapters: bool = True, base_only: bool = False) -> np.ndarray:
@@ -92,7 +99,7 @@ def gradients(trainable: Any, frozen: Any, batch: Any, *, structure: Any) -> tup
 
 
 def merged_weights(config: LlamaConfig, lora: LoraConfig, trainable: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights of a plain model that computes what the base does with these adapters and new rows."""
+    """The weights of a plain model that computes what the base does with these adapters and vocabulary rows."""
     merged = random_weights(config)
     for path in merged:
         if path.endswith(".kernel"):
@@ -100,7 +107,8 @@ def merged_weights(config: LlamaConfig, lora: LoraConfig, trainable: Mapping[str
             merged[path] = merged[path] + lora.alpha / lora.rank * trainable[stem + "a"] @ trainable[stem + "b"]
     for table, rows in (("base", "new"), ("output_base", "output_new")):
         if f"vocabulary.{table}" in merged:
-            both = [merged[f"vocabulary.{table}"], trainable[f"vocabulary.{rows}"]]
+            base = trainable.get(f"vocabulary.{table}_trained", merged[f"vocabulary.{table}"])
+            both = [base, trainable[f"vocabulary.{rows}"]]
             merged[f"vocabulary.{table}"] = np.concatenate(both)
     return merged
 
@@ -161,15 +169,21 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: b
 
 
 @pytest.mark.reference
-def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "train_base"),
+    [(False, False), (False, True), (True, True)],
+    ids=["new rows", "base rows too", "base rows too, tied"],
+)
+def test_gradients_are_those_of_transformers(tmp_path: Path, tied: bool, train_base: bool) -> None:
     """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(VOCAB, tied=False)
-    structure, trainable, frozen = trained_split(config)
+    config = tiny_config(VOCAB, tied=tied)
+    structure, trainable, frozen = trained_split(config, train_base=train_base)
     larger = replace(config, vocab_size=VOCAB + NEW)
-    write_model(tmp_path / "model", larger, merged_weights(config, LORA, random_trainable(config, LORA, NEW)))
+    of_base = random_trainable(config, LORA, NEW, train_base=train_base)
+    write_model(tmp_path / "model", larger, merged_weights(config, LORA, of_base))
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
     )
@@ -192,10 +206,11 @@ def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
             stem, gradient = tensor.path.removesuffix("kernel"), LORA.scale * gradient.T
             a, b = (np.asarray(trainable[stem + name][tensor.layer]) for name in "ab")
             wanted[stem + "a"][tensor.layer], wanted[stem + "b"][tensor.layer] = gradient @ b.T, a.T @ gradient
-        elif tensor.path == "vocabulary.base":
-            wanted["vocabulary.new"] = gradient[VOCAB:]
-        elif tensor.path == "vocabulary.output_base":
-            wanted["vocabulary.output_new"] = gradient[VOCAB:]
+        elif tensor.path.startswith("vocabulary."):
+            wanted[tensor.path.replace("base", "new")] = gradient[VOCAB:]
+            if train_base:
+                wanted[f"{tensor.path}_trained"] = gradient[:VOCAB]
+    assert wanted.keys() == ours.keys()
     for path, values in wanted.items():
         assert np.abs(values).max() > 1e-3
         assert np.abs(ours[path] - values).max() < 1e-4 * np.abs(values).max(), path
@@ -305,11 +320,12 @@ def test_a_missing_field_is_named() -> None:
 # --- adapters and new rows beside the frozen weights ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_without_adapters_and_new_rows_it_is_the_original_model_bit_for_bit(tied: bool) -> None:
+def test_without_adapters_and_new_rows_it_is_the_original_model_bit_for_bit(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
     original = logits(base_split(config), whole_rows())
-    trained = trained_split(config)
+    trained = trained_split(config, train_base=train_base)
     assert np.array_equal(logits(trained, whole_rows(), adapters=False, base_only=True), original)
     assert np.abs(logits(trained, whole_rows())[..., :VOCAB] - original).max() > 0.1, "what is switched off counts"
 
@@ -319,6 +335,50 @@ def test_fresh_adapters_change_nothing() -> None:
     fresh = initial_adapters(config, LORA, seed=7)
     split = assemble(config, load_frozen(config, random_weights(config)), lora=LORA, trainable=fresh)
     assert np.array_equal(logits(split, whole_rows()), logits(base_split(config), whole_rows()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_copies_of_the_base_rows_change_nothing(dtype: Any) -> None:
+    config = tiny_config(VOCAB, tied=False)
+    frozen = load_frozen(config, random_weights(config), dtype)
+    new = {path: np.ones((NEW, config.hidden_size), np.float32) for path in ("vocabulary.new", "vocabulary.output_new")}
+    # The model's own start is the copy; a stage's, too.
+    copies = {path: np.asarray(frozen[path.removesuffix("_trained")], np.float32) for path in BASE_ROWS}
+    rows = whole_rows(VOCAB + NEW)
+    assert (rows[0] >= VOCAB).any()
+    with_copies = logits(assemble(config, frozen, trainable=new | copies), rows)
+    assert np.array_equal(with_copies, logits(assemble(config, frozen, trainable=new), rows))
+    # Without new rows as well, as an adapter from elsewhere may be.
+    assert np.array_equal(
+        logits(assemble(config, frozen, trainable=copies), whole_rows()),
+        logits(assemble(config, frozen), whole_rows()),
+    )
+
+
+def test_a_model_that_trains_its_base_rows_begins_with_copies_of_them() -> None:
+    for tied in (True, False):
+        config = tiny_config(VOCAB, tied=tied)
+        vocabulary = Vocabulary(config, NEW, train_base=True, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        assert vocabulary.base_trained[...].dtype == jnp.float32
+        assert np.array_equal(vocabulary.base_trained[...], vocabulary.base[...].astype(jnp.float32))
+        if not tied:
+            ours, wanted = vocabulary.output_base_trained[...], vocabulary.output_base[...].astype(jnp.float32)
+            assert ours.dtype == jnp.float32 and np.array_equal(ours, wanted)
+
+
+def test_a_tied_model_has_one_set_of_trained_base_rows() -> None:
+    rows = {
+        tied: {
+            path: leaf.shape
+            for path, leaf in abstract(tiny_config(VOCAB, tied=tied), LORA, NEW, train_base=True).trainable.items()
+            if path in BASE_ROWS
+        }
+        for tied in (True, False)
+    }
+    width = tiny_config(VOCAB).hidden_size
+    assert rows == {True: {BASE_ROWS[0]: (VOCAB, width)}, False: dict.fromkeys(BASE_ROWS, (VOCAB, width))}
+    # Not there unless asked for.
+    assert not any(path in BASE_ROWS for path in abstract(tiny_config(VOCAB), LORA, NEW).trainable)
 
 
 def test_fresh_adapters_are_a_function_of_the_seed() -> None:
@@ -339,15 +399,16 @@ def test_fresh_adapters_are_a_function_of_the_seed() -> None:
     assert not np.array_equal(one["blocks.mlp.up.a"][0], one["blocks.mlp.up.a"][1])
 
 
+@pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool) -> None:
+def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
-    merged = merged_weights(config, LORA, random_trainable(config, LORA, NEW))
+    merged = merged_weights(config, LORA, random_trainable(config, LORA, NEW, train_base=train_base))
     larger = replace(config, vocab_size=VOCAB + NEW)
     rows_with_new_ids = whole_rows(VOCAB + NEW)
     assert (rows_with_new_ids[0] >= VOCAB).any()
     wanted = logits(assemble(larger, load_frozen(larger, merged)), rows_with_new_ids)
-    ours = logits(trained_split(config), rows_with_new_ids)
+    ours = logits(trained_split(config, train_base=train_base), rows_with_new_ids)
     assert np.abs(ours - wanted).max() < 1e-4
 
 
@@ -366,6 +427,20 @@ def test_assemble_lists_all_that_is_wrong() -> None:
     assert "blocks.mlp.up.b has shape (2, 3, 79), wanted (2, 3, 80)" in message
     with pytest.raises(UserError, match=r"blocks\.attention\.k\.a is not of this model"):
         assemble(config, frozen, lora=None, trainable=random_trainable(config, LORA, NEW))
+
+
+def test_assemble_refuses_base_rows_that_do_not_fit() -> None:
+    config = tiny_config(VOCAB, tied=False)
+    frozen = load_frozen(config, random_weights(config))
+    rows = {path: np.zeros((VOCAB, config.hidden_size), np.float32) for path in BASE_ROWS}
+    for path, other in (BASE_ROWS, BASE_ROWS[::-1]):
+        with pytest.raises(UserError, match=rf"{path} is missing"):
+            assemble(config, frozen, trainable={other: rows[other]})
+    with pytest.raises(UserError, match=r"output_base_trained has shape \(60, 48\), wanted \(61, 48\)"):
+        assemble(config, frozen, trainable=rows | {BASE_ROWS[1]: rows[BASE_ROWS[1]][1:]})
+    tied = tiny_config(VOCAB)
+    with pytest.raises(UserError, match=r"vocabulary\.output_base_trained is not of this model"):
+        assemble(tied, load_frozen(tied, random_weights(tied)), trainable=rows)
 
 
 def test_load_frozen_lists_all_that_is_wrong_and_takes_the_weights_otherwise() -> None:
@@ -455,6 +530,33 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
         assert np.isfinite(values).all(), path
         # Every layer of an adapter, and every new row.
         assert (np.abs(values).reshape(len(values), -1).max(axis=1) > 1e-4).all(), path
+
+
+def test_base_rows_that_train_get_gradients_in_place_of_the_frozen_ones() -> None:
+    structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False), train_base=True)
+    batch = training_batch(VOCAB + NEW)
+    of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
+    assert not any(np.asarray(values).any() for values in of_frozen.values())
+    moved = {path: np.abs(np.asarray(of_trainable[path])).max(axis=1) for path in BASE_ROWS}
+    # Read are the ids of a text's tokens, the last of each aside; in the output every row takes part.
+    read = np.isin(np.arange(VOCAB), np.asarray(batch["tokens"])[np.asarray(batch["weights"]) > 0])
+    assert 0 < read.sum() < VOCAB and np.array_equal(moved[BASE_ROWS[0]] > 0, read)
+    assert (moved[BASE_ROWS[1]] > 1e-4).all()
+
+
+def test_the_original_model_has_no_gradient_of_trained_base_rows() -> None:
+    structure, trainable, frozen = trained_split(tiny_config(VOCAB), train_base=True)
+    batch = training_batch(VOCAB)
+
+    def loss(trainable: Any, of: Any) -> jax.Array:
+        return summed_loss(of, trainable, frozen, batch, adapters=False)
+
+    value, slopes = jax.jit(jax.value_and_grad(loss), static_argnames="of")(trainable, of=structure)
+    assert not any(np.asarray(slopes[path]).any() for path in slopes if path != "vocabulary.new")
+    # Its loss is that of the frozen rows: that of a model that trains no base rows, bit for bit.
+    without = trained_split(tiny_config(VOCAB))
+    same = {path: trainable[path] for path in without.trainable}
+    assert value == jax.jit(loss, static_argnames="of")(same, of=without.structure)
 
 
 def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:

@@ -16,13 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_weights, tiny_config
+from conftest import random_weights, tiny_config, tiny_run, write_tiny_model
 
+from conversion.hf import read_weights
+from transllm_jax import pipeline
+from transllm_jax.config import Config
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
-from transllm_jax.model.parameters import Split, abstract, assemble, count, load_frozen
+from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, count, load_frozen
 from transllm_jax.progress import Progress
+from transllm_jax.stages import base as base_stage
+from transllm_jax.stages import vocabulary
+from transllm_jax.stages.run import Run
 from transllm_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays
 from transllm_jax.training.loop import LoopConfig, Outcome, train
 from transllm_jax.training.metrics import MetricsLog, read_rows
@@ -37,11 +43,11 @@ LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, steps=STEPS, warmup_steps=1, new_rows_multiplier=2.0, weight_decay=0.01)
 
 
-def new_split(lora: LoraConfig = LORA, new_rows: int = NEW) -> Split:
+def new_split(lora: LoraConfig = LORA, new_rows: int = NEW, *, train_base: bool = False, tied: bool = True) -> Split:
     """A model in the middle of training: nothing is zero."""
-    config = tiny_config(VOCAB)
+    config = tiny_config(VOCAB, tied=tied)
     rng = np.random.default_rng(1)
-    shapes = abstract(config, lora, new_rows).trainable
+    shapes = abstract(config, lora, new_rows, train_base=train_base).trainable
     trainable = {path: 0.1 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
     return assemble(config, load_frozen(config, random_weights(config)), lora=lora, trainable=trainable)
 
@@ -116,20 +122,26 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
     assert math.isclose(schedule(replace(config, warmup_steps=20))(19), 0.5 * 20 / 21, rel_tol=1e-5)
 
 
-def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else() -> None:
-    split = new_split()
+@pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
+def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else(train_base: bool) -> None:
+    split = new_split(train_base=train_base)
+    assert ("vocabulary.base_trained" in split.trainable) == train_base
     state = make_optimizer(OPTIMIZER).init(split.trainable)
     assert moments_size(state) == 2 * count(split.trainable)
     held = [jax.tree_util.keystr(path) for path, leaf in _leaves(state) if leaf.ndim]
     assert len(held) == 2 * len(split.trainable)
     for path in split.trainable:
         assert sum(f"'{path}'" in name for name in held) == 2, path
-    assert not any(path in name for path in split.frozen for name in held)
+    assert not any(f"'{path}'" in name for path in split.frozen for name in held)
     assert all(leaf.dtype == jnp.float32 for _, leaf in _leaves(state) if leaf.ndim)
 
 
 def test_the_multiplier_scales_the_new_rows_rate() -> None:
-    parameters = {"blocks.mlp.up.a": jnp.full((2, 3), 0.7), "vocabulary.new": jnp.full((4, 3), -0.4)}
+    parameters = {
+        "blocks.mlp.up.a": jnp.full((2, 3), 0.7),
+        "vocabulary.new": jnp.full((4, 3), -0.4),
+        "vocabulary.base_trained": jnp.full((5, 3), -0.4),
+    }
     gradients = {path: jnp.full(values.shape, 0.3) for path, values in parameters.items()}
 
     def update(multiplier: float) -> dict[str, np.ndarray]:
@@ -144,6 +156,9 @@ def test_the_multiplier_scales_the_new_rows_rate() -> None:
     assert np.allclose(once["vocabulary.new"], -rate * (1 - 0.04), rtol=1e-4)
     assert np.array_equal(thrice["blocks.mlp.up.a"], once["blocks.mlp.up.a"])
     assert np.allclose(thrice["vocabulary.new"], 3 * once["vocabulary.new"], rtol=1e-6)
+    # Trained base rows are of the same group.
+    for updates in (once, thrice):
+        assert (updates["vocabulary.base_trained"] == updates["vocabulary.new"][0, 0]).all()
 
 
 def test_large_gradients_are_clipped_to_their_global_norm() -> None:
@@ -184,6 +199,23 @@ def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) 
     assert metrics.tokens == 2 * (LENGTH - 1)
     assert math.isclose(metrics.loss, wanted, rel_tol=1e-5)
     assert 0 < metrics.gradient_norm < 100
+
+
+def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None:
+    # Untied, so that the embedding shows which rows were read; in the output every row takes part.
+    split = new_split(train_base=True, tied=False)
+    frozen, before = tree_bytes(split.frozen), {path: np.array(split.trainable[path]) for path in BASE_ROWS}
+    optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.0))
+    step = make_step(split.structure, optimizer, seed=11, dropout=False, remat=False)
+    batch = batch_of(0)
+    state, _ = step(initial_state(split.trainable, optimizer), split.frozen, device(batch))
+    read, written = (np.abs(np.asarray(state.trainable[path]) - before[path]).max(axis=1) for path in BASE_ROWS)
+    seen = np.isin(np.arange(VOCAB), batch["tokens"][:, :-1])
+    assert seen.sum() >= 4 and (read[~seen] == 0).all()
+    # Adam's first step is the rate, half of the peak, and for vocabulary rows twice that.
+    assert np.allclose(read[seen], OPTIMIZER.learning_rate, rtol=1e-2)
+    assert np.allclose(written, OPTIMIZER.learning_rate, rtol=1e-2)
+    assert tree_bytes(split.frozen) == frozen
 
 
 def test_the_step_is_on_the_mean_over_weighted_tokens(step: Any) -> None:
@@ -229,10 +261,10 @@ def save(directory: Path, *states: TrainState) -> None:
             checkpoints.save(state)
 
 
-def some_state(step: int, *, lora: LoraConfig = LORA, new_rows: int = NEW) -> TrainState:
+def some_state(step: int, *, lora: LoraConfig = LORA, new_rows: int = NEW, train_base: bool = False) -> TrainState:
     """A state in which every value is another one."""
     rng = np.random.default_rng(step)
-    state = initial_state(new_split(lora, new_rows).trainable, make_optimizer(OPTIMIZER))
+    state = initial_state(new_split(lora, new_rows, train_base=train_base).trainable, make_optimizer(OPTIMIZER))
     drawn = jax.tree.map(
         lambda leaf: (
             jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) if leaf.ndim else jnp.int32(rng.integers(99))
@@ -269,7 +301,9 @@ def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_pa
 # Orbax leaves the readers of the other arrays unfinished.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "other", [{"lora": replace(LORA, rank=3)}, {"new_rows": NEW + 1}, {"new_rows": 0}], ids=["rank", "rows", "no rows"]
+    "other",
+    [{"lora": replace(LORA, rank=3)}, {"new_rows": NEW + 1}, {"new_rows": 0}, {"train_base": True}],
+    ids=["rank", "rows", "no rows", "base rows"],
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     save(tmp_path, some_state(3))
@@ -418,6 +452,52 @@ def test_a_non_finite_loss_is_the_users_to_mend_and_the_last_checkpoint_stands(t
     assert latest(directory) == 3
     assert all(np.isfinite(leaf).all() for _, leaf in _leaves(restored(directory)))
     assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == [1, 2, 3]
+
+
+# --- all rows of the vocabulary train -------------------------------------------------------------------------------
+
+
+def test_a_run_with_all_embeddings_trains_copies_of_the_base_rows(tiny_model: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    config = Config.model_validate(tiny_run(tiny_model, workdir, embeddings="all"))
+    pipeline.run_pipeline(config, workdir, Progress(quiet=True), Interrupt(), until="pretrain")
+    original = read_weights(tiny_model)["vocabulary.base"]
+    started, trained = (load_arrays(workdir / point / "trainable") for point in ("vocabulary", "pretrain"))
+    assert started["vocabulary.base_trained"].tobytes() == original.astype(np.float32).tobytes()
+    assert "vocabulary.output_base_trained" not in started, "tied embeddings stay tied"
+    assert started.keys() == trained.keys()
+    assert all(started[path].tobytes() != trained[path].tobytes() for path in started)
+    manifest = json.loads((workdir / "vocabulary" / "manifest.json").read_text(encoding="utf-8"))
+    report = json.loads((workdir / "vocabulary" / "report.json").read_text(encoding="utf-8"))
+    assert report["trainable_parameters"] == sum(values.size for values in started.values())
+    assert str(report["trainable_parameters"]) in json.dumps(manifest)
+
+    # The original model is still inside, bit for bit: the teacher, whatever was trained.
+    run = Run(config, workdir, Progress(quiet=True), Interrupt())
+    tokens = jnp.arange(24)[None] + 40
+    rows = (tokens, jnp.arange(24)[None], jnp.ones_like(tokens))
+    whole, off, wanted = (
+        model.vocabulary.logits(model(*rows, adapters=adapters), base_only=True, adapters=adapters)
+        for model, adapters in (
+            (run.split("pretrain").merge(), True),
+            (run.split("pretrain").merge(), False),
+            (run.split("base").merge(), True),
+        )
+    )
+    assert np.array_equal(off, wanted) and not np.array_equal(whole, wanted)
+
+
+def test_an_untied_run_copies_both_tables(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", tied=False)
+    workdir = tmp_path / "run"
+    config = Config.model_validate(tiny_run(tmp_path / "model", workdir, embeddings="all"))
+    run = Run(config, workdir, Progress(quiet=True), Interrupt())
+    for name, stage in (("base", base_stage), ("vocabulary", vocabulary)):
+        (workdir / name).mkdir(parents=True)
+        stage.run_stage(run, workdir / name)
+    arrays, original = load_arrays(workdir / "vocabulary" / "trainable"), read_weights(tmp_path / "model")
+    for path in ("vocabulary.base", "vocabulary.output_base"):
+        assert arrays[f"{path}_trained"].tobytes() == original[path].astype(np.float32).tobytes()
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------------------------

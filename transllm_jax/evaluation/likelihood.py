@@ -57,7 +57,7 @@ def _divergence(
     structures: tuple[Any, Any],
 ) -> jax.Array:
     """KL(teacher || student) of each token, [C], over the teacher's vocabulary; mass on new tokens counts as lost."""
-    original = merge(structures[0], *teacher).vocabulary.logits(teacher_hidden)
+    original = merge(structures[0], *teacher).vocabulary.logits(teacher_hidden, base_only=True, adapters=False)
     moved = merge(structures[1], *student).vocabulary.logits(student_hidden)
     p = jax.nn.log_softmax(original)
     q = jax.nn.log_softmax(moved)[:, : original.shape[-1]]
@@ -69,7 +69,10 @@ AnswerIds = tuple[list[int], list[int]]
 
 
 class Teacher:
-    """The original model and its own English answers; its states on them are computed once, for all points."""
+    """The original model and its own English answers; its states on them are computed once, for all points.
+
+    `base` is the original model, or any that has it inside: what was trained is switched off.
+    """
 
     def __init__(self, base: Split, answers: Sequence[AnswerIds], *, batch_size: int) -> None:
         self.base, self.answers, self.batch_size = base, answers, batch_size
@@ -77,7 +80,7 @@ class Teacher:
     @cached_property
     def states(self) -> np.ndarray:
         """The states from which the answers' tokens are predicted, [tokens, D]."""
-        return _answer_states(self.base, self.answers, [], self.batch_size)
+        return _answer_states(self.base, self.answers, [], self.batch_size, adapters=False)
 
     def divergence(self, split: Split, prefix: Sequence[int] = ()) -> float:
         """Mean KL per token, in nats, from the original model to `split` on the original's own answers.
@@ -85,7 +88,7 @@ class Teacher:
         `prefix` stands before the answer in this model's format (`<RESPONSE>` after stage `transfer`, nothing before)
         and is not counted.
         """
-        moved = _answer_states(split, self.answers, prefix, self.batch_size)
+        moved = _answer_states(split, self.answers, prefix, self.batch_size, adapters=True)
         total = 0.0
         for start in range(0, len(moved), CHUNK):
             teacher, student = self.states[start : start + CHUNK], moved[start : start + CHUNK]
@@ -101,19 +104,22 @@ class Teacher:
         return total / len(moved)
 
 
-def _answer_states(split: Split, answers: Sequence[AnswerIds], prefix: Sequence[int], batch_size: int) -> np.ndarray:
+def _answer_states(
+    split: Split, answers: Sequence[AnswerIds], prefix: Sequence[int], batch_size: int, *, adapters: bool
+) -> np.ndarray:
     """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
     longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     found = []
     for first in range(0, len(answers), batch_size):
-        states, places = _states(split, answers[first : first + batch_size], prefix, length, batch_size)
+        batch = answers[first : first + batch_size]
+        states, places = _states(split, batch, prefix, length, batch_size, adapters=adapters)
         found.append(states[np.concatenate(places)])
     return np.concatenate(found)
 
 
 def _states(
-    split: Split, batch: Sequence[AnswerIds], prefix: Sequence[int], length: int, size: int
+    split: Split, batch: Sequence[AnswerIds], prefix: Sequence[int], length: int, size: int, *, adapters: bool
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Hidden states [B * T, D], and for each row where those stand from which its answer's tokens are predicted."""
     tokens = np.zeros((size, length), np.int32)
@@ -127,5 +133,5 @@ def _states(
         places.append(row * length + np.arange(start, len(ids) - 1))
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     batch_of = {"tokens": tokens, "positions": positions, "segment_ids": segments}
-    hidden = hidden_states(split.structure, split.trainable, split.frozen, batch_of)
+    hidden = hidden_states(split.structure, split.trainable, split.frozen, batch_of, adapters=adapters)
     return np.asarray(hidden).reshape(size * length, -1), places

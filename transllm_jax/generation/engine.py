@@ -63,7 +63,8 @@ def _start(
 ) -> _State:
     model = merge(structure, trainable, frozen)
     hidden, cache = prefill(model, tokens, valid, tokens.shape[1] + room, adapters=mode.adapters)
-    first = choose(model.vocabulary.logits(hidden, base_only=mode.base_only), mode.sampling, rows, jnp.int32(0))
+    logits = model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
+    first = choose(logits, mode.sampling, rows, jnp.int32(0))
     # A row without a prompt only fills the batch up to its shape.
     done = jnp.isin(first, stops) | ~valid.any(axis=1)
     out = jnp.zeros((tokens.shape[0], room), jnp.int32).at[:, 0].set(first)
@@ -80,7 +81,7 @@ def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode
 
     def one(state: _State) -> _State:
         hidden, cache = decode(model, state.last, state.cache, adapters=mode.adapters)
-        logits = model.vocabulary.logits(hidden, base_only=mode.base_only)
+        logits = model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
         chosen = choose(logits, mode.sampling, state.rows, state.step)
         chosen = jnp.where(state.done, state.stops[0], chosen)
         out = jax.lax.dynamic_update_index_in_dim(state.out, chosen, state.step, axis=1)

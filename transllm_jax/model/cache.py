@@ -36,7 +36,7 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
     def layer(x: jax.Array, block: Block) -> tuple[jax.Array, Any]:
         return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v)), adapters=adapters)
 
-    x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens), model.blocks)
+    x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens, adapters=adapters), model.blocks)
     room = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
     cache = Cache(
         k=jnp.pad(k, room),
@@ -75,6 +75,6 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
         x, (keys, values) = block(x, angles, attend_cached, adapters=adapters)
         return (x, keys, values), None
 
-    x = model.vocabulary.embed(tokens[:, None])
+    x = model.vocabulary.embed(tokens[:, None], adapters=adapters)
     (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (model.blocks, jnp.arange(layers)))
     return model.final_norm(x[:, 0]), Cache(k, v, valid, cache.end + 1)

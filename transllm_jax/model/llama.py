@@ -163,7 +163,10 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The whole model. `new_rows` trainable vocabulary rows and `lora` adapters stand beside the frozen weights."""
+    """The whole model. `new_rows` trainable vocabulary rows and `lora` adapters stand beside the frozen weights.
+
+    With `train_base` trainable copies of the base vocabulary's rows do, too.
+    """
 
     def __init__(
         self,
@@ -171,12 +174,13 @@ class Llama(nnx.Module):
         lora: LoraConfig | None = None,
         new_rows: int = 0,
         *,
+        train_base: bool = False,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
         self.config = config
         self.lora = lora
-        self.vocabulary = Vocabulary(config, new_rows, rngs=rngs, dtype=dtype)
+        self.vocabulary = Vocabulary(config, new_rows, train_base=train_base, rngs=rngs, dtype=dtype)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.blocks = jax.vmap(lambda key: Block(config, lora, rngs=nnx.Rngs(key), dtype=dtype))(layer_keys)
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -196,7 +200,7 @@ class Llama(nnx.Module):
         `adapters=False` is the original model (new rows are still looked up for new ids). `dropout` is a random key.
         `remat` recomputes each layer in the backward pass: less memory, more time.
         """
-        x = self.vocabulary.embed(tokens)
+        x = self.vocabulary.embed(tokens, adapters=adapters)
         angles = self.angles(positions)
         mask = causal_mask(segment_ids, self.config.sliding_window)
 

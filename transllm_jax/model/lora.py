@@ -21,7 +21,7 @@ class Adapter(nnx.Param):
 
 
 class NewRows(nnx.Param):
-    """Embedding or output rows of tokens that stage `vocabulary` added, trained in float32."""
+    """Embedding or output rows that train, in float32: of new tokens, and trained copies of the base's rows."""
 
 
 # Every linear layer of a block.

@@ -21,6 +21,8 @@ from transllm_jax.model.lora import Adapter, LoraConfig, NewRows
 # A flat tree of arrays: path -> array.
 Flat = dict[str, jax.Array]
 TRAINABLE = nnx.Any(Adapter, NewRows)
+# The copies of the base vocabulary's rows that train, where they do.
+BASE_ROWS = ("vocabulary.base_trained", "vocabulary.output_base_trained")
 
 
 class Split(NamedTuple):
@@ -40,25 +42,36 @@ def _flatten(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
-def abstract(config: LlamaConfig, lora: LoraConfig | None, new_rows: int, dtype: jnp.dtype = jnp.float32) -> Split:
+def abstract(
+    config: LlamaConfig,
+    lora: LoraConfig | None,
+    new_rows: int,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    train_base: bool = False,
+) -> Split:
     """The split of a model with shapes in place of arrays; costs no memory."""
-    model = nnx.eval_shape(lambda: Llama(config, lora, new_rows, rngs=nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: Llama(config, lora, new_rows, train_base=train_base, rngs=nnx.Rngs(0), dtype=dtype))
     parts: Any = nnx.split(model, TRAINABLE, ...)
     structure, trainable, frozen = parts
     return Split(structure, _flatten(trainable), _flatten(frozen))
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """path -> array as the nested state that `nnx.merge` wants beside the structure of an `nnx.split`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
 def merge(structure: Any, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Llama:
     """A model out of its static structure and the arrays of both kinds. Usable inside a JAX transform."""
-    # `structure` was made by nnx.split; nnx.merge wants states whose leaves are arrays under the same paths.
-    flat = {tuple(path.split(".")): value for tree in (trainable, frozen) for path, value in tree.items()}
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = nested
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    model: Llama = nnx.merge(structure, nested)
+    model: Llama = nnx.merge(structure, nested({**trainable, **frozen}))
     return model
 
 
@@ -94,14 +107,16 @@ def assemble(
     lora: LoraConfig | None = None,
     trainable: Mapping[str, np.ndarray] | None = None,
 ) -> Split:
-    """A model from its frozen weights and the arrays that train: adapters and new rows.
+    """A model from its frozen weights and the arrays that train: adapters, new rows, and where base rows train theirs.
 
+    Which of them there are is known from `trainable`: new rows by `vocabulary.new`, trained base rows by `BASE_ROWS`.
     Raises UserError that lists every missing, extra or misshapen array.
     """
     trainable = dict(trainable or {})
     rows = trainable.get("vocabulary.new")
     dtype = frozen["vocabulary.base"].dtype
-    split = abstract(config, lora, 0 if rows is None else rows.shape[0], dtype)
+    train_base = any(path in trainable for path in BASE_ROWS)
+    split = abstract(config, lora, 0 if rows is None else rows.shape[0], dtype, train_base=train_base)
     _check(trainable, split.trainable, "adapters and new rows")
     # A copy, always: training donates these buffers.
     arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(split.trainable)}

@@ -1,7 +1,7 @@
 """Cross-entropy over two vocabulary blocks, in chunks of tokens: the full [tokens, vocabulary] logits never exist.
 
 The gradient is computed in the forward pass, chunk by chunk, because that is where the logits are: with respect to the
-hidden states and the new rows. The base rows are frozen and get none.
+hidden states and the new rows. Frozen base rows get none; those that train get theirs where `train_base` says so.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ def cross_entropy(
     labels: jax.Array,
     weights: jax.Array,
     chunk: int = CHUNK,
+    *,
+    train_base: bool = False,
 ) -> jax.Array:
     """The sum over tokens of weight * -log p(label), in nats, float32.
 
-    hidden [..., D], base [V, D], new [n, D] or None, labels and weights [...]. Differentiable in `hidden` and `new`.
+    hidden [..., D], base [V, D], new [n, D] or None, labels and weights [...]. Differentiable in `hidden` and `new`,
+    and with `train_base` in `base`, whose gradient then takes [V, D] in float32 (without, `base` gets none).
     A chunk without a weighted token is skipped, so masked tokens cost nothing where they stand together.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -39,12 +42,18 @@ def cross_entropy(
     weights = jnp.pad(weights.reshape(-1).astype(jnp.float32), (0, padding))
     # Weighted tokens first: the chunks that remain hold none and are skipped.
     order = jnp.argsort(weights <= 0, stable=True)
-    return _cross_entropy(flat[order], base, new, labels[order], weights[order], chunk)
+    return _cross_entropy(flat[order], base, new, labels[order], weights[order], chunk, train_base)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _cross_entropy(
-    hidden: jax.Array, base: jax.Array, new: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+    hidden: jax.Array,
+    base: jax.Array,
+    new: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    train_base: bool,
 ) -> jax.Array:
     def body(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, label, weight = inputs
@@ -84,17 +93,26 @@ def _log_sum_exp(
     return left, right, -chosen
 
 
+# The losses' sum, the gradient of the new rows [n, D], and that of the base rows [V, D], None where they are frozen.
+_Sums = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
 def _forward(
-    hidden: jax.Array, base: jax.Array, new: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    hidden: jax.Array,
+    base: jax.Array,
+    new: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    train_base: bool,
+) -> tuple[jax.Array, _Sums]:
     size = base.shape[0]
 
-    def body(
-        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def body(carry: _Sums, inputs: tuple[jax.Array, ...]) -> tuple[_Sums, jax.Array]:
         h, label, weight = inputs
+        table = carry[2]
 
-        def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
+        def compute() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
             left, right, losses = _log_sum_exp(h, base, new, label)
             scale = weight[:, None]
             # d loss / d logit = p - 1[label]
@@ -102,25 +120,35 @@ def _forward(
             right = (jnp.exp(right) - (jnp.arange(size, size + new.shape[0]) == label[:, None])) * scale
             left, right = left.astype(base.dtype), right.astype(base.dtype)
             slope = left @ base + right @ new
-            rows = jnp.einsum("CV,CD->VD", right, h, preferred_element_type=jnp.float32)
-            return jnp.sum(losses * weight), rows, slope.astype(h.dtype)
+            rows = _outer(right, h)
+            # Added here, not below as the new rows' are: a skipped chunk does not pass over the whole table.
+            grown = None if table is None else table + _outer(left, h)
+            return jnp.sum(losses * weight), rows, grown, slope.astype(h.dtype)
 
-        def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
-            return jnp.float32(0), jnp.zeros(new.shape, jnp.float32), jnp.zeros_like(h)
+        def skip() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+            return jnp.float32(0), jnp.zeros(new.shape, jnp.float32), table, jnp.zeros_like(h)
 
-        loss, rows, slope = jax.lax.cond(jnp.any(weight > 0), compute, skip)
-        return (carry[0] + loss, carry[1] + rows), slope
+        loss, rows, grown, slope = jax.lax.cond(jnp.any(weight > 0), compute, skip)
+        return (carry[0] + loss, carry[1] + rows, grown), slope
 
-    start = (jnp.float32(0), jnp.zeros(new.shape, jnp.float32))
-    (total, rows), slopes = jax.lax.scan(body, start, _chunks(chunk, hidden, labels, weights))
-    return total, (slopes.reshape(hidden.shape), rows.astype(new.dtype))
+    table = jnp.zeros(base.shape, jnp.float32) if train_base else None
+    start = (jnp.float32(0), jnp.zeros(new.shape, jnp.float32), table)
+    (total, rows, table), slopes = jax.lax.scan(body, start, _chunks(chunk, hidden, labels, weights))
+    table = None if table is None else table.astype(base.dtype)
+    return total, (slopes.reshape(hidden.shape), rows.astype(new.dtype), table)
+
+
+def _outer(slopes: jax.Array, h: jax.Array) -> jax.Array:
+    """The gradient of rows: slopes of their logits [C, V] and states [C, D] -> float32 [V, D]."""
+    return jnp.einsum("CV,CD->VD", slopes, h, preferred_element_type=jnp.float32)
 
 
 def _backward(
-    chunk: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, None, jax.Array, None, None]:
-    slope, rows = residuals
-    return slope * g.astype(slope.dtype), None, rows * g.astype(rows.dtype), None, None
+    chunk: int, train_base: bool, residuals: _Sums, g: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array, None, None]:
+    slope, rows, table = residuals
+    of_base = None if table is None else table * g.astype(table.dtype)
+    return slope * g.astype(slope.dtype), of_base, rows * g.astype(rows.dtype), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -12,7 +12,10 @@ import optax
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`learning_rate` is the adapters' peak; the new rows' is `new_rows_multiplier` times that."""
+    """`learning_rate` is the adapters' peak; the vocabulary rows' is `new_rows_multiplier` times that.
+
+    Those are the new rows, and the base rows where they train.
+    """
 
     learning_rate: float
     steps: int
@@ -38,7 +41,7 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def group(path: str) -> str:
-    """The group of a trainable array: `new_rows` of the vocabulary, or `adapters`."""
+    """The group of a trainable array: `new_rows`, all rows of the vocabulary that train, or `adapters`."""
     return "new_rows" if path.startswith("vocabulary.") else "adapters"
 
 

@@ -48,7 +48,10 @@ def summed_loss(
     remat: bool = False,
     adapters: bool = True,
 ) -> jax.Array:
-    """The weighted sum of -log p(label) over a batch, in nats."""
+    """The weighted sum of -log p(label) over a batch, in nats.
+
+    With `adapters=False` of the original model: its frozen base rows (labels may be new ids still).
+    """
     model = merge(structure, trainable, frozen)
     hidden = model(
         batch["tokens"],
@@ -58,15 +61,19 @@ def summed_loss(
         remat=remat,
         adapters=adapters,
     )
-    base, new = model.vocabulary.output_tables()
-    return cross_entropy(hidden, base, new, batch["labels"], batch["weights"])
+    base, new = model.vocabulary.output_tables(adapters=adapters)
+    train_base = model.vocabulary.train_base and adapters
+    return cross_entropy(hidden, base, new, batch["labels"], batch["weights"], train_base=train_base)
 
 
-@partial(jax.jit, static_argnames=("structure",))
-def hidden_states(structure: Any, trainable: Flat, frozen: Flat, batch: Batch) -> jax.Array:
-    """The states before the output, [B, T, D], of a batch's tokens; of the batch, labels and weights are not needed."""
+@partial(jax.jit, static_argnames=("structure", "adapters"))
+def hidden_states(structure: Any, trainable: Flat, frozen: Flat, batch: Batch, *, adapters: bool = True) -> jax.Array:
+    """The states before the output, [B, T, D], of a batch's tokens; of the batch, labels and weights are not needed.
+
+    With `adapters=False` those of the original model.
+    """
     model = merge(structure, trainable, frozen)
-    return model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return model(batch["tokens"], batch["positions"], batch["segment_ids"], adapters=adapters)
 
 
 def make_step(
