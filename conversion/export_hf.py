@@ -1,112 +1,133 @@
-"""Export: base weights, adapters and new rows become one plain Hugging Face model directory."""
+"""Export: any opened model, merged or plain, becomes a Hugging Face model directory."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from conversion.directories import new_directory, read_json
-from conversion.hf import open_model, parse_config, write_config
-from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, tensors
-from conversion.safetensors_io import MAX_SHARD_BYTES, dtype_of, read_tensor, require_finite, write_tensors
+from conversion.directories import new_directory, read_json, write_json
+from conversion.hf import parse_config, write_config
+from conversion.merged import Merged
+from conversion.names import Tensor, tensors
+from conversion.opened import Opened
+from conversion.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
 from conversion.tokenizer_files import copy_tokenizer, require_tokenizer, token_ids
 from transllm_jax.errors import UserError
-from transllm_jax.model.config import LlamaConfig
 
-_NEW = "vocabulary.new"
-_OUTPUT_NEW = "vocabulary.output_new"
+
+@dataclass
+class Rounding:
+    """What rounding merged kernels took from what the adapters gave them.
+
+    `largest`: of any weight. `error` and `change`: sums of squares over all merged kernels of the rounding, and of
+    what the adapters added.
+    """
+
+    largest: float = 0.0
+    error: float = 0.0
+    change: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The rounding's norm over the adapters'; 0 where nothing was merged."""
+        return (self.error / self.change) ** 0.5 if self.change else 0.0
 
 
 def export_hf(
-    base_dir: str | Path,
-    tokenizer_dir: str | Path,
-    trainable: dict[str, np.ndarray],
-    lora_alpha: float,
-    lora_rank: int,
+    model: Opened,
+    files: str | Path,
     dst: str | Path,
-    dtype: str = "float32",
     *,
-    overwrite: bool = False,
+    tokenizer_dir: str | Path | None = None,
+    dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write the model with adapters merged, `W + (lora_alpha / lora_rank) * a @ b`, and new rows appended.
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> Rounding:
+    """Write a model, tensor by tensor; memory holds one at a time, and the adapters of a `Merged`.
 
-    `trainable` holds `vocabulary.new` [n, D], `vocabulary.output_new` [n, D] where the output is untied,
-    and for each adapted kernel `PATH.a` [L, in, R] and `PATH.b` [L, R, out]. The merge is in float32,
-    tensor by tensor, and rounded once to `dtype` (`float32`, `bfloat16` or `float16`); memory holds one
-    tensor beside the adapters. Tied embeddings stay tied. config.json is the base's with the new
-    vocab_size, generation_config.json the base's.
+    `files`: the directory of the base, with its config.json, generation_config.json and licences; the tokenizer is
+    `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each
+    has the base's own. Merging is in float32 and rounded once; the result says what rounding took. Tied embeddings
+    stay tied. A model that nothing was done to keeps config.json byte for byte. `also` may add files.
 
-    Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the
-    tokenizer does not have exactly one token for each new row, or if a trained value is not finite.
+    Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the tokenizer
+    does not have exactly one token for each new row, or if a value is not finite.
     """
-    base_dir, tokenizer_dir, dst = Path(base_dir), Path(tokenizer_dir), Path(dst)
-    target = dtype_of(dtype)
-    raw = read_json(base_dir / "config.json")
-    config = parse_config(raw, base_dir)
-    entries = open_model(base_dir, config)
-    trained = {path: np.asarray(array, np.float32) for path, array in trainable.items()}
-    _check_trainable(config, trained, lora_rank)
-    new_rows = trained[_NEW].shape[0] if _NEW in trained else 0
+    files, dst = Path(files), Path(dst)
+    tokenizer_dir = files if tokenizer_dir is None else Path(tokenizer_dir)
+    one = None if dtype is None else dtype_of(dtype)
+    raw = read_json(files / "config.json")
+    base_rows = parse_config(raw, files).vocab_size
     require_tokenizer(tokenizer_dir)
-    _check_tokenizer(tokenizer_dir, config.vocab_size, new_rows)
-    grown = replace(config, vocab_size=config.vocab_size + new_rows)
-    scale = np.float32(lora_alpha / lora_rank)
+    check_tokenizer(tokenizer_dir, base_rows, model.config.vocab_size - base_rows)
+    rounding = Rounding()
+
+    def target(tensor: Tensor) -> np.dtype[Any]:
+        if one is not None:
+            return one
+        return model.stored(tensor) if isinstance(model, Merged) else model.dtype(tensor)
 
     def get(tensor: Tensor) -> np.ndarray:
-        array = read_tensor(entries[tensor.name]).astype(np.float32)
-        require_finite(array, tensor.name, entries[tensor.name].file)
-        rows = {EMBEDDING: _NEW, OUTPUT: _OUTPUT_NEW}.get(tensor.name)
-        if rows is not None and rows in trained:
-            return np.concatenate([array, trained[rows]])
-        adapter = tensor.path.removesuffix(".kernel")
-        if f"{adapter}.a" in trained:
-            product = trained[f"{adapter}.a"][tensor.layer] @ trained[f"{adapter}.b"][tensor.layer]
-            array += scale * product.T
-        return array
+        array = model.read(tensor)
+        require_finite(array, tensor.name, model.where)
+        if not (isinstance(model, Merged) and model.merges(tensor)):
+            return array
+        with np.errstate(over="ignore"):  # reported where it is written
+            rounded = array.astype(target(tensor))
+        array -= rounded.astype(np.float32)
+        rounding.largest = max(rounding.largest, float(np.max(np.abs(array))))
+        rounding.error += float(np.vdot(array, array))
+        rounding.change += model.change(tensor)
+        return rounded
 
     with new_directory(dst, overwrite=overwrite) as directory:
-        write_tensors(directory, tensors(grown), get, target, max_shard_bytes=max_shard_bytes)
-        generation = base_dir / "generation_config.json"
-        write_config(
-            directory,
-            {**raw, "vocab_size": grown.vocab_size},
-            dtype,
-            read_json(generation) if generation.is_file() else None,
-        )
+        table = tensors(model.config)
+        write_tensors(directory, table, get, target, max_shard_bytes=max_shard_bytes, advance=advance)
+        copy_generation_config(files, directory)
+        if one is None and model.config.vocab_size == base_rows:
+            shutil.copyfile(files / "config.json", directory / "config.json")
+        else:
+            named = dtype or raw.get("dtype") or raw.get("torch_dtype") or widest(map(target, table)).name
+            generation = read_json(directory / "generation_config.json")
+            write_config(directory, {**raw, "vocab_size": model.config.vocab_size}, named, generation)
         copy_tokenizer(tokenizer_dir, directory)
-        for notice in sorted([*base_dir.glob("LICENSE*"), *base_dir.glob("NOTICE*")]):
-            (directory / notice.name).write_bytes(notice.read_bytes())
+        copy_notices(files, directory)
+        if also is not None:
+            also(directory)
+    return rounding
 
 
-def _check_trainable(config: LlamaConfig, trained: dict[str, np.ndarray], rank: int) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    layers = config.num_hidden_layers
-    for path, (size_in, size_out) in kernel_shapes(config).items():
-        if f"{path}.a" in trained or f"{path}.b" in trained:
-            expected[f"{path}.a"] = (layers, size_in, rank)
-            expected[f"{path}.b"] = (layers, rank, size_out)
-    if _NEW in trained or _OUTPUT_NEW in trained:
-        rows = len(trained.get(_NEW, trained.get(_OUTPUT_NEW, ())))
-        expected[_NEW] = (rows, config.hidden_size)
-        if not config.tie_word_embeddings:
-            expected[_OUTPUT_NEW] = (rows, config.hidden_size)
-    problems = [f"{path} is missing" for path in sorted(expected.keys() - trained.keys())]
-    problems += [f"{path} is not part of the model" for path in sorted(trained.keys() - expected.keys())]
-    problems += [
-        f"{path} has shape {list(trained[path].shape)}, expected {list(expected[path])}"
-        for path in sorted(expected.keys() & trained.keys())
-        if trained[path].shape != expected[path]
-    ]
-    if problems:
-        raise UserError(f"the adapter does not fit the base model: {'; '.join(problems)}; was it trained on another?")
-    for path, array in trained.items():
-        require_finite(array, path, "the adapter")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _check_tokenizer(directory: Path, base_rows: int, new_rows: int) -> None:
+def copy_generation_config(src: Path, dst: Path) -> None:
+    """Copy generation_config.json, or make one of the token ids in config.json."""
+    if (src / "generation_config.json").is_file():
+        shutil.copyfile(src / "generation_config.json", dst / "generation_config.json")
+        return
+    raw = read_json(src / "config.json")
+    write_json(dst / "generation_config.json", {name: raw[name] for name in _IDS if raw.get(name) is not None})
+
+
+def copy_notices(src: Path, dst: Path) -> None:
+    """Copy the licence files: who passes a model on has to pass them on."""
+    for notice in sorted([*src.glob("LICENSE*"), *src.glob("NOTICE*")]):
+        if notice.is_file():
+            shutil.copyfile(notice, dst / notice.name)
+
+
+def check_tokenizer(directory: Path, base_rows: int, new_rows: int) -> None:
+    """Raises UserError unless the tokenizer has one token for each new row, and none above.
+
+    Among the base's rows some may have no token: an embedding is often padded to a round number of rows.
+    """
     above = {number for number in token_ids(directory) if number >= base_rows}
     if above != set(range(base_rows, base_rows + new_rows)):
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ from numpy.typing import DTypeLike
 
 from conversion.directories import new_directory, read_json, write_json
 from conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
+from conversion.opened import Opened
 from conversion.safetensors_io import (
     DTYPES,
     MAX_SHARD_BYTES,
     Entry,
+    count_not_finite,
     dtype_of,
     open_checkpoint,
     read_tensor,
-    require_finite,
+    same_values,
     write_tensors,
 )
 from conversion.tokenizer_files import copy_tokenizer
@@ -47,15 +51,8 @@ def parse_config(raw: dict[str, Any], where: str | Path) -> LlamaConfig:
         raise UserError(f"{where}: {error}") from None
 
 
-def open_model(directory: str | Path, config: LlamaConfig) -> dict[str, Entry]:
-    """The checkpoint's tensors by name, exactly those of `config`, without reading their data.
-
-    Raises UserError that lists every missing, extra and misshapen tensor, and every one of a type that is not
-    F32, F16 or BF16. `lm_head.weight` of a tied model is accepted only if it equals the embedding, and rotary
-    `inv_freq` buffers are left out because `rope_theta` determines them.
-    """
-    directory = Path(directory)
-    entries = open_checkpoint(directory)
+def _match(directory: Path, config: LlamaConfig, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Of a checkpoint's tensors, exactly those of `config`; see `open_hf`."""
     table = {tensor.name: tensor for tensor in tensors(config)}
     problems = []
     missing = table.keys() - entries.keys()
@@ -77,7 +74,7 @@ def open_model(directory: str | Path, config: LlamaConfig) -> dict[str, Entry]:
             f"{directory}: the tensors are not those of its config.json; {'; '.join(problems)}; "
             "fetch the model again or correct config.json"
         )
-    if tied and not np.array_equal(read_tensor(entries[OUTPUT]), read_tensor(entries[EMBEDDING])):
+    if tied and not same_values(entries[OUTPUT], entries[EMBEDDING]):
         raise UserError(
             f"{directory}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false if the output rows are to be kept"
@@ -85,10 +82,50 @@ def open_model(directory: str | Path, config: LlamaConfig) -> dict[str, Entry]:
     return {name: entries[name] for name in table}
 
 
-def check_weights(directory: str | Path, config: LlamaConfig) -> None:
-    """Read every tensor once. Raises UserError as `open_model` does, and for NaN or infinite values."""
-    for name, entry in open_model(directory, config).items():
-        require_finite(read_tensor(entry), name, entry.file)
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face directory, opened (see `conversion.opened`). `raw` is its config.json.
+
+    `dropped` are the tensors of the files that follow from others: the output rows of a tied model, RoPE's buffers.
+    """
+
+    directory: Path
+    config: LlamaConfig
+    raw: dict[str, Any]
+    entries: dict[str, Entry]
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The directory's path."""
+        return str(self.directory)
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """The tensor's type in the file."""
+        return DTYPES[self.entries[tensor.name].dtype]
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The tensor as it is stored."""
+        return read_tensor(self.entries[tensor.name])
+
+    def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+        """All weights in our layout; see `read_weights`."""
+        return stacked(self, dtype)
+
+
+def open_hf(directory: str | Path) -> HFModel:
+    """Open a Hugging Face directory without reading its weights.
+
+    Raises UserError as `read_config` does, and one that lists every missing, extra and misshapen tensor, and every
+    one of a type that is not F32, F16 or BF16. `lm_head.weight` of a tied model is accepted only if it equals the
+    embedding, and rotary `inv_freq` buffers are left out because `rope_theta` determines them.
+    """
+    directory = Path(directory)
+    raw = read_json(directory / "config.json")
+    config = parse_config(raw, directory)
+    found = open_checkpoint(directory)
+    entries = _match(directory, config, found)
+    return HFModel(directory, config, raw, entries, tuple(sorted(found.keys() - entries.keys())))
 
 
 def read_weights(directory: str | Path, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
@@ -100,14 +137,43 @@ def read_weights(directory: str | Path, dtype: DTypeLike = np.float32) -> dict[s
     Raises UserError for tensors that are missing, extra, misshapen, NaN or infinite, for truncated files,
     and for pickle checkpoints.
     """
-    config = read_config(directory)
-    entries = open_model(directory, config)
-    weights = {path: np.empty(shape, dtype) for path, shape in weight_shapes(config).items()}
-    for tensor in tensors(config):
-        array = read_tensor(entries[tensor.name])
-        require_finite(array, tensor.name, entries[tensor.name].file)
+    return open_hf(directory).weights(dtype)
+
+
+def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+    """All weights of an opened model in our layout.
+
+    Raises UserError that lists all tensors with values that are NaN or infinite.
+    """
+    weights = {path: np.empty(shape, dtype) for path, shape in weight_shapes(model.config).items()}
+    bad: dict[str, int] = {}
+    for tensor in tensors(model.config):
+        array = model.read(tensor)
+        if found := count_not_finite(array):
+            bad[tensor.name] = found
         to_hf(weights, tensor)[...] = array
+    if bad:
+        raise not_finite(model.where, bad)
     return weights
+
+
+def require_all_finite(model: Opened, advance: Callable[[int], None] | None = None) -> None:
+    """Read every tensor once. Raises UserError that lists all with values that are NaN or infinite."""
+    bad: dict[str, int] = {}
+    for tensor in tensors(model.config):
+        array = model.read(tensor)
+        if found := count_not_finite(array):
+            bad[tensor.name] = found
+        if advance is not None:
+            advance(array.nbytes)
+    if bad:
+        raise not_finite(model.where, bad)
+
+
+def not_finite(where: str, bad: dict[str, int]) -> UserError:
+    """The error for tensors with so many values that are NaN or infinite."""
+    count = sum(bad.values())
+    return UserError(f"{where}: {count} values are NaN or infinite, in {collapse(bad)}; fetch the model again")
 
 
 def write_model(

@@ -1,27 +1,44 @@
-"""Import of the original chat model: any source becomes `base/`, a Hugging Face directory, written once."""
+"""Import of a model: any source becomes a Hugging Face directory, or a checkpoint of our own."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from conversion.directories import fingerprint_of, new_directory, read_json, sha256_of, write_json
+from conversion.export_hf import copy_generation_config, copy_notices
 from conversion.fetch import Fetched, fetch
 from conversion.gguf_tokenizer import special_ids, write_tokenizer
 from conversion.gguf_weights import open_gguf
-from conversion.hf import check_weights, parse_config, write_config
-from conversion.names import tensors
-from conversion.safetensors_io import INDEX, SINGLE, weight_files, write_tensors
-from conversion.tokenizer_files import copy_tokenizer, require_tokenizer, token_ids
+from conversion.hf import HFModel, parse_config, require_all_finite, write_config
+from conversion.names import Tensor, collapse, tensors
+from conversion.open_directory import open_directory
+from conversion.opened import Opened
+from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, SINGLE, weight_files, widest, write_tensors
+from conversion.store import write_store
+from conversion.tokenizer_files import bring_tokenizer, token_ids
 from transllm_jax.errors import UserError
 
+Layout = Literal["hf", "store"]
 SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class _Options:
+    layout: Layout
+    sha256: str | None
+    mesh: Mapping[str, int] | None
+    say: Callable[[str], None]
+    # Told the bytes in all; gives what is told the bytes done.
+    begin: Callable[[int], Callable[[int], None]]
 
 
 def import_base(
@@ -30,40 +47,43 @@ def import_base(
     *,
     sha256: str | None = None,
     overwrite: bool = False,
+    layout: Layout = "hf",
+    mesh: Mapping[str, int] | None = None,
     say: Callable[[str], None] | None = None,
+    begin: Callable[[int], Callable[[int], None]] | None = None,
 ) -> None:
-    """Fetch a model and write it to `dst` as a Hugging Face directory with one more file, `source.json`.
+    """Fetch a model and write it to `dst`: weights, config, tokenizer, and `source.json`, which says where from.
 
-    `source`: see `conversion.fetch.fetch`. A GGUF file is dequantised to float32; the safetensors of a
-    directory or repository are taken over byte for byte, in the type and the shards that they have.
+    `source`: see `conversion.fetch.fetch`. `layout` "hf" is a Hugging Face directory: the safetensors of a directory
+    or repository are taken over byte for byte, in the type and the shards that they have. "store" is our own
+    checkpoint (`conversion.store`), cut for `mesh`. A quantised tensor of a GGUF file becomes float32.
     `sha256` is the expected hash of the source's weights: of the GGUF file or the one safetensors file, or,
     of several, what `sha256sum *.safetensors | sha256sum` prints.
 
-    Every tensor's name, shape and finiteness is checked here. Atomic: `dst` is there whole or as it was.
-    Raises UserError for whatever is wrong with the source, and if `dst` is not empty and `overwrite` is
-    false.
+    Every tensor's name, shape and finiteness is checked here. Atomic: `dst` is there whole or as it was. `say` gets
+    a line before what takes long, and what was found; `begin` is told the bytes in all, and what it returns the bytes
+    done. Raises UserError for whatever is wrong with the source, and if `dst` is not empty and `overwrite` is false.
     """
-    fetched = fetch(source, sha256=sha256, say=say)
     say = say or (lambda line: None)
+    options = _Options(layout, sha256, mesh, say, begin or (lambda total: lambda size: None))
+    fetched = fetch(source, sha256=sha256, say=say)
     dst = Path(dst)
     if fetched.path.is_dir() and dst.exists() and dst.samefile(fetched.path):
         raise UserError(f"model source {source} is the directory that the import would write; give another")
     with new_directory(dst, overwrite=overwrite) as directory:
         if fetched.kind == "gguf":
             say(f"reading {fetched.path.name}")
-            origin = _import_gguf(fetched, directory)
+            origin = _import_gguf(fetched, directory, options)
         else:
             say(f"checking the weights of {source}")
-            origin = _import_directory(fetched, directory, sha256)
-        require_matching_tokenizer(directory, source)
-        files = {file.name: sha256_of(file) for file in weight_files(directory)}
-        record = {
-            "source": source,
-            **origin,
-            "weights_sha256": files,
-            "fingerprint": fingerprint_of(files),
-            "versions": {name: version(name) for name in ("numpy", "safetensors", "gguf", "tokenizers")},
-        }
+            origin = _import_directory(fetched, directory, options)
+        if padding := padding_rows(directory, source):
+            say(f"{padding} embedding rows have no token: padding, kept as it is")
+        record = {"source": source, **origin}
+        if layout == "hf":
+            files = {file.name: sha256_of(file) for file in weight_files(directory)}
+            record |= {"weights_sha256": files, "fingerprint": fingerprint_of(files)}
+        record["versions"] = {name: version(name) for name in ("numpy", "safetensors", "gguf", "tokenizers")}
         write_json(directory / SOURCE, record)
 
 
@@ -76,10 +96,11 @@ def base_fingerprint(directory: str | Path) -> str:
     return fingerprint
 
 
-def require_matching_tokenizer(directory: Path, source: str | None = None) -> None:
-    """Raises UserError if the tokenizer has ids that the embedding has no row for.
+def padding_rows(directory: Path, source: str | None = None) -> int:
+    """How many of the embedding's rows are beyond the tokenizer's highest id.
 
-    The other way round is normal: an embedding is often padded to a round number of rows.
+    Some are normal: an embedding is often padded to a round number of rows. Raises UserError if the tokenizer has ids
+    that the embedding has no row for.
     """
     vocab_size = parse_config(read_json(directory / "config.json"), directory).vocab_size
     highest = max(token_ids(directory), default=-1)
@@ -88,49 +109,104 @@ def require_matching_tokenizer(directory: Path, source: str | None = None) -> No
             f"{source or directory}: the tokenizer has ids up to {highest}, the embedding has {vocab_size} rows; "
             "the tokenizer is not this model's"
         )
+    return vocab_size - highest - 1
 
 
-def _import_gguf(fetched: Fetched, directory: Path) -> dict[str, Any]:
+def _import_gguf(fetched: Fetched, directory: Path, options: _Options) -> dict[str, Any]:
     model = open_gguf(fetched.path)
     ids = special_ids(model.fields)
     if "eos_token_id" not in ids:
         raise UserError(f"{fetched.path} has no tokenizer.ggml.eos_token_id; use another file of the model")
     write_tokenizer(model.fields, directory, fetched.path)
-    write_tensors(directory, tensors(model.config), model.read, np.dtype(np.float32))
+    narrow = _Narrowed(model)
     ids.pop("unk_token_id", None)  # not a field of a model's config
-    write_config(directory, {**model.config.to_hf(), **ids}, "float32")
+    write_config(directory, {**model.config.to_hf(), **ids}, widest(map(narrow.dtype, tensors(model.config))).name)
+    _write(narrow, directory, options)
     return {"kind": "gguf", "source_sha256": fetched.sha256 or sha256_of(fetched.path)}
 
 
-def _import_directory(fetched: Fetched, directory: Path, sha256: str | None) -> dict[str, Any]:
+class _Narrowed:
+    """A GGUF file whose norms and biases have the type of its matrices, where that loses nothing.
+
+    llama.cpp stores them as float32 whatever the model's type was; a bfloat16 model comes back as one.
+    """
+
+    def __init__(self, model: Opened) -> None:
+        self.where, self.config, self._model = model.where, model.config, model
+        self._main = widest({model.dtype(tensor) for tensor in tensors(model.config) if len(tensor.shape) == 2})
+        self._small = {
+            tensor.name: self._fit(model.read(tensor)) for tensor in tensors(model.config) if len(tensor.shape) == 1
+        }
+
+    def _fit(self, array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            narrow = array.astype(self._main)
+        return narrow if np.array_equal(narrow.astype(array.dtype), array) else array
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        small = self._small.get(tensor.name)
+        return self._model.dtype(tensor) if small is None else small.dtype
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        small = self._small.get(tensor.name)
+        return self._model.read(tensor) if small is None else small
+
+
+def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> dict[str, Any]:
     src = fetched.path
+    model = open_directory(src)
+    bring_tokenizer(src, directory)  # first: what is wrong with it is known at once
     raw = read_json(src / "config.json")
-    config = parse_config(raw, src)
-    require_tokenizer(src)
-    files = weight_files(src)
-    check_weights(src, config)
+    if isinstance(model, HFModel) and options.layout == "hf":
+        _take_over(fetched, model, directory, options)
+    else:
+        if options.sha256 is not None:
+            require_sha256(src, weight_files(src) if isinstance(model, HFModel) else [], options.sha256)
+        _write(model, directory, options)
+    shutil.copyfile(src / "config.json", directory / "config.json")
+    copy_generation_config(src, directory)
+    if read_json(directory / "generation_config.json").get("eos_token_id") is None and raw.get("eos_token_id") is None:
+        raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
+    copy_notices(src, directory)
+    if isinstance(model, HFModel) and model.dropped:
+        options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
+    return {"kind": fetched.kind, "revision": fetched.revision}
+
+
+def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Options) -> None:
+    """The source's files as they are, after every tensor was read once."""
+    files = weight_files(fetched.path)
+    require_all_finite(model, options.begin(_size(model)))
     for file in files:
         _take(file, directory / file.name, link=fetched.kind == "hub")
     if files[0].name != SINGLE:
-        shutil.copyfile(src / INDEX, directory / INDEX)
-    if sha256 is not None:
-        found = fingerprint_of({file.name: sha256_of(directory / file.name) for file in files})
-        if found != sha256.lower():
-            raise UserError(f"the weights of {src} have SHA-256 {found}, expected {sha256}; correct one or the other")
-    shutil.copyfile(src / "config.json", directory / "config.json")
-    if (src / "generation_config.json").is_file():
-        shutil.copyfile(src / "generation_config.json", directory / "generation_config.json")
-    else:
-        ids = {
-            name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None
-        }
-        write_json(directory / "generation_config.json", ids)
-    if read_json(directory / "generation_config.json").get("eos_token_id") is None and raw.get("eos_token_id") is None:
-        raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
-    copy_tokenizer(src, directory)
-    for notice in sorted([*src.glob("LICENSE*"), *src.glob("NOTICE*")]):
-        shutil.copyfile(notice, directory / notice.name)
-    return {"kind": fetched.kind, "revision": fetched.revision}
+        shutil.copyfile(fetched.path / INDEX, directory / INDEX)
+    if options.sha256 is not None:
+        require_sha256(fetched.path, [directory / file.name for file in files], options.sha256)
+
+
+def _write(model: Opened, directory: Path, options: _Options) -> None:
+    advance = options.begin(_size(model))
+    if options.layout == "store":
+        write_store(directory, model, mesh=options.mesh, advance=advance)
+        return
+    write_tensors(
+        directory, tensors(model.config), model.read, model.dtype, max_shard_bytes=MAX_SHARD_BYTES, advance=advance
+    )
+
+
+def _size(model: Opened) -> int:
+    """Bytes of all tensors, in their own types."""
+    return sum(math.prod(tensor.shape) * model.dtype(tensor).itemsize for tensor in tensors(model.config))
+
+
+def require_sha256(where: Path, files: list[Path], sha256: str) -> None:
+    """Raises UserError if the files have another SHA-256 than expected (see `fingerprint_of`)."""
+    if not files:
+        raise UserError(f"{where} is not of safetensors files, which a SHA-256 is expected of; give none")
+    found = fingerprint_of({file.name: sha256_of(file) for file in files})
+    if found != sha256.lower():
+        raise UserError(f"the weights of {where} have SHA-256 {found}, expected {sha256}; correct one or the other")
 
 
 def _take(src: Path, dst: Path, *, link: bool) -> None:

@@ -10,7 +10,7 @@ header length, JSON header, data).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+def widest(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """The type that holds all of these exactly: the one that they are, or float32."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else DTYPES["F32"]
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -97,7 +103,7 @@ def open_checkpoint(directory: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     files = weight_files(directory)
     for file in files:
-        for name, entry in _read_header(file).items():
+        for name, entry in read_header(file).items():
             if name in entries:
                 raise UserError(f"tensor {name} is in both {entries[name].file} and {file}; remove one of the files")
             entries[name] = entry
@@ -109,7 +115,8 @@ def open_checkpoint(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file by name. Raises UserError for a truncated or malformed file."""
     try:
         with safe_open(str(file), framework="numpy"):
             pass  # the library's checks: header, offsets without gaps, size of the file
@@ -131,9 +138,39 @@ def read_tensor(entry: Entry) -> np.ndarray:
     return np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.offset).reshape(entry.shape)
 
 
+def same_values(a: Entry, b: Entry) -> bool:
+    """Whether two tensors hold the same values, read in blocks: a vocabulary's table may take a gigabyte."""
+    if a.shape != b.shape:
+        return False
+    count = int(np.prod(a.shape, dtype=np.int64))
+    block = 1 << 24
+    for start in range(0, count, block):
+        size = min(block, count - start)
+        left, right = (
+            np.fromfile(e.file, DTYPES[e.dtype], size, offset=e.offset + start * DTYPES[e.dtype].itemsize)
+            for e in (a, b)
+        )
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """How many values of a floating-point array are NaN or infinite."""
+    if array.dtype.itemsize == 2:
+        # numpy's isfinite takes half types one by one; their bits say it: an exponent of ones only.
+        exponent = 0x7F80 if array.dtype == DTYPES["BF16"] else 0x7C00
+        return int(np.count_nonzero((array.view(np.uint16) & exponent) == exponent))
+    flat, block = array.reshape(-1), 1 << 24  # in blocks: the answers for a whole table would take half a gigabyte
+    return sum(
+        len(part) - int(np.count_nonzero(np.isfinite(part)))
+        for part in (flat[start : start + block] for start in range(0, flat.size, block))
+    )
+
+
 def require_finite(array: np.ndarray, name: str, where: object) -> None:
     """Raises UserError that counts the values of `array` that are NaN or infinite."""
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    bad = count_not_finite(array)
     if bad:
         raise UserError(f"tensor {name} of {where} has {bad} of {array.size} values NaN or infinite; fetch it again")
 
@@ -142,60 +179,74 @@ def write_tensors(
     directory: Path,
     table: list[Tensor],
     get: Callable[[Tensor], np.ndarray],
-    dtype: np.dtype[Any],
+    dtype: np.dtype[Any] | Callable[[Tensor], np.dtype[Any]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write the tensors of `table` as Hugging Face reads them; returns the files.
 
     `get(tensor)` is asked for one tensor at a time, in the table's order, and gives an array of
-    `tensor.shape`; it is rounded once to `dtype`. One file `model.safetensors`, or, above
-    `max_shard_bytes`, several with an index. Raises UserError if a value is not finite in `dtype`.
+    `tensor.shape`; it is rounded once to `dtype`, which may be a function of the tensor. One file
+    `model.safetensors`, or, above `max_shard_bytes`, several with an index. `advance` is told the bytes of
+    each tensor once it is written. Raises UserError if a value is not finite in `dtype`.
     """
-    code = _CODES[dtype]
-    sizes = [int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize for tensor in table]
-    shards: list[list[int]] = [[]]
+    parts = [_Part(tensor, dtype(tensor) if callable(dtype) else dtype) for tensor in table]
+    shards: list[list[_Part]] = [[]]
     filled = 0
-    for index, size in enumerate(sizes):
-        if shards[-1] and filled + size > max_shard_bytes:
+    for part in parts:
+        if shards[-1] and filled + part.size > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(index)
-        filled += size
+        shards[-1].append(part)
+        filled += part.size
     count = len(shards)
     files = [
         directory / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
         for number in range(1, count + 1)
     ]
-    for file, indices in zip(files, shards, strict=True):
-        _write_file(file, [(table[i], sizes[i]) for i in indices], get, dtype, code)
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(file, shard, get, advance or (lambda size: None))
     if count > 1:
-        weight_map = {table[i].name: file.name for file, indices in zip(files, shards, strict=True) for i in indices}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        weight_map = {part.tensor.name: file.name for file, shard in zip(files, shards, strict=True) for part in shard}
+        total = sum(part.size for part in parts)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
 
+@dataclass(frozen=True)
+class _Part:
+    tensor: Tensor
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.tensor.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
 def _write_file(
-    file: Path,
-    parts: list[tuple[Tensor, int]],
-    get: Callable[[Tensor], np.ndarray],
-    dtype: np.dtype[Any],
-    code: str,
+    file: Path, parts: list[_Part], get: Callable[[Tensor], np.ndarray], advance: Callable[[int], None]
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor, size in parts:
-        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
+    for part in parts:
+        header[part.tensor.name] = {
+            "dtype": _CODES[part.dtype],
+            "shape": list(part.tensor.shape),
+            "data_offsets": [end, end + part.size],
+        }
+        end += part.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor, _ in parts:
+        for part in parts:
+            tensor = part.tensor
             array = get(tensor)
             if array.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: got shape {array.shape}, expected {tensor.shape}")
             with np.errstate(over="ignore"):  # an overflow is reported below, by name
-                array = np.ascontiguousarray(array, dtype=dtype)
-            require_finite(array, tensor.name, f"what is written as {dtype.name}")
-            stream.write(array.data.cast("B") if dtype.kind == "f" else array.view(np.uint16).data.cast("B"))
+                array = np.ascontiguousarray(array, dtype=part.dtype)
+            require_finite(array, tensor.name, f"what is written as {part.dtype.name}")
+            stream.write(array.data.cast("B") if part.dtype.kind == "f" else array.view(np.uint16).data.cast("B"))
+            advance(part.size)

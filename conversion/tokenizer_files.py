@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from conversion.directories import read_json
+from conversion.sentencepiece_tokenizer import write_tokenizer_json
 from transllm_jax.errors import UserError
 
 TOKENIZER_FILES = (
@@ -29,14 +30,31 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(src / name, dst / name)
 
 
+def bring_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files; of one that is `tokenizer.model` alone, make the `tokenizer.json` that it stands for.
+
+    Raises UserError if `src` holds no tokenizer, or one that a tokenizer.json cannot be made of.
+    """
+    if (src / "tokenizer.json").is_file() or not (src / "tokenizer.model").is_file():
+        copy_tokenizer(src, dst)
+        return
+    mend = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
+    path = src / "tokenizer_config.json"
+    config = read_json(path)
+    if (src / "added_tokens.json").is_file():
+        raise UserError(f"{src} has no tokenizer.json, and added_tokens.json beside tokenizer.model; {mend}")
+    if config.get("legacy") is False:
+        raise UserError(f"{path} says legacy=false, and {src} has no tokenizer.json; {mend}")
+    write_tokenizer_json(src / "tokenizer.model", dst, add_bos=bool(config.get("add_bos_token", True)))
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+
+
 def require_tokenizer(directory: Path) -> None:
     """Raises UserError unless `directory` has a `tokenizer.json`, the form that all of our readers share."""
-    if (directory / "tokenizer.json").is_file():
-        return
-    mend = "fetch the tokenizer's files"
-    if (directory / "tokenizer.model").is_file():
-        mend = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
-    raise UserError(f"{directory} has no tokenizer.json; {mend}")
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} has no tokenizer.json; fetch the tokenizer's files")
 
 
 def token_ids(directory: Path) -> set[int]:

@@ -96,6 +96,13 @@ def test_the_target_marker_is_the_languages() -> None:
     assert load_config(DEMO, ["markers.target=<THAI>"]).target_marker == "<THAI>"
 
 
+def test_which_vocabulary_rows_train() -> None:
+    assert load_config(DEMO).embeddings == "new"
+    assert load_config(DEMO, ["embeddings=all"]).embeddings == "all"
+    with pytest.raises(UserError, match=r"embeddings: Input should be 'new' or 'all' \(it is 'none'\)"):
+        load_config(DEMO, ["embeddings=none"])
+
+
 # Every field is read
 
 

@@ -22,8 +22,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from conversion.directories import fingerprint_of, new_directory, sha256_of
 from conversion.export_hf import export_hf
 from conversion.fetch import fetch
-from conversion.hf import read_config, read_weights, write_model
+from conversion.hf import open_hf, read_config, read_weights, write_model
 from conversion.import_base import base_fingerprint, import_base
+from conversion.merged import Merged
 from conversion.names import collapse, kernel_shapes, tensors, weight_shapes
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -266,6 +267,12 @@ def _nan(directory: Path) -> None:
     save_file(arrays, directory / "model.safetensors")
 
 
+def _huge_header(directory: Path) -> None:
+    """A header that claims an exabyte: whoever reads it first runs out of memory."""
+    file = directory / "model.safetensors"
+    file.write_bytes((1 << 60).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
 def _index(weight_map: Any) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         (directory / "model.safetensors").rename(directory / "model-1.safetensors")
@@ -278,8 +285,9 @@ DAMAGE = [
     (_cut, r"model\.safetensors is truncated"),
     (_cut_header, r"model\.safetensors is truncated"),
     (_empty, r"model\.safetensors is truncated"),
+    (_huge_header, r"model\.safetensors is truncated or not a safetensors file .*fetch it again"),
     (_pickle, r"pickle checkpoints only \(pytorch_model\.bin\)"),
-    (_nan, r"layers\.1\.mlp\.up_proj\.weight .* has 2 of 960 values NaN or infinite"),
+    (_nan, r"2 values are NaN or infinite, in model\.layers\.1\.mlp\.up_proj\.weight"),
     (_index({"model.norm.weight": "model-2.safetensors"}), r"missing files: model-2\.safetensors"),
     (_index({"model.norm.weight": "../m/model-1.safetensors"}), r"outside the directory: \.\./m"),
     (_index({"model.norm.weight": "/etc/hostname"}), "outside the directory: /etc/hostname"),
@@ -362,7 +370,9 @@ def test_import_keeps_a_generation_config_and_needs_an_end_token(tmp_path: Path)
 def test_import_compares_the_tokenizer_with_the_embedding(tmp_path: Path) -> None:
     write_directory(tmp_path / "m")
     write_tokenizer(tmp_path / "m", 290)  # the embedding is padded: normal
-    import_base(str(tmp_path / "m"), tmp_path / "base")
+    said: list[str] = []
+    import_base(str(tmp_path / "m"), tmp_path / "base", say=said.append)
+    assert "10 embedding rows have no token: padding, kept as it is" in said
     write_tokenizer(tmp_path / "m", 301)
     with pytest.raises(UserError, match="ids up to 300, the embedding has 300 rows"):
         import_base(str(tmp_path / "m"), tmp_path / "other")
@@ -370,7 +380,10 @@ def test_import_compares_the_tokenizer_with_the_embedding(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no vocabulary"):
         import_base(str(tmp_path / "m"), tmp_path / "other")
     (tmp_path / "m/tokenizer.json").rename(tmp_path / "m/tokenizer.model")
-    with pytest.raises(UserError, match=r"no tokenizer\.json; load it once"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is truncated or not a SentencePiece model"):
+        import_base(str(tmp_path / "m"), tmp_path / "other")
+    (tmp_path / "m/tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json; fetch the tokenizer's files"):
         import_base(str(tmp_path / "m"), tmp_path / "other")
 
 
@@ -430,7 +443,8 @@ def random_trainable(config: LlamaConfig, only: tuple[str, ...] = ("",)) -> dict
 def export(tmp_path: Path, trainable: dict[str, np.ndarray], dtype: str = "float32", **options: Any) -> Path:
     write_tokenizer(tmp_path / "vocabulary", CONFIG.vocab_size + NEW)
     dst = tmp_path / "export"
-    export_hf(tmp_path / "base", tmp_path / "vocabulary", trainable, ALPHA, RANK, dst, dtype, **options)
+    model = Merged(open_hf(tmp_path / "base"), trainable, ALPHA / RANK)
+    export_hf(model, tmp_path / "base", dst, tokenizer_dir=tmp_path / "vocabulary", dtype=dtype, **options)
     return dst
 
 
@@ -475,7 +489,8 @@ def test_export_rounds_once(tmp_path: Path) -> None:
 def test_export_without_adapters_is_the_base(tmp_path: Path) -> None:
     arrays = write_directory(tmp_path / "base")
     write_tokenizer(tmp_path / "same", CONFIG.vocab_size)
-    export_hf(tmp_path / "base", tmp_path / "same", {}, ALPHA, RANK, tmp_path / "plain")
+    model = Merged(open_hf(tmp_path / "base"), {}, ALPHA / RANK)
+    export_hf(model, tmp_path / "base", tmp_path / "plain", tokenizer_dir=tmp_path / "same")
     plain = load_file(tmp_path / "plain/model.safetensors")
     assert all(plain[name].tobytes() == arrays[name].tobytes() for name in arrays)
     dst = export(tmp_path, random_trainable(CONFIG, only=("attention.q",)))

@@ -77,8 +77,11 @@ ALLOWED = {
     "pipeline": COMMON | {"artifacts", "stages"},
     "status": {"errors", "artifacts", "pipeline", "training"},
     "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion"},
+    "convert": COMMON | TOOLS | {"artifacts", "training", "stages", "conversion"},
     # The commands bring the parts together, and show the report's table.
-    "cli": COMMON | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion"},
+    "cli": COMMON
+    | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion", "cli_convert"},
+    "cli_convert": COMMON | {"convert"},
     # `from transllm_jax import __version__`
     "": set(),
 }
@@ -153,9 +156,14 @@ DOORS = {
     "orbax": {"transllm_jax.training.checkpoint"},
     "grain": {"transllm_jax.data.batches"},
     "optax": {"transllm_jax.training.optimizer", "transllm_jax.training.step"},
-    "tokenizers": {"transllm_jax.tokenizer", "conversion.gguf_tokenizer"},
+    "tokenizers": {
+        "transllm_jax.tokenizer",
+        "conversion.gguf_tokenizer",
+        "conversion.sentencepiece_tokenizer",
+    },
     "safetensors": {"conversion.safetensors_io"},
-    "gguf": {"conversion.gguf_weights"},
+    "tensorstore": {"conversion.store"},
+    "gguf": {"conversion.gguf_header", "conversion.gguf_weights"},
     "huggingface_hub": {"conversion.fetch"},
     "flax": {"transllm_jax.model"},
     "jax": {
@@ -171,12 +179,13 @@ DOORS = {
     "sacrebleu": {"transllm_jax.evaluation.point"},
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
-    "typer": {"transllm_jax.cli"},
+    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert"},
     "torch": set(),
     "transformers": set(),
     "datasets": set(),
     "tensorflow_datasets": set(),
-    "sentencepiece": set(),
+    "sentencepiece": {"conversion.sentencepiece_tokenizer"},
+    "peft": set(),
     "pickle": set(),
 }
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from conversion.hf import read_config, read_weights
-from transllm_jax.artifacts import Artifact, read_json
+from conversion.open_directory import open_directory
+from transllm_jax.artifacts import read_json
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer, ChainChat, remembered
@@ -19,7 +19,7 @@ from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.stages.run import Run, newest_point
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -74,22 +74,15 @@ def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, s
             raise UserError(f"{path} is an exported model, which has no original in it; give the work directory")
         known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
         markers = Markers(**known["markers"]) if known else Markers()
-        shape = read_config(path)
-        engine = Engine(assemble(shape, load_frozen(shape, read_weights(path), jnp.dtype("float32"))), shape)
+        model = open_directory(path)
+        engine = Engine(
+            assemble(model.config, load_frozen(model.config, model.weights(), jnp.dtype("float32"))), model.config
+        )
         tokenizer, name = Tokenizer.load(path), path.name
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
     return Session(name, chat, tokenizer, [])
-
-
-def newest_point(workdir: Path) -> str:
-    """The last point of a run that is done. Raises UserError before the first."""
-    for point in reversed(POINTS):
-        manifest = Artifact(workdir / point, point).manifest()
-        if manifest is not None and manifest["state"] == "done":
-            return point
-    raise UserError(f"{workdir}: no stage is done yet; run `transllm run` first")
 
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:

@@ -1,7 +1,7 @@
 """The commands: they parse and call, nothing else.
 
 Exit codes: 0 done; 2 the input is wrong (one line says what, where and the mend); 75 stopped on request, run again to
-go on; 1 a defect, with its traceback.
+go on; 1 a difference that `convert verify` found, or a defect with its traceback.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from transllm_jax import __version__
+from transllm_jax.cli_convert import app as convert_app
 from transllm_jax.errors import Preempted, UserError
 
 INPUT_WRONG, PREEMPTED = 2, 75
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(convert_app, name="convert")
 
 
 @app.callback(invoke_without_command=True)

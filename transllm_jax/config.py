@@ -81,11 +81,13 @@ PairSource = Annotated[WholeSource, AfterValidator(_pairs)]
 
 
 class Vocabulary(Section):
-    """Stage 1: the tokens that are added, the markers aside."""
+    """Stage 1: the tokens that are added, the markers aside. They are learned, or come with an adapter."""
 
-    size: Positive
+    size: Positive | None = None
     # Text in the target language; of pairs, the target side is read.
-    corpus: list[WholeSource] = Field(min_length=1)
+    corpus: list[WholeSource] = []
+    # In place of both: a directory of `transllm convert from-peft`, to go on training what PEFT began.
+    adapter: str | None = None
     min_count: Positive = 2
     # What new rows start from: the mean of the rows of the pieces they replace; or that, with each token's frequency as
     # a prior (training/new_rows.py), which needs English text to tell the languages apart by.
@@ -101,6 +103,14 @@ class Vocabulary(Section):
     def _has_english(self) -> Vocabulary:
         if (self.initial_rows == "calibrated") != (self.english is not None):
             raise ValueError("initial_rows: calibrated and english (a source of English text) need each other")
+        return self
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Vocabulary:
+        if self.adapter is None and (self.size is None or not self.corpus):
+            raise ValueError("size and corpus are needed (or an adapter, which brings its tokens)")
+        if self.adapter is not None and (self.size is not None or self.corpus or self.english is not None):
+            raise ValueError("an adapter brings its tokens and rows; leave size, corpus, initial_rows and english out")
         return self
 
 
@@ -132,7 +142,7 @@ class Training(Section):
     batch_size: Positive
     length: Annotated[int, Field(ge=16)]
     learning_rate: float = Field(gt=0)
-    # The new rows' learning rate over the adapters'.
+    # The vocabulary rows' learning rate over the adapters'.
     new_rows_multiplier: float = Field(default=1.0, gt=0)
     warmup_ratio: Share = 0.01
     final_fraction: Share = 0.1
@@ -275,8 +285,9 @@ class Config(Section):
     model: Model
     vocabulary: Vocabulary
     lora: Lora = Lora()
-    # Which vocabulary rows train. `new` keeps the original chat model intact inside the new one.
-    embeddings: Literal["new"] = "new"
+    # Which vocabulary rows train: those of new tokens, or the base model's too (V x D more values, twice that for
+    # untied embeddings, and their moments). Either keeps the original chat model intact inside the new one.
+    embeddings: Literal["new", "all"] = "new"
     prompts: Prompts = Prompts()
     pretrain: Pretraining
     translate: Pretraining

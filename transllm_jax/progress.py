@@ -18,7 +18,7 @@ class Bar:
 
     def __init__(self, owner: Progress, name: str, total: int, done: int, unit: str) -> None:
         self._owner, self._name, self._total, self._unit = owner, name, total, unit
-        self._done, self._tokens = done, 0
+        self._done, self._tokens, self._bytes = done, 0, 0
         self._first, self._started = done, time.monotonic()
         self._logged = self._started
         self._task: TaskID | None = None
@@ -36,7 +36,7 @@ class Bar:
             self._logged = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
             self._owner.say(
-                f"  {self._name} {done}/{self._total} {self._unit}s  {note}  {_clock(left)} left", markup=False
+                f"  {self._name} {done}/{self._total} {self._unit}  {note}  {_clock(left)} left", markup=False
             )
 
     def tokens(self, count: int) -> None:
@@ -44,6 +44,12 @@ class Bar:
         self._tokens += count
         elapsed = max(time.monotonic() - self._started, 1e-3)
         self.update(self._done, f"{self._tokens / elapsed:,.0f} tokens/s")
+
+    def add(self, size: int) -> None:
+        """Say that `size` more bytes are done; the bar shows how many megabytes a second (see `Progress.bytes`)."""
+        self._bytes += size
+        elapsed = max(time.monotonic() - self._started, 1e-3)
+        self.update(min(self._bytes // 10**6, self._total), f"{self._bytes / elapsed / 1e6:,.0f} MB/s")
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -94,7 +100,11 @@ class Progress:
 
     def task(self, name: str, *, total: int, done: int = 0, unit: str = "item") -> Bar:
         """Begin a piece of work."""
-        return Bar(self, name, total, done, unit)
+        return Bar(self, name, total, done, f"{unit}s")
+
+    def bytes(self, name: str, total: int) -> Bar:
+        """Begin a piece of work that is counted in bytes, and shown in megabytes."""
+        return Bar(self, name, max(total // 10**6, 1), 0, "MB")
 
 
 def _clock(seconds: float) -> str:

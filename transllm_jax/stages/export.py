@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from conversion.export_hf import export_hf
+from conversion.hf import open_hf
+from conversion.merged import Merged
 from transllm_jax.artifacts import write_json
-from transllm_jax.stages.run import Run
+from transllm_jax.stages.run import Run, about
 from transllm_jax.training.checkpoint import load_arrays
 
 
@@ -20,19 +21,18 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `export/`."""
+    model = Merged(open_hf(run.base), load_arrays(run.trainable("transfer")), run.lora.scale)
+
+    def describe(place: Path) -> None:
+        write_json(place / "transllm.json", about(run))
+
     export_hf(
+        model,
         run.base,
-        run.workdir / "vocabulary",
-        load_arrays(run.trainable("transfer")),
-        run.lora.alpha,
-        run.lora.rank,
         directory,
-        run.config.export.dtype,
-    )
-    # What `transllm chat` needs to know of an exported model.
-    write_json(
-        directory / "transllm.json",
-        {"language": run.config.language.model_dump(), "markers": asdict(run.markers)},
+        tokenizer_dir=run.workdir / "vocabulary",
+        dtype=run.config.export.dtype,
+        also=describe,
     )
     size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
     return {"text": f"{size / 1e6:,.0f} MB, {run.config.export.dtype}"}

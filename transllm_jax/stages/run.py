@@ -7,6 +7,7 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from conversion.hf import read_config, read_weights
-from transllm_jax.artifacts import file_hash
+from transllm_jax.artifacts import Artifact, file_hash
 from transllm_jax.config import Config, Source
 from transllm_jax.data import sources
 from transllm_jax.errors import UserError
@@ -156,3 +157,17 @@ class Run:
                 self._hashes[file] = file_hash(file)
         # Named by the path as given, which the user knows; the content is what counts.
         return {f"file {file}": self._hashes[file] for file in files}
+
+
+def about(run: Run) -> dict[str, Any]:
+    """What `transllm chat` needs to know of an exported model, its `transllm.json`."""
+    return {"language": run.config.language.model_dump(), "markers": asdict(run.markers)}
+
+
+def newest_point(workdir: Path) -> str:
+    """The last point of a run that is done. Raises UserError before the first."""
+    for point in reversed(POINTS):
+        manifest = Artifact(workdir / point, point).manifest()
+        if manifest is not None and manifest["state"] == "done":
+            return point
+    raise UserError(f"{workdir}: no stage is done yet; run `transllm run` first")

@@ -110,6 +110,21 @@ def expand(
     return Expansion(tokenizer, names + list(markers), pieces + words, report)
 
 
+def with_markers(tokenizer: Tokenizer, markers: Iterable[str]) -> tuple[Tokenizer, list[list[int]]]:
+    """A tokenizer with markers added behind its last id, and for each of them the ids of a word that describes it.
+
+    Raises UserError for a marker that the tokenizer has already, and for ids with gaps.
+    """
+    markers = list(markers)
+    _check_markers(tokenizer, markers)
+    state = _with_base_tokens_in_vocabulary(json.loads(tokenizer.backend.to_str()), tokenizer.source)
+    state = extended(state, [], markers)
+    state["added_tokens"] += [_marker(state["model"]["vocab"][marker], marker) for marker in markers]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    words = [tokenizer.encode(f" {_describe(marker)}") for marker in markers]
+    return Tokenizer(backend, copy.deepcopy(tokenizer.config), tokenizer.chat_template, tokenizer.source), words
+
+
 def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
     """Tokens per Unicode character over all documents. Raises UserError where they have no character."""
     texts = list(documents)

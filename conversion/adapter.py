@@ -1,0 +1,75 @@
+"""The description beside an adapter of ours that stands alone: its shape, and the base that it belongs to.
+
+Its arrays lie in `trainable/`, written by `transllm_jax.training.checkpoint`, and its tokenizer beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion.directories import read_json, write_json
+from conversion.names import EMBEDDING, tensors
+from conversion.opened import Opened
+from transllm_jax.errors import UserError
+from transllm_jax.model.lora import TARGETS, LoraConfig
+
+ADAPTER = "adapter.json"
+FORMAT = "transllm-adapter-1"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`base`: where the base was when the adapter was made; `embedding_sha256`: of its embedding, as float32.
+
+    `source`: what the adapter was made of.
+    """
+
+    lora: LoraConfig
+    base: str
+    embedding_sha256: str
+    source: str
+
+    @classmethod
+    def of(cls, base: Opened, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
+        """The description of an adapter for an opened base."""
+        return cls(lora, base_name, embedding_sha256(base), source)
+
+    def fits(self, base: Opened) -> bool:
+        """Whether a base has the embedding that the adapter was made for."""
+        return embedding_sha256(base) == self.embedding_sha256
+
+
+def embedding_sha256(model: Opened) -> str:
+    """The SHA-256 of the embedding's values as float32: equal for the same model in different files and types."""
+    tensor = next(tensor for tensor in tensors(model.config) if tensor.name == EMBEDDING)
+    table = model.read(tensor)
+    digest = hashlib.sha256()
+    for start in range(0, len(table), 4096):
+        digest.update(np.ascontiguousarray(table[start : start + 4096], np.float32).data)
+    return digest.hexdigest()
+
+
+def write_adapter(directory: Path, adapter: Adapter) -> None:
+    """Write adapter.json."""
+    write_json(directory / ADAPTER, {"format": FORMAT, **asdict(adapter)})
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read adapter.json. Raises UserError if it is missing, damaged, or of another version."""
+    path = Path(directory) / ADAPTER
+    raw: dict[str, Any] = read_json(path)
+    if raw.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not of the format {FORMAT}; make it again with transllm convert from-peft")
+    try:
+        lora = dict(raw.pop("lora"))
+        targets = tuple(lora.pop("targets"))
+        if not targets or set(targets) - set(TARGETS):
+            raise ValueError(f"targets {targets}")
+        return Adapter(LoraConfig(**lora, targets=targets), **raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again with transllm convert from-peft") from None

@@ -1,0 +1,131 @@
+"""A base with what was trained on it, read as one model: adapters merged, vocabulary tables grown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes
+from conversion.opened import Opened
+from conversion.safetensors_io import require_finite
+from transllm_jax.errors import UserError
+from transllm_jax.model.config import LlamaConfig
+
+# Hugging Face's table -> our paths: the new rows, and the base rows where they were trained too.
+_ROWS = {
+    EMBEDDING: ("vocabulary.new", "vocabulary.base_trained"),
+    OUTPUT: ("vocabulary.output_new", "vocabulary.output_base_trained"),
+}
+
+
+class Merged:
+    """W + scale * (a @ b).T in float32, tensor by tensor; new rows below the base's (see `conversion.opened`).
+
+    `trainable`: for each adapted kernel `PATH.a` [L, in, R] and `PATH.b` [L, R, out]; `vocabulary.new` [n, D], and
+    `vocabulary.base_trained` [V, D] in place of the base's rows; of an untied model also `vocabulary.output_new` and
+    `vocabulary.output_base_trained`. What was not trained keeps the base's type and bits.
+
+    `merge_adapters=False` leaves the kernels as the base has them, and grows the tables only.
+    """
+
+    def __init__(
+        self, base: Opened, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
+    ) -> None:
+        """Raises UserError that lists every array that is missing, extra, misshapen or not finite."""
+        self.base = base
+        self.scale = np.float32(scale)
+        self.trainable = {path: np.asarray(array, np.float32) for path, array in trainable.items()}
+        _check(base.config, self.trainable)
+        self.new_rows = len(self.trainable.get("vocabulary.new", ()))
+        self.config = replace(base.config, vocab_size=base.config.vocab_size + self.new_rows)
+        self._merge = merge_adapters
+
+    @property
+    def where(self) -> str:
+        """The base's name, with what stands on it."""
+        return f"{self.base.where} with adapters"
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """float32 for what training changed, the base's type for the rest."""
+        return np.dtype(np.float32) if self._changed(tensor) else self.base.dtype(_of(self.base, tensor))
+
+    def stored(self, tensor: Tensor) -> np.dtype[Any]:
+        """The base's type of this tensor, changed or not."""
+        return self.base.dtype(_of(self.base, tensor))
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The merged tensor."""
+        array = self.base.read(_of(self.base, tensor))
+        if not self._changed(tensor):
+            return array
+        array = array.astype(np.float32)
+        if tensor.name in _ROWS:
+            new, trained = (self.trainable.get(path) for path in _ROWS[tensor.name])
+            array = array if trained is None else trained
+            return array if new is None else np.concatenate([array, new])
+        a, b = self._factors(tensor)
+        product = a @ b
+        product *= self.scale
+        array += product.T
+        return array
+
+    def merges(self, tensor: Tensor) -> bool:
+        """Whether an adapter is merged into this tensor."""
+        return self._merge and f"{tensor.path.removesuffix('.kernel')}.a" in self.trainable
+
+    def change(self, tensor: Tensor) -> float:
+        """The sum of squares of what the adapter adds to this tensor, out of its factors."""
+        a, b = (factor.astype(np.float64) for factor in self._factors(tensor))
+        # |a b|^2 = sum((a'a) * (b b')): two products of [R, R].
+        return float(self.scale) ** 2 * float(np.sum((a.T @ a) * (b @ b.T)))
+
+    def _factors(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        path = tensor.path.removesuffix(".kernel")
+        return self.trainable[f"{path}.a"][tensor.layer], self.trainable[f"{path}.b"][tensor.layer]
+
+    def _changed(self, tensor: Tensor) -> bool:
+        if tensor.name in _ROWS:
+            return any(path in self.trainable for path in _ROWS[tensor.name])
+        return self.merges(tensor)
+
+
+def _of(base: Opened, tensor: Tensor) -> Tensor:
+    """The base's own tensor of that name: of the tables it has fewer rows."""
+    if tensor.name in _ROWS:
+        return replace(tensor, shape=(base.config.vocab_size, base.config.hidden_size))
+    return tensor
+
+
+def adapter_rank(trainable: Mapping[str, np.ndarray]) -> int | None:
+    """R of the adapters, None where there are none."""
+    return next((array.shape[-1] for path, array in sorted(trainable.items()) if path.endswith(".a")), None)
+
+
+def _check(config: LlamaConfig, trained: Mapping[str, np.ndarray]) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    rank = adapter_rank(trained) or 0
+    for path, (size_in, size_out) in kernel_shapes(config).items():
+        if f"{path}.a" in trained or f"{path}.b" in trained:
+            expected[f"{path}.a"] = (layers, size_in, rank)
+            expected[f"{path}.b"] = (layers, rank, size_out)
+    rows = [len(trained[new]) for new, _ in _ROWS.values() if new in trained]
+    for new, base in list(_ROWS.values())[: 1 if config.tie_word_embeddings else 2]:
+        if rows:
+            expected[new] = (rows[0], hidden)
+        if any(kept in trained for _, kept in _ROWS.values()):
+            expected[base] = (config.vocab_size, hidden)
+    problems = [f"{path} is missing" for path in sorted(expected.keys() - trained.keys())]
+    problems += [f"{path} is not part of the model" for path in sorted(trained.keys() - expected.keys())]
+    problems += [
+        f"{path} has shape {list(trained[path].shape)}, expected {list(expected[path])}"
+        for path in sorted(expected.keys() & trained.keys())
+        if trained[path].shape != expected[path]
+    ]
+    if problems:
+        raise UserError(f"the adapter does not fit the base model: {'; '.join(problems)}; was it trained on another?")
+    for path, array in trained.items():
+        require_finite(array, path, "the adapter")

@@ -1,0 +1,14 @@
+"""A model directory of either kind, opened: Hugging Face's, or a checkpoint of our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conversion.hf import HFModel, open_hf
+from conversion.store import MANIFEST, Store, open_store
+
+
+def open_directory(directory: str | Path) -> HFModel | Store:
+    """Open a model directory. Raises UserError as `open_hf` and `open_store` do."""
+    directory = Path(directory)
+    return open_store(directory) if (directory / MANIFEST).is_file() else open_hf(directory)

@@ -1,0 +1,419 @@
+"""What the commands `transllm convert ...` do: open whatever a path is, write it as something else, compare."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from conversion.adapter import ADAPTER, Adapter, read_adapter, write_adapter
+from conversion.directories import new_directory
+from conversion.export_hf import Rounding, check_tokenizer, export_hf
+from conversion.fetch import fetch
+from conversion.gguf_tokenizer import write_tokenizer
+from conversion.gguf_weights import GGUFModel, open_gguf
+from conversion.hf import open_hf
+from conversion.import_base import import_base
+from conversion.logits import logits_of
+from conversion.merged import Merged
+from conversion.names import tensors
+from conversion.open_directory import open_directory
+from conversion.opened import Opened
+from conversion.peft_read import read_peft
+from conversion.peft_write import Rows, write_peft
+from conversion.tokenizer_files import copy_tokenizer, token_ids
+from conversion.verify import Comparison, compare
+from transllm_jax.artifacts import write_json
+from transllm_jax.config import load_config
+from transllm_jax.errors import UserError
+from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.progress import Progress
+from transllm_jax.stages.run import POINTS, Run, about, newest_point
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.checkpoint import load_arrays, save_arrays
+
+# A text with letters, digits, punctuation and another script, for logits where the user gives none.
+PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
+PROMPT_TOKENS = 64
+PEFT = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something opened: the model, the directory with its config and tokenizer, and, of trained ones, their parts.
+
+    `files` is None of a GGUF file, which holds everything itself.
+    """
+
+    model: Opened
+    files: Path | None
+    tokenizer: Path | None
+    lora: LoraConfig | None = None
+    about: dict[str, Any] | None = None
+    name: str = ""
+
+
+def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
+    """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
+
+    `base` is where an adapter's base is, if not where it says. Raises UserError for anything else.
+    """
+    path = Path(source).expanduser()
+    if (path / "run.yaml").is_file():
+        return _open_run(path, stage)
+    if stage is not None:
+        raise UserError(f"{source} is not a run's work directory, so it has no stage {stage!r}; leave --stage out")
+    if (path / ADAPTER).is_file():
+        found = read_adapter(path)
+        below = open_source(base or found.base)
+        check_base(found, below, path)
+        merged = Merged(below.model, load_arrays(path / "trainable"), found.lora.scale)
+        return Source(merged, below.files, path, found.lora, name=path.name)
+    if (path / PEFT).is_file():
+        below = open_source(base or peft_base(path))
+        peft = read_peft(path, below.model)
+        tokenizer = peft.tokenizer_dir or below.tokenizer
+        return Source(
+            Merged(below.model, peft.trainable, peft.lora.scale), below.files, tokenizer, peft.lora, name=path.name
+        )
+    if base is not None:
+        raise UserError(f"{source} is no adapter, so it needs no --base; leave it out")
+    fetched = fetch(source)
+    if fetched.kind == "gguf":
+        return Source(open_gguf(fetched.path), None, None, name=fetched.path.name)
+    return Source(open_directory(fetched.path), fetched.path, fetched.path, name=fetched.path.name)
+
+
+def _open_run(workdir: Path, stage: str | None) -> Source:
+    run = Run(load_config(workdir / "run.yaml"), workdir, Progress(quiet=True), Interrupt())
+    point = stage or newest_point(workdir)
+    if point not in POINTS:
+        raise UserError(f"--stage {point} does not change the model; use one of {', '.join(POINTS)}")
+    if point == "base":
+        return Source(open_hf(run.base), run.base, run.base, name="base")
+    trainable = run.trainable(point)
+    if not trainable.is_dir():
+        raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
+    merged = Merged(open_hf(run.base), load_arrays(trainable), run.lora.scale)
+    return Source(merged, run.base, workdir / "vocabulary", run.lora, about(run), point)
+
+
+def peft_base(directory: Path) -> str:
+    """The base that a PEFT adapter names. Raises UserError where it names none."""
+    from conversion.directories import read_json
+
+    base = read_json(directory / PEFT).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{directory / PEFT} names no base_model_name_or_path; give the base with --base")
+    return base
+
+
+def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
+    """Write our checkpoint of a model (see `conversion.import_base`)."""
+    with _bytes(progress, "converting") as begin:
+        import_base(
+            source,
+            dst,
+            sha256=sha256,
+            overwrite=force,
+            layout="store",
+            mesh=None if mesh is None else parse_mesh(mesh),
+            say=lambda line: progress.say(line, markup=False),
+            begin=begin,
+        )
+    progress.say(f"{dst}: {describe(open_directory(dst))}", markup=False)
+
+
+def to_hf(
+    source: str,
+    dst: Path,
+    progress: Progress,
+    *,
+    base: str | None = None,
+    stage: str | None = None,
+    merge: bool = True,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    check: bool = True,
+    force: bool = False,
+) -> None:
+    """Write a Hugging Face directory; say what merging changed, in weights and in logits."""
+    found = open_source(source, base=base, stage=stage)
+    if found.files is None:
+        raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
+    model = found.model
+    trained = isinstance(model, Merged)
+    if not merge:
+        if not isinstance(model, Merged) or found.lora is None:
+            raise UserError(f"{source} has no adapters to keep apart; leave --unmerged out")
+        model = Merged(model.base, model.trainable, found.lora.scale, merge_adapters=False)
+
+    def also(directory: Path) -> None:
+        if found.about is not None:
+            write_json(directory / "transllm.json", found.about)
+        if not merge and isinstance(model, Merged) and found.lora is not None:
+            adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
+            write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
+
+    with _bytes(progress, "writing") as begin:
+        rounding = export_hf(
+            model,
+            found.files,
+            dst,
+            tokenizer_dir=found.tokenizer,
+            dtype=dtype,
+            max_shard_bytes=parse_size(max_shard_size),
+            overwrite=force,
+            advance=begin(_size(model)),
+            also=also,
+        )
+    written = open_hf(dst)
+    progress.say(f"{dst}: {describe(written)}", markup=False)
+    if not merge:
+        progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it", markup=False)
+    elif trained and found.lora is not None:
+        progress.say(_merging(rounding, written), markup=False)
+        if check:
+            progress.say(_merged_logits(model, written, dst, found.lora), markup=False)
+
+
+def _merging(rounding: Rounding, written: Opened) -> str:
+    types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
+    return (
+        f"merged in float32, rounded once to {types}: no weight moved by more than {rounding.largest:.2g}, "
+        f"all together by {rounding.share:.2%} of what the adapters changed"
+    )
+
+
+def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig) -> str:
+    tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
+    beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
+    same = np.mean(np.argmax(beside, axis=1) == np.argmax(merged, axis=1))
+    return (
+        f"merged against unmerged, logits of {len(tokens)} tokens: largest difference "
+        f"{np.max(np.abs(beside - merged)):.2g} (they spread by {beside.std():.2g}), "
+        f"same best token at {same:.0%} of the places"
+    )
+
+
+def to_peft(
+    source: str,
+    dst: Path,
+    progress: Progress,
+    *,
+    stage: str | None = None,
+    base_model: str | None = None,
+    rows: Rows | None = None,
+    force: bool = False,
+) -> None:
+    """Write a PEFT adapter directory of a run's point."""
+    found = open_source(source, stage=stage)
+    if not isinstance(found.model, Merged) or found.lora is None:
+        raise UserError(f"{source} has no adapters; give the work directory of a run")
+    write_peft(
+        dst,
+        found.model.base,
+        found.model.trainable,
+        found.lora,
+        base_model=base_model or str((found.files or Path()).resolve()),
+        tokenizer_dir=found.tokenizer,
+        rows=rows,
+        overwrite=force,
+    )
+    size = (dst / "adapter_model.safetensors").stat().st_size
+    progress.say(
+        f"{dst}: rank {found.lora.rank}, {found.model.new_rows} new tokens, {size / 1e6:,.1f} MB", markup=False
+    )
+    if found.model.new_rows:
+        progress.say(
+            f"load it: base.resize_token_embeddings({found.model.config.vocab_size}), "
+            f"then peft.PeftModel.from_pretrained(base, {str(dst)!r})",
+            markup=False,
+        )
+
+
+def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force: bool = False) -> None:
+    """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
+    if not (adapter / PEFT).is_file():
+        raise UserError(f"{adapter} has no {PEFT}; give the directory of a PEFT adapter")
+    below = open_source(base)
+    found = read_peft(adapter, below.model)
+    if found.new_rows and found.tokenizer_dir is None:
+        raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
+    trainable, padding = dict(found.trainable), 0
+    if found.tokenizer_dir is not None and found.new_rows:
+        # A table is often padded to a round number of rows: those behind the last token say nothing.
+        tokens = max(token_ids(found.tokenizer_dir), default=-1) + 1 - below.model.config.vocab_size
+        padding = max(found.new_rows - max(tokens, 0), 0)
+        for path in ("vocabulary.new", "vocabulary.output_new"):
+            if path in trainable:
+                trainable[path] = trainable[path][: found.new_rows - padding]
+        check_tokenizer(found.tokenizer_dir, below.model.config.vocab_size, found.new_rows - padding)
+    with new_directory(dst, overwrite=force) as directory:
+        save_arrays(directory / "trainable", trainable)
+        if found.tokenizer_dir is not None:
+            copy_tokenizer(found.tokenizer_dir, directory)
+        elif below.files is not None:
+            copy_tokenizer(below.files, directory)
+        elif isinstance(below.model, GGUFModel):
+            write_tokenizer(below.model.fields, directory, below.model.where)
+        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=base, source=str(adapter)))
+    lora = found.lora
+    if padding:
+        progress.say(f"{padding} new rows have no token: padding, left out", markup=False)
+    progress.say(
+        f"{dst}: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; "
+        f"{found.new_rows - padding} new tokens\n"
+        f"go on training: vocabulary.adapter={dst} lora.rank={lora.rank} lora.alpha={lora.alpha:g} "
+        f"lora.rslora={str(lora.rslora).lower()} 'lora.targets=[{', '.join(lora.targets)}]'"
+        + (" embeddings=all" if "vocabulary.base_trained" in trainable else ""),
+        markup=False,
+    )
+
+
+def check_base(adapter: Adapter, base: Source, where: Path) -> None:
+    """Raises UserError if an adapter was made for another base."""
+    if not adapter.fits(base.model):
+        raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
+
+
+def verify(
+    a: str,
+    b: str,
+    progress: Progress,
+    *,
+    bases: tuple[str | None, str | None] = (None, None),
+    stages: tuple[str | None, str | None] = (None, None),
+    prompt: str = PROMPT,
+    logits: bool = True,
+    tolerance: float = 0.0,
+) -> bool:
+    """Compare two of anything that can be opened; print what differs. True if nothing does by more than allowed."""
+    left, right = (open_source(x, base=y, stage=z) for x, y, z in zip((a, b), bases, stages, strict=True))
+    ids = None
+    notes = []
+    if logits:
+        tokenizers = [_tokenizer(found) for found in (left, right)]
+        ids, others = (prompt_tokens(tokenizer, prompt) for tokenizer in tokenizers)
+        if ids != others:
+            notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
+            limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
+            ids = [number for number in ids if number < limit]
+    with _bytes(progress, "comparing") as begin:
+        result = compare(left.model, right.model, ids, begin(_size(left.model) + _size(right.model)))
+    progress.say(comparison_table(result))
+    for line in (*result.missing, *(f"config: {line}" for line in result.config), *notes):
+        progress.say(line, markup=False)
+    if result.logits is not None:
+        progress.say(
+            f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
+            f"same best token at {result.same_best:.0%} of the places, KL {result.divergence:.3g} nats a token",
+            markup=False,
+        )
+    good = result.within(tolerance)
+    progress.say(
+        f"{'the same' if good else 'they differ'}: largest difference {result.largest:.3g}, tolerance {tolerance:g}",
+        markup=False,
+    )
+    return good
+
+
+def comparison_table(result: Comparison) -> Table:
+    """A row for each kind of tensor."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("weights", "tensors", "identical", "largest", "mean", "types", ""):
+        table.add_column(heading, justify="right" if heading in ("tensors", "identical", "largest", "mean") else "left")
+    for group in result.groups:
+        remark = "; ".join(group.faults) or (f"most in {group.worst}" if group.worst else "")
+        table.add_row(
+            group.path,
+            str(group.tensors),
+            str(group.identical),
+            f"{group.largest:.3g}",
+            f"{group.mean:.3g}",
+            ", ".join(sorted(group.types)),
+            remark,
+        )
+    return table
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A text's ids, as a model is given them. Raises UserError for an empty text."""
+    ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)][:PROMPT_TOKENS]
+    if not ids:
+        raise UserError("the prompt is empty; give a text")
+    return ids
+
+
+def _tokenizer(found: Source) -> Tokenizer:
+    if found.tokenizer is not None:
+        return Tokenizer.load(found.tokenizer)
+    assert isinstance(found.model, GGUFModel)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tokenizer(found.model.fields, scratch, found.model.where)
+        return Tokenizer.load(scratch)
+
+
+def describe(model: Opened) -> str:
+    """Family, sizes and types in a line."""
+    config = model.config
+    table = tensors(config)
+    types = sorted({model.dtype(tensor).name for tensor in table})
+    count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in table)
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary "
+        f"{config.vocab_size}, {count / 1e6:,.1f} million parameters in {', '.join(types)}"
+    )
+
+
+def _size(model: Opened) -> int:
+    return sum(
+        int(np.prod(tensor.shape, dtype=np.int64)) * model.dtype(tensor).itemsize for tensor in tensors(model.config)
+    )
+
+
+@contextmanager
+def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar in bytes: gives `begin(total)`, which gives `advance(bytes)`."""
+    bars = []
+
+    def begin(total: int) -> Callable[[int], None]:
+        bar = progress.bytes(name, total)
+        bars.append(bar)
+        return bar.add
+
+    try:
+        yield begin
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    if not match or (size := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
+        raise UserError(f"the size {text!r} is not of the form 5GB, 500MB or 2GiB; correct it")
+    return size
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """A mesh such as `fsdp=8,tensor=2`. Raises UserError for what is not of that form."""
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+        if not match or match[1] in mesh:
+            raise UserError(f"the mesh {text!r} is not of the form fsdp=8,tensor=2; correct {part.strip()!r}")
+        mesh[match[1]] = int(match[2])
+    return mesh
