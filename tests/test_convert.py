@@ -26,6 +26,7 @@ from conversion.opened import Opened
 from conversion.safetensors_io import DTYPES, write_tensors
 from conversion.verify import compare
 from transllm_jax import cli, convert
+from transllm_jax.open_source import open_source
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -192,7 +193,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def our_logits(workdir: Path, ids: list[int]) -> np.ndarray:
     """The logits of a run's newest point, as training computes them."""
-    found = convert.open_source(str(workdir))
+    found = open_source(str(workdir))
     assert found.lora is not None
     return logits_of(found.model, ids, found.lora)
 
@@ -244,7 +245,7 @@ def test_adapters_may_stay_apart(run: Path, tmp_path: Path, command: Command) ->
             np.testing.assert_array_equal(plain.read(tensor), open_hf(run / "base").read(tensor))
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     # New rows were rounded to the base's bfloat16: compare with our logits of the same rounding.
-    found = convert.open_source(str(run))
+    found = open_source(str(run))
     assert isinstance(found.model, Merged)
     rounded = {
         path: values.astype(ml_dtypes.bfloat16) if path.startswith("vocabulary") else values
@@ -269,7 +270,7 @@ def test_peft_computes_what_training_did(run: Path, tmp_path: Path, command: Com
     # And back: the same arrays, bit for bit.
     code, printed = command("from-peft", run / "base", tmp_path / "peft", tmp_path / "ours")
     assert code == 0 and "lora.rslora=true" in printed and "'lora.targets=[q, o, up]'" in printed
-    ours, back = (convert.open_source(str(path)).model for path in (run, tmp_path / "ours"))
+    ours, back = (open_source(str(path)).model for path in (run, tmp_path / "ours"))
     assert isinstance(ours, Merged) and isinstance(back, Merged)
     assert ours.trainable.keys() == back.trainable.keys()
     for path, values in ours.trainable.items():
@@ -306,7 +307,7 @@ def test_a_stage_that_is_not_there_is_refused(run: Path, tmp_path: Path, command
 
 
 def test_merging_says_what_rounding_took(run: Path, tmp_path: Path, command: Command) -> None:
-    found = convert.open_source(str(run))
+    found = open_source(str(run))
     assert isinstance(found.model, Merged)
     code, printed = command("to-hf", run, tmp_path / "out")
     assert code == 0 and "rounded once to bfloat16" in printed

@@ -77,7 +77,8 @@ ALLOWED = {
     "pipeline": COMMON | {"artifacts", "stages"},
     "status": {"errors", "artifacts", "pipeline", "training"},
     "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion"},
-    "convert": COMMON | TOOLS | {"artifacts", "training", "stages", "conversion"},
+    "open_source": COMMON | TOOLS | {"training", "stages", "conversion"},
+    "convert": COMMON | TOOLS | {"artifacts", "training", "open_source", "conversion"},
     # The commands bring the parts together, and show the report's table.
     "cli": COMMON
     | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion", "cli_convert"},

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from conversion.adapter import ADAPTER, Adapter, read_adapter, write_adapter
+from conversion.adapter import Adapter, write_adapter
 from conversion.directories import new_directory
 from conversion.export_hf import Rounding, check_tokenizer, export_hf
-from conversion.fetch import fetch
 from conversion.gguf_tokenizer import write_tokenizer
-from conversion.gguf_weights import GGUFModel, open_gguf
+from conversion.gguf_weights import GGUFModel
 from conversion.hf import open_hf
 from conversion.import_base import import_base
 from conversion.logits import logits_of
@@ -26,94 +22,22 @@ from conversion.merged import Merged
 from conversion.names import tensors
 from conversion.open_directory import open_directory
 from conversion.opened import Opened
+from conversion.peft_config import CONFIG
 from conversion.peft_read import read_peft
 from conversion.peft_write import Rows, write_peft
 from conversion.tokenizer_files import copy_tokenizer, token_ids
 from conversion.verify import Comparison, compare
 from transllm_jax.artifacts import write_json
-from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
-from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
+from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import POINTS, Run, about, newest_point
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays, save_arrays
+from transllm_jax.training.checkpoint import save_arrays
 
 # A text with letters, digits, punctuation and another script, for logits where the user gives none.
 PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
 PROMPT_TOKENS = 64
-PEFT = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Something opened: the model, the directory with its config and tokenizer, and, of trained ones, their parts.
-
-    `files` is None of a GGUF file, which holds everything itself.
-    """
-
-    model: Opened
-    files: Path | None
-    tokenizer: Path | None
-    lora: LoraConfig | None = None
-    about: dict[str, Any] | None = None
-    name: str = ""
-
-
-def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
-    """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
-
-    `base` is where an adapter's base is, if not where it says. Raises UserError for anything else.
-    """
-    path = Path(source).expanduser()
-    if (path / "run.yaml").is_file():
-        return _open_run(path, stage)
-    if stage is not None:
-        raise UserError(f"{source} is not a run's work directory, so it has no stage {stage!r}; leave --stage out")
-    if (path / ADAPTER).is_file():
-        found = read_adapter(path)
-        below = open_source(base or found.base)
-        check_base(found, below, path)
-        merged = Merged(below.model, load_arrays(path / "trainable"), found.lora.scale)
-        return Source(merged, below.files, path, found.lora, name=path.name)
-    if (path / PEFT).is_file():
-        below = open_source(base or peft_base(path))
-        peft = read_peft(path, below.model)
-        tokenizer = peft.tokenizer_dir or below.tokenizer
-        return Source(
-            Merged(below.model, peft.trainable, peft.lora.scale), below.files, tokenizer, peft.lora, name=path.name
-        )
-    if base is not None:
-        raise UserError(f"{source} is no adapter, so it needs no --base; leave it out")
-    fetched = fetch(source)
-    if fetched.kind == "gguf":
-        return Source(open_gguf(fetched.path), None, None, name=fetched.path.name)
-    return Source(open_directory(fetched.path), fetched.path, fetched.path, name=fetched.path.name)
-
-
-def _open_run(workdir: Path, stage: str | None) -> Source:
-    run = Run(load_config(workdir / "run.yaml"), workdir, Progress(quiet=True), Interrupt())
-    point = stage or newest_point(workdir)
-    if point not in POINTS:
-        raise UserError(f"--stage {point} does not change the model; use one of {', '.join(POINTS)}")
-    if point == "base":
-        return Source(open_hf(run.base), run.base, run.base, name="base")
-    trainable = run.trainable(point)
-    if not trainable.is_dir():
-        raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
-    merged = Merged(open_hf(run.base), load_arrays(trainable), run.lora.scale)
-    return Source(merged, run.base, workdir / "vocabulary", run.lora, about(run), point)
-
-
-def peft_base(directory: Path) -> str:
-    """The base that a PEFT adapter names. Raises UserError where it names none."""
-    from conversion.directories import read_json
-
-    base = read_json(directory / PEFT).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{directory / PEFT} names no base_model_name_or_path; give the base with --base")
-    return base
 
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
@@ -242,8 +166,8 @@ def to_peft(
 
 def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force: bool = False) -> None:
     """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
-    if not (adapter / PEFT).is_file():
-        raise UserError(f"{adapter} has no {PEFT}; give the directory of a PEFT adapter")
+    if not (adapter / CONFIG).is_file():
+        raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
     below = open_source(base)
     found = read_peft(adapter, below.model)
     if found.new_rows and found.tokenizer_dir is None:
@@ -279,12 +203,6 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     )
 
 
-def check_base(adapter: Adapter, base: Source, where: Path) -> None:
-    """Raises UserError if an adapter was made for another base."""
-    if not adapter.fits(base.model):
-        raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
-
-
 def verify(
     a: str,
     b: str,
@@ -301,7 +219,7 @@ def verify(
     ids = None
     notes = []
     if logits:
-        tokenizers = [_tokenizer(found) for found in (left, right)]
+        tokenizers = [tokenizer_of(found) for found in (left, right)]
         ids, others = (prompt_tokens(tokenizer, prompt) for tokenizer in tokenizers)
         if ids != others:
             notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
@@ -351,15 +269,6 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not ids:
         raise UserError("the prompt is empty; give a text")
     return ids
-
-
-def _tokenizer(found: Source) -> Tokenizer:
-    if found.tokenizer is not None:
-        return Tokenizer.load(found.tokenizer)
-    assert isinstance(found.model, GGUFModel)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_tokenizer(found.model.fields, scratch, found.model.where)
-        return Tokenizer.load(scratch)
 
 
 def describe(model: Opened) -> str:
