@@ -10,10 +10,12 @@ import numpy as np
 from conversion.logits import logits_of
 from conversion.names import Tensor, collapse, tensors
 from conversion.opened import Opened
+from conversion.safetensors_io import DTYPES
 from transllm_jax.model.config import LlamaConfig
 
 # Implied by which tensors there are, and so compared through them.
 _IMPLIED = {"model_type", "attention_bias", "mlp_bias", "tie_word_embeddings", "vocab_size"}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Values compared at once: float32 copies of a whole vocabulary table would take gigabytes.
 _BLOCK = 1 << 22
 
@@ -103,7 +105,7 @@ def _compare(group: Group, a: Opened, b: Opened, left: Tensor, right: Tensor, ad
     x, y = a.read(left), b.read(right)
     advance(x.nbytes + y.nbytes)
     group.tensors += 1
-    group.types.add(x.dtype.name if x.dtype == y.dtype else f"{x.dtype.name} and {y.dtype.name}")
+    group.types.add(_CODES[x.dtype] if x.dtype == y.dtype else f"{_CODES[x.dtype]}/{_CODES[y.dtype]}")
     if x.shape != y.shape:
         group.faults.append(f"{left.name}: shape {list(x.shape)} and {list(y.shape)}")
         if x.shape[1:] != y.shape[1:]:

@@ -228,8 +228,12 @@ def verify(
     with _bytes(progress, "comparing") as begin:
         result = compare(left.model, right.model, ids, begin(_size(left.model) + _size(right.model)))
     progress.say(comparison_table(result))
-    for line in (*result.missing, *(f"config: {line}" for line in result.config), *notes):
+    faults = [fault for group in result.groups for fault in group.faults]
+    for line in (*result.missing, *faults, *(f"config: {line}" for line in result.config), *notes):
         progress.say(line, markup=False)
+    worst = max(result.groups, key=lambda group: group.largest)
+    if worst.worst is not None:
+        progress.say(f"weights: largest difference {worst.largest:.3g}, in {worst.worst}", markup=False)
     if result.logits is not None:
         progress.say(
             f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
@@ -237,20 +241,20 @@ def verify(
             markup=False,
         )
     good = result.within(tolerance)
-    progress.say(
-        f"{'the same' if good else 'they differ'}: largest difference {result.largest:.3g}, tolerance {tolerance:g}",
-        markup=False,
-    )
+    if good and result.largest > 0:
+        progress.say(f"within the tolerance of {tolerance:g}")
+    else:
+        progress.say("the same" if good else f"they differ by more than the tolerance of {tolerance:g}")
     return good
 
 
 def comparison_table(result: Comparison) -> Table:
     """A row for each kind of tensor."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("weights", "tensors", "identical", "largest", "mean", "types", ""):
-        table.add_column(heading, justify="right" if heading in ("tensors", "identical", "largest", "mean") else "left")
+    for heading in ("weights", "tensors", "identical", "largest", "mean", "types"):
+        numbers = heading in ("tensors", "identical", "largest", "mean")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading == "weights")
     for group in result.groups:
-        remark = "; ".join(group.faults) or (f"most in {group.worst}" if group.worst else "")
         table.add_row(
             group.path,
             str(group.tensors),
@@ -258,7 +262,6 @@ def comparison_table(result: Comparison) -> Table:
             f"{group.largest:.3g}",
             f"{group.mean:.3g}",
             ", ".join(sorted(group.types)),
-            remark,
         )
     return table
 

@@ -27,12 +27,12 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         """Say how much is done, and a few words (a loss, a speed)."""
-        self._done = done
+        ended, self._done = self._done == self._total, done
         if self._task is not None and self._owner.live is not None:
             self._owner.live.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if now - self._logged >= LOG_EVERY or done == self._total:
+        if now - self._logged >= LOG_EVERY or (done == self._total and not ended):
             self._logged = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
             self._owner.say(
