@@ -33,6 +33,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_EXPONENTS = {
+    DTYPES["F32"]: np.uint32(0x7F800000),
+    DTYPES["F16"]: np.uint16(0x7C00),
+    DTYPES["BF16"]: np.uint16(0x7F80),
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -156,15 +161,12 @@ def same_values(a: Entry, b: Entry) -> bool:
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """How many values of a floating-point array are NaN or infinite."""
-    if array.dtype.itemsize == 2:
-        # numpy's isfinite takes half types one by one; their bits say it: an exponent of ones only.
-        exponent = 0x7F80 if array.dtype == DTYPES["BF16"] else 0x7C00
-        return int(np.count_nonzero((array.view(np.uint16) & exponent) == exponent))
-    flat, block = array.reshape(-1), 1 << 24  # in blocks: the answers for a whole table would take half a gigabyte
+    """How many values of an F32, F16 or BF16 array are NaN or infinite: those whose exponent is all ones."""
+    exponent, block = _EXPONENTS[array.dtype], 1 << 17  # a block and its answers stay in the processor's cache
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     return sum(
-        len(part) - int(np.count_nonzero(np.isfinite(part)))
-        for part in (flat[start : start + block] for start in range(0, flat.size, block))
+        int(np.count_nonzero((bits[start : start + block] & exponent) == exponent))
+        for start in range(0, bits.size, block)
     )
 
 

@@ -1,0 +1,144 @@
+"""A checkpoint of LLaMA-2-7B's shape into ours and back: seconds, peak memory, and whether every bit came through.
+
+    python bench/convert.py [--layers 32] [--dir DIR] [--keep] [--mesh fsdp=8,tensor=2]
+
+Writes a Hugging Face directory of random bfloat16 weights (13.5 GB in shards of at most 2 GB; fewer layers make it
+smaller), then runs `transllm convert from-hf SRC OURS` and `transllm convert to-hf OURS BACK`, each in a process of its
+own, whose peak resident memory the kernel reports when it ends. At last every tensor of BACK is compared with that of
+SRC by its SHA-256, and config.json byte for byte. Needs free space of three times the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
+
+from conversion.hf import open_hf, write_config  # noqa: E402
+from conversion.names import Tensor, tensors  # noqa: E402
+from conversion.safetensors_io import write_tensors  # noqa: E402
+from transllm_jax.model.config import LlamaConfig  # noqa: E402
+
+SHARD_BYTES = 2_000_000_000
+
+
+def llama2_7b(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+
+
+def write_source(directory: Path, config: LlamaConfig) -> None:
+    """Random finite bfloat16 bits: sign and mantissa of every kind, exponents around those of real weights."""
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    rng = np.random.default_rng(0)
+
+    def get(tensor: Tensor) -> np.ndarray:
+        bits = rng.integers(0, 1 << 16, int(np.prod(tensor.shape)), dtype=np.uint16)
+        # The exponent's high bits 0111 1: from 2^-7 up to 2^0, so never NaN nor infinite.
+        np.bitwise_and(bits, 0x83FF, out=bits)
+        np.bitwise_or(bits, 0x3C00, out=bits)
+        return bits.view(dtype).reshape(tensor.shape)
+
+    directory.mkdir()
+    write_tensors(directory, tensors(config), get, dtype, max_shard_bytes=SHARD_BYTES)
+    write_config(directory, {**config.to_hf(), "bos_token_id": 1, "eos_token_id": 2}, dtype.name)
+    build_tiny_tokenizer(directory)  # 400 tokens: the other rows count as padding
+
+
+# Between us and the command: the kernel counts the memory of whoever starts a process among that process's own peak,
+# and we have held whole tensors. Prints the peak in KiB.
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def convert(*arguments: str) -> tuple[float, float]:
+    """Run `transllm convert ARGUMENTS`; gives seconds and the process's peak resident memory in GiB."""
+    command = [sys.executable, "-m", "transllm_jax.cli", "convert", *arguments]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"transllm convert {' '.join(arguments)} ended with exit code {done.returncode}")
+    return seconds, int(done.stdout) / 2**20
+
+
+def hashes(directory: Path) -> dict[str, tuple[str, str]]:
+    """Type and SHA-256 of every tensor of a Hugging Face directory."""
+    model = open_hf(directory)
+    found = {}
+    for tensor in tensors(model.config):
+        array = np.ascontiguousarray(model.read(tensor))
+        found[tensor.name] = (array.dtype.name, hashlib.sha256(array.view(np.uint8).data).hexdigest())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--dir", type=Path, help="where to work (a temporary directory)")
+    parser.add_argument("--keep", action="store_true", help="leave the three directories there")
+    parser.add_argument("--mesh", help="cut our checkpoint for these devices, such as fsdp=8,tensor=2")
+    options = parser.parse_args()
+    if options.dir is not None:
+        options.dir.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="convert-", dir=options.dir))
+    source, ours, back = (work / name for name in ("source", "ours", "back"))
+    try:
+        config = llama2_7b(options.layers)
+        start = time.perf_counter()
+        write_source(source, config)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        shards = len(list(source.glob("*.safetensors")))
+        print(
+            f"source   {size / 1e9:6.2f} GB in {shards} file(s), made in {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
+        mesh = [] if options.mesh is None else ["--mesh", options.mesh]
+        for name, arguments in (
+            ("from-hf", [str(source), str(ours), *mesh]),
+            ("to-hf", [str(ours), str(back)]),
+        ):
+            seconds, peak = convert(name, *arguments)
+            print(f"{name:8} {seconds:6.1f} s  {size / seconds / 1e9:.2f} GB/s  peak {peak:.2f} GiB", flush=True)
+        before, after = hashes(source), hashes(back)
+        differing = [name for name in before if before[name] != after.get(name)]
+        if before.keys() != after.keys() or differing:
+            raise SystemExit(f"{len(differing)} of {len(before)} tensors differ: {', '.join(differing[:5])}")
+        if (source / "config.json").read_bytes() != (back / "config.json").read_bytes():
+            raise SystemExit("config.json differs")
+        print(f"equal    all {len(before)} tensors by SHA-256, and config.json by its bytes")
+    finally:
+        if not options.keep:
+            shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Our checkpoint of a model: each weight one zarr array, cut so that a device or a host reads only its own part.
+
+    DIR/weights.json               the manifest, written last: format, and shape, type and chunks of each array
+    DIR/weights/PATH/zarr.json     one zarr v3 array for each path of `names.weight_shapes(config)`
+    DIR/weights/PATH/c/0/0/0       its chunks: little-endian values of one layer each, with a CRC-32C, not compressed
+
+config.json and the tokenizer lie beside them as in a Hugging Face directory. A tensor is stored in the type of its
+source, so that it comes back bit for bit. Not compressed: zstd takes a fifth off bfloat16 weights at a quarter of the
+speed, and a chunk whose size is known cannot be cut short unnoticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+from numpy.typing import DTypeLike
+
+from conversion.directories import read_json, write_json
+from conversion.hf import not_finite, read_config
+from conversion.names import KERNELS, Tensor, tensors, weight_shapes
+from conversion.opened import Opened
+from conversion.safetensors_io import DTYPES, count_not_finite, widest
+from transllm_jax.errors import UserError
+from transllm_jax.model.config import LlamaConfig
+
+MANIFEST = "weights.json"
+WEIGHTS = "weights"
+FORMAT = "transllm-jax weights"
+VERSION = 1
+AXES = ("data", "fsdp", "tensor")
+# Without a mesh a vocabulary's table, the one weight that is not stacked by layer and large, is cut by rows.
+MAX_CHUNK_BYTES = 128 * 2**20
+# Behind each chunk's values: a flipped bit is found when the chunk is read.
+CHECKSUM_BYTES = 4
+
+_TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+# The layers whose input is what a layer cut by `tensor` gave out: they are cut the other way round.
+_ROW_CUT = {"blocks.attention.o", "blocks.mlp.down"}
+_DAMAGED = "convert or copy the checkpoint again"
+
+
+def partition(path: str) -> tuple[str | None, ...]:
+    """The mesh axis that cuts each dimension of a weight, as `jax.sharding.PartitionSpec` takes it; () for none.
+
+    Kernels `[L, in, out]`: `in` by fsdp and `out` by tensor; of o and down the reverse. Vocabulary tables `[V, D]`: V
+    by tensor, D by fsdp. Norms and biases are whole on each device.
+    """
+    layer, _, kind = path.rpartition(".")
+    if kind == "kernel" and layer in KERNELS:
+        return (None, "tensor", "fsdp") if layer in _ROW_CUT else (None, "fsdp", "tensor")
+    return ("tensor", "fsdp") if layer == "vocabulary" else ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight is stored. `types` is that of each layer's tensor where not all have the array's own."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]
+    types: tuple[np.dtype[Any], ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The array's entry in the manifest."""
+        entry: dict[str, Any] = {"shape": self.shape, "dtype": self.dtype.name, "chunks": self.chunks}
+        if self.types is not None:
+            entry["layer_dtypes"] = [dtype.name for dtype in self.types]
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: Any, shape: tuple[int, ...]) -> Layout:
+        """The reverse, for an array that has to be of `shape`. Raises ValueError that says what is wrong."""
+        if not isinstance(entry, dict):
+            raise ValueError("the entry is not an object")
+        if entry.get("shape") != list(shape):
+            raise ValueError(f"the shape is {entry.get('shape')}, config.json says {list(shape)}")
+        chunks = entry.get("chunks")
+        if (
+            not isinstance(chunks, list)
+            or len(chunks) != len(shape)
+            or not all(type(chunk) is int and 1 <= chunk <= size for chunk, size in zip(chunks, shape, strict=True))
+        ):
+            raise ValueError(f"chunks are {chunks}")
+        dtype = _TYPES.get(str(entry.get("dtype")))
+        if dtype is None:
+            raise ValueError(f"dtype is {entry.get('dtype')!r}, only {', '.join(_TYPES)} are read")
+        names = entry.get("layer_dtypes")
+        if names is None:
+            return cls(shape, dtype, tuple(chunks))
+        if not isinstance(names, list) or len(names) != shape[0] or not all(str(name) in _TYPES for name in names):
+            raise ValueError(f"layer_dtypes are {names}")
+        types = tuple(_TYPES[name] for name in names)
+        if widest(types) != dtype:
+            raise ValueError(f"dtype {dtype.name} is not the widest of layer_dtypes {names}")
+        return cls(shape, dtype, tuple(chunks), types)
+
+    def faults(self, directory: Path) -> str:
+        """What is wrong with the chunk files of the array in `directory`; "" if nothing.
+
+        zarr reads a missing chunk as zeros, and a file says nothing of its end: both are told by the files' sizes.
+        """
+        size = math.prod(self.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
+        counts = [math.ceil(length / chunk) for length, chunk in zip(self.shape, self.chunks, strict=True)]
+        missing, wrong = [], []
+        for index in itertools.product(*map(range, counts)):
+            name = "/".join(("c", *map(str, index)))
+            try:
+                if os.stat(directory / name).st_size != size:
+                    wrong.append(name)
+            except OSError:
+                missing.append(name)
+        found = ((missing, "missing or unreadable"), (wrong, f"not of {size} bytes"))
+        count = math.prod(counts)
+        return ", ".join(f"{len(names)} of {count} chunks are {what} ({names[0]})" for names, what in found if names)
+
+
+def write_store(
+    directory: str | Path,
+    source: Opened,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Write the weights of an opened model into `directory`, an existing one without weights, tensor by tensor.
+
+    With `mesh` (sizes of the axes `AXES`, each 1 if not named) a chunk is what one device of it holds of one layer, by
+    `partition`. While a tensor is written the next one is read; memory holds no more than these two, the one read
+    twice while it is turned. `advance` is told the bytes of each tensor.
+
+    Raises UserError for a mesh that is not one or does not divide the model's sizes, and, after all was read, one
+    that lists all tensors with values NaN or infinite; OSError if the disk is full or not to be written on. No
+    manifest is there then, and nothing opens the directory as a checkpoint.
+    """
+    directory = Path(directory)
+    layouts = _plan(source, mesh)
+    arrays = {path: _done(_open(directory, path, layout, create=True), directory) for path, layout in layouts.items()}
+    bad: dict[str, int] = {}
+    pending: Any = None
+    try:
+        for tensor in tensors(source.config):
+            array = source.read(tensor)
+            if array.shape != tensor.shape or array.dtype != source.dtype(tensor):
+                raise ValueError(f"{source.where}: {tensor.name} was read as {array.dtype} {array.shape}")
+            if advance is not None:
+                advance(array.nbytes)
+            if found := count_not_finite(array):
+                bad[tensor.name] = found
+            if not bad:  # what is written after that would be thrown away
+                array = array.astype(layouts[tensor.path].dtype, copy=False)
+                if tensor.transposed:
+                    array = transposed(array)
+                if pending is not None:
+                    _done(pending, directory)
+                target = arrays[tensor.path]
+                pending = (target if tensor.layer is None else target[tensor.layer]).write(array)
+                _done(pending.copy, directory)  # from here on it is tensorstore's copy that waits
+        if pending is not None:
+            _done(pending, directory)
+    finally:
+        # Whoever clears away a directory that failed must not meet a file that is still being written.
+        if pending is not None:
+            pending.commit.exception()
+    if bad:
+        raise not_finite(source.where, bad)
+    manifest = {"format": FORMAT, "version": VERSION, "mesh": None if mesh is None else dict(mesh)}
+    manifest["arrays"] = {path: layout.to_json() for path, layout in layouts.items()}
+    write_json(directory / MANIFEST, manifest)
+
+
+def _plan(source: Opened, mesh: Mapping[str, int] | None) -> dict[str, Layout]:
+    types: dict[str, list[np.dtype[Any]]] = {}
+    for tensor in tensors(source.config):
+        types.setdefault(tensor.path, []).append(source.dtype(tensor))
+    shapes = weight_shapes(source.config)
+    if mesh is not None:
+        _require_mesh(mesh, shapes)
+    layouts = {}
+    for path, shape in shapes.items():
+        own = set(types[path])
+        dtype = widest(own)
+        # Kernels, norms and biases are stacked on axis 0; what is not is a table, or the last norm.
+        chunks = (1, *shape[1:]) if path.startswith("blocks.") else shape
+        if mesh is not None:
+            axes = partition(path)
+            sizes = [mesh.get(axis, 1) if axis else 1 for axis in axes] + [1] * (len(shape) - len(axes))
+            chunks = tuple(chunk // size for chunk, size in zip(chunks, sizes, strict=True))
+        elif path.startswith("vocabulary."):
+            row = math.prod(shape[1:]) * dtype.itemsize
+            # As many rows in the last chunk as in the others, or nearly so: zarr writes it whole.
+            parts = math.ceil(shape[0] / max(1, MAX_CHUNK_BYTES // row))
+            chunks = (math.ceil(shape[0] / parts), *shape[1:])
+        layouts[path] = Layout(shape, dtype, chunks, tuple(types[path]) if len(own) > 1 else None)
+    return layouts
+
+
+def _require_mesh(mesh: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    wrong = [f"{axis}={size}" for axis, size in mesh.items() if axis not in AXES or type(size) is not int or size < 1]
+    if wrong:
+        raise UserError(
+            f"the mesh {text} has {', '.join(wrong)}; its axes are {', '.join(AXES)}, each a whole number above 0"
+        )
+    wrong = [
+        f"dimension {dimension} of {path}, {shapes[path][dimension]}, by {axis}={mesh.get(axis, 1)}"
+        for path in shapes
+        for dimension, axis in enumerate(partition(path))
+        if axis is not None and shapes[path][dimension] % mesh.get(axis, 1)
+    ]
+    if wrong:
+        raise UserError(f"the mesh {text} does not divide {'; '.join(wrong)}; choose other sizes")
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """A contiguous `[b, a]` copy of an `[a, b]` array of 2 or 4-byte values.
+
+    In strips of 16 rows, so that what is written is a cache line's half or whole: numpy's own order takes 2 to 8 times
+    as long for a LLaMA kernel, because it touches a new line for each value.
+    """
+    values = array.view(f"u{array.dtype.itemsize}")
+    out = np.empty(values.shape[::-1], values.dtype)
+    for start in range(0, values.shape[0], 16):
+        out[:, start : start + 16] = values[start : start + 16].T
+    return out.view(array.dtype)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened checkpoint of ours (see `conversion.opened`). `mesh` is the one that it was cut for."""
+
+    directory: Path
+    config: LlamaConfig
+    mesh: dict[str, int] | None
+    layouts: dict[str, Layout]
+    arrays: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The directory's path."""
+        return str(self.directory)
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """The tensor's type in the source, and so the one in which it is read."""
+        layout = self.layouts[tensor.path]
+        return layout.dtype if layout.types is None or tensor.layer is None else layout.types[tensor.layer]
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The tensor in Hugging Face's orientation, bit for bit as it was written."""
+        array = self._read_stored(tensor)
+        return transposed(array) if tensor.transposed else array
+
+    def _read_stored(self, tensor: Tensor) -> np.ndarray:
+        if tensor.layer is None:
+            return self.read_array(tensor.path, ())
+        array = self.read_array(tensor.path, (slice(tensor.layer, tensor.layer + 1),))[0]
+        return array.astype(self.dtype(tensor), copy=False)
+
+    def read_array(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of one of our weights, in the array's stored type: what `jax.make_array_from_callback` asks for.
+
+        `index` has a slice for each dimension, without steps; those left out at the end are taken whole. Only the
+        chunks that it touches are read. Raises UserError that names the array if one of them is damaged.
+        """
+        ranges = [part.indices(size) for part, size in zip(index, self.layouts[path].shape, strict=False)]
+        if any(step != 1 for _, _, step in ranges):
+            raise ValueError(f"{path}: {index} has a step")
+        array = self.arrays[path]
+        if ranges:
+            array = array[tuple(slice(start, stop) for start, stop, _ in ranges)]
+        try:
+            return array.read().result()
+        except ValueError as error:  # tensorstore's, whatever went wrong
+            raise UserError(f"{self.where}: {path} cannot be read ({_short(error)}); {_DAMAGED}") from error
+
+    def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+        """All weights in our layout, as `conversion.hf.read_weights` gives them: path -> array, in `dtype`.
+
+        Memory is one copy of the weights plus one tensor. Raises UserError for a damaged array, and one that lists
+        all tensors with values that are NaN or infinite.
+        """
+        weights = {path: np.empty(layout.shape, dtype) for path, layout in self.layouts.items()}
+        bad: dict[str, int] = {}
+        for tensor in tensors(self.config):
+            array = self._read_stored(tensor)
+            if found := count_not_finite(array):
+                bad[tensor.name] = found
+            weights[tensor.path][... if tensor.layer is None else tensor.layer] = array
+        if bad:
+            raise not_finite(self.where, bad)
+        return weights
+
+
+def open_store(directory: str | Path) -> Store:
+    """Open a checkpoint of ours without reading its weights; the size of every file is checked.
+
+    Raises UserError if it was not finished, is of a version that we do not know, or is not the model of its
+    config.json: one line with every array that is missing, extra, of another shape or incomplete.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{directory} has no {MANIFEST}: it is not a checkpoint of ours, or was not finished; convert")
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{directory / MANIFEST}: format is {manifest.get('format')!r}, not {FORMAT!r}; {_DAMAGED}")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{directory / MANIFEST}: version is {manifest.get('version')!r}, this program reads {VERSION}; "
+            "use the program that wrote it, or convert the model again"
+        )
+    entries, mesh = manifest.get("arrays"), manifest.get("mesh")
+    if not isinstance(entries, dict) or not (mesh is None or isinstance(mesh, dict)):
+        raise UserError(f"{directory / MANIFEST}: arrays or mesh are not objects; {_DAMAGED}")
+    config = read_config(directory)
+    shapes = weight_shapes(config)
+    problems = []
+    if extra := sorted(entries.keys() - shapes.keys()):
+        problems.append(f"not part of the model: {', '.join(extra)}")
+    if missing := [path for path in shapes if path not in entries]:
+        problems.append(f"missing: {', '.join(missing)}")
+    # Only paths of the model's own table become file names: none from the manifest can lead elsewhere.
+    layouts, arrays = {}, {}
+    for path, shape in shapes.items():
+        if path not in entries:
+            continue
+        try:
+            layout = Layout.from_json(entries[path], shape)
+            if faults := layout.faults(directory / WEIGHTS / path):
+                raise ValueError(faults)
+            layouts[path], arrays[path] = layout, _open(directory, path, layout, create=False).result()
+        except ValueError as error:
+            problems.append(f"{path}: {_short(error)}")
+    if problems:
+        raise UserError(
+            f"{directory}: the weights are not complete or not those of its config.json; {'; '.join(problems)}; "
+            f"{_DAMAGED}"
+        )
+    return Store(directory, config, mesh, layouts, arrays)
+
+
+def _open(directory: Path, path: str, layout: Layout, *, create: bool) -> Any:
+    """A future of the array. One that exists has to have exactly this layout, or tensorstore raises ValueError."""
+    spec: dict[str, Any] = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{(directory / WEIGHTS / path).absolute()}/"},
+        "metadata": {
+            "shape": layout.shape,
+            "data_type": layout.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": layout.chunks}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+        # A chunk of zeros is a chunk; one that is not there is damage.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+    return tensorstore.open(spec, create=create, open=not create)
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+def _done(future: Any, directory: Path) -> Any:
+    """Wait for a write. tensorstore's ValueError for a full disk becomes the OSError that it was."""
+    try:
+        return future.result()
+    except ValueError as error:
+        for code in _DISK_ERRORS:
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code), str(directory)) from error
+        raise
+
+
+def _short(error: ValueError) -> str:
+    """tensorstore's message in one line, without what it appends: ` [tensorstore_spec='...'] [os_error_code='2']`."""
+    return re.split(r" \[[a-z_ ]+='", str(error), maxsplit=1)[0].replace("\n", " ")
