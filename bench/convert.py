@@ -1,11 +1,13 @@
 """A checkpoint of LLaMA-2-7B's shape into ours and back: seconds, peak memory, and whether every bit came through.
 
-    python bench/convert.py [--layers 32] [--dir DIR] [--keep] [--mesh fsdp=8,tensor=2]
+    python bench/convert.py [--layers 32] [--dir DIR] [--keep] [--mesh fsdp=8,tensor=2] [--rank 64] [--transformers]
 
 Writes a Hugging Face directory of random bfloat16 weights (13.5 GB in shards of at most 2 GB; fewer layers make it
 smaller), then runs `transllm convert from-hf SRC OURS` and `transllm convert to-hf OURS BACK`, each in a process of its
 own, whose peak resident memory the kernel reports when it ends. At last every tensor of BACK is compared with that of
-SRC by its SHA-256, and config.json byte for byte. Needs free space of three times the weights.
+SRC by its SHA-256, and config.json byte for byte. With `--rank`, random adapters on all layers are merged into
+OURS by a third command, with the logits of a prompt before and after. With `--transformers` (and torch), what people do
+today is timed too: `from_pretrained` and `save_pretrained`. Needs free space of three times the weights.
 """
 
 from __future__ import annotations
@@ -27,10 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
+from conversion.adapter import Adapter, write_adapter  # noqa: E402
 from conversion.hf import open_hf, write_config  # noqa: E402
-from conversion.names import Tensor, tensors  # noqa: E402
+from conversion.names import Tensor, kernel_shapes, tensors  # noqa: E402
+from conversion.open_directory import open_directory  # noqa: E402
 from conversion.safetensors_io import write_tensors  # noqa: E402
+from conversion.tokenizer_files import copy_tokenizer  # noqa: E402
 from transllm_jax.model.config import LlamaConfig  # noqa: E402
+from transllm_jax.model.lora import LoraConfig  # noqa: E402
+from transllm_jax.training.checkpoint import save_arrays  # noqa: E402
 
 SHARD_BYTES = 2_000_000_000
 
@@ -81,13 +88,40 @@ sys.exit(code)
 
 def convert(*arguments: str) -> tuple[float, float]:
     """Run `transllm convert ARGUMENTS`; gives seconds and the process's peak resident memory in GiB."""
-    command = [sys.executable, "-m", "transllm_jax.cli", "convert", *arguments]
+    return measure([sys.executable, "-m", "transllm_jax.cli", "convert", *arguments])
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Seconds of a command, and its process's peak resident memory in GiB."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", LAUNCHER, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise SystemExit(f"transllm convert {' '.join(arguments)} ended with exit code {done.returncode}")
+        raise SystemExit(f"{' '.join(command[-4:])} ended with exit code {done.returncode}")
     return seconds, int(done.stdout) / 2**20
+
+
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2], max_shard_size="2GB")
+"""
+
+
+def write_random_adapter(directory: Path, base: Path, config: LlamaConfig, rank: int) -> None:
+    """Adapters on every layer that change the kernels by about a hundredth of their size."""
+    lora, rng = LoraConfig(rank, 2.0 * rank), np.random.default_rng(1)
+    arrays = {}
+    for path, (size_in, size_out) in kernel_shapes(config).items():
+        layers = config.num_hidden_layers
+        arrays[f"{path}.a"] = rng.standard_normal((layers, size_in, rank), np.float32) * np.float32(size_in**-0.5)
+        arrays[f"{path}.b"] = rng.standard_normal((layers, rank, size_out), np.float32) * np.float32(0.01)
+    directory.mkdir()
+    save_arrays(directory / "trainable", arrays)
+    copy_tokenizer(base, directory)
+    model = open_directory(base)
+    write_adapter(directory, Adapter.of(model, lora, base_name=str(base), source="random"))
 
 
 def hashes(directory: Path) -> dict[str, tuple[str, str]]:
@@ -106,6 +140,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to work (a temporary directory)")
     parser.add_argument("--keep", action="store_true", help="leave the three directories there")
     parser.add_argument("--mesh", help="cut our checkpoint for these devices, such as fsdp=8,tensor=2")
+    parser.add_argument("--rank", type=int, help="merge random adapters of this rank, too")
+    parser.add_argument("--transformers", action="store_true", help="time from_pretrained and save_pretrained, too")
     options = parser.parse_args()
     if options.dir is not None:
         options.dir.mkdir(parents=True, exist_ok=True)
@@ -134,7 +170,19 @@ def main() -> None:
             raise SystemExit(f"{len(differing)} of {len(before)} tensors differ: {', '.join(differing[:5])}")
         if (source / "config.json").read_bytes() != (back / "config.json").read_bytes():
             raise SystemExit("config.json differs")
-        print(f"equal    all {len(before)} tensors by SHA-256, and config.json by its bytes")
+        print(f"equal    all {len(before)} tensors by SHA-256, and config.json by its bytes", flush=True)
+        shutil.rmtree(back)
+        if options.rank is not None:
+            write_random_adapter(work / "adapter", ours, config, options.rank)
+            seconds, peak = convert("to-hf", str(work / "adapter"), str(back), "--no-check")
+            print(f"merge    {seconds:6.1f} s  {size / seconds / 1e9:.2f} GB/s  peak {peak:.2f} GiB", flush=True)
+            shutil.rmtree(back)
+            seconds, peak = convert("to-hf", str(work / "adapter"), str(back))
+            print(f"+ logits {seconds:6.1f} s  {size / seconds / 1e9:.2f} GB/s  peak {peak:.2f} GiB", flush=True)
+            shutil.rmtree(back)
+        if options.transformers:
+            seconds, peak = measure([sys.executable, "-c", TRANSFORMERS, str(source), str(back)])
+            print(f"theirs   {seconds:6.1f} s  {size / seconds / 1e9:.2f} GB/s  peak {peak:.2f} GiB", flush=True)
     finally:
         if not options.keep:
             shutil.rmtree(work)

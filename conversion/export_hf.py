@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ class Rounding:
     error: float = 0.0
     change: float = 0.0
 
+    def round(self, exact: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+        """A float32 matrix in another type, with what that took added to the sums."""
+        rounded = np.empty(exact.shape, dtype)
+        for start in range(0, len(exact), 64):  # a few rows at a time stay in the processor's cache
+            part = exact[start : start + 64]
+            with np.errstate(over="ignore"):  # reported where it is written
+                rounded[start : start + 64] = part
+            lost = (part - rounded[start : start + 64].astype(np.float32)).reshape(-1)
+            self.largest = max(self.largest, float(lost.max()), -float(lost.min()))
+            self.error += float(np.dot(lost, lost))
+        return rounded
+
     @property
     def share(self) -> float:
         """The rounding's norm over the adapters'; 0 where nothing was merged."""
@@ -47,7 +60,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
-    advance: Callable[[int], None] | None = None,
+    begin: Callable[[int], Callable[[int], None]] | None = None,
     also: Callable[[Path], None] | None = None,
 ) -> Rounding:
     """Write a model, tensor by tensor; memory holds one at a time, and the adapters of a `Merged`.
@@ -55,7 +68,8 @@ def export_hf(
     `files`: the directory of the base, with its config.json, generation_config.json and licences; the tokenizer is
     `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each
     has the base's own. Merging is in float32 and rounded once; the result says what rounding took. Tied embeddings
-    stay tied. A model that nothing was done to keeps config.json byte for byte. `also` may add files.
+    stay tied. A model that nothing was done to keeps config.json byte for byte. `begin` is told the bytes in all, and
+    what it returns the bytes written. `also` may add files.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the tokenizer
     does not have exactly one token for each new row, or if a value is not finite.
@@ -79,16 +93,13 @@ def export_hf(
         require_finite(array, tensor.name, model.where)
         if not (isinstance(model, Merged) and model.merges(tensor)):
             return array
-        with np.errstate(over="ignore"):  # reported where it is written
-            rounded = array.astype(target(tensor))
-        array -= rounded.astype(np.float32)
-        rounding.largest = max(rounding.largest, float(np.max(np.abs(array))))
-        rounding.error += float(np.vdot(array, array))
         rounding.change += model.change(tensor)
-        return rounded
+        return rounding.round(array, target(tensor))
 
     with new_directory(dst, overwrite=overwrite) as directory:
         table = tensors(model.config)
+        total = sum(math.prod(tensor.shape) * target(tensor).itemsize for tensor in table)
+        advance = None if begin is None else begin(total)
         write_tensors(directory, table, get, target, max_shard_bytes=max_shard_bytes, advance=advance)
         copy_generation_config(files, directory)
         if one is None and model.config.vocab_size == base_rows:

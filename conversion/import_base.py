@@ -163,13 +163,13 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
         if options.sha256 is not None:
             require_sha256(src, weight_files(src) if isinstance(model, HFModel) else [], options.sha256)
         _write(model, directory, options)
+        if isinstance(model, HFModel) and model.dropped:
+            options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
     shutil.copyfile(src / "config.json", directory / "config.json")
     copy_generation_config(src, directory)
     if read_json(directory / "generation_config.json").get("eos_token_id") is None and raw.get("eos_token_id") is None:
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
     copy_notices(src, directory)
-    if isinstance(model, HFModel) and model.dropped:
-        options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
     return {"kind": fetched.kind, "revision": fetched.revision}
 
 

@@ -67,9 +67,8 @@ class Merged:
             array = array if trained is None else trained
             return array if new is None else np.concatenate([array, new])
         a, b = self._factors(tensor)
-        product = a @ b
-        product *= self.scale
-        array += product.T
+        # (a b).T as b.T a.T: what is added lies in memory as what it is added to.
+        array += b.T @ (self.scale * a).T
         return array
 
     def merges(self, tensor: Tensor) -> bool:

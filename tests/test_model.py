@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
 from flax import nnx
+from test_families import FAMILIES
 
 from conversion.hf import write_model
 from conversion.names import tensors
@@ -170,16 +171,20 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: b
 
 @pytest.mark.reference
 @pytest.mark.parametrize(
-    ("tied", "train_base"),
-    [(False, False), (False, True), (True, True)],
-    ids=["new rows", "base rows too", "base rows too, tied"],
+    ("config", "train_base"),
+    [
+        (tiny_config(VOCAB, tied=False), False),
+        (tiny_config(VOCAB, tied=False), True),
+        (tiny_config(VOCAB, tied=True), True),
+        *((FAMILIES[name], False) for name in ("llama3-untied", "mistral-window", "qwen2.5-untied", "qwen3-biases")),
+    ],
+    ids=["new rows", "base rows too", "base rows too, tied", "llama3", "mistral", "qwen2", "qwen3"],
 )
-def test_gradients_are_those_of_transformers(tmp_path: Path, tied: bool, train_base: bool) -> None:
+def test_gradients_are_those_of_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
     """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(VOCAB, tied=tied)
     structure, trainable, frozen = trained_split(config, train_base=train_base)
     larger = replace(config, vocab_size=VOCAB + NEW)
     of_base = random_trainable(config, LORA, NEW, train_base=train_base)

@@ -96,7 +96,7 @@ def to_hf(
             dtype=dtype,
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=force,
-            advance=begin(_size(model)),
+            begin=begin,
             also=also,
         )
     written = open_hf(dst)
