@@ -1,0 +1,75 @@
+"""Each family in each type through the converter, and its logits beside transformers': the largest differences.
+
+    python bench/families.py
+
+Small random models. Columns: bits that differ after Hugging Face -> ours -> Hugging Face; logits of a text, whole and
+with the key and value cache, against transformers' on the same weights, both computed in float32; and, for bfloat16, the
+mean error of our bfloat16 arithmetic over that of transformers', against exact logits. Needs torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import random_weights  # noqa: E402
+from test_families import FAMILIES, PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
+
+from conversion.export_hf import export_hf  # noqa: E402
+from conversion.hf import HFModel, open_hf, write_model  # noqa: E402
+from conversion.names import tensors  # noqa: E402
+from conversion.store import open_store, write_store  # noqa: E402
+
+
+def differing_bits(a: HFModel, b: HFModel) -> int:
+    """Bits that differ in all tensors of two models of one shape."""
+    count = 0
+    for tensor in tensors(a.config):
+        x, y = (np.ascontiguousarray(model.read(tensor)).view(np.uint8) for model in (a, b))
+        count += int(np.unpackbits(x ^ y).sum())
+    return count
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("family", "type", "bits", "whole", "cached", "bf16 error / theirs"):
+        table.add_column(heading, justify="left" if heading in ("family", "type") else "right")
+    for name, config in FAMILIES.items():
+        for dtype in ("float32", "bfloat16", "float16"):
+            with tempfile.TemporaryDirectory() as scratch:
+                source, ours, back = (Path(scratch) / place for place in ("source", "ours", "back"))
+                write_model(source, config, random_weights(config), dtype=dtype)
+                (source / "tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": []}')
+                ours.mkdir()
+                write_store(ours, open_hf(source))
+                (ours / "config.json").write_bytes((source / "config.json").read_bytes())
+                export_hf(open_store(ours), source, back)
+                split = build(back, config)
+                exact = reference_logits(source)
+                row = [
+                    str(differing_bits(open_hf(source), open_hf(back))),
+                    f"{np.abs(whole(split, TOKENS) - exact).max():.1e}",
+                    f"{np.abs(cached(split, TOKENS, 3) - reference_logits(source, cache=True)).max():.1e}",
+                ]
+                if dtype == "bfloat16":
+                    narrow = build(back, config, jnp.bfloat16)
+                    ours_error = np.abs(whole(narrow, TOKENS) - exact).mean()
+                    row.append(f"{ours_error / np.abs(reference_logits(source, 'bfloat16') - exact).mean():.2f}")
+                table.add_row(name, dtype, *row)
+    Console().print(table)
+    print(f"logits of {TOKENS.shape[0]} texts of {TOKENS.shape[1]} tokens; cached after {PROMPT}")
+
+
+if __name__ == "__main__":
+    main()
