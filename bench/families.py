@@ -3,8 +3,8 @@
     python bench/families.py
 
 Small random models. Columns: bits that differ after Hugging Face -> ours -> Hugging Face; logits of a text, whole and
-with the key and value cache, against transformers' on the same weights, both computed in float32; and, for bfloat16, the
-mean error of our bfloat16 arithmetic over that of transformers', against exact logits. Needs torch.
+with the key and value cache, against transformers' on the same weights, both in float32; and, for bfloat16, the mean
+error of our bfloat16 arithmetic over that of transformers', against exact logits. Needs torch.
 """
 
 from __future__ import annotations
