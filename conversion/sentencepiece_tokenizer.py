@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.pieces import split_priority
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
@@ -174,7 +175,7 @@ def _merges(
         if kind == _UNUSED:
             unused.append(piece)
         for size in splits:
-            merges.append((-score, -_priority(piece, size), -len(piece), piece[:size], piece[size:]))
+            merges.append((-score, -split_priority(piece, size), -len(piece), piece[:size], piece[size:]))
     tied = [piece for group in made.values() if len(group) > 1 for piece in group if len(set(piece)) > 1]
     problems = [
         (tied, "have the score of another piece, which leaves open what is joined first"),
@@ -184,21 +185,6 @@ def _merges(
     if wrong := [f"{_some(names)} {reason}" for names, reason in problems if names]:
         raise UserError(f"{where}: pieces {'; '.join(wrong)}, which is not supported; use the Hugging Face directory")
     return [(left, right) for *_, left, right in sorted(merges)]
-
-
-def _priority(piece: str, size: int) -> int:
-    """The larger, the earlier is this split (after `size` characters) taken among those of the same score.
-
-    Splits of one piece compete where they share the middle of a text: `er e re` can become `ere re` or `er ere`, and
-    SentencePiece takes the left one. There, `x y` with `x y = y z` comes before `y z`: the one with the longer left
-    part or, if `y` begins with `x`, the shorter.
-    """
-    other = len(piece) - size
-    left_first = piece[size:] == piece[:other]  # this split can be the left one of the two
-    right_first = piece[other:] == piece[:size]
-    if left_first == right_first:
-        return size
-    return max(size, other) if left_first else min(size, other)
 
 
 def _some(names: list[str]) -> str:

@@ -77,12 +77,17 @@ ALLOWED = {
     "pipeline": COMMON | {"artifacts", "stages"},
     "status": {"errors", "artifacts", "pipeline", "training"},
     "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion"},
+    "sizes": BOTTOM,
+    "open_tokenizer": BOTTOM | {"tokenizer", "conversion"},
+    "tokenizer_commands": COMMON | TOOLS | {"artifacts", "evaluation", "open_tokenizer", "conversion"},
     "open_source": COMMON | TOOLS | {"training", "stages", "conversion"},
-    "convert": COMMON | TOOLS | {"artifacts", "training", "open_source", "conversion"},
+    "convert": COMMON | TOOLS | {"artifacts", "training", "open_source", "sizes", "conversion"},
     # The commands bring the parts together, and show the report's table.
     "cli": COMMON
-    | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion", "cli_convert"},
+    | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion"}
+    | {"cli_convert", "cli_tokenizer"},
     "cli_convert": COMMON | {"convert"},
+    "cli_tokenizer": COMMON | {"tokenizer_commands", "sizes"},
     # `from transllm_jax import __version__`
     "": set(),
 }
@@ -180,12 +185,14 @@ DOORS = {
     "sacrebleu": {"transllm_jax.evaluation.point"},
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
-    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert"},
+    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert", "transllm_jax.cli_tokenizer"},
+    "babel": {"transllm_jax.tokenizer.scripts"},
+    "fontTools": {"transllm_jax.tokenizer.scripts"},
     "torch": set(),
     "transformers": set(),
     "datasets": set(),
     "tensorflow_datasets": set(),
-    "sentencepiece": {"conversion.sentencepiece_tokenizer"},
+    "sentencepiece": {"conversion.sentencepiece_tokenizer", "transllm_jax.tokenizer.sentencepiece_model"},
     "peft": set(),
     "pickle": set(),
 }

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from transllm_jax import __version__
 from transllm_jax.cli_convert import app as convert_app
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.cli_tokenizer import app as tokenizer_app
+from transllm_jax.errors import PREEMPTED, Preempted, UserError
 
-INPUT_WRONG, PREEMPTED = 2, 75
+INPUT_WRONG = 2
 
 app = typer.Typer(
     help="Move a chat LLM to another language (TransLLM): train, talk to it, take it away.",
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(convert_app, name="convert")
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 @app.callback(invoke_without_command=True)

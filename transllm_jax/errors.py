@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PREEMPTED = 75
+
 
 class UserError(Exception):
     """Bad input: one line that says what, where and how to mend it. The command line exits with code 2."""

@@ -72,6 +72,7 @@ class Progress:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(stderr=False, quiet=quiet, highlight=False)
         self.live: RichProgress | None = None
+        self.stopped = False
         if self.console.is_terminal and not quiet:
             self.live = RichProgress(
                 TextColumn("  {task.description}"),
@@ -94,6 +95,11 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if `stop` was called: for where one that was raised may have been swallowed."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
     def say(self, message: RenderableType, *, markup: bool = True) -> None:
         """Print a line (or any rich renderable)."""
         self.console.print(message, markup=markup, soft_wrap=isinstance(message, str))
@@ -105,6 +111,31 @@ class Progress:
     def bytes(self, name: str, total: int) -> Bar:
         """Begin a piece of work that is counted in bytes, and shown in megabytes."""
         return Bar(self, name, max(total // 10**6, 1), 0, "MB")
+
+
+class Phases:
+    """Work in phases, each with a share done: one bar after the other in a terminal, nothing in a log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: Bar | None = None
+        self._phase = ""
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, phase: str, share: float) -> None:
+        """Say that so much of a phase is done, from 0 to 1."""
+        if self._progress.live is None:
+            return
+        if phase != self._phase or self._bar is None:
+            self.__exit__()
+            self._phase, self._bar = phase, self._progress.task(phase, total=100, unit="percent")
+        self._bar.update(min(round(100 * share), 100))
 
 
 def _clock(seconds: float) -> str:

@@ -23,9 +23,12 @@ from transllm_jax.errors import UserError
 
 T = TypeVar("T")
 Controls = Literal["refuse", "remove"]
+Separator = Literal["blank line", "line"]
 
 # Category Cc without tab and line feed. Zero-width and other format characters (Cf) are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LONGEST_LINE = 64 << 20  # bytes: a file without line ends must not fill the memory
+_TOLD_LINES = 2000  # lines between two tellings of how far a file is read
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object", int: "a number"}
 
@@ -68,7 +71,7 @@ class Loaded(list[T]):
         self.report = report
 
 
-class _Collector:
+class Collector:
     """Checks texts, normalises them to NFC and counts; one `add` for each item."""
 
     def __init__(self, controls: Controls) -> None:
@@ -145,29 +148,36 @@ def resolve(path: str | Path) -> list[Path]:
     return found
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return path.open("rb")
+def _open(stream: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile:
+    if suffix == ".xz":
+        return lzma.open(stream, "rb")
+    if suffix == ".gz":
+        return gzip.open(stream, "rb")
+    return stream
 
 
-def _lines(path: str | Path, collector: _Collector) -> Iterator[tuple[str, Place]]:
+def _lines(
+    path: str | Path, collector: Collector, at: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, Place]]:
     """Lines of all files that `path` means, without line ends; encoding and control characters are checked.
 
     Only U+000A ends a line (the others, such as U+2028, occur inside texts). A byte order mark at the start
-    of a file is no part of the text.
+    of a file is no part of the text. at: is told now and then how many bytes of the file have been read (of a
+    compressed one, compressed bytes).
     """
     for file in resolve(path):
         offset = 0
         place = Place(str(file), 1)
         try:
-            with _open(file) as stream:
-                for number, raw in enumerate(stream, 1):
+            with file.open("rb") as whole, _open(whole, file.suffix) as stream:
+                for number, raw in enumerate(iter(partial(stream.readline, _LONGEST_LINE), b""), 1):
                     place = Place(str(file), number)
+                    if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
+                        raise UserError(f"{place} is longer than {_LONGEST_LINE >> 20} MiB: break the line")
                     yield collector.check(_decode(raw, place, offset), place), place
                     offset += len(raw)
+                    if at is not None and number % _TOLD_LINES == 0:
+                        at(whole.tell())
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(f"{place} cannot be decompressed ({error}): the file is damaged, fetch it again") from error
         except OSError as error:
@@ -191,7 +201,7 @@ def read_documents(
     path: str | Path,
     *,
     limit: int | None = None,
-    separator: Literal["blank line", "line"] = "blank line",
+    separator: Separator = "blank line",
     controls: Controls = "refuse",
 ) -> Loaded[str]:
     """Documents of plain UTF-8 text.
@@ -203,32 +213,53 @@ def read_documents(
     normalised to NFC and counted. Raises UserError with file and line for an empty file, bytes that are not
     UTF-8, control characters, and a path without a file.
     """
+    collector = Collector(controls)
+    for text, place in iter_documents(path, collector, separator=separator, limit=limit):
+        collector.add(text, place)
+    return collector.finish(path, "documents")
+
+
+def iter_documents(
+    path: str | Path,
+    collector: Collector,
+    *,
+    separator: Separator = "blank line",
+    limit: int | None = None,
+    longest: int | None = None,
+    at: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str | None, Place]]:
+    """The documents of `read_documents` one at a time, with their places; none is kept, and none normalised.
+
+    collector: refuses or removes control characters, and counts those. longest: a document of more UTF-8 bytes is
+    given as None, and is never in memory whole. at: see `_lines`. Raises UserError as `read_documents` does, but not
+    for a path without documents.
+    """
     if separator not in ("blank line", "line"):
         raise UserError(f"separator is {separator!r}: it must be 'blank line' or 'line'")
-    collector = _Collector(controls)
-    document: list[str] = []
-    start = Place("", 0)
+    lines: list[str] = []
+    size, given, start = 0, False, Place("", 0)
     room = limit if limit is not None else float("inf")
-
-    def close() -> None:
-        if document:
-            collector.add("\n".join(document), start)
-            document.clear()
-
-    for line, place in _lines(path, collector):
-        if place.path != start.path or separator == "line":
-            close()
-        if not line.strip():
-            close()
+    for line, place in _lines(path, collector, at):
+        blank = not line.strip()
+        if size and (blank or separator == "line" or place.path != start.path):
+            yield ("\n".join(lines) if lines else None), start
+            size, given = 0, True
+            lines.clear()
+        if blank:
             continue
-        room -= len(line.encode()) + bool(document)
-        if room < 0 and (document or collector.items):
+        more = len(line.encode()) + bool(size)
+        room -= more
+        if room < 0 and (size or given):
             break
-        if not document:
+        if not size:
             start = place
-        document.append(line)
-    close()
-    return collector.finish(path, "documents")
+        size += more
+        if longest is not None and size > longest:
+            lines.clear()
+        else:
+            lines.append(line)
+    if size:
+        yield ("\n".join(lines) if lines else None), start
 
 
 def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls = "refuse") -> Loaded[tuple[str, str]]:
@@ -237,7 +268,7 @@ def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls
     limit: at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with
     file and line for an empty side or another number of tabs than one, and for what `read_documents` refuses.
     """
-    collector = _Collector(controls)
+    collector = Collector(controls)
     for line, place in _lines(path, collector):
         if limit is not None and len(collector.items) >= limit:
             break
@@ -266,7 +297,7 @@ def read_jsonl(
     character, and for what `read_documents` refuses.
     """
     fields = required if isinstance(required, Mapping) else dict.fromkeys(required, str)
-    collector = _Collector(controls)
+    collector = Collector(controls)
     for line, place in _lines(path, collector):
         if limit is not None and len(collector.items) >= limit:
             break

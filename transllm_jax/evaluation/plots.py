@@ -1,6 +1,6 @@
-"""Small plots as inline SVG that takes its colours and its font from the page around it.
+"""Small plots as inline SVG that takes its colours and its font from the page around it, and one as a file.
 
-matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables: one drawing
+For the page, matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables: one drawing
 serves light mode, dark mode and print. Text stays text. matplotlib is imported when the first plot is drawn.
 """
 
@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -111,6 +112,39 @@ def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None
         ends = [f"{losses[place]:.3f} at step {steps[place]:.0f}" for place in (0, -1)]
         label = f"Loss of {stage}: {', '.join(ends)}"
         return _svg(figure, label, f"loss-{stage}")
+
+
+def cost_plot(path: Path, texts: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
+    """Write what texts cost against the size of the vocabulary, as a picture of its own (.png, .svg or .pdf).
+
+    texts: name -> (tokens in the vocabulary, tokens per character, per UTF-8 byte, per word) of each vocabulary.
+    """
+    with _style():
+        figure = _figure(760, 290)
+        panels = figure.subplots(1, 3)
+        sizes = sorted({point[0] for points in texts.values() for point in points})
+        for place, (axes, unit) in enumerate(
+            zip(panels, ("character", "UTF-8 byte", "word between spaces"), strict=True), start=1
+        ):
+            for name, points in texts.items():
+                drawn = sorted((point[0], point[place]) for point in points)
+                axes.plot(*zip(*drawn, strict=True), marker="o", markersize=4, linewidth=1.8, label=name)
+            axes.set_title(f"tokens per {unit}", fontsize=11)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens in the vocabulary", fontsize=9)
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+            axes.locator_params(axis="x", nbins=4)
+            axes.margins(x=0.06 if len(sizes) > 1 else 0.5)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0, labelsize=9)
+            for side, spine in axes.spines.items():
+                spine.set_visible(side == "bottom")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 2), frameon=False, fontsize=9)
+        rows = -(-len(labels) // 2)
+        figure.tight_layout(rect=(0, 0.03 + 0.06 * rows, 1, 1))
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _running_mean(values: Sequence[float]) -> list[float] | None:

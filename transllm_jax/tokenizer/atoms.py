@@ -7,13 +7,11 @@ characters: mostly one character.
 
 from __future__ import annotations
 
-from collections import Counter
+import numpy as np
 
-import tokenizers
+from transllm_jax.tokenizer.encoded import Encoded
 
 Atom = tuple[str, ...]  # the base's pieces of it, written as in tokenizer.json
-
-_CHUNK = 10_000  # texts that are encoded at a time
 
 
 def _byte_characters() -> dict[str, int]:
@@ -39,37 +37,50 @@ def ends_between_characters(token: str) -> bool:
     return False
 
 
-def cut_into_atoms(cutter: tokenizers.Tokenizer, runs: Counter[str]) -> list[tuple[list[Atom], int]]:
-    """Each run of text as atoms, with its count, in sorted order of the runs."""
-    ends: dict[str, bool] = {}
-    words: list[tuple[list[Atom], int]] = []
-    texts = sorted(runs)
-    for start in range(0, len(texts), _CHUNK):
-        chunk = texts[start : start + _CHUNK]
-        for text, encoding in zip(chunk, cutter.encode_batch(chunk, add_special_tokens=False), strict=True):
-            word: list[Atom] = []
-            pieces: Atom = ()
-            for piece in encoding.tokens:
-                pieces = (*pieces, piece)
-                joined = "".join(pieces)
-                if joined not in ends:
-                    ends[joined] = ends_between_characters(joined)
-                if ends[joined]:
-                    word.append(pieces)
-                    pieces = ()
-            words.append((word, runs[text]))
-    return words
+class AtomCoder:
+    """Gives every distinct atom a number, the same in every batch of runs."""
 
+    def __init__(self, vocabulary: dict[str, int]) -> None:
+        """`vocabulary`: the base's tokens as in tokenizer.json with their ids."""
+        self._size = max(vocabulary.values()) + 1
+        self._inside = np.zeros(self._size, bool)  # tokens whose first byte is not the first of a character
+        for token, number in vocabulary.items():
+            self._inside[number] = bool(token) and _BYTES.get(token[0], 0) & 0xC0 == 0x80
+        self._tokens = {number: token for token, number in vocabulary.items()}
+        # An atom of one token has the token's id. (atom, token) -> the atom that is longer by this token.
+        self._longer: dict[int, int] = {}
+        self._made_of: list[tuple[int, int]] = []
 
-def count_tokens(backend: tokenizers.Tokenizer, runs: Counter[str]) -> Counter[int]:
-    """How often each id occurs in the encoded runs."""
-    counts: Counter[int] = Counter()
-    texts = sorted(runs)
-    for start in range(0, len(texts), _CHUNK):
-        chunk = texts[start : start + _CHUNK]
-        encodings = backend.encode_batch_fast(chunk, add_special_tokens=False)
-        for text, encoding in zip(chunk, encodings, strict=True):
-            weight = runs[text]
-            for i in encoding.ids:
-                counts[i] += weight
-    return counts
+    @property
+    def size(self) -> int:
+        """Numbers so far: those of atoms are below."""
+        return self._size + len(self._made_of)
+
+    def regroup(self, encoded: Encoded) -> Encoded:
+        """Runs as the base's ids -> the same runs as numbers of atoms."""
+        ids = encoded.ids.astype(np.int64)
+        begins = ~self._inside[encoded.ids]
+        begins[encoded.starts[:-1][encoded.lengths > 0]] = True
+        at = np.flatnonzero(begins)
+        lengths = np.diff(np.append(at, len(ids)))
+        atoms = ids[at]
+        for place in range(1, int(lengths.max(initial=1))):
+            longer = np.flatnonzero(lengths > place)
+            keys, which = np.unique(atoms[longer] * self._size + ids[at[longer] + place], return_inverse=True)
+            atoms[longer] = np.array([self._number(int(key)) for key in keys], np.int64)[which]
+        starts = np.concatenate([[0], np.cumsum(begins)])[encoded.starts]
+        return Encoded(atoms.astype(np.int32), starts)
+
+    def _number(self, key: int) -> int:
+        if key not in self._longer:
+            self._longer[key] = self.size
+            self._made_of.append((key // self._size, key % self._size))
+        return self._longer[key]
+
+    def atom(self, number: int) -> Atom:
+        """The pieces of an atom."""
+        after: list[str] = []
+        while number >= self._size:
+            number, last = self._made_of[number - self._size]
+            after.append(self._tokens[last])
+        return (self._tokens[number], *reversed(after))

@@ -7,7 +7,7 @@ found by rendering prefixes of the conversation, so any template works that only
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn, TypedDict
@@ -149,7 +149,17 @@ def encode_prompt(
     token inside a message (in an answer, the chain's markers are allowed).
     """
     segments = _segments(tokenizer, messages, markers, generate=True)
-    return [i for text, _ in segments for i in tokenizer.encode(text)]
+    return [i for ids, _ in _encoded(tokenizer, segments) for i in ids]
+
+
+def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iterator[tuple[list[int], bool]]:
+    """The segments' ids, each as it stands behind the one before it."""
+    before = ""
+    for text, is_answer in segments:
+        # Behind a special token a text begins anew, as it does where the whole is encoded at once.
+        continuing = before != "" and not any(before.endswith(token) for token in tokenizer.special_tokens)
+        yield tokenizer.encode(text, continuing=continuing), is_answer
+        before = text or before
 
 
 def encode_conversation(
@@ -166,8 +176,7 @@ def encode_conversation(
         raise UserError("a conversation without an assistant message has nothing to train on: drop it")
     ids: list[int] = []
     mask: list[int] = []
-    for text, is_answer in _segments(tokenizer, messages, markers, generate=False):
-        piece = tokenizer.encode(text)
+    for piece, is_answer in _encoded(tokenizer, _segments(tokenizer, messages, markers, generate=False)):
         ids += piece
         mask += [int(is_answer)] * len(piece)
     return ids, mask

@@ -2,6 +2,7 @@
 
 What holds, and is tested: ids of the base never move; text without characters of the target script keeps its
 ids; decoding gives the text back; a marker is one id; the same corpus gives the same files.
+(Of a Latin-script language only the first: its letters are English's too. The report counts what changes.)
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.atoms import token_bytes
-from transllm_jax.tokenizer.merges import Merges, extended, learn_merges
-from transllm_jax.tokenizer.runs import RunFinder, check_supported, keep_runs_whole
-from transllm_jax.tokenizer.scripts import SCRIPTS, script_of
+from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, piece_growth, with_base_tokens
+from transllm_jax.tokenizer.prune import OnProgress
+from transllm_jax.tokenizer.runs import kind_of
+from transllm_jax.tokenizer.scripts import language_name, script_of
+from transllm_jax.tokenizer.sentencepiece_model import write_model
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _REPORTED_CHARACTERS = 2_000_000  # tokens per character is measured on about so much of the corpus
+_BATCH = 200  # documents that are encoded at a time
+_RUNS = 1_000_000  # runs that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,26 @@ class Expansion:
 
     tokenizer   ids of the base unchanged, then `new_tokens`
     new_tokens  the new pieces as readable text, then the markers, in the order of their ids
-    pieces      for each of them, in the same order, the base's ids of the text that it replaces (for a
-    marker:
+    pieces      for each of them, in the same order, the base's ids of the text that it replaces (for a marker:
                 of a word that describes it); never empty
     report      numbers for people and for report.json
+    build       the tokenizer of the first n new pieces; see `at`
     """
 
     tokenizer: Tokenizer
     new_tokens: list[str]
     pieces: list[list[int]]
     report: dict[str, Any]
+    build: Callable[[int], Tokenizer] = field(repr=False, compare=False)
+
+    def at(self, size: int) -> Tokenizer:
+        """The tokenizer with only the first `size` new pieces by rank, and the markers behind them.
+
+        Raises UserError unless there are so many.
+        """
+        if not 0 <= size <= self.report["new_tokens"]:
+            raise UserError(f"size {size} is not one of 0 to {self.report['new_tokens']}, the new tokens there are")
+        return self.build(size)
 
 
 def expand(
@@ -51,78 +66,110 @@ def expand(
     language: str = "th",
     markers: list[str],
     min_count: int = 2,
+    first_id: int | None = None,
+    whole_words: bool | None = None,
+    english: Iterable[str] | None = None,
+    scripts: list[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Expansion:
-    """Adds exactly `size` tokens learned from `documents` and the markers to a byte-level BPE tokenizer.
+    """Adds exactly `size` tokens learned from `documents` and the markers to a BPE tokenizer of either kind.
 
     size: new pieces, markers not counted. min_count: the encoded corpus contains each new piece at least
     so often (parts of characters excepted). `documents` is read once; what is kept of it are the distinct
-    runs of the script with their counts. Raises UserError for a base of another kind, an unknown
-    language, a corpus without the script or one that supports fewer tokens, and a marker that the base
-    has.
+    runs of the script with their counts. first_id: where the new ids begin, behind the rows of an embedding that is
+    larger than the tokenizer; the ids between stand for nothing. whole_words: the base's own cuts between words stay
+    (default: where the script is Latin). english: texts of which the report says whether their ids change. scripts:
+    names of scripts in place of the language's usual ones. on_progress is called with a phase and the share of it that
+    is done. Raises UserError for a base of another kind, an unknown language, a corpus without the script or one that
+    supports fewer tokens, and a marker that the base has.
     """
-    script = script_of(language)
+    script = script_of(language, scripts or ())
     state: dict[str, Any] = json.loads(base.backend.to_str())
-    check_supported(state, base.source)
-    _check_markers(base, markers)
+    kind = kind_of(state, base.source)
+    check_markers(base, markers)
     if size < 1 or min_count < 1:
         raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
+    tell = on_progress or (lambda _phase, _share: None)
+    words = script.latin if whole_words is None else whole_words
+    whole_state = with_base_tokens(state, base.source, first_id)
+    make = byte_level_growth if kind == "byte-level" else piece_growth
+    growth = make(state, whole_state, script, words, markers)
 
-    finder = RunFinder(state, script)
-    runs: Counter[str] = Counter()
-    sample: list[str] = []
-    sampled = 0
-    for document in documents:
-        runs.update(finder.find(document))
-        if sampled < _REPORTED_CHARACTERS:
-            sample.append(document)
-            sampled += len(document)
+    runs, sample, sampled = _count_runs(documents, growth.find, tell)
     if not runs:
         raise UserError(f"the corpus has no {script.language} characters: give {script.language} text")
+    learned = growth.learn(runs, size, min_count, tell)
 
-    new_state = _with_base_tokens_in_vocabulary(state, base.source)
-    new_state["pre_tokenizer"] = keep_runs_whole(state, script)
-    learned = learn_merges(new_state, runs, size, min_count)
-    pieces = _pieces(base, new_state["model"]["vocab"], learned)
-    new_state = extended(new_state, learned.merges, [*learned.tokens, *markers])
-    new_state["added_tokens"] += [_marker(new_state["model"]["vocab"][m], m) for m in markers]
-    backend = tokenizers.Tokenizer.from_str(json.dumps(new_state))
-    tokenizer = Tokenizer(backend, copy.deepcopy(base.config), base.chat_template, f"{base.source}+{language}")
+    def build(n: int) -> Tokenizer:
+        grown = growth.state(learned.choice, n)
+        _add_markers(grown, markers)
+        tokenizer = _tokenizer(grown, base, f"{base.source}+{language}")
+        _check_apart(tokenizer, markers)
+        return tokenizer
 
-    names = [token_bytes(t).decode("utf-8", errors="replace") for t in learned.tokens]
+    tokenizer = build(size)
+    tell("report", 0.0)
+    names = [growth.name(token) for token in learned.choice.tokens]
     often = sorted(range(size), key=lambda i: -learned.counts[i])
     report = {
         "language": language,
+        "kind": kind,
         "markers": list(markers),
         "base_vocabulary": base.vocab_size,
         "vocabulary": tokenizer.vocab_size,
+        "first_new_id": tokenizer.vocab_size - size - len(markers),
         "new_tokens": size,
         "min_count": min_count,
+        "whole_words": words,
+        "parts_of_characters": growth.parts(learned.choice),
         "never_produced": sum(n == 0 for n in learned.counts),
         "produced_less_than_min_count": sum(n < min_count for n in learned.counts),
         "tokens_per_character_before": tokens_per_character(base, sample),
         "tokens_per_character_after": tokens_per_character(tokenizer, sample),
         "measured_on_characters": sampled,
+        "english_changed": None if english is None else changed(base, tokenizer, english),
         "most_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[:50]],
         "least_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[-20:]],
         "longest": sorted(names, key=lambda name: (-len(name), name))[:20],
     }
-    words = [base.encode(f" {_describe(m)}") for m in markers]
-    return Expansion(tokenizer, names + list(markers), pieces + words, report)
+    pieces = growth.made_of(base, learned.choice) + [_described(base, kind, m) for m in markers]
+    tell("report", 1.0)
+    return Expansion(tokenizer, names + list(markers), pieces, report, build)
 
 
-def with_markers(tokenizer: Tokenizer, markers: Iterable[str]) -> tuple[Tokenizer, list[list[int]]]:
+def with_markers(
+    tokenizer: Tokenizer, markers: Iterable[str], *, first_id: int | None = None
+) -> tuple[Tokenizer, list[list[int]]]:
     """A tokenizer with markers added behind its last id, and for each of them the ids of a word that describes it.
 
+    first_id: the first marker's id where that is not the next one; the ids between stand for nothing.
     Raises UserError for a marker that the tokenizer has already, and for ids with gaps.
     """
     markers = list(markers)
-    _check_markers(tokenizer, markers)
-    state = _with_base_tokens_in_vocabulary(json.loads(tokenizer.backend.to_str()), tokenizer.source)
-    state = extended(state, [], markers)
-    state["added_tokens"] += [_marker(state["model"]["vocab"][marker], marker) for marker in markers]
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    words = [tokenizer.encode(f" {_describe(marker)}") for marker in markers]
-    return Tokenizer(backend, copy.deepcopy(tokenizer.config), tokenizer.chat_template, tokenizer.source), words
+    check_markers(tokenizer, markers)
+    base: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    state = with_base_tokens(base, tokenizer.source, first_id)
+    _add_markers(state, markers)
+    kind = "byte-level" if not base["model"].get("byte_fallback") else "sentencepiece"
+    words = [_described(tokenizer, kind, marker) for marker in markers]
+    return _tokenizer(state, tokenizer, tokenizer.source), words
+
+
+def save_expanded(tokenizer: Tokenizer, base: str | Path, directory: str | Path) -> list[str]:
+    """Writes an expanded tokenizer's files to `directory`, and says which of tokenizer.json and tokenizer.model.
+
+    base: the directory of the tokenizer that was expanded. Where it holds a tokenizer.model, the new one agrees with
+    the new tokenizer.json on all texts on which the base's two files agree (transformers 5 writes a tokenizer.json that
+    puts no "▁" before a text that begins with a space; SentencePiece puts one). Special tokens aside: SentencePiece
+    takes none from a text, as `Tokenizer.encode(text, specials=False)`. A base of tokenizer.json alone gives no other.
+    Raises UserError where the two files of the base disagree, or without the extra `transllm-jax[sentencepiece]`.
+    """
+    tokenizer.save(directory)
+    model = Path(base) / "tokenizer.model"
+    if not model.is_file() or not json.loads(tokenizer.backend.to_str())["model"].get("byte_fallback"):
+        return ["tokenizer.json"]
+    write_model(model, tokenizer, Path(directory) / "tokenizer.model")
+    return ["tokenizer.json", "tokenizer.model"]
 
 
 def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
@@ -131,60 +178,74 @@ def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> floa
     characters = sum(map(len, texts))
     if not characters:
         raise UserError("no text to measure tokens per character on: give non-empty documents")
-    return sum(map(len, tokenizer.encode_batch(texts))) / characters
+    parts = (texts[first : first + _BATCH] for first in range(0, len(texts), _BATCH))
+    return sum(len(ids) for part in parts for ids in tokenizer.encode_batch(part)) / characters
 
 
-def _check_markers(base: Tokenizer, markers: list[str]) -> None:
-    for marker in markers:
-        if not marker or any(c.isspace() for c in marker):
-            raise UserError(f"the marker {marker!r} is empty or has white space in it: use one like <TH>")
-        if base.token_id(marker) is not None:
-            raise UserError(f"the base tokenizer {base.source} has the marker {marker!r} already: choose another")
-    if len(set(markers)) != len(markers):
-        raise UserError(f"the markers {markers} are not all different: choose different ones")
+def changed(base: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """How many of the texts have other ids than before, and by how many tokens all of them are longer (or, negative,
+    shorter) together: `{"changed", "texts", "more_tokens"}`. What spells a special token counts as ordinary text."""
+    texts = list(texts)
+    different = more = 0
+    for first in range(0, len(texts), _BATCH):
+        some = texts[first : first + _BATCH]
+        before, after = (t.encode_batch(some, specials=False) for t in (base, tokenizer))
+        different += sum(a != b for a, b in zip(before, after, strict=True))
+        more += sum(map(len, after)) - sum(map(len, before))
+    return {"changed": different, "texts": len(texts), "more_tokens": more}
 
 
-def _with_base_tokens_in_vocabulary(state: dict[str, Any], source: str) -> dict[str, Any]:
-    """A copy of `state` in which added tokens stand in the model's vocabulary too, with their ids.
+def _count_runs(
+    documents: Iterable[str], find: Callable[[str], list[str]], tell: OnProgress
+) -> tuple[Counter[str], list[str], int]:
+    """The distinct runs with their counts, and a sample of the documents with its number of characters."""
+    total = len(documents) if isinstance(documents, Sized) else 0
+    runs: Counter[str] = Counter()
+    sample: list[str] = []
+    sampled = 0
+    found: list[str] = []
+    for number, document in enumerate(documents, start=1):
+        found += find(document)
+        if sampled < _REPORTED_CHARACTERS:
+            sample.append(document)
+            sampled += len(document)
+        if len(found) >= _RUNS:
+            runs.update(found)
+            found.clear()
+        if number % _BATCH == 0:
+            tell("read", number / total if total else 0.0)
+    runs.update(found)
+    tell("read", 1.0)
+    return runs, sample, sampled
 
-    LLaMA-3 and Qwen keep them apart, after the vocabulary, where they would be renumbered as it grows.
-    """
-    state = copy.deepcopy(state)
-    vocabulary = state["model"]["vocab"]
-    for token in state["added_tokens"]:
-        vocabulary.setdefault(token["content"], token["id"])
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise UserError(
-            f"the {len(vocabulary)} ids of {source} are not 0 to {len(vocabulary) - 1}: new ids cannot "
-            f"follow ids with gaps; use a tokenizer.json without"
-        )
-    return state
+
+def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return Tokenizer(backend, copy.deepcopy(base.config), base.chat_template, source)
 
 
-def _marker(token_id: int, content: str) -> dict[str, Any]:
+def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:
     # Nothing is stripped: decoding gives back what was encoded, and a newline before a marker is not swallowed.
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": token_id, "content": content, **flags}
+    vocabulary = state["model"]["vocab"]
+    for marker in markers:
+        vocabulary[marker] = len(vocabulary)
+        state["added_tokens"].append({"id": vocabulary[marker], "content": marker, **flags})
 
 
-def _describe(marker: str) -> str:
-    """A word whose rows a marker's row starts from."""
-    name = "".join(c for c in marker if c.isalnum())
-    if name.lower() == "en":
-        return "English"
-    return SCRIPTS[name.lower()].language if name.lower() in SCRIPTS else name.capitalize()
+def _check_apart(tokenizer: Tokenizer, markers: list[str]) -> None:
+    """Raises UserError for a marker that ordinary text can make."""
+    wrong = [
+        m
+        for m in markers
+        if any(tokenizer.token_id(m) in tokenizer.encode(text, specials=False) for text in (m, f" {m}", f"a{m}a"))
+    ]
+    if wrong:
+        raise UserError(f"the markers {wrong} are words that text can spell: choose others, like <TH>")
 
 
-def _pieces(base: Tokenizer, vocabulary: dict[str, int], learned: Merges) -> list[list[int]]:
-    """For each new token the base's ids of its text; a part of a character has the ids it is made of."""
-    made_of: dict[str, list[int]] = {}
-    for left, right in learned.merges:
-        ids = [i for part in (left, right) for i in made_of.get(part) or [vocabulary[part]]]
-        made_of.setdefault(left + right, ids)
-    pieces = []
-    for token in learned.tokens:
-        try:
-            pieces.append(base.encode(token_bytes(token).decode("utf-8")))
-        except UnicodeDecodeError:
-            pieces.append(made_of[token])
-    return pieces
+def _described(base: Tokenizer, kind: str, marker: str) -> list[int]:
+    """The ids of a word whose rows a marker's row starts from."""
+    word = "".join(c for c in marker if c.isalnum())
+    word = (language_name(word) if len(word) == 2 else None) or word.capitalize()
+    return base.encode(word if kind == "sentencepiece" else f" {word}")

@@ -1,4 +1,6 @@
-"""Keeping runs of the target script whole: the pre-tokenizer of an expanded byte-level BPE tokenizer.
+"""Which bases can be expanded, and runs of the target script in the text of a byte-level one.
+
+Keeping runs whole is the pre-tokenizer of an expanded byte-level BPE tokenizer.
 
 The usual patterns cut a Thai word at every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and
 a merge cannot cross a cut. So runs of the script, with a space before, are isolated first; every stretch
@@ -29,20 +31,30 @@ def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_supported(state: dict[str, Any], source: str) -> None:
-    """Raises UserError unless `state`, a parsed tokenizer.json, is a byte-level BPE that can be expanded."""
+    """Raises UserError unless `state`, a parsed tokenizer.json, is a BPE tokenizer that can be expanded."""
+    kind_of(state, source)
+
+
+def kind_of(state: dict[str, Any], source: str) -> str:
+    """Which kind of BPE tokenizer `state`, a parsed tokenizer.json, is: "byte-level" or "sentencepiece".
+
+    Raises UserError for any that cannot be expanded.
+    """
     model, steps = state["model"], _steps(state)
     if model["type"] != "BPE":
-        raise UserError(
-            f"{source} is a {model['type']} tokenizer: only byte-level BPE bases can be expanded; choose one"
-        )
-    if not steps or steps[-1]["type"] != "ByteLevel":
-        raise UserError(
-            f"{source} is a SentencePiece-style BPE tokenizer (no byte-level pre-tokenizer): only byte-level "
-            f"BPE bases (SmolLM2, LLaMA-3, Qwen) can be expanded so far; choose one"
-        )
+        raise UserError(f"{source} is a {model['type']} tokenizer: only BPE bases can be expanded; choose one")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not know it")
+    if steps and steps[-1]["type"] == "ByteLevel":
+        _check_byte_level(state, source)
+        return "byte-level"
+    _check_sentencepiece(state, source)
+    return "sentencepiece"
+
+
+def _check_byte_level(state: dict[str, Any], source: str) -> None:
+    steps = _steps(state)
     if steps[-1].get("add_prefix_space"):
         raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not know it")
     for step in steps[:-1]:
@@ -54,6 +66,30 @@ def check_supported(state: dict[str, Any], source: str) -> None:
         )
         if not known:
             raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not know it")
+
+
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREFIX = {"type": "Prepend", "prepend": "▁"}
+
+
+def _check_sentencepiece(state: dict[str, Any], source: str) -> None:
+    """As SentencePiece's files are converted: "▁" for spaces by a normaliser or by Metaspace, and nothing else."""
+    if not state["model"].get("byte_fallback"):
+        raise UserError(
+            f"{source} is neither a byte-level BPE tokenizer nor a SentencePiece one with byte_fallback: "
+            f"expansion does not know it; choose another base"
+        )
+    normalizer, pre = state["normalizer"], state["pre_tokenizer"]
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    if pre is not None and (pre["type"] != "Metaspace" or pre.get("split", True) or pre["replacement"] != "▁"):
+        raise UserError(
+            f"{source}, a SentencePiece tokenizer, has the pre-tokenizer {json.dumps(pre)}: expansion does not know it"
+        )
+    if steps not in ([], [_SPACES], [_PREFIX, _SPACES]) or (pre is None) == (not steps):
+        raise UserError(
+            f"{source}, a SentencePiece tokenizer, has the normalizer {json.dumps(normalizer, ensure_ascii=False)} "
+            f"and the pre-tokenizer {json.dumps(pre)}: expansion does not know them"
+        )
 
 
 def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
@@ -102,3 +138,20 @@ class RunFinder:
         if self._normalizer is not None:
             text = self._normalizer.normalize_str(text)
         return self._pattern.findall(text)
+
+
+class WordFinder:
+    """Finds the words of letters of a script in a text as the base's own pre-tokenizer cuts them."""
+
+    def __init__(self, state: dict[str, Any], script: Script) -> None:
+        """`state` is the base's parsed tokenizer.json."""
+        self._letter = re.compile(f"[{script.character_class}]")
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+
+    def find(self, text: str) -> list[str]:
+        """The words in order; the text is normalised first if the base normalises."""
+        if self._normalizer is not None:
+            text = self._normalizer.normalize_str(text)
+        words = (text[first:last] for _, (first, last) in self._pre_tokenizer.pre_tokenize_str(text))
+        return [word for word in words if self._letter.search(word)]

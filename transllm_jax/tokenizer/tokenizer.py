@@ -92,15 +92,53 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no special token is put around it, but one that `text` spells out IS parsed:
-        check other people's text with `find_special` first."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, specials: bool = True, *, continuing: bool = False) -> list[int]:
+        """The ids of `text`; no special token is put around it, but one that `text` spells out IS parsed.
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        For other people's text give `specials=False`: what spells a special token is then ordinary text. `continuing`:
+        it follows other text, so that a SentencePiece tokenizer puts no space before it, as it does at a beginning.
+        """
+        if continuing and self._inner is not None:
+            found = self._special_pattern.search(text) if specials else None
+            head = text if found is None else text[: found.start()]
+            ids = list(self._inner.encode(head, add_special_tokens=False).ids) if head else []
+            return ids if found is None else ids + self.encode(text[found.start() :])
+        backend = self.backend if specials else self._plain
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Iterable[str], specials: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(e.ids) for e in encodings]
+        backend = self.backend if specials else self._plain
+        return [list(e.ids) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A copy that takes no special token from a text: the switch is the whole object's, not the call's."""
+        plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    @cached_property
+    def _inner(self) -> tokenizers.Tokenizer | None:
+        """A copy that puts no space before a text, for ordinary text only; None where the tokenizer puts none."""
+        state = json.loads(self.backend.to_str())
+        changed = False
+        normalizer = state["normalizer"] or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        if any(step.get("type") == "Prepend" for step in steps):
+            kept = [step for step in steps if step["type"] != "Prepend"]
+            state["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+            changed = True
+        splitter = state["pre_tokenizer"] or {}
+        for step in splitter.get("pretokenizers", [splitter]):
+            if step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never":
+                step["prepend_scheme"] = "never"
+                changed = True
+        if not changed:
+            return None
+        inner = tokenizers.Tokenizer.from_str(json.dumps(state))
+        inner.encode_special_tokens = True
+        return inner
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`. A character of which only a part is there becomes U+FFFD."""

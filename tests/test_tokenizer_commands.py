@@ -1,0 +1,329 @@
+"""`transllm tokenizer expand` and `report`, from the command line to what they write and say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from conftest import EXAMPLES
+from tiny_tokenizer import build_tiny_tokenizer
+from tokenizers import models, pre_tokenizers
+
+from transllm_jax import cli
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.token_cost import Cost, costs, cut, example_words
+from transllm_jax.open_tokenizer import open_tokenizer
+from transllm_jax.sizes import parse_size
+from transllm_jax.tokenizer.scripts import script_of
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+Command = Callable[..., tuple[int, str]]
+HELD_OUT = EXAMPLES / "text.heldout.txt"
+ENGLISH = EXAMPLES / "english.heldout.txt"
+INDONESIAN = ["Saya sedang belajar bahasa Indonesia di rumah.", "Bahasa itu sangat indah dan mudah dipelajari."] * 4
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `transllm tokenizer ...`; gives the exit code and what it printed."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["transllm", "tokenizer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed, errors = capfd.readouterr()
+        assert "Traceback" not in printed + errors
+        return int(ended.value.code or 0), printed + errors
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_tokenizer(tmp_path_factory.mktemp("commands") / "base")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("commands") / "thai.txt"
+    path.write_text((EXAMPLES / "text.train.txt").read_text(encoding="utf-8")[:12000], encoding="utf-8")
+    return path
+
+
+def numbers(printed: str, row: str) -> list[str]:
+    """The words of the first line of the table of costs that has `row` among them."""
+    return next(line.split() for line in printed.splitlines() if line.endswith("%") and row in line.split())
+
+
+# --- expand ---------------------------------------------------------------------------------------------------------
+
+
+def test_expand(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    code, printed = command(
+        *("expand", base, corpus, tmp_path / "out", "--size", 120, "--language", "th", "--marker", "<EN>"),
+        *("--marker", "<TH>", "--held-out", HELD_OUT, "--english", ENGLISH),
+    )
+    assert code == 0
+    old, new = Tokenizer.load(base), Tokenizer.load(tmp_path / "out")
+    assert new.vocab_size == old.vocab_size + 122 and new.special_tokens["<TH>"] == new.vocab_size - 1
+    assert "120 new tokens for Thai (Thai script) and 2 markers; 400 -> 522 tokens; tokenizer.json" in printed
+    assert "0 new tokens never produced there" in printed
+    texts = HELD_OUT.read_text(encoding="utf-8").split("\n\n")
+    before, after = costs([old, new], [text.strip() for text in texts])
+    for row, cost in (("before", before), ("after", after)):
+        found = numbers(printed, row)
+        assert f"{cost.tokens:,}" in found and f"{cost.per_character:.3f}" in found and f"{cost.per_word:.2f}" in found
+    assert after.tokens < before.tokens / 2
+    assert f"{ENGLISH}: 0 of " in printed and "not all English ids can stay" not in printed
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["measured"][str(HELD_OUT)]["after"]["tokens"] == after.tokens
+    assert report["english_changed"]["changed"] == 0 < report["english_changed"]["texts"]
+    assert report["scripts"] == ["Thai"] and report["base"] == str(base) and report["markers"] == ["<EN>", "<TH>"]
+    assert report["sample"]["kept_bytes"] == report["sample"]["bytes"] > 10_000
+    assert len(report["examples"]) == 6 and all(old.encode(word)[1:] for word in report["examples"])
+    assert all(word in printed for pair in report["examples"].values() for word in pair)
+
+
+def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    from transformers import AutoTokenizer
+
+    options = ("--size", 130, "--language", "th", "--marker", "<TH>")
+    assert command("expand", base, corpus, tmp_path / "out", *options)[0] == 0
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
+    text = "ภาษาไทย and <TH> English  ๒๕๖๗ 🙂"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    assert len(theirs) == ours.vocab_size and theirs.chat_template == ours.chat_template
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    options = ("--size", 130, "--language", "th", "--sample", "9KB", "--seed", 4)
+    for name in ("one", "two"):
+        assert command("expand", base, corpus, tmp_path / name, *options)[0] == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    report = json.loads((tmp_path / "one" / "report.json").read_text(encoding="utf-8"))
+    assert 8000 < report["sample"]["kept_bytes"] <= 9000 < report["sample"]["bytes"]
+
+
+def test_new_ids_begin_behind_the_rows_of_the_model(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    padded = build_tiny_tokenizer(tmp_path / "padded")
+    (padded / "config.json").write_text('{"vocab_size": 448}')
+    assert command("expand", padded, corpus, tmp_path / "out", "--size", 130, "--language", "th")[0] == 0
+    ids = sorted(Tokenizer.load(tmp_path / "out").backend.get_vocab(with_added_tokens=True).values())
+    assert ids[:400] == list(range(400)) and ids[-130:] == list(range(448, 578))
+
+
+def test_a_latin_script_says_what_happens_to_english(tmp_path: Path, command: Command, base: Path) -> None:
+    text = tmp_path / "id.txt"
+    text.write_text("\n\n".join(INDONESIAN), encoding="utf-8")
+    code, printed = command(
+        *("expand", base, text, tmp_path / "out", "--size", 12, "--language", "id", "--english", ENGLISH)
+    )
+    assert code == 0 and "Indonesian (Latin script)" in printed
+    assert "The Latin script is that of English, too: not all English ids can stay." in printed
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    old, new = Tokenizer.load(base), Tokenizer.load(tmp_path / "out")
+    documents = [text.strip() for text in ENGLISH.read_text(encoding="utf-8").split("\n\n")]
+    changed = sum(old.encode(text) != new.encode(text) for text in documents)
+    assert report["english_files"][str(ENGLISH)]["changed"] == changed > 0
+    assert f"{changed} of {len(documents)} texts have other ids" in printed
+    code, printed = command("expand", base, text, tmp_path / "two", "--size", 12, "--language", "id")
+    assert code == 0 and "--english FILE counts which texts change" in printed
+
+
+def test_a_sentencepiece_base_gives_both_files(tmp_path: Path, command: Command, corpus: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from test_sentencepiece import train
+
+    (tmp_path / "base").mkdir()
+    train(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    code, printed = command("expand", tmp_path / "base", corpus, tmp_path / "out", "--size", 100, "--language", "th")
+    assert code == 0 and "tokenizer.json and tokenizer.model" in printed
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
+    ours = Tokenizer.load(tmp_path / "out")
+    text = "ประเทศไทย is here"
+    assert model.encode(text) == ours.encode(text) and model.vocab_size() == ours.vocab_size
+    code, printed = command("report", tmp_path / "out", HELD_OUT)
+    assert code == 0 and numbers(printed, str(tmp_path / "base"))[-1] == "100%"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"corpus": "english"}, "the corpus has no Thai characters: give Thai text"),
+        ({"corpus": "controls"}, "controls.txt:2 has the control character U+0007"),
+        ({"corpus": "missing"}, "no file matches"),
+        ({"base": "unigram"}, "is a Unigram tokenizer"),
+        ({"base": "nothing"}, "does not exist"),
+        ({"base": "empty"}, "has no tokenizer.json"),
+        ({"--size": 100_000}, "the corpus supports"),
+        ({"--size": 0}, "0 is too small"),
+        ({"--min-count": 0}, "0 is too small"),
+        ({"--language": "tai"}, "th (Thai)"),
+        ({"--script": "Tai"}, "script 'Tai' is unknown; near it: Thai"),
+        ({"--marker": "<|im_end|>"}, "has the marker '<|im_end|>' already"),
+        ({"--marker": "< >"}, "white space"),
+        ({"--sample": "much"}, "the size 'much' is not of the form"),
+        ({"--held-out": "missing"}, "no file matches"),
+        ({"--english": "missing"}, "no file matches"),
+        ({"--english": "controls"}, "controls.txt:2 has the control character U+0007"),
+        ({"dst": "full"}, "exists and is not empty"),
+    ],
+    ids=str,
+)
+def test_bad_input(
+    tmp_path: Path, command: Command, base: Path, corpus: Path, changes: dict[str, Any], said: str
+) -> None:
+    backend = tokenizers.Tokenizer(models.Unigram([("a", 0.0)]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    for name in ("unigram", "empty", "full"):
+        (tmp_path / name).mkdir()
+    backend.save(str(tmp_path / "unigram" / "tokenizer.json"))
+    for name in ("unigram", "empty", "full"):
+        (tmp_path / name / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "controls").write_text("a")
+    (tmp_path / "controls.txt").write_text("ดี\nไม่ดี\x07")
+    (tmp_path / "english.txt").write_text("Only English here.")
+    given: dict[str, Any] = {"base": base, "corpus": corpus, "dst": tmp_path / "out", "--size": 130, "--language": "th"}
+    for key, value in changes.items():
+        path = tmp_path / (f"{value}.txt" if key in ("corpus", "--held-out", "--english") else f"{value}")
+        given[key] = path if key in ("base", "corpus", "dst", "--held-out", "--english") else value
+    options = [part for key, value in given.items() if key.startswith("--") for part in (key, value)]
+    before = sorted(tmp_path.rglob("*"))
+    code, printed = command("expand", given["base"], given["corpus"], given["dst"], *options)
+    assert code == 2 and said in printed
+    assert printed.count("\n") == 1 and printed.startswith("error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_force_replaces(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("old", "tokenizer.json"):
+        (tmp_path / "out" / name).write_text("")
+    options = ("--size", 130, "--language", "th", "--force")
+    assert command("expand", base, corpus, tmp_path / "out", *options)[0] == 0
+    assert not (tmp_path / "out" / "old").exists() and (tmp_path / "out" / "tokenizer.json").stat().st_size
+    code, printed = command("expand", tmp_path / "out", corpus, tmp_path / "out", *options)
+    assert code == 2 and "which is read" in printed
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_beside_the_base(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    assert command("expand", base, corpus, tmp_path / "out", "--size", 130, "--language", "th")[0] == 0
+    code, printed = command("report", tmp_path / "out", HELD_OUT, ENGLISH)
+    assert code == 0 and f"compared with {base}, which" in printed
+    texts = [text.strip() for text in HELD_OUT.read_text(encoding="utf-8").split("\n\n")]
+    before, after = costs([Tokenizer.load(base), Tokenizer.load(tmp_path / "out")], texts)
+    lines = [line.split() for line in printed.splitlines() if line.endswith("%")]
+    assert [line[-6:] for line in lines[:2]] == [
+        [
+            str(name),
+            f"{cost.tokens:,}",
+            f"{cost.per_character:.3f}",
+            f"{cost.per_byte:.3f}",
+            f"{cost.per_word:.2f}",
+            share,
+        ]
+        for name, cost, share in (
+            (base, before, "100%"),
+            (tmp_path / "out", after, f"{after.tokens / before.tokens:.0%}"),
+        )
+    ]
+    assert [line[-1] for line in lines[2:]] == ["100%", "100%"]  # English
+    code, printed = command("report", base, HELD_OUT, "--compare", tmp_path / "out")
+    assert code == 0 and [line.split()[-6:] for line in printed.splitlines() if line.endswith("%")] == [
+        line[-6:] for line in lines[:2]
+    ]
+
+
+def test_a_curve_in_a_table_and_a_picture(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    out = tmp_path / "curve.png"
+    options = ("--curve", "120, 60", "--corpus", corpus, "--language", "th", "--out", out)
+    code, printed = command("report", base, HELD_OUT, *options)
+    assert code == 0
+    tokens = [int(numbers(printed, row)[-5].replace(",", "")) for row in (str(base), "+60", "+120")]
+    assert tokens[0] > tokens[1] > tokens[2] and tokens[0] > 2 * tokens[2]
+    from matplotlib.image import imread
+
+    picture = imread(out)
+    assert picture.shape[0] > 400 and picture.shape[1] > 1000 and 0 < (picture[..., :3] < 0.9).any(-1).mean() < 0.2
+    # The last point is what expand makes of the same size.
+    assert command("expand", base, corpus, tmp_path / "out", "--size", 120, "--language", "th")[0] == 0
+    _, printed = command("report", tmp_path / "out", HELD_OUT)
+    assert numbers(printed, str(tmp_path / "out"))[-5] == f"{tokens[2]:,}"
+    assert command("report", base, HELD_OUT, *options)[0] == 2
+    assert command("report", base, HELD_OUT, *options, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--curve", "10"], "give --language and --corpus, too"),
+        (["--language", "th"], "what --curve learns from"),
+        (["--curve", "10,x", "--corpus", "FILE", "--language", "th"], "'x' is no number of tokens"),
+        (["--curve", "0", "--corpus", "FILE", "--language", "th"], "'0' is no number of tokens"),
+        (["--out", "a.jpg"], ".png, .svg, .pdf"),
+        (["--out", "none/a.png"], "is not a directory"),
+        (["--base", "nowhere/"], "does not exist"),
+    ],
+)
+def test_bad_input_of_report(command: Command, base: Path, corpus: Path, options: list[str], said: str) -> None:
+    code, printed = command("report", base, HELD_OUT, *[str(corpus) if part == "FILE" else part for part in options])
+    assert code == 2 and said in printed and printed.count("\n") == 1
+
+
+def test_files_to_measure_on_are_checked(tmp_path: Path, command: Command, base: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
+    for path, said in ((tmp_path / "bad.txt", "bad.txt:2 is not UTF-8"), (tmp_path / "none", "no file matches")):
+        code, printed = command("report", base, path)
+        assert code == 2 and said in printed
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_counts(base: Path) -> None:
+    tokenizer = Tokenizer.load(base)
+    texts = ["ab ภา\u00a0x", "", "<|im_end|> two\nlines"] * 200  # several batches
+    (found,) = costs([tokenizer], texts)
+    ids = sum(len(tokenizer.encode(text, specials=False)) for text in texts)
+    assert found == Cost(ids, 200 * (7 + 20), 200 * (7 + 5 + 20), 200 * (3 + 3))
+    assert (found.per_character, found.per_byte, found.per_word) == (ids / 5400, ids / 6400, ids / 1200)
+
+
+def test_a_cut_word_shows_whole_characters_and_counts_tokens(base: Path) -> None:
+    tokenizer = Tokenizer.load(base)
+    word = "ญี่ปุ่น"
+    shown, count = cut(tokenizer, word).rsplit(" ", 1)
+    assert shown.replace("|", "") == word and count == f"({len(tokenizer.encode(word))})"
+    assert "\ufffd" not in shown and shown.count("|") >= 3
+
+
+def test_example_words_are_frequent_and_of_the_script() -> None:
+    texts = ["ภาษา ภาษา ไทย! English ก ประเทศ"] * 3 + ["ประเทศ " * 9, "ย" * 30]
+    assert example_words(script_of("th"), texts, 9) == ["ประเทศ", "ภาษา"]
+    assert example_words(script_of("th"), texts, 1) == ["ประเทศ"]
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("5GB", "1.5 MB", "2GiB", "7")] == [5 * 10**9, 1500000, 2**31, 7]
+    with pytest.raises(UserError):
+        parse_size("0KB")
+
+
+def test_a_run_is_opened_by_its_vocabulary(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    build_tiny_tokenizer(tmp_path / "base")
+    assert open_tokenizer(str(tmp_path), tmp_path / "s").directory == tmp_path / "base"
+    build_tiny_tokenizer(tmp_path / "vocabulary")
+    assert open_tokenizer(str(tmp_path), tmp_path / "s").directory == tmp_path / "vocabulary"

@@ -1,0 +1,148 @@
+"""Many short texts as ids in one flat array, and how often each id occurs as the merges change.
+
+A BPE text depends on a merge only if the merge is applied in it. So after a change of merges only those texts
+are encoded again that hold a token made by a merge that went, or neighbours that a merge which came joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+Ids = npt.NDArray[np.int64]
+Merge = tuple[str, str]
+Progress = Callable[[float], None]
+
+_CHUNK = 20_000  # texts that are encoded at a time
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: int32 [n], those of all texts in a row. starts: int64 [texts + 1], where each text's ids begin."""
+
+    ids: npt.NDArray[np.int32]
+    starts: Ids
+
+    @property
+    def lengths(self) -> Ids:
+        """Ids in each text, int64 [texts]."""
+        return np.diff(self.starts)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The texts of all parts in a row."""
+    lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
+    return Encoded(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), np.cumsum(lengths))
+
+
+def batches(
+    backend: tokenizers.Tokenizer, texts: Sequence[str], on_progress: Progress | None = None
+) -> Iterable[Encoded]:
+    """The texts as ids, some thousands at a time."""
+    for first in range(0, len(texts), _CHUNK):
+        encodings = backend.encode_batch_fast(list(texts[first : first + _CHUNK]), add_special_tokens=False)
+        starts = np.cumsum(np.fromiter(chain([0], map(len, encodings)), np.int64, len(encodings) + 1))
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, int(starts[-1]))
+        yield Encoded(ids, starts)
+        if on_progress is not None:
+            on_progress(min(1.0, (first + _CHUNK) / len(texts)))
+
+
+def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], on_progress: Progress | None = None) -> Encoded:
+    """All texts as ids."""
+    return joined(list(batches(backend, texts, on_progress)))
+
+
+def count(backend: tokenizers.Tokenizer, texts: Sequence[str], weights: Ids, size: int) -> Ids:
+    """How often each id below `size` occurs in weighted texts: int64 [size]."""
+    found = np.zeros(size, np.int64)
+    first = 0
+    for part in batches(backend, texts):
+        some = weights[first : first + len(part.lengths)]
+        found += counts(part, some, size)
+        first += len(part.lengths)
+    return found
+
+
+def counts(encoded: Encoded, weights: Ids, size: int) -> Ids:
+    """How often each id below `size` occurs in weighted texts: int64 [size]."""
+    repeated = np.repeat(weights, encoded.lengths)
+    # Sums of whole numbers in float64 are exact below 2 ** 53.
+    return np.bincount(encoded.ids, weights=repeated, minlength=size).astype(np.int64)
+
+
+class Recount:
+    """The counts of ids in weighted texts under merges that change a little from call to call."""
+
+    def __init__(self, texts: Sequence[str], weights: Ids, ids: dict[str, int], *, whole: bool) -> None:
+        """`ids`: every token that may ever be produced. `whole`: a text that is a token is never cut
+        (tokenizer.json's `ignore_merges`)."""
+        self._texts, self._weights, self._ids = texts, weights, ids
+        self._size = max(ids.values()) + 1
+        self._places = {text: place for place, text in enumerate(texts)} if whole else None
+        self._encoded: Encoded | None = None
+        self._merges: list[Merge] = []
+
+    def count(
+        self,
+        backend: tokenizers.Tokenizer,
+        merges: list[Merge],
+        spell: Callable[[str], str] = str,
+        on_progress: Progress | None = None,
+    ) -> Ids:
+        """int64 [size]. `merges`: those of `backend` that may differ from the last call's; those that are new since
+        then apply after all others. `spell` gives the text of a token."""
+        if self._encoded is None:
+            self._encoded = encode(backend, self._texts, on_progress)
+        else:
+            touched = np.flatnonzero(self._touched(self._encoded, merges, spell))
+            again = encode(backend, [self._texts[i] for i in touched.tolist()])
+            self._encoded = _replaced(self._encoded, touched, again)
+        self._merges = merges
+        return counts(self._encoded, self._weights, self._size)
+
+    def _touched(self, encoded: Encoded, merges: list[Merge], spell: Callable[[str], str]) -> npt.NDArray[np.bool_]:
+        """Which texts the change of merges can concern, bool [texts]."""
+        gone, come = set(self._merges).difference(merges), set(merges).difference(self._merges)
+        made = {left + right for left, right in gone}
+        size = 0
+        while size != len(made):  # and all that is made of it
+            size = len(made)
+            made |= {left + right for left, right in self._merges if left in made or right in made}
+        here = np.zeros(self._size, bool)
+        here[[self._ids[token] for token in made]] = True
+        hit = here[encoded.ids]
+        left, right = np.zeros(self._size, bool), np.zeros(self._size, bool)
+        pairs = {(self._ids[one], self._ids[other]) for one, other in come}
+        left[[one for one, _ in pairs]] = True
+        right[[other for _, other in pairs]] = True
+        maybe = np.flatnonzero(left[encoded.ids[:-1]] & right[encoded.ids[1:]])
+        found = encoded.ids[maybe].astype(np.int64) * self._size + encoded.ids[maybe + 1]
+        wanted = np.array(sorted(one * self._size + other for one, other in pairs), np.int64)
+        hit[maybe[np.isin(found, wanted)]] = True  # a pair across two texts costs one encoding too many
+        touched = np.zeros(len(self._texts), bool)
+        touched[np.searchsorted(encoded.starts, np.flatnonzero(hit), side="right") - 1] = True
+        if self._places is not None:
+            for token in {one + other for one, other in come}:
+                if (place := self._places.get(spell(token))) is not None:
+                    touched[place] = True
+        return touched
+
+
+def _replaced(encoded: Encoded, places: Ids, by: Encoded) -> Encoded:
+    """The texts, those at `places` (ascending) replaced by the texts of `by`."""
+    lengths = encoded.lengths
+    replaced = np.zeros(len(lengths), bool)
+    replaced[places] = True
+    old = np.repeat(replaced, lengths)
+    lengths[places] = by.lengths
+    new = np.repeat(replaced, lengths)
+    ids = np.empty(len(new), np.int32)
+    ids[~new] = encoded.ids[~old]
+    ids[new] = by.ids
+    return Encoded(ids, np.concatenate([[0], np.cumsum(lengths)]))

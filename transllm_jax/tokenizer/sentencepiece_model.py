@@ -1,0 +1,71 @@
+"""SentencePiece's own file, `tokenizer.model`, for an expanded tokenizer: the same ids as its tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+
+
+def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
+    """Write `path`: the pieces of `base`, a tokenizer.model, and behind them every further token of `tokenizer`.
+
+    New pieces score below the base's, in the order of their ids. Added tokens, such as markers, are control pieces:
+    SentencePiece never makes one from a text, whatever it spells. Ids that stand for nothing are unused pieces.
+
+    Raises UserError without the extra `transllm-jax[sentencepiece]`, for a file that is no SentencePiece model, and for
+    one whose pieces are not the first tokens of `tokenizer`.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2 as schema
+    except ImportError:
+        raise UserError(
+            f"{base} is extended with the sentencepiece package, which is not installed; "
+            "pip install 'transllm-jax[sentencepiece]'"
+        ) from None
+    message: Any = schema  # its classes are made when it is imported, which mypy does not see
+    model = message.ModelProto()
+    try:
+        model.ParseFromString(base.read_bytes())
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{base} is truncated or not a SentencePiece model ({error}); fetch it again") from None
+    kinds = message.TrainerSpec.ModelType
+    if model.trainer_spec.model_type != kinds.Value("BPE"):
+        raise UserError(
+            f"{base} is a model of type {kinds.Name(model.trainer_spec.model_type)}, but the tokenizer.json beside it "
+            "is BPE; take both from the same place, or remove tokenizer.model"
+        )
+    for number, piece in enumerate(model.pieces):
+        if tokenizer.token(number) != piece.piece:
+            raise UserError(
+                f"{base} and the tokenizer.json beside it disagree: id {number} is {piece.piece!r} in the one and "
+                f"{tokenizer.token(number)!r} in the other; take both from the same place, or remove tokenizer.model"
+            )
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    score = np.float32(min((piece.score for piece in model.pieces), default=0.0))
+    for number in range(len(model.pieces), tokenizer.vocab_size):
+        token = tokenizer.token(number)
+        assert token is not None, "the ids of an expanded tokenizer have no gaps"
+        # The next number below where one less is the same number (LLaMA-2 has scores of -1e9).
+        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        kind = _CONTROL if token in added else _UNUSED if is_unused(token) else _NORMAL
+        model.pieces.add(piece=token, score=float(score) if kind == _NORMAL else 0.0, type=kind)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    path.write_bytes(model.SerializeToString())
+
+
+def unused(number: int) -> str:
+    """The token of an id that stands for nothing. No text makes it: within a tokenizer a space is written otherwise."""
+    return f"<unused {number}>"
+
+
+def is_unused(token: str) -> bool:
+    """Whether this is the token of an id that stands for nothing."""
+    return token.startswith("<unused ") and token.endswith(">")
