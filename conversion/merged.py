@@ -44,6 +44,13 @@ class Merged:
         self._merge = merge_adapters
 
     @property
+    def padding(self) -> int:
+        """How many new rows, at the end, may stand for no token: they are 0 in every table."""
+        tables = [self.trainable[new] for new, _ in _ROWS.values() if new in self.trainable]
+        used = [np.flatnonzero(table.any(axis=1)) for table in tables]
+        return self.new_rows - max((int(rows[-1]) + 1 for rows in used if len(rows)), default=0)
+
+    @property
     def where(self) -> str:
         """The base's name, with what stands on it."""
         return f"{self.base.where} with adapters"

@@ -49,7 +49,8 @@ def write_peft(
     where base rows were trained, which only tables can express.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the arrays do not fit the base or are
-    not finite, if the tokenizer does not have one token for each new row, and for `rows` that cannot express them.
+    not finite, if the tokenizer does not have one token for each new row (rows of 0 at the end aside), and for `rows`
+    that cannot express them.
     """
     target = dtype_of(dtype)
     merged = Merged(base, trainable, lora.scale, merge_adapters=False)
@@ -87,7 +88,7 @@ def write_peft(
 
     if tokenizer_dir is not None:
         require_tokenizer(Path(tokenizer_dir))
-        check_tokenizer(Path(tokenizer_dir), size, merged.new_rows)
+        check_tokenizer(Path(tokenizer_dir), size, merged.new_rows, merged.padding)
     with new_directory(Path(dst), overwrite=overwrite) as directory:
         total = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in table) * target.itemsize
         write_tensors(directory, table, get, target, max_shard_bytes=total)

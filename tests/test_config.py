@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import typing
 import unicodedata
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_which_vocabulary_rows_train() -> None:
     assert load_config(DEMO, ["embeddings=all"]).embeddings == "all"
     with pytest.raises(UserError, match=r"embeddings: Input should be 'new' or 'all' \(it is 'none'\)"):
         load_config(DEMO, ["embeddings=none"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["initial_rows=copy"], "initial_rows: copy and rows_from"),
+        (["rows_from=somewhere"], "initial_rows: copy and rows_from"),
+        (["initial_rows=calibrated"], "initial_rows: calibrated and english"),
+        (["initial_rows=best"], "'mean', 'weighted', 'random', 'copy' or 'calibrated'"),
+        (["pad_to_multiple_of=0"], "pad_to_multiple_of: Input should be greater than 0"),
+        (["pad_to_multiple_of=yes"], "pad_to_multiple_of cannot be true"),
+        (["size=null", "corpus=[]", "adapter=a", "initial_rows=random"], "leave size, corpus and initial_rows out"),
+    ],
+)
+def test_what_new_rows_start_from(given: list[str], said: str) -> None:
+    plain = "vocabulary={size: 9, corpus: [{path: a.txt}]}"
+    read = load_config(DEMO, [plain]).vocabulary
+    assert (read.initial_rows, read.rows_from, read.pad_to_multiple_of) == ("mean", None, 1)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(DEMO, [plain, *(f"vocabulary.{change}" for change in given)])
+    copy = load_config(DEMO, [plain, "vocabulary.initial_rows=copy", "vocabulary.rows_from=b"]).vocabulary
+    assert copy.rows_from == "b"
 
 
 # Every field is read

@@ -89,10 +89,18 @@ class Vocabulary(Section):
     # In place of both: a directory of `transllm convert from-peft`, to go on training what PEFT began.
     adapter: str | None = None
     min_count: Positive = 2
-    # What new rows start from: the mean of the rows of the pieces they replace; or that, with each token's frequency as
-    # a prior (training/new_rows.py), which needs English text to tell the languages apart by.
-    initial_rows: Literal["mean", "calibrated"] = "mean"
+    # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
+    # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
+    # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of
+    # another model that has the same tokens (`copy`; the tokens that it lacks start from the mean). See
+    # training/new_rows.py.
+    initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     english: WholeSource | None = None
+    # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.
+    rows_from: str | None = None
+    # New rows are made a multiple of this, for a mesh that cuts the table. Those behind the last token stay 0, get no
+    # probability and are never produced.
+    pad_to_multiple_of: Positive = 1
 
     @property
     def sources(self) -> list[Source]:
@@ -106,11 +114,18 @@ class Vocabulary(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_rows(self) -> Vocabulary:
+        if (self.initial_rows == "copy") != (self.rows_from is not None):
+            raise ValueError("initial_rows: copy and rows_from (a model directory) need each other")
+        return self
+
+    @model_validator(mode="after")
     def _has_tokens(self) -> Vocabulary:
         if self.adapter is None and (self.size is None or not self.corpus):
             raise ValueError("size and corpus are needed (or an adapter, which brings its tokens)")
-        if self.adapter is not None and (self.size is not None or self.corpus or self.english is not None):
-            raise ValueError("an adapter brings its tokens and rows; leave size, corpus, initial_rows and english out")
+        made = self.size is not None or self.corpus or self.initial_rows != "mean"
+        if self.adapter is not None and made:
+            raise ValueError("an adapter brings its tokens and rows; leave size, corpus and initial_rows out")
         return self
 
 
@@ -270,8 +285,10 @@ class Markers(Section):
 class Language(Section):
     """The target language."""
 
+    # An ISO code or a tag such as zh-Hant; the scripts that tokens are learned for follow from it, unless given by name.
     code: str = "th"
     name: str = "Thai"
+    scripts: list[str] = []
 
 
 class Config(Section):
@@ -286,7 +303,8 @@ class Config(Section):
     vocabulary: Vocabulary
     lora: Lora = Lora()
     # Which vocabulary rows train: those of new tokens, or the base model's too (V x D more values, twice that for
-    # untied embeddings, and their moments). Either keeps the original chat model intact inside the new one.
+    # untied embeddings, and their moments). Either keeps the original chat model intact inside the new one. Base rows
+    # without a token never train.
     embeddings: Literal["new", "all"] = "new"
     prompts: Prompts = Prompts()
     pretrain: Pretraining

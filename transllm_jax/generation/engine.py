@@ -63,7 +63,7 @@ def _start(
 ) -> _State:
     model = merge(structure, trainable, frozen)
     hidden, cache = prefill(model, tokens, valid, tokens.shape[1] + room, adapters=mode.adapters)
-    logits = model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
+    logits = model.vocabulary.choices(hidden, base_only=mode.base_only, adapters=mode.adapters)
     first = choose(logits, mode.sampling, rows, jnp.int32(0))
     # A row without a prompt only fills the batch up to its shape.
     done = jnp.isin(first, stops) | ~valid.any(axis=1)
@@ -81,7 +81,7 @@ def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode
 
     def one(state: _State) -> _State:
         hidden, cache = decode(model, state.last, state.cache, adapters=mode.adapters)
-        logits = model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
+        logits = model.vocabulary.choices(hidden, base_only=mode.base_only, adapters=mode.adapters)
         chosen = choose(logits, mode.sampling, state.rows, state.step)
         chosen = jnp.where(state.done, state.stops[0], chosen)
         out = jax.lax.dynamic_update_index_in_dim(state.out, chosen, state.step, axis=1)
@@ -92,7 +92,7 @@ def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode
 
 
 class Engine:
-    """Generates with one model. Prompts and answers are lists of token ids."""
+    """Generates with one model. Prompts and answers are lists of token ids; ids that have no token are never chosen."""
 
     def __init__(self, split: Split, config: LlamaConfig, *, batch_size: int = 32) -> None:
         self.split = split

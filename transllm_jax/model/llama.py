@@ -17,7 +17,7 @@ from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.rope import rotary_angles, rotate
-from transllm_jax.model.vocabulary import Vocabulary
+from transllm_jax.model.vocabulary import Padding, Vocabulary
 
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -165,7 +165,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """The whole model. `new_rows` trainable vocabulary rows and `lora` adapters stand beside the frozen weights.
 
-    With `train_base` trainable copies of the base vocabulary's rows do, too.
+    With `train_base` trainable copies of the base vocabulary's rows do, too. `padding`: see `Vocabulary`.
     """
 
     def __init__(
@@ -175,12 +175,13 @@ class Llama(nnx.Module):
         new_rows: int = 0,
         *,
         train_base: bool = False,
+        padding: Padding = (),
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
         self.config = config
         self.lora = lora
-        self.vocabulary = Vocabulary(config, new_rows, train_base=train_base, rngs=rngs, dtype=dtype)
+        self.vocabulary = Vocabulary(config, new_rows, train_base=train_base, padding=padding, rngs=rngs, dtype=dtype)
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.blocks = jax.vmap(lambda key: Block(config, lora, rngs=nnx.Rngs(key), dtype=dtype))(layer_keys)
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)

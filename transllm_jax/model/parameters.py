@@ -17,6 +17,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.llama import Llama
 from transllm_jax.model.lora import Adapter, LoraConfig, NewRows
+from transllm_jax.model.vocabulary import Padding
 
 # A flat tree of arrays: path -> array.
 Flat = dict[str, jax.Array]
@@ -49,9 +50,14 @@ def abstract(
     dtype: jnp.dtype = jnp.float32,
     *,
     train_base: bool = False,
+    padding: Padding = (),
 ) -> Split:
     """The split of a model with shapes in place of arrays; costs no memory."""
-    model = nnx.eval_shape(lambda: Llama(config, lora, new_rows, train_base=train_base, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def make() -> Llama:
+        return Llama(config, lora, new_rows, train_base=train_base, padding=padding, rngs=nnx.Rngs(0), dtype=dtype)
+
+    model = nnx.eval_shape(make)
     parts: Any = nnx.split(model, TRAINABLE, ...)
     structure, trainable, frozen = parts
     return Split(structure, _flatten(trainable), _flatten(frozen))
@@ -106,17 +112,20 @@ def assemble(
     *,
     lora: LoraConfig | None = None,
     trainable: Mapping[str, np.ndarray] | None = None,
+    padding: Padding = (),
 ) -> Split:
     """A model from its frozen weights and the arrays that train: adapters, new rows, and where base rows train theirs.
 
     Which of them there are is known from `trainable`: new rows by `vocabulary.new`, trained base rows by `BASE_ROWS`.
+    `padding` are the ids without a token, which are never produced (`vocabulary.padding_of`).
     Raises UserError that lists every missing, extra or misshapen array.
     """
     trainable = dict(trainable or {})
     rows = trainable.get("vocabulary.new")
     dtype = frozen["vocabulary.base"].dtype
     train_base = any(path in trainable for path in BASE_ROWS)
-    split = abstract(config, lora, 0 if rows is None else rows.shape[0], dtype, train_base=train_base)
+    new_rows = 0 if rows is None else rows.shape[0]
+    split = abstract(config, lora, new_rows, dtype, train_base=train_base, padding=padding)
     _check(trainable, split.trainable, "adapters and new rows")
     # A copy, always: training donates these buffers.
     arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(split.trainable)}

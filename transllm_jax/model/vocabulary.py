@@ -2,9 +2,15 @@
 
 New rows train. Base rows are frozen; where they are to train too, trainable copies stand beside the frozen ones and are
 used in their place while the adapters are on. With the adapters off it is the original vocabulary, bit for bit.
+
+Rows without a token are padding, and never chosen. Those of the base keep their place in its softmax, because the
+original model has them there; those behind the new rows, which only round the table up, get no probability.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +19,43 @@ from flax import nnx
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import NewRows
 
+# Ranges [from, to) of ids that have no token.
+Padding = tuple[tuple[int, int], ...]
+
+
+def padding_of(ids: Iterable[int], rows: int) -> Padding:
+    """The ranges of a table's rows that none of a tokenizer's ids stands for."""
+    edges = sorted({number for number in ids if number < rows} | {-1, rows})
+    return tuple((last + 1, after) for last, after in pairwise(edges) if after > last + 1)
+
+
+def _is_padding(padding: Padding, first: int, size: int) -> jax.Array | None:
+    """Which of the ids first .. first + size have no token, bool [size]; None where all have one."""
+    ranges = [(start, stop) for start, stop in padding if start < first + size and stop > first]
+    if not ranges:
+        return None
+    ids = jnp.arange(first, first + size)
+    return jnp.stack([(ids >= start) & (ids < stop) for start, stop in ranges]).any(axis=0)
+
+
+def without(scores: jax.Array, padding: Padding, first: int = 0) -> jax.Array:
+    """Logits [..., n] of the ids from `first` on, -inf where an id is padding."""
+    empty = _is_padding(padding, first, scores.shape[-1])
+    return scores if empty is None else jnp.where(empty, -jnp.inf, scores)
+
+
+def held(changes: jax.Array, padding: Padding) -> jax.Array:
+    """Changes of base rows [V, D], 0 where a row is padding."""
+    empty = _is_padding(padding, 0, len(changes))
+    return changes if empty is None else jnp.where(empty[:, None], 0, changes)
+
 
 class Vocabulary(nnx.Module):
     """Embedding and output rows. Ids below V are base rows; ids from V on are new rows.
 
     base [V, D], new [n, D], and with `train_base` base_trained [V, D] in float32; an untied model has output_base,
     output_new and output_base_trained of the same shapes. A tied model stays tied: one set of new rows, and one of
-    trained base rows, serves both ends.
+    trained base rows, serves both ends. `padding` are the ids without a token.
     """
 
     def __init__(
@@ -28,6 +64,7 @@ class Vocabulary(nnx.Module):
         new_rows: int,
         *,
         train_base: bool = False,
+        padding: Padding = (),
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
@@ -37,6 +74,7 @@ class Vocabulary(nnx.Module):
         self.tied = config.tie_word_embeddings
         self.new_rows = new_rows
         self.train_base = train_base
+        self.padding = padding
         if not self.tied:
             self.output_base = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * std)
         if new_rows:
@@ -77,11 +115,16 @@ class Vocabulary(nnx.Module):
     def logits(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
         """[..., D] -> float32 [..., V + n], or [..., V] with `base_only`: the original model's vocabulary.
 
-        With `adapters=False` base rows are the frozen ones; with both it is the original model's output.
+        With `adapters=False` base rows are the frozen ones; with both it is the original model's output. What only
+        rounds the new rows up is -inf.
         """
         base, new = self.output_tables(adapters=adapters)
         scores = jnp.einsum("...D,VD->...V", hidden, base, preferred_element_type=jnp.float32)
         if new is None or base_only:
             return scores
         added = jnp.einsum("...D,VD->...V", hidden, new, preferred_element_type=jnp.float32)
-        return jnp.concatenate([scores, added], axis=-1)
+        return jnp.concatenate([scores, without(added, self.padding, base.shape[0])], axis=-1)
+
+    def choices(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
+        """`logits` to choose a token by: -inf for every id that has none."""
+        return without(self.logits(hidden, base_only=base_only, adapters=adapters), self.padding)

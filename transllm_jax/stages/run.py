@@ -24,9 +24,11 @@ from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, assemble, load_frozen
+from transllm_jax.model.vocabulary import Padding, padding_of
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import load_arrays
 
@@ -84,9 +86,12 @@ class Run:
 
     def split(self, point: str) -> Split:
         """The model at a point."""
-        if point == "base":
-            return assemble(self.model_config, self.frozen)
-        return assemble(self.model_config, self.frozen, lora=self.lora, trainable=load_arrays(self.trainable(point)))
+        rows, lora, trainable = self.model_config.vocab_size, None, None
+        if point != "base":
+            lora, trainable = self.lora, load_arrays(self.trainable(point))
+            rows += len(trainable.get("vocabulary.new", ()))
+        padding = tokenless(self.tokenizer(point), rows)
+        return assemble(self.model_config, self.frozen, lora=lora, trainable=trainable, padding=padding)
 
     def trainable(self, point: str) -> Path:
         """Where a point's adapters and new rows lie."""
@@ -105,6 +110,10 @@ class Run:
         loaded = self.read(source)
         sources.check_no_special(loaded, self.tokenizer("base").find_special)
         return [item[1] if source.format == "pairs" else item for item in loaded]
+
+    def read_english(self, source: Source) -> list[str]:
+        """English texts: documents, or of pairs that side."""
+        return [item[0] if source.format == "pairs" else item for item in self.read(source)]
 
     def find_special(self, text: str) -> str | None:
         """The first of the base model's special tokens or the chain's markers in a text: no user data may hold one."""
@@ -157,6 +166,17 @@ class Run:
                 self._hashes[file] = file_hash(file)
         # Named by the path as given, which the user knows; the content is what counts.
         return {f"file {file}": self._hashes[file] for file in files}
+
+
+def token_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that stand for something, in order: not those of names that only fill the gap before new ids."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return sorted(number for token, number in vocabulary.items() if token != unused(number))
+
+
+def tokenless(tokenizer: Tokenizer, rows: int) -> Padding:
+    """The ids of a table of so many rows that a tokenizer has no token for."""
+    return padding_of(token_ids(tokenizer), rows)
 
 
 def about(run: Run) -> dict[str, Any]:

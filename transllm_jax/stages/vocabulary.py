@@ -5,6 +5,7 @@ The model's answers to English text are unchanged: base ids do not move and the 
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +15,23 @@ import numpy as np
 
 from conversion.adapter import ADAPTER, read_adapter
 from conversion.hf import open_hf
+from conversion.store import MANIFEST
+from conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.artifacts import write_json
 from transllm_jax.config import Source
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count, initial_adapters
-from transllm_jax.stages.run import Run
-from transllm_jax.tokenizer.expand import expand, with_markers
+from transllm_jax.progress import Phases
+from transllm_jax.stages.run import Run, token_ids, tokenless
+from transllm_jax.tokenizer.expand import Expansion, expand, save_expanded, with_markers
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import load_arrays, save_arrays
-from transllm_jax.training.new_rows import calibrated, mean_rows, text_states
+from transllm_jax.training.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
+
+# How rows were made -> how many of them.
+Ways = dict[str, int]
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -38,14 +45,25 @@ def inputs(run: Run) -> dict[str, Any]:
         "embeddings": config.embeddings,
         "seed": config.seed,
         **run.hashes(source.path for source in run.config.vocabulary.sources),
+        **run.hashes(_files_of(run.config.vocabulary.rows_from)),
         **({} if (given := config.vocabulary.adapter) is None else run.hashes([f"{given}/{ADAPTER}"])),
     }
+
+
+def _files_of(directory: str | None) -> list[str]:
+    """The files of a model directory that its rows and tokens follow from."""
+    if directory is None:
+        return []
+    # A checkpoint of ours has the checksums of its arrays in its manifest.
+    ours = (Path(directory) / MANIFEST).is_file()
+    weights = f"{directory}/{MANIFEST}" if ours else f"{glob.escape(directory)}/*.safetensors"
+    return [f"{directory}/config.json", f"{directory}/tokenizer.json", weights]
 
 
 def require_language(run: Run) -> None:
     """Refuse a language whose script is not known. Raises UserError."""
     try:
-        script_of(run.config.language.code)
+        script_of(run.config.language.code, run.config.language.scripts)
     except UserError as error:
         raise UserError(f"language.code: {error}") from None
 
@@ -53,15 +71,12 @@ def require_language(run: Run) -> None:
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
     base = run.tokenizer("base")
-    if base.vocab_size != run.model_config.vocab_size:
-        raise UserError(
-            f"{run.base}: {base.vocab_size} tokens and {run.model_config.vocab_size} embedding rows; "
-            "a model with padding rows cannot be expanded yet: cut its embedding to the tokenizer's size"
-        )
     if run.config.vocabulary.adapter is not None:
         _check_adapter(run, Path(run.config.vocabulary.adapter))
     else:
         check_supported(json.loads(base.backend.to_str()), base.source)
+    if run.config.vocabulary.rows_from is not None:
+        _token_rows(run)
     for marker in run.markers.in_order():
         if base.token_id(marker) is not None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
@@ -73,23 +88,52 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write the expanded tokenizer, its report, and the adapters and rows that training starts from."""
     given = run.config.vocabulary.adapter
     tokenizer, trainable, report = _learned(run) if given is None else _brought(run, Path(given))
+    new_tokens = len(trainable["vocabulary.new"])
+    first = run.model_config.vocab_size
+    if [number for number in token_ids(tokenizer) if number >= first] != list(range(first, first + new_tokens)):
+        raise ValueError(f"the new ids of {tokenizer.source} are not the {new_tokens} from {first} on")
+    report["table"] = table = _round(run, trainable)
     if run.config.embeddings == "all":
         # Copies: the frozen rows stay, and with them the original model.
         for path in ("base", "output_base"):
             if f"vocabulary.{path}" in run.frozen:
                 rows = np.array(run.frozen[f"vocabulary.{path}"], np.float32)
                 trainable.setdefault(f"vocabulary.{path}_trained", rows)
-    tokenizer.save(directory)
+    save_expanded(tokenizer, run.base, directory)
     save_arrays(directory / "trainable", trainable)
     counts = {"trainable_parameters": count(trainable), "frozen_parameters": count(run.frozen)}
     write_json(directory / "report.json", {**report, **counts})
     text = f"{report['new_tokens']} new tokens"
+    if table["padding_rows"]:
+        text += f" and {table['padding_rows']} rows of padding"
     if given is None:
         before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
     else:
         text += f" and adapters of {given}"
-    return {"text": text, "new_tokens": len(trainable["vocabulary.new"]), **counts}
+    if copied := report["initial_rows"].get("copy"):
+        text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
+    return {"text": text, "new_tokens": new_tokens, **counts}
+
+
+def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
+    """Round the new rows up, with rows of 0 behind the last token; what the whole table then holds."""
+    multiple, base = run.config.vocabulary.pad_to_multiple_of, run.model_config.vocab_size
+    tokens = len(trainable["vocabulary.new"])
+    padding = -tokens % multiple
+    for path in ROWS_OF:
+        if path in trainable:
+            trainable[path] = np.pad(trainable[path], ((0, padding), (0, 0)))
+    empty = sum(stop - start for start, stop in tokenless(run.tokenizer("base"), base))
+    return {
+        "rows": base + tokens + padding,
+        "base_rows": base,
+        "base_rows_without_token": empty,
+        "new_rows": tokens + padding,
+        "new_tokens": tokens,
+        "padding_rows": padding,
+        "pad_to_multiple_of": multiple,
+    }
 
 
 def _tables(run: Run) -> dict[str, np.ndarray]:
@@ -105,23 +149,69 @@ def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]
     config = run.config
     documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
     assert config.vocabulary.size is not None
+    english = config.vocabulary.english
     try:
-        expansion = expand(
-            run.tokenizer("base"),
-            documents,
-            size=config.vocabulary.size,
-            language=config.language.code,
-            markers=list(run.markers.in_order()),
-            min_count=config.vocabulary.min_count,
-        )
+        with Phases(run.progress) as tell:
+            expansion = expand(
+                run.tokenizer("base"),
+                documents,
+                size=config.vocabulary.size,
+                language=config.language.code,
+                scripts=config.language.scripts,
+                markers=list(run.markers.in_order()),
+                min_count=config.vocabulary.min_count,
+                first_id=run.model_config.vocab_size,
+                english=None if english is None else run.read_english(english),
+                on_progress=tell,
+            )
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
     trainable = initial_adapters(run.model_config, run.lora, config.seed)
-    for path, table in _tables(run).items():
-        trainable[path] = mean_rows(table, expansion.pieces)
-    if config.vocabulary.initial_rows == "calibrated" and config.vocabulary.english is not None:
-        _calibrate(run, expansion.tokenizer, trainable, documents, config.vocabulary.english)
-    return expansion.tokenizer, trainable, expansion.report
+    ways = _rows(run, expansion, trainable, documents)
+    return expansion.tokenizer, trainable, {**expansion.report, "initial_rows": ways}
+
+
+def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:
+    """Add the new rows to `trainable`; says how they were made."""
+    config, pieces, base = run.config.vocabulary, expansion.pieces, run.tokenizer("base")
+    counts = np.zeros(0, np.int64)
+    if config.initial_rows == "weighted":
+        counts = token_counts(base, documents, 0, run.model_config.vocab_size)
+    for number, (path, table) in enumerate(_tables(run).items()):
+        if config.initial_rows == "weighted":
+            trainable[path] = weighted_rows(table, pieces, counts)
+        elif config.initial_rows == "random":
+            trainable[path] = random_rows(table[token_ids(base)], len(pieces), run.config.seed, number)
+        else:
+            trainable[path] = mean_rows(table, pieces)
+    if config.initial_rows == "copy":
+        return _copy(run, expansion, trainable)
+    if config.initial_rows == "calibrated" and config.english is not None:
+        return _calibrate(run, expansion.tokenizer, trainable, documents, config.english)
+    return {config.initial_rows: len(pieces)}
+
+
+def _token_rows(run: Run) -> TokenRows:
+    """The model that rows are copied from. Raises UserError for one that they cannot be copied from."""
+    assert run.config.vocabulary.rows_from is not None
+    try:
+        return open_token_rows(run.config.vocabulary.rows_from, run.model_config)
+    except UserError as error:
+        raise UserError(f"vocabulary.rows_from: {error}") from None
+
+
+def _copy(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray]) -> Ways:
+    """Put the rows that another model has for the new tokens in the place of `trainable`'s."""
+    other, first = _token_rows(run), run.model_config.vocab_size
+    tokens = [str(expansion.tokenizer.token(first + number)) for number in range(len(expansion.pieces))]
+    try:
+        found = other.ids(tokens)
+        known = np.array([number is not None for number in found])
+        for path, rows in other.rows([number for number in found if number is not None]).items():
+            trainable[path][known] = rows
+    except UserError as error:
+        raise UserError(f"vocabulary.rows_from: {error}") from None
+    return {"copy": int(known.sum()), "mean": int((~known).sum())}
 
 
 def _brought(run: Run, adapter: Path) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]]:
@@ -130,19 +220,23 @@ def _brought(run: Run, adapter: Path) -> tuple[Tokenizer, dict[str, np.ndarray],
     trainable = load_arrays(adapter / "trainable")
     markers = [marker for marker in run.markers.in_order() if tokenizer.token_id(marker) is None]
     size = run.model_config.vocab_size
+    made = 0
     if markers:
-        tokenizer, words = with_markers(tokenizer, markers)
+        first = size + len(trainable.get("vocabulary.new", ()))
+        tokenizer, words = with_markers(tokenizer, markers, first_id=first)
         for path, table in _tables(run).items():
             brought = trainable.get(path, np.zeros((0, table.shape[1]), np.float32))
             known = np.concatenate([trainable.get(f"{ROWS_OF[path]}_trained", table), brought])
             trainable[path] = np.concatenate([brought, mean_rows(known, words)])
+        made = len(markers)
     report = {
         "language": run.config.language.code,
         "adapter": str(adapter),
         "markers": list(run.markers.in_order()),
         "base_vocabulary": size,
         "vocabulary": tokenizer.vocab_size,
-        "new_tokens": tokenizer.vocab_size - size,
+        "new_tokens": len(trainable["vocabulary.new"]),
+        "initial_rows": {"adapter": len(trainable["vocabulary.new"]) - made, "mean": made},
     }
     return tokenizer, trainable, report
 
@@ -167,30 +261,28 @@ def _check_adapter(run: Run, adapter: Path) -> None:
         raise UserError(f"vocabulary.adapter: {adapter} needs {' '.join(wrong)}; set it")
     # Lists what is missing or misshapen.
     assemble(run.model_config, run.frozen, lora=run.lora, trainable=arrays)
-    tokens, rows = Tokenizer.load(adapter).vocab_size, len(arrays.get("vocabulary.new", ()))
-    if tokens != run.model_config.vocab_size + rows:
+    tokenizer, rows, first = Tokenizer.load(adapter), len(arrays.get("vocabulary.new", ())), run.model_config.vocab_size
+    ids = token_ids(tokenizer)
+    if [number for number in ids if number >= first] != list(range(first, first + rows)):
         raise UserError(
-            f"vocabulary.adapter: {adapter} has {rows} new rows, but a tokenizer of {tokens} tokens for a base of "
-            f"{run.model_config.vocab_size}; convert it with the tokenizer of its training"
+            f"vocabulary.adapter: {adapter} has {rows} new rows, but a tokenizer of {len(ids)} tokens for a base of "
+            f"{first}; convert it with the tokenizer of its training"
         )
 
 
 def _calibrate(
     run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str], english: Source
-) -> None:
+) -> Ways:
     """Give the new output rows their frequency as a prior; the tokens' counts are those in the corpus."""
     tied = run.model_config.tie_word_embeddings
     path, table = ("vocabulary.new", "base") if tied else ("vocabulary.output_new", "output_base")
     split = assemble(run.model_config, run.frozen, lora=run.lora, trainable=trainable)
-    first, new = run.model_config.vocab_size, trainable[path].shape[0]
-    counts = np.zeros(new, np.int64)
-    for ids in tokenizer.encode_batch(documents):
-        counts += np.bincount([token - first for token in ids if token >= first], minlength=new)
-    texts = run.read(english)
+    counts = token_counts(tokenizer, documents, run.model_config.vocab_size, len(trainable[path]))
     trainable[path] = calibrated(
         trainable[path],
         counts,
         text_states(split, tokenizer, documents),
-        text_states(split, tokenizer, [pair[0] for pair in texts] if english.format == "pairs" else texts),
-        np.asarray(run.frozen[f"vocabulary.{table}"], np.float32),
+        text_states(split, tokenizer, run.read_english(english)),
+        np.asarray(run.frozen[f"vocabulary.{table}"], np.float32)[token_ids(run.tokenizer("base"))],
     )
+    return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}

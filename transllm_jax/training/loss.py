@@ -11,6 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from transllm_jax.model.vocabulary import Padding, without
+
 # Tokens a chunk: at V = 50,000 a chunk's float32 logits take 50 MB, small beside a step's activations.
 CHUNK = 256
 
@@ -24,11 +26,13 @@ def cross_entropy(
     chunk: int = CHUNK,
     *,
     train_base: bool = False,
+    padding: Padding = (),
 ) -> jax.Array:
     """The sum over tokens of weight * -log p(label), in nats, float32.
 
     hidden [..., D], base [V, D], new [n, D] or None, labels and weights [...]. Differentiable in `hidden` and `new`,
     and with `train_base` in `base`, whose gradient then takes [V, D] in float32 (without, `base` gets none).
+    Of the new rows, those that are `padding` get no probability, and a gradient of exactly 0.
     A chunk without a weighted token is skipped, so masked tokens cost nothing where they stand together.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -36,16 +40,16 @@ def cross_entropy(
         new = jnp.zeros((0, base.shape[1]), base.dtype)
     tokens = flat.shape[0]
     chunk = min(chunk, tokens)
-    padding = -tokens % chunk
-    flat = jnp.pad(flat, ((0, padding), (0, 0)))
-    labels = jnp.pad(labels.reshape(-1), (0, padding))
-    weights = jnp.pad(weights.reshape(-1).astype(jnp.float32), (0, padding))
+    room = -tokens % chunk
+    flat = jnp.pad(flat, ((0, room), (0, 0)))
+    labels = jnp.pad(labels.reshape(-1), (0, room))
+    weights = jnp.pad(weights.reshape(-1).astype(jnp.float32), (0, room))
     # Weighted tokens first: the chunks that remain hold none and are skipped.
     order = jnp.argsort(weights <= 0, stable=True)
-    return _cross_entropy(flat[order], base, new, labels[order], weights[order], chunk, train_base)
+    return _cross_entropy(flat[order], base, new, labels[order], weights[order], chunk, train_base, padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _cross_entropy(
     hidden: jax.Array,
     base: jax.Array,
@@ -54,12 +58,13 @@ def _cross_entropy(
     weights: jax.Array,
     chunk: int,
     train_base: bool,
+    padding: Padding,
 ) -> jax.Array:
     def body(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, label, weight = inputs
 
         def compute() -> jax.Array:
-            _, _, losses = _log_sum_exp(h, base, new, label)
+            _, _, losses = _log_sum_exp(h, base, new, label, padding)
             return jnp.sum(losses * weight)
 
         return total + jax.lax.cond(jnp.any(weight > 0), compute, lambda: jnp.float32(0)), None
@@ -73,12 +78,13 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _log_sum_exp(
-    h: jax.Array, base: jax.Array, new: jax.Array, label: jax.Array
+    h: jax.Array, base: jax.Array, new: jax.Array, label: jax.Array, padding: Padding
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits of both blocks less the log-sum-exp of both together, and -log p of the label: [C, V], [C, n], [C]."""
     size = base.shape[0]
     left = jnp.einsum("CD,VD->CV", h, base, preferred_element_type=jnp.float32)
     right = jnp.einsum("CD,VD->CV", h, new, preferred_element_type=jnp.float32)
+    right = without(right, padding, size)
     peak = jnp.max(left, axis=-1)
     if new.shape[0]:
         peak = jnp.maximum(peak, jnp.max(right, axis=-1))
@@ -105,6 +111,7 @@ def _forward(
     weights: jax.Array,
     chunk: int,
     train_base: bool,
+    padding: Padding,
 ) -> tuple[jax.Array, _Sums]:
     size = base.shape[0]
 
@@ -113,7 +120,7 @@ def _forward(
         table = carry[2]
 
         def compute() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-            left, right, losses = _log_sum_exp(h, base, new, label)
+            left, right, losses = _log_sum_exp(h, base, new, label, padding)
             scale = weight[:, None]
             # d loss / d logit = p - 1[label]
             left = (jnp.exp(left) - (jnp.arange(size) == label[:, None])) * scale
@@ -144,7 +151,7 @@ def _outer(slopes: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def _backward(
-    chunk: int, train_base: bool, residuals: _Sums, g: jax.Array
+    chunk: int, train_base: bool, padding: Padding, residuals: _Sums, g: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, jax.Array, None, None]:
     slope, rows, table = residuals
     of_base = None if table is None else table * g.astype(table.dtype)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transllm_jax.model.parameters import Flat, merge
+from transllm_jax.model.parameters import BASE_ROWS, Flat, merge
+from transllm_jax.model.vocabulary import held
 from transllm_jax.training.loss import cross_entropy
 
 # tokens, positions, segment_ids, labels [B, T] int32 and weights [B, T] float32; see transllm_jax.data.packing.
@@ -63,7 +64,15 @@ def summed_loss(
     )
     base, new = model.vocabulary.output_tables(adapters=adapters)
     train_base = model.vocabulary.train_base and adapters
-    return cross_entropy(hidden, base, new, batch["labels"], batch["weights"], train_base=train_base)
+    return cross_entropy(
+        hidden,
+        base,
+        new,
+        batch["labels"],
+        batch["weights"],
+        train_base=train_base,
+        padding=model.vocabulary.padding,
+    )
 
 
 @partial(jax.jit, static_argnames=("structure", "adapters"))
@@ -93,9 +102,16 @@ def make_step(
 
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         total, gradient = jax.value_and_grad(loss)(state.trainable)
-        gradient = jax.tree.map(lambda g: g / tokens, gradient)
+        padding = merge(structure, state.trainable, frozen).vocabulary.padding
+
+        def hold(changes: Flat) -> Flat:
+            # Base rows without a token stay as they are, where base rows train.
+            return {path: held(change, padding) if path in BASE_ROWS else change for path, change in changes.items()}
+
+        gradient = hold(jax.tree.map(lambda g: g / tokens, gradient))
         updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        # Weight decay would move them, too.
+        trainable = optax.apply_updates(state.trainable, hold(updates))
         metrics = Metrics(total / tokens, tokens, optax.tree.norm(gradient))
         return TrainState(trainable, moments, state.step + 1), metrics
 
