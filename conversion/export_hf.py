@@ -17,8 +17,9 @@ from conversion.merged import Merged
 from conversion.names import Tensor, tensors
 from conversion.opened import Opened
 from conversion.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
-from conversion.tokenizer_files import copy_tokenizer, require_tokenizer, token_ids
+from conversion.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.sentencepiece_model import unused
 
 
 @dataclass
@@ -68,19 +69,23 @@ def export_hf(
     `files`: the directory of the base, with its config.json, generation_config.json and licences; the tokenizer is
     `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each
     has the base's own. Merging is in float32 and rounded once; the result says what rounding took. Tied embeddings
-    stay tied. A model that nothing was done to keeps config.json byte for byte. `begin` is told the bytes in all, and
-    what it returns the bytes written. `also` may add files.
+    stay tied. A model that nothing was done to keeps config.json byte for byte. Where the table grew, the ids without
+    a token stand in generation_config.json as suppress_tokens, so that transformers does not produce them. `begin` is
+    told the bytes in all, and what it returns the bytes written. `also` may add files.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the tokenizer
-    does not have exactly one token for each new row, or if a value is not finite.
+    does not have exactly one token for each new row (rows of 0 at the end aside), or if a value is not finite.
     """
     files, dst = Path(files), Path(dst)
     tokenizer_dir = files if tokenizer_dir is None else Path(tokenizer_dir)
     one = None if dtype is None else dtype_of(dtype)
     raw = read_json(files / "config.json")
     base_rows = parse_config(raw, files).vocab_size
-    require_tokenizer(tokenizer_dir)
-    check_tokenizer(tokenizer_dir, base_rows, model.config.vocab_size - base_rows)
+    bare = not isinstance(model, Merged) and not has_tokenizer(tokenizer_dir)
+    padding = model.padding if isinstance(model, Merged) else 0
+    if not bare:  # a model without a tokenizer stays one
+        require_tokenizer(tokenizer_dir)
+        check_tokenizer(tokenizer_dir, base_rows, model.config.vocab_size - base_rows, padding)
     rounding = Rounding()
 
     def target(tensor: Tensor) -> np.dtype[Any]:
@@ -107,8 +112,11 @@ def export_hf(
         else:
             named = dtype or raw.get("dtype") or raw.get("torch_dtype") or widest(map(target, table)).name
             generation = read_json(directory / "generation_config.json")
+            if model.config.vocab_size > base_rows:
+                generation |= _suppressed(generation, tokenizer_dir, model.config.vocab_size)
             write_config(directory, {**raw, "vocab_size": model.config.vocab_size}, named, generation)
-        copy_tokenizer(tokenizer_dir, directory)
+        if not bare:
+            copy_tokenizer(tokenizer_dir, directory)
         copy_notices(files, directory)
         if also is not None:
             also(directory)
@@ -127,6 +135,16 @@ def copy_generation_config(src: Path, dst: Path) -> None:
     write_json(dst / "generation_config.json", {name: raw[name] for name in _IDS if raw.get(name) is not None})
 
 
+def _suppressed(generation: dict[str, Any], tokenizer_dir: Path, rows: int) -> dict[str, list[int]]:
+    """What keeps transformers from producing ids without a token; nothing where every row has one."""
+    vocabulary = read_json(tokenizer_dir / "tokenizer.json")["model"]["vocab"]
+    named = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    # Names that only fill a gap before new ids are no tokens.
+    filling = {number for token, number in named if token == unused(number)}
+    empty = set(range(rows)) - token_ids(tokenizer_dir) | filling
+    return {"suppress_tokens": sorted(empty.union(generation.get("suppress_tokens") or ()))} if empty else {}
+
+
 def copy_notices(src: Path, dst: Path) -> None:
     """Copy the licence files: who passes a model on has to pass them on."""
     for notice in sorted([*src.glob("LICENSE*"), *src.glob("NOTICE*")]):
@@ -134,13 +152,14 @@ def copy_notices(src: Path, dst: Path) -> None:
             shutil.copyfile(notice, dst / notice.name)
 
 
-def check_tokenizer(directory: Path, base_rows: int, new_rows: int) -> None:
+def check_tokenizer(directory: Path, base_rows: int, new_rows: int, padding: int = 0) -> None:
     """Raises UserError unless the tokenizer has one token for each new row, and none above.
 
-    Among the base's rows some may have no token: an embedding is often padded to a round number of rows.
+    Among the base's rows some may have no token: an embedding is often padded to a round number of rows. The last
+    `padding` of the new rows may have none either.
     """
     above = {number for number in token_ids(directory) if number >= base_rows}
-    if above != set(range(base_rows, base_rows + new_rows)):
+    if above != set(range(base_rows, base_rows + len(above))) or not new_rows - padding <= len(above) <= new_rows:
         raise UserError(
             f"{directory}: the tokenizer has {len(above)} ids from {base_rows} on, "
             f"the adapter has {new_rows} new rows; export with the tokenizer of the adapter's training"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from conversion.open_directory import open_directory
 from conversion.opened import Opened
 from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, SINGLE, weight_files, widest, write_tensors
 from conversion.store import write_store
-from conversion.tokenizer_files import bring_tokenizer, token_ids
+from conversion.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
 from transllm_jax.errors import UserError
 
 Layout = Literal["hf", "store"]
@@ -66,6 +67,8 @@ def import_base(
     """
     say = say or (lambda line: None)
     options = _Options(layout, sha256, mesh, say, begin or (lambda total: lambda size: None))
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise UserError(f"the SHA-256 {sha256!r} is not 64 hexadecimal digits; correct it")
     fetched = fetch(source, sha256=sha256, say=say)
     dst = Path(dst)
     if fetched.path.is_dir() and dst.exists() and dst.samefile(fetched.path):
@@ -77,7 +80,7 @@ def import_base(
         else:
             say(f"checking the weights of {source}")
             origin = _import_directory(fetched, directory, options)
-        if padding := padding_rows(directory, source):
+        if has_tokenizer(directory) and (padding := padding_rows(directory, source)):
             say(f"{padding} embedding rows have no token: padding, kept as it is")
         record = {"source": source, **origin}
         if layout == "hf":
@@ -103,7 +106,7 @@ def padding_rows(directory: Path, source: str | None = None) -> int:
     that the embedding has no row for.
     """
     vocab_size = parse_config(read_json(directory / "config.json"), directory).vocab_size
-    highest = max(token_ids(directory), default=-1)
+    highest = max(token_ids(directory, source), default=-1)
     if highest >= vocab_size:
         raise UserError(
             f"{source or directory}: the tokenizer has ids up to {highest}, the embedding has {vocab_size} rows; "
@@ -155,7 +158,10 @@ class _Narrowed:
 def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> dict[str, Any]:
     src = fetched.path
     model = open_directory(src)
-    bring_tokenizer(src, directory)  # first: what is wrong with it is known at once
+    if options.layout == "store" and not has_tokenizer(src):
+        options.say(f"{src} has no tokenizer; the weights alone are converted")
+    else:
+        bring_tokenizer(src, directory)  # first: what is wrong with it is known at once
     raw = read_json(src / "config.json")
     if isinstance(model, HFModel) and options.layout == "hf":
         _take_over(fetched, model, directory, options)
@@ -167,7 +173,8 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
             options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
     shutil.copyfile(src / "config.json", directory / "config.json")
     copy_generation_config(src, directory)
-    if read_json(directory / "generation_config.json").get("eos_token_id") is None and raw.get("eos_token_id") is None:
+    ends = (read_json(directory / "generation_config.json"), raw)
+    if options.layout == "hf" and all(fields.get("eos_token_id") is None for fields in ends):
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
     copy_notices(src, directory)
     return {"kind": fetched.kind, "revision": fetched.revision}

@@ -57,10 +57,16 @@ def require_tokenizer(directory: Path) -> None:
         raise UserError(f"{directory} has no tokenizer.json; fetch the tokenizer's files")
 
 
-def token_ids(directory: Path) -> set[int]:
-    """All token ids that `tokenizer.json` can produce, added tokens among them."""
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds any of the files that a tokenizer may be made of."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def token_ids(directory: Path, where: str | Path | None = None) -> set[int]:
+    """All token ids that `tokenizer.json` can produce, added tokens among them. `where` names it in messages."""
     path = directory / "tokenizer.json"
     raw = read_json(path)
+    path = Path(where or directory) / "tokenizer.json"
     try:
         vocabulary = raw["model"]["vocab"]
         ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))

@@ -136,7 +136,8 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _compare_logits(result: Comparison, a: np.ndarray, b: np.ndarray) -> None:
     size = min(a.shape[1], b.shape[1])
     a, b = a[:, :size].astype(np.float64), b[:, :size].astype(np.float64)
-    result.logits = float(np.max(np.abs(a - b)))
+    # Not a number is never the same, not even as itself.
+    result.logits = float(np.max(np.nan_to_num(np.abs(a - b), nan=np.inf)))
     result.same_best = float(np.mean(np.argmax(a, axis=1) == np.argmax(b, axis=1)))
     log_p, log_q = _log_softmax(a), _log_softmax(b)
     result.divergence = float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_tiny_model(here / "base", tied=request.param == "tied")
     tokenizer = AutoTokenizer.from_pretrained(here / "base")
     tokenizer.add_tokens(["ภาษาไทย", "สวัสดี", "ครับ"])
-    base = AutoModelForCausalLM.from_pretrained(here / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(str(here / "base"), dtype=torch.float32)
     base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
     torch.manual_seed(5)
     config = peft.LoraConfig(
@@ -104,6 +105,51 @@ def test_an_adapter_goes_on_training(begun: tuple[Path, np.ndarray], tmp_path: P
     assert before.keys() == after.keys()
     assert all(np.abs(after[path] - before[path]).max() > 0 for path in before)
     assert not any(path.startswith("blocks.attention.k") for path in before)
+
+
+@pytest.mark.reference
+def test_a_damaged_adapter_is_refused(begun: tuple[Path, np.ndarray], tmp_path: Path, capfd: Any) -> None:
+    here, _ = begun
+    for number, (damage, said) in enumerate(
+        (
+            (lambda data: data[: len(data) // 2], "is not complete or damaged"),
+            (lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:], ""),
+        )
+    ):
+        ours = tmp_path / str(number)
+        assert call("convert", "from-peft", here / "base", here / "peft", ours) == 0
+        files = [path for path in (ours / "trainable").rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        largest.write_bytes(damage(largest.read_bytes()))
+        capfd.readouterr()
+        assert call("convert", "to-hf", ours, tmp_path / "out") == 2
+        errors = capfd.readouterr().err
+        assert said in errors and str(ours) in errors and errors.count("\n") == 1
+    (ours / "trainable/sha256.json").unlink()
+    assert call("convert", "to-hf", ours, tmp_path / "out") == 2
+
+
+@pytest.mark.reference
+def test_an_adapter_finds_its_base_from_everywhere(
+    begun: tuple[Path, np.ndarray], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, _ = begun
+    monkeypatch.chdir(here)
+    assert call("convert", "from-peft", "base", "peft", tmp_path / "ours") == 0
+    assert "the adapter names" not in capfd.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert call("convert", "to-hf", "ours", "out") == 0
+    (here / "base").rename(here / "moved")
+    capfd.readouterr()
+    try:
+        assert call("convert", "to-hf", "ours", "out2") == 2
+        assert "give it with --base" in capfd.readouterr().err
+        assert call("convert", "to-hf", "ours", "out2", "--base", here / "moved") == 0
+    finally:
+        (here / "moved").rename(here / "base")
+    shutil.copytree(here / "base", tmp_path / "copy")
+    assert call("convert", "from-peft", "copy", here / "peft", "ours2") == 0
+    assert "as its base; it is read on copy" in capfd.readouterr().out
 
 
 @pytest.mark.reference

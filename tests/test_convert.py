@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,7 @@ from conversion.verify import compare
 from transllm_jax import cli, convert
 from transllm_jax.open_source import open_source
 from transllm_jax.progress import Progress
+from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -384,6 +388,8 @@ def test_not_a_number_is_never_the_same(tmp_path: Path) -> None:
 
     result = compare(model, Damaged())
     assert not result.within(1e9) and result.largest == np.inf
+    # Not even as itself: its logits are none.
+    assert not compare(Damaged(), Damaged(), [1, 2, 3]).within(1e9)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -397,6 +403,7 @@ def test_not_a_number_is_never_the_same(tmp_path: Path) -> None:
         (("from-hf", "SRC", "DST", "--mesh", "depth=2"), "depth"),
         (("from-hf", "SRC", "DST", "--mesh", "fsdp=7"), "48"),
         (("from-hf", "SRC", "DST", "--sha256", "0" * 64), "have SHA-256"),
+        (("from-hf", "SRC", "DST", "--sha256", "abc"), "not 64 hexadecimal digits"),
         (("from-hf", "nowhere/at/all", "DST"), "nowhere/at/all"),
         (("to-hf", "SRC", "DST", "--max-shard-size", "big"), "the size 'big' is not of the form"),
         (("to-hf", "SRC", "DST", "--max-shard-size", "0GB"), "the size '0GB'"),
@@ -424,8 +431,22 @@ def test_a_destination_that_exists_is_kept(tmp_path: Path, command: Command, nam
     code, printed = command(name, source, tmp_path / "dst")
     assert code == 2 and "exists and is not empty" in printed
     assert [path.name for path in (tmp_path / "dst").iterdir()] == ["mine"]
+    code, printed = command(name, source, tmp_path / "dst", "--force")
+    assert code == 2 and "does not look like a model" in printed
+    (tmp_path / "dst/config.json").touch()
     assert command(name, source, tmp_path / "dst", "--force")[0] == 0
     assert not (tmp_path / "dst/mine").exists()
+    code, printed = command(name, source, source / "inside")
+    assert code == 2 and "which is read" in printed
+
+
+def test_a_model_without_a_tokenizer_is_converted(tmp_path: Path, command: Command) -> None:
+    write_model(tmp_path / "source", LLAMA, random_weights(LLAMA), dtype="bfloat16")
+    code, printed = command("from-hf", tmp_path / "source", tmp_path / "ours")
+    assert code == 0 and "has no tokenizer; the weights alone are converted" in printed
+    assert command("to-hf", tmp_path / "ours", tmp_path / "back")[0] == 0
+    code, printed = command("verify", tmp_path / "source", tmp_path / "back")
+    assert code == 0 and "not both have a tokenizer" in printed and printed.splitlines()[-1] == "the same"
 
 
 @pytest.mark.parametrize("name", ["from-hf", "to-hf"])
@@ -458,12 +479,30 @@ def test_stopping_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: 
 
     monkeypatch.setattr(type(open_hf(source)), "read", stop)
     code, printed = command("to-hf", source, tmp_path / "dst")
-    assert code == 75 and "stopped, nothing was written" in printed
+    assert code == 75 and printed.endswith("stopped, nothing was written\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "tokenizer"]
 
 
+def test_a_signal_that_a_callback_swallowed_still_stops(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "source", "llama2", "bfloat16")
+    read = type(open_hf(source)).read
+
+    def swallow(self: Any, tensor: Any) -> np.ndarray:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return np.asarray(read(self, tensor))
+
+    monkeypatch.setattr(type(open_hf(source)), "read", swallow)
+    code, printed = command("to-hf", source, tmp_path / "dst")
+    assert code == 75 and "stopped" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "tokenizer"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_sizes_and_meshes() -> None:
-    assert [convert.parse_size(text) for text in ("5GB", "1.5 MB", "2GiB", "7")] == [5 * 10**9, 1500000, 2**31, 7]
+    assert [parse_size(text) for text in ("5GB", "1.5 MB", "2GiB", "7")] == [5 * 10**9, 1500000, 2**31, 7]
     assert convert.parse_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
 
 

@@ -19,7 +19,7 @@ from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import Run, newest_point
+from transllm_jax.stages.run import Run, newest_point, tokenless
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -75,10 +75,10 @@ def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, s
         known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
         markers = Markers(**known["markers"]) if known else Markers()
         model = open_directory(path)
-        engine = Engine(
-            assemble(model.config, load_frozen(model.config, model.weights(), jnp.dtype("float32"))), model.config
-        )
         tokenizer, name = Tokenizer.load(path), path.name
+        frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
+        padding = tokenless(tokenizer, model.config.vocab_size)
+        engine = Engine(assemble(model.config, frozen, padding=padding), model.config)
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)

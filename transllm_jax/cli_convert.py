@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transllm_jax.errors import Preempted
+from transllm_jax.errors import PREEMPTED
 
 if TYPE_CHECKING:
     from transllm_jax.progress import Progress
@@ -35,14 +38,27 @@ class Rows(StrEnum):
 
 @contextmanager
 def _working() -> Iterator[Progress]:
+    """A voice for a command that is stopped by SIGINT or SIGTERM at once, and leaves nothing half-written."""
     from transllm_jax.progress import Progress
 
+    progress = Progress()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Noted as well as raised: a library's callback may be running, which swallows what is raised in it.
+        progress.stopped = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Progress() as progress:
+        with progress:
             yield progress
     except KeyboardInterrupt:
         # Caught here: typer would make its own exit code of it.
-        raise Preempted("stopped, nothing was written") from None
+        print("stopped, nothing was written", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command("from-hf")
@@ -62,7 +78,7 @@ def from_hf(
 
 @app.command("to-hf")
 def to_hf(
-    source: Annotated[str, typer.Argument(help="A run's directory, a checkpoint of ours, or an adapter.")],
+    source: Annotated[str, typer.Argument(help="A run, an adapter (ours or PEFT's) or a model directory.")],
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
     stage: Stage = None,
     base: Base = None,

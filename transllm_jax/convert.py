@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from conversion.adapter import Adapter, write_adapter
-from conversion.directories import new_directory
+from conversion.directories import check_destination, new_directory, read_json
 from conversion.export_hf import Rounding, check_tokenizer, export_hf
 from conversion.gguf_tokenizer import write_tokenizer
 from conversion.gguf_weights import GGUFModel
@@ -32,6 +32,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
+from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import save_arrays
 
@@ -42,6 +43,7 @@ PROMPT_TOKENS = 64
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
     """Write our checkpoint of a model (see `conversion.import_base`)."""
+    _destination(dst, force, source)
     with _bytes(progress, "converting") as begin:
         import_base(
             source,
@@ -70,6 +72,8 @@ def to_hf(
     force: bool = False,
 ) -> None:
     """Write a Hugging Face directory; say what merging changed, in weights and in logits."""
+    size = parse_size(max_shard_size)
+    _destination(dst, force, source, base)
     found = open_source(source, base=base, stage=stage)
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
@@ -94,7 +98,7 @@ def to_hf(
             dst,
             tokenizer_dir=found.tokenizer,
             dtype=dtype,
-            max_shard_bytes=parse_size(max_shard_size),
+            max_shard_bytes=size,
             overwrite=force,
             begin=begin,
             also=also,
@@ -139,9 +143,11 @@ def to_peft(
     force: bool = False,
 ) -> None:
     """Write a PEFT adapter directory of a run's point."""
+    _destination(dst, force, source)
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
-        raise UserError(f"{source} has no adapters; give the work directory of a run")
+        at = f"stage {stage} of {source}" if stage else source
+        raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
     write_peft(
         dst,
         found.model.base,
@@ -168,8 +174,12 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
+    _destination(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
+    named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if named and _lasting(str(named)) != _lasting(base):
+        progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit", markup=False)
     if found.new_rows and found.tokenizer_dir is None:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
     trainable, padding = dict(found.trainable), 0
@@ -189,18 +199,30 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
             copy_tokenizer(below.files, directory)
         elif isinstance(below.model, GGUFModel):
             write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=base, source=str(adapter)))
+        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out", markup=False)
     progress.say(
         f"{dst}: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; "
         f"{found.new_rows - padding} new tokens\n"
-        f"go on training: vocabulary.adapter={dst} lora.rank={lora.rank} lora.alpha={lora.alpha:g} "
+        f"go on training: 'vocabulary={{adapter: {dst}}}' lora.rank={lora.rank} lora.alpha={lora.alpha:g} "
         f"lora.rslora={str(lora.rslora).lower()} 'lora.targets=[{', '.join(lora.targets)}]'"
         + (" embeddings=all" if "vocabulary.base_trained" in trainable else ""),
         markup=False,
     )
+
+
+def _lasting(source: str) -> str:
+    """A source's name that means the same from every directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
+    """Refuse a destination before anything is read. Raises UserError."""
+    paths = [Path(path) for path in reads if path is not None]
+    check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
 
 
 def verify(
@@ -219,12 +241,14 @@ def verify(
     ids = None
     notes = []
     if logits:
-        tokenizers = [tokenizer_of(found) for found in (left, right)]
-        ids, others = (prompt_tokens(tokenizer, prompt) for tokenizer in tokenizers)
-        if ids != others:
+        cuts = [None if found.bare else prompt_tokens(tokenizer_of(found), prompt) for found in (left, right)]
+        ids = cuts[0] or cuts[1] or list(range(1, PROMPT_TOKENS + 1))
+        if cuts[0] is None or cuts[1] is None:
+            notes.append("not both have a tokenizer; the logits are of the same ids")
+        elif cuts[0] != cuts[1]:
             notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
-            limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
-            ids = [number for number in ids if number < limit]
+        limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
+        ids = [number for number in ids if number < limit]
     with _bytes(progress, "comparing") as begin:
         result = compare(left.model, right.model, ids, begin(_size(left.model) + _size(right.model)))
     progress.say(comparison_table(result))
@@ -300,24 +324,18 @@ def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[
     def begin(total: int) -> Callable[[int], None]:
         bar = progress.bytes(name, total)
         bars.append(bar)
-        return bar.add
+
+        def advance(size: int) -> None:
+            progress.check()
+            bar.add(size)
+
+        return advance
 
     try:
         yield begin
     finally:
         for bar in bars:
             bar.close()
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    if not match or (size := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
-        raise UserError(f"the size {text!r} is not of the form 5GB, 500MB or 2GiB; correct it")
-    return size
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -18,6 +18,7 @@ from conversion.open_directory import open_directory
 from conversion.opened import Opened
 from conversion.peft_config import CONFIG
 from conversion.peft_read import read_peft
+from conversion.tokenizer_files import bring_tokenizer, has_tokenizer
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
 from transllm_jax.interrupt import Interrupt
@@ -42,6 +43,11 @@ class Source:
     about: dict[str, Any] | None = None
     name: str = ""
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is no tokenizer with it."""
+        return not isinstance(self.model, GGUFModel) and (self.tokenizer is None or not has_tokenizer(self.tokenizer))
+
 
 def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
     """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
@@ -55,12 +61,12 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
         raise UserError(f"{source} is not a run's work directory, so it has no stage {stage!r}; leave --stage out")
     if (path / ADAPTER).is_file():
         found = read_adapter(path)
-        below = open_source(base or found.base)
+        below = _open_base(path, base, found.base)
         check_base(found, below, path)
         merged = Merged(below.model, load_arrays(path / "trainable"), found.lora.scale)
         return Source(merged, below.files, path, found.lora, name=path.name)
     if (path / CONFIG).is_file():
-        below = open_source(base or peft_base(path))
+        below = _open_base(path, base, None if base else peft_base(path))
         peft = read_peft(path, below.model)
         tokenizer = peft.tokenizer_dir or below.tokenizer
         return Source(
@@ -72,6 +78,18 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
     if fetched.kind == "gguf":
         return Source(open_gguf(fetched.path), None, None, name=fetched.path.name)
     return Source(open_directory(fetched.path), fetched.path, fetched.path, name=fetched.path.name)
+
+
+def _open_base(adapter: Path, given: str | None, named: str | None) -> Source:
+    """An adapter's base, from where the user or the adapter says that it is."""
+    if given is not None:
+        return open_source(given)
+    try:
+        return open_source(str(named))
+    except UserError as error:
+        raise UserError(
+            f"{adapter} names the base {named}, which cannot be read ({error}); give it with --base"
+        ) from None
 
 
 def _open_run(workdir: Path, stage: str | None) -> Source:
@@ -103,10 +121,12 @@ def check_base(adapter: Adapter, base: Source, where: Path) -> None:
 
 
 def tokenizer_of(found: Source) -> Tokenizer:
-    """The tokenizer of what was opened; of a GGUF file, made of its fields."""
-    if found.tokenizer is not None:
+    """The tokenizer of what was opened; of a GGUF file or a tokenizer.model alone, made for the purpose."""
+    if found.tokenizer is not None and (found.tokenizer / "tokenizer.json").is_file():
         return Tokenizer.load(found.tokenizer)
-    assert isinstance(found.model, GGUFModel)
     with tempfile.TemporaryDirectory() as scratch:
-        write_tokenizer(found.model.fields, scratch, found.model.where)
+        if isinstance(found.model, GGUFModel):
+            write_tokenizer(found.model.fields, scratch, found.model.where)
+        elif found.tokenizer is not None:
+            bring_tokenizer(found.tokenizer, Path(scratch))
         return Tokenizer.load(scratch)
