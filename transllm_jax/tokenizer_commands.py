@@ -294,7 +294,7 @@ def _say_expansion(
         others = [name for name in script.shared if name not in signs]
         others += ["signs of all scripts"] if signs.intersection(script.shared) else []
         lines.append(
-            f"some characters share their first bytes with those of {', '.join(others)}: ids of such text can change, too"
+            f"some characters share their first bytes with {', '.join(others)}: ids of such text can change, too"
         )
     for line in lines:
         progress.say(line, markup=False)
