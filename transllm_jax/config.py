@@ -285,7 +285,7 @@ class Markers(Section):
 class Language(Section):
     """The target language."""
 
-    # An ISO code or a tag such as zh-Hant. The scripts that tokens are learned for follow from it, or are given by name.
+    # An ISO code or a tag such as zh-Hant; the scripts of the new tokens follow from it, or are given by name.
     code: str = "th"
     name: str = "Thai"
     scripts: list[str] = []
