@@ -86,7 +86,9 @@ class Vocabulary(Section):
     size: Positive | None = None
     # Text in the target language; of pairs, the target side is read.
     corpus: list[WholeSource] = []
-    # In place of both: a directory of `transllm convert from-peft`, to go on training what PEFT began.
+    # In place of a size: a directory of `transllm tokenizer expand`. A corpus is then what rows are made by.
+    tokenizer: str | None = None
+    # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
     adapter: str | None = None
     min_count: Positive = 2
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
@@ -121,9 +123,13 @@ class Vocabulary(Section):
 
     @model_validator(mode="after")
     def _has_tokens(self) -> Vocabulary:
-        if self.adapter is None and (self.size is None or not self.corpus):
-            raise ValueError("size and corpus are needed (or an adapter, which brings its tokens)")
-        made = self.size is not None or self.corpus or self.initial_rows != "mean"
+        if self.tokenizer is not None and self.size is not None:
+            raise ValueError("a tokenizer brings its tokens; leave size out")
+        if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):
+            raise ValueError("size and corpus are needed (or a tokenizer or an adapter, which brings its tokens)")
+        if self.tokenizer is not None and self.initial_rows in ("weighted", "calibrated") and not self.corpus:
+            raise ValueError(f"initial_rows: {self.initial_rows} needs a corpus")
+        made = self.size is not None or self.corpus or self.tokenizer or self.initial_rows != "mean"
         if self.adapter is not None and made:
             raise ValueError("an adapter brings its tokens and rows; leave size, corpus and initial_rows out")
         return self

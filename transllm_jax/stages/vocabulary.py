@@ -23,7 +23,14 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.run import Run, token_ids, tokenless
-from transllm_jax.tokenizer.expand import Expansion, expand, save_expanded, with_markers
+from transllm_jax.tokenizer.expand import (
+    Expansion,
+    expand,
+    expansion_of,
+    save_expanded,
+    tokens_per_character,
+    with_markers,
+)
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -46,6 +53,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "seed": config.seed,
         **run.hashes(source.path for source in run.config.vocabulary.sources),
         **run.hashes(_files_of(run.config.vocabulary.rows_from)),
+        **({} if (brought := config.vocabulary.tokenizer) is None else run.hashes([f"{brought}/tokenizer.json"])),
         **({} if (given := config.vocabulary.adapter) is None else run.hashes([f"{given}/{ADAPTER}"])),
     }
 
@@ -75,6 +83,11 @@ def check(run: Run) -> None:
         _check_adapter(run, Path(run.config.vocabulary.adapter))
     else:
         check_supported(json.loads(base.backend.to_str()), base.source)
+    if run.config.vocabulary.tokenizer is not None:
+        try:
+            _given_expansion(run)
+        except UserError as error:
+            raise UserError(f"vocabulary.tokenizer: {error}") from None
     if run.config.vocabulary.rows_from is not None:
         _token_rows(run)
     for marker in run.markers.in_order():
@@ -106,10 +119,10 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     text = f"{report['new_tokens']} new tokens"
     if table["padding_rows"]:
         text += f" and {table['padding_rows']} rows of padding"
-    if given is None:
+    if "tokens_per_character_after" in report:
         before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
-    else:
+    if given is not None:
         text += f" and adapters of {given}"
     if copied := report["initial_rows"].get("copy"):
         text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
@@ -148,12 +161,27 @@ def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]
     """Tokens learned from the corpus; their rows, and fresh adapters."""
     config = run.config
     documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
-    assert config.vocabulary.size is not None
+    expansion = _expansion(run, documents)
+    trainable = initial_adapters(run.model_config, run.lora, config.seed)
+    ways = _rows(run, expansion, trainable, documents)
+    return expansion.tokenizer, trainable, {**expansion.report, "initial_rows": ways}
+
+
+def _expansion(run: Run, documents: list[str]) -> Expansion:
+    """The tokens, learned from the corpus or brought by a tokenizer. Raises UserError."""
+    config, base = run.config, run.tokenizer("base")
     english = config.vocabulary.english
     try:
+        if config.vocabulary.size is None:
+            expansion = _given_expansion(run)
+            if documents:
+                both = (base, expansion.tokenizer)
+                before, after = (tokens_per_character(tokenizer, documents) for tokenizer in both)
+                expansion.report.update(tokens_per_character_before=before, tokens_per_character_after=after)
+            return expansion
         with Phases(run.progress) as tell:
-            expansion = expand(
-                run.tokenizer("base"),
+            return expand(
+                base,
                 documents,
                 size=config.vocabulary.size,
                 language=config.language.code,
@@ -166,9 +194,17 @@ def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]
             )
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
-    trainable = initial_adapters(run.model_config, run.lora, config.seed)
-    ways = _rows(run, expansion, trainable, documents)
-    return expansion.tokenizer, trainable, {**expansion.report, "initial_rows": ways}
+
+
+def _given_expansion(run: Run) -> Expansion:
+    """That of the tokenizer that the config names. Raises UserError where it is not one of the base."""
+    assert run.config.vocabulary.tokenizer is not None
+    expanded = Tokenizer.load(run.config.vocabulary.tokenizer)
+    # The conversation's form is the model's, whatever the tokenizer was expanded with.
+    expanded = Tokenizer(
+        expanded.backend, run.tokenizer("base").config, run.tokenizer("base").chat_template, expanded.source
+    )
+    return expansion_of(run.tokenizer("base"), expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
 
 
 def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:

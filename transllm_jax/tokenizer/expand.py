@@ -18,11 +18,11 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, piece_growth, with_base_tokens
+from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, made_of_text, piece_growth, with_base_tokens
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import kind_of
 from transllm_jax.tokenizer.scripts import language_name, script_of
-from transllm_jax.tokenizer.sentencepiece_model import write_model
+from transllm_jax.tokenizer.sentencepiece_model import unused, write_model
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _REPORTED_CHARACTERS = 2_000_000  # tokens per character is measured on about so much of the corpus
@@ -135,6 +135,59 @@ def expand(
     pieces = growth.made_of(base, learned.choice) + [_described(base, kind, m) for m in markers]
     tell("report", 1.0)
     return Expansion(tokenizer, names + list(markers), pieces, report, build)
+
+
+def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *, first_id: int) -> Expansion:
+    """The expansion that an expanded tokenizer is, one that `expand` made before; markers that it lacks are added.
+
+    first_id: where its new ids have to begin. Its `pieces` are the base's ids of each new token's text, and of a part
+    of a character of its bytes. Raises UserError for a tokenizer that was not expanded from this base, or whose new
+    ids are not all from `first_id` on.
+    """
+    for number in sorted(base.backend.get_vocab(with_added_tokens=True).values()):
+        if base.token(number) != expanded.token(number):
+            raise UserError(
+                f"{expanded.source} was not expanded from {base.source}: token {number} is {expanded.token(number)!r}, "
+                f"of the base {base.token(number)!r}"
+            )
+    vocabulary = expanded.backend.get_vocab(with_added_tokens=True)
+    last = max(vocabulary.values())
+    numbers = range(first_id, last + 1)
+    early = [number for token, number in vocabulary.items() if base.token(number) is None and number < first_id]
+    if any(expanded.token(number) != unused(number) for number in early):
+        raise UserError(
+            f"{expanded.source} has new ids from {min(early)} on, and the model's embedding has {first_id} rows: "
+            "expand the tokenizer from the model's directory, which says how many rows there are"
+        )
+    missing = [number for number in numbers if expanded.token(number) is None]
+    if missing or not numbers:
+        raise UserError(f"{expanded.source} has no token {missing[0] if missing else first_id}; expand it again")
+    markers = list(markers)
+    tokens = {number: str(expanded.token(number)) for number in numbers}
+    specials = {number for number in numbers if tokens[number] in expanded.special_tokens}
+    kind = kind_of(json.loads(base.backend.to_str()), base.source)
+    pieces = [
+        _described(base, kind, tokens[number]) if number in specials else made_of_text(base, kind, tokens[number])
+        for number in numbers
+    ]
+    names = list(tokens.values())
+    tokenizer, lacking = expanded, [marker for marker in markers if expanded.token_id(marker) is None]
+    if lacking:
+        tokenizer, words = with_markers(expanded, lacking)
+        names, pieces = names + lacking, pieces + words
+    report = {
+        "kind": kind,
+        "markers": markers,
+        "base_vocabulary": base.vocab_size,
+        "vocabulary": tokenizer.vocab_size,
+        "first_new_id": first_id,
+        "new_tokens": len(names) - len(markers),
+    }
+
+    def build(size: int) -> Tokenizer:
+        raise ValueError(f"{expanded.source} is there in one size only, not with {size} tokens")
+
+    return Expansion(tokenizer, names, pieces, report, build)
 
 
 def with_markers(

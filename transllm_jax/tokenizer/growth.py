@@ -127,6 +127,16 @@ def with_base_tokens(state: dict[str, Any], source: str, first_id: int | None = 
     return state
 
 
+def made_of_text(base: Tokenizer, kind: str, token: str) -> list[int]:
+    """The base's ids of a new token's text, wherever in a text it stands; of a part of a character, of its bytes."""
+    if kind == "sentencepiece":
+        return base.encode(token.replace(SPACE, " "), specials=False, continuing=True)
+    try:
+        return base.encode(token_bytes(token).decode("utf-8"), specials=False)
+    except UnicodeDecodeError:
+        return [piece.id for piece in base.backend.model.tokenize(token)]
+
+
 def _bytes_made_of(base: Tokenizer, vocabulary: dict[str, int], choice: Choice) -> list[list[int]]:
     """For each new token the base's ids of its text; a part of a character has the ids it is made of."""
     made_of: dict[str, list[int]] = {}
