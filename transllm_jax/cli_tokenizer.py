@@ -32,7 +32,7 @@ Sample = Annotated[str, typer.Option(help="How much of the corpus is learned fro
 Seed = Annotated[int, typer.Option(help="Of the sample.")]
 Lines = Annotated[bool, typer.Option("--lines", help="A document a line (blank lines part documents).")]
 RemoveControls = Annotated[
-    bool, typer.Option("--remove-controls", help="Take control characters out of the corpus, do not refuse them.")
+    bool, typer.Option("--remove-controls", help="Take control characters out of texts, do not refuse them.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -147,6 +147,7 @@ def report(
             base=base,
             curve=sizes,
             learning=learning,
+            controls="remove" if remove_controls else "refuse",
             out=out,
             force=force,
         )

@@ -72,13 +72,13 @@ def expand_vocabulary(
         expansion = _learn(base, sample.documents, size, learning, progress)
         new = expansion.tokenizer
         files = save_expanded(new, base.directory, directory)
-        measured = {path: costs([base.tokenizer, new], texts_of(path)) for path in held_out}
+        measured = {path: costs([base.tokenizer, new], texts_of(path, learning.controls)) for path in held_out}
         texts = _first(sample.documents)
         if not measured:
             measured = {"the training text": costs([base.tokenizer, new], texts)}
         frequent = example_words(script, texts, _CANDIDATES)
         words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
-        counted = {path: changed(base.tokenizer, new, texts_of(path)) for path in english}
+        counted = {path: changed(base.tokenizer, new, texts_of(path, learning.controls)) for path in english}
         report = {
             **expansion.report,
             "base": source,
@@ -118,6 +118,7 @@ def report_costs(
     base: str | None = None,
     curve: Sequence[int] = (),
     learning: Learning | None = None,
+    controls: Controls = "refuse",
     out: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -134,7 +135,7 @@ def report_costs(
             raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
         if not out.absolute().parent.is_dir():
             raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
-    _check_texts(files)
+    _check_texts(files, controls)
     with tempfile.TemporaryDirectory() as scratch:
         named = [
             (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
@@ -154,7 +155,7 @@ def report_costs(
             expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
             rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
         tokenizers = [tokenizer for _, tokenizer in rows]
-        measured = {path: costs(tokenizers, texts_of(path)) for path in files}
+        measured = {path: costs(tokenizers, texts_of(path, controls)) for path in files}
     progress.say(
         cost_table(
             [
@@ -192,14 +193,14 @@ def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Seq
         raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count begin at 1")
     for path in learning.corpus:
         resolve(path)
-    _check_texts(files)
+    _check_texts(files, learning.controls)
     return script
 
 
-def _check_texts(files: Sequence[str]) -> None:
+def _check_texts(files: Sequence[str], controls: Controls) -> None:
     """Raises UserError for texts that cannot be measured on, before the hours that learning may take."""
     for path in files:
-        for _ in texts_of(path):
+        for _ in texts_of(path, controls):
             pass
 
 

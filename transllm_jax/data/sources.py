@@ -94,7 +94,8 @@ class Collector:
         code = ord(found[0])
         what = "a carriage return (U+000D)" if code == 0x0D else f"the control character U+{code:04X}"
         mend = "save the file with Unix line ends" if code == 0x0D else "remove it"
-        raise UserError(f"{place} has {what} at column {found.start() + 1}: {mend}, or set controls: remove")
+        mend += ", or have it removed (controls: remove; --remove-controls)"
+        raise UserError(f"{place} has {what} at column {found.start() + 1}: {mend}")
 
     def add(self, item: Any, place: Place) -> None:
         clean = _map_texts(item, lambda text: unicodedata.normalize("NFC", text))
