@@ -66,6 +66,13 @@ def new_directory(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
         dst.parent.mkdir(parents=True, exist_ok=True)
         _clear_away(dst)
         partial.mkdir()
+    except OSError as error:
+        _undo(dst, partial, replaced, made)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full at {dst.parent}; free some space and run again") from error
+        reason = "a part of its path is a file" if error.errno == errno.EEXIST else error.strerror
+        raise UserError(f"cannot write {dst}: {reason}; choose a destination that you may write") from None
+    try:
         yield partial
         if overwrite and dst.exists():
             os.replace(dst, replaced)
@@ -77,9 +84,7 @@ def new_directory(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and error.filename == str(partial):
             raise UserError(f"{dst} was made by another process meanwhile; it is left as it is") from None
         ours = str(error.filename or dst).startswith(str(dst.parent))
-        if error.errno in (errno.ENOTDIR, errno.EEXIST) or (
-            ours and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
-        ):
+        if ours and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"cannot write {dst}: {error.strerror}; choose a destination that you may write") from None
         raise
     except BaseException:

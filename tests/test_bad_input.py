@@ -262,7 +262,7 @@ RECORDS, QUESTIONS = "recover.instructions=FILE", "evaluation.instructions=FILE"
     ("override", "name", "content", "words"),
     [
         # Text, which stage `pretrain` would read after the evaluation of `vocabulary`.
-        (TEXT, "a.txt", b"", ("a.txt is empty", "take it out of the config")),
+        (TEXT, "a.txt", b"", ("a.txt is empty", "leave it out")),
         (TEXT, "a.txt", b"\n \n", ("a.txt has no documents",)),
         (TEXT, "a.txt", b"one\ntw\xe9\n", ("a.txt:2 is not UTF-8", "offset 6", "save it")),
         (TEXT, "a.txt", b"one\n\ntw\x07o\n", ("a.txt:3", "U+0007 at column 3", "remove")),
@@ -383,9 +383,9 @@ def test_a_corpus_that_gives_no_vocabulary(refused: Refused, begun: Path) -> Non
     english = f"vocabulary.corpus=[{{path: {EXAMPLES / 'english.train.txt'}}}]"
     holds(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
     holds(
-        refused(*command, "vocabulary.size=50000"), "the corpus supports", "new tokens, not 50000", "at most that many"
+        refused(*command, "vocabulary.size=50000"), "the corpus supports", "new tokens, not 50,000", "at most that many"
     )
-    holds(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for more")
+    holds(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for at least 103")
     assert not lost(before, begun)
 
 

@@ -62,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny tokenizer with the chain's markers."""
     base = Tokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tiny")))
     text = ["ที่ไหนอยู่ทางไหน", "อยู่ที่นี่", "ทางนี้อยู่ที่ไหน"]
-    return expand(base, text, size=20, markers=["<EN>", "<TH>", "<RESPONSE>"]).tokenizer
+    return expand(base, text, size=11, markers=["<EN>", "<TH>", "<RESPONSE>"]).tokenizer
 
 
 def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:

@@ -257,8 +257,11 @@ def test_more_tokens_than_the_corpus_supports_names_the_number_that_works() -> N
         expand(base, THAI, size=5000, markers=MARKERS)
     supported = int(str(error.value).split("supports ")[1].split()[0])
     assert expand(base, THAI, size=supported, markers=MARKERS).report["new_tokens"] == supported
-    with pytest.raises(UserError, match=f"supports {supported}"):
-        expand(base, THAI, size=supported + 1, markers=MARKERS)
+    with pytest.raises(UserError, match="supports"):
+        expand(base, THAI, size=2 * supported, markers=MARKERS)
+    # None of its tokens is dead, but for the first bytes of a character that the base cannot even begin.
+    report = expand(base, THAI, size=supported, markers=MARKERS).report
+    assert report["never_produced"] <= report["parts_of_characters"] == 1
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_three_byte_blocks_are_closed_under_their_first_two_bytes() -> None:
 def test_another_language() -> None:
     base, _ = made("smollm2")
     russian = ["сегодня хорошая погода, и мы идём гулять", "погода сегодня хорошая, 12 градусов"] * 3
-    expansion = expand(base, russian, size=40, language="ru", markers=["<EN>", "<RU>", "<RESPONSE>"])
+    expansion = expand(base, russian, size=24, language="ru", markers=["<EN>", "<RU>", "<RESPONSE>"])
     assert base.decode(expansion.pieces[-2]) == " Russian"
     assert expansion.tokenizer.encode(THAI[0]) == base.encode(THAI[0])
     assert len(expansion.tokenizer.encode(russian[0])) < len(base.encode(russian[0])) / 2

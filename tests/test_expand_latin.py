@@ -73,7 +73,7 @@ def test_whole_words_can_be_asked_for_or_not(tmp_path: Path) -> None:
     assert runs.report["whole_words"] is False
     assert runs.report["english_changed"] is None
     russian = ["сегодня хорошая погода", "погода сегодня хорошая, 12 градусов"] * 3
-    words = expand(base, russian, size=20, language="ru", markers=["<EN>", "<RU>"], whole_words=True, english=TEXTS)
+    words = expand(base, russian, size=18, language="ru", markers=["<EN>", "<RU>"], whole_words=True, english=TEXTS)
     state = json.loads(words.tokenizer.backend.to_str())
     assert state["pre_tokenizer"] == json.loads(base.backend.to_str())["pre_tokenizer"]
     assert words.report["english_changed"]["changed"] == 0

@@ -311,10 +311,10 @@ def test_scores_go_on_below_a_score_that_no_longer_changes_by_one(tmp_path: Path
 
 
 def test_the_extra_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = build_tiny_sentencepiece(tmp_path / "base")
+    base, expanded = build_tiny_sentencepiece(tmp_path / "base"), made("prepend")[1].tokenizer
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"transllm-jax\[sentencepiece\]"):
-        save_expanded(made("prepend")[1].tokenizer, base, tmp_path / "new")
+        save_expanded(expanded, base, tmp_path / "new")
 
 
 def test_pieces_that_join_the_script_with_other_characters(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_expand import BASES, ENGLISH, MARKERS, SIZE, THAI, made
 from tokenizers import Tokenizer, models
 
+from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.atoms import AtomCoder, ends_between_characters
 from transllm_jax.tokenizer.encoded import Encoded, Recount, count, encode
 from transllm_jax.tokenizer.expand import expand
@@ -148,8 +149,8 @@ def test_a_rare_token_that_another_uses_up_stays_and_the_other_goes(kind: type) 
     assert learned is not None
     assert (learned.choice.tokens, learned.counts) == (["ab", "cd"], [5, 3])
     assert choose(options, ["abc", "cd"], np.array([5, 3]), 3, 2, lambda _phase, _share: None, True) is None
-    rest = choose(options, ["abc", "cd"], np.array([5, 3]), 3, 2, lambda _phase, _share: None, False)
-    assert rest is not None and rest.counts == [0, 5, 3]  # there is no more: the step comes back
+    with pytest.raises(UserError, match="supports 2 new tokens, not 3"):  # there is no more
+        choose(options, ["abc", "cd"], np.array([5, 3]), 3, 2, lambda _phase, _share: None, False)
 
 
 def test_stretches_of_a_sentencepiece_text() -> None:

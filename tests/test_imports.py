@@ -86,8 +86,9 @@ ALLOWED = {
     "cli": COMMON
     | {"artifacts", "pipeline", "status", "chat", "generation", "evaluation", "conversion"}
     | {"cli_convert", "cli_tokenizer"},
-    "cli_convert": COMMON | {"convert"},
-    "cli_tokenizer": COMMON | {"tokenizer_commands", "sizes"},
+    "cli_convert": COMMON | {"convert", "cli_working"},
+    "cli_tokenizer": COMMON | {"tokenizer_commands", "sizes", "cli_working"},
+    "cli_working": COMMON,
     # `from transllm_jax import __version__`
     "": set(),
 }
@@ -185,7 +186,7 @@ DOORS = {
     "sacrebleu": {"transllm_jax.evaluation.point"},
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
-    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert", "transllm_jax.cli_tokenizer"},
+    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert", "transllm_jax.cli_tokenizer", "transllm_jax.cli_working"},
     "babel": {"transllm_jax.tokenizer.scripts"},
     "fontTools": {"transllm_jax.tokenizer.scripts"},
     "torch": set(),

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from transllm_jax.errors import PREEMPTED
-
-if TYPE_CHECKING:
-    from transllm_jax.progress import Progress
+from transllm_jax.cli_working import working
 
 app = typer.Typer(
     help="Checkpoints in and out, bit for bit: Hugging Face, GGUF, PEFT.",
@@ -36,31 +28,6 @@ class Rows(StrEnum):
     tables = "tables"
 
 
-@contextmanager
-def _working() -> Iterator[Progress]:
-    """A voice for a command that is stopped by SIGINT or SIGTERM at once, and leaves nothing half-written."""
-    from transllm_jax.progress import Progress
-
-    progress = Progress()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # Noted as well as raised: a library's callback may be running, which swallows what is raised in it.
-        progress.stopped = True
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with progress:
-            yield progress
-    except KeyboardInterrupt:
-        # Caught here: typer would make its own exit code of it.
-        print("stopped, nothing was written", file=sys.stderr)
-        raise typer.Exit(PREEMPTED) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @app.command("from-hf")
 def from_hf(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory, org/name on the hub, or a .gguf file.")],
@@ -70,7 +37,7 @@ def from_hf(
     force: Force = False,
 ) -> None:
     """A model into a checkpoint of ours: the same bits, stacked by layer, cut for the devices of a mesh."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import convert
 
         convert.from_hf(source, dst, progress, mesh=mesh, sha256=sha256, force=force)
@@ -93,7 +60,7 @@ def to_hf(
     force: Force = False,
 ) -> None:
     """A Hugging Face directory for transformers, vLLM or llama.cpp: adapters merged, new rows appended."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import convert
 
         convert.to_hf(
@@ -123,7 +90,7 @@ def to_peft(
     force: Force = False,
 ) -> None:
     """An adapter directory for PEFT, new rows included."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import convert
 
         convert.to_peft(
@@ -145,7 +112,7 @@ def from_peft(
     force: Force = False,
 ) -> None:
     """An adapter that PEFT trained, for a run to go on with (vocabulary.adapter)."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import convert
 
         convert.from_peft(base, adapter, dst, progress, force=force)
@@ -164,7 +131,7 @@ def verify(
     stage_b: Annotated[str | None, typer.Option(help="The stage of B, a run.")] = None,
 ) -> None:
     """Compare two models, tensor by tensor and by the logits of a prompt; exit code 1 if they differ."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import convert
 
         same = convert.verify(

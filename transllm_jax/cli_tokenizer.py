@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.cli_working import working
+from transllm_jax.errors import UserError
 from transllm_jax.sizes import parse_size
-
-if TYPE_CHECKING:
-    from transllm_jax.progress import Progress
 
 app = typer.Typer(
     help="A vocabulary for another language: learn its tokens, see what they are worth.",
@@ -35,18 +31,6 @@ RemoveControls = Annotated[
     bool, typer.Option("--remove-controls", help="Take control characters out of texts, do not refuse them.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-
-
-@contextmanager
-def _working() -> Iterator[Progress]:
-    from transllm_jax.progress import Progress
-
-    try:
-        with Progress() as progress:
-            yield progress
-    except KeyboardInterrupt:
-        # Caught here: typer would make its own exit code of it.
-        raise Preempted("stopped, nothing was written") from None
 
 
 @app.command("expand")
@@ -74,7 +58,7 @@ def expand(
     force: Force = False,
 ) -> None:
     """Add tokens of a language to a tokenizer; the base's ids stay, and AutoTokenizer loads the result."""
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import tokenizer_commands
 
         learning = tokenizer_commands.Learning(
@@ -125,7 +109,7 @@ def report(
         raise UserError(
             "--corpus, --language and --script are what --curve learns from; give --curve, or leave them out"
         )
-    with _working() as progress:
+    with working() as progress:
         from transllm_jax import tokenizer_commands
 
         learning = None

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from conversion.directories import check_destination, new_directory, read_json
 from conversion.fetch import cache_directory
@@ -81,7 +82,7 @@ def expand_vocabulary(
         counted = {path: changed(base.tokenizer, new, texts_of(path, learning.controls)) for path in english}
         report = {
             **expansion.report,
-            "base": source,
+            "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
             "name": script.language,
             "scripts": list(script.scripts),
             "shared_bytes_with": list(script.shared),
@@ -98,8 +99,9 @@ def expand_vocabulary(
         }
         write_json(directory / "report.json", report)
     _say_expansion(dst, files, expansion, script, sample, progress)
+    short = _short_names(list(measured))
     rows = [
-        (name, label, cost, before)
+        (short[name], label, cost, before)
         for name, (before, after) in measured.items()
         for label, cost in (("before", before), ("after", after))
     ]
@@ -156,10 +158,11 @@ def report_costs(
             rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
         tokenizers = [tokenizer for _, tokenizer in rows]
         measured = {path: costs(tokenizers, texts_of(path, controls)) for path in files}
+    texts, names = _short_names(files), _short_names([name for name, _ in rows])
     progress.say(
         cost_table(
             [
-                (path, name, cost, found[0])
+                (texts[path], names[name], cost, found[0])
                 for path, found in measured.items()
                 for (name, _), cost in zip(rows, found, strict=True)
             ]
@@ -169,7 +172,9 @@ def report_costs(
     if out is not None:
         vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
         points = {
-            path: [(size, c.per_character, c.per_byte, c.per_word) for size, c in zip(vocabularies, found, strict=True)]
+            texts[path]: [
+                (size, c.per_character, c.per_byte, c.per_word) for size, c in zip(vocabularies, found, strict=True)
+            ]
             for path, found in measured.items()
         }
         cost_plot(out, points)
@@ -245,6 +250,32 @@ def _learn(
         )
 
 
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
+
+
+def _use(report: dict[str, Any]) -> str:
+    """How the training text uses the new tokens."""
+    rare, never = report["produced_less_than_min_count"], report["never_produced"]
+    if not rare:
+        return f"each new token is produced there at least {_many(report['min_count'], 'time')}"
+    parts = f", of which {never} never" if never else ""
+    return (
+        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
+        "bytes of characters that the base cannot begin"
+    )
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last parts of paths, where they tell them apart."""
+    last = [Path(path).name for path in paths]
+    return dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
+
+
 def _first(documents: Sequence[str]) -> list[str]:
     """The first documents, as many as costs are measured on."""
     found, size = [], 0
@@ -261,9 +292,12 @@ def _sum(counted: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
-    """What a tokenizer was expanded from, if its report says so and that is there."""
+    """What a tokenizer was expanded from, if its report says so and that is there; of a run, its own base."""
     path = opened.directory / "report.json"
     found = read_json(path).get("base") if path.is_file() else None
+    for workdir in (opened.directory, opened.directory.parent):
+        if found is None and (workdir / "run.yaml").is_file():
+            found = str(workdir / "base")
     if not isinstance(found, str) or not Path(found).expanduser().exists():
         return None
     progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)", markup=False)
@@ -279,13 +313,13 @@ def _say_expansion(
     report, read = expansion.report, sample.report
     part = "all" if read.kept_bytes == read.bytes else f"{read.kept_bytes / 1e6:,.1f} MB"
     lines = [
-        f"{dst}: {report['new_tokens']:,} new tokens for {script.language} ({', '.join(script.scripts)} script)"
-        + (f" and {len(report['markers'])} markers" if report["markers"] else "")
+        f"{dst}: {_many(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
+        + (f" and {_many(len(report['markers']), 'marker')}" if report["markers"] else "")
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
-        f"learned from {part} of {read.bytes / 1e6:,.1f} MB in {read.documents:,} documents; "
-        f"{report['never_produced']} new tokens never produced there, "
-        f"{report['produced_less_than_min_count']} produced less than {report['min_count']} times",
+        f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
     ]
+    if read.documents == 1:
+        lines.append("it is one document: without blank lines between documents, --lines makes each line one")
     if read.too_long:
         lines.append(f"{read.too_long:,} documents were larger than the sample and left out; --lines may cut them")
     if read.removed:

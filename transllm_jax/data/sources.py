@@ -108,7 +108,7 @@ class Collector:
 
     def finish(self, path: str | Path, what: str) -> Loaded[Any]:
         if not self.items:
-            raise UserError(f"{path} has no {what}: give a file with text in it, or take it out of the config")
+            raise UserError(f"{path} has no {what}: give a file with text in it, or leave it out")
         report = SourceReport(len(self.items), self.characters, self.bytes, self.normalised, self.removed)
         return Loaded(self.items, self.places, report)
 
@@ -184,7 +184,7 @@ def _lines(
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
         if offset == 0:
-            raise UserError(f"{file} is empty: give a file with text in it, or take it out of the config")
+            raise UserError(f"{file} is empty: give a file with text in it, or leave it out")
 
 
 def _decode(raw: bytes, place: Place, offset: int) -> str:

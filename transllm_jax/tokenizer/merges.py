@@ -55,9 +55,8 @@ def learn_merges(
 
     state: the base's tokenizer.json, parsed, with every token in its vocabulary; runs: texts that the new
     pre-tokenizer leaves whole, normalised. Every new token occurs at least `min_count` times in the encoded runs,
-    except the parts of characters that take several merges; where the runs are too few for that, the tokens that
-    they do not contain are steps to longer ones. Raises UserError where even so they support fewer tokens,
-    or where the characters alone need more.
+    except the parts of characters that take several merges. Raises UserError where the runs support fewer tokens, or
+    where the characters alone need more.
     """
     texts = sorted(runs)
     weights = np.array([runs[text] for text in texts], np.int64)
@@ -73,7 +72,8 @@ def learn_merges(
     if characters > size:
         raise UserError(
             f"{size} new tokens are too few: the {len(frequent)} characters of the corpus that occur at "
-            f"least {min_count} times need {characters}; ask for more or raise min_count"
+            f"least {min_count} times need {characters} tokens that the base lacks; ask for at least {characters}, or "
+            "raise the minimal count"
         )
     symbols = sorted({"".join(a) for a, _ in frequent})
     place = {symbol: i for i, symbol in enumerate(symbols)}
@@ -100,7 +100,6 @@ class MergeOptions:
 
     def __init__(self, state: dict[str, Any], merges: list[Merge], fixed: int) -> None:
         self._merges, self._state, self._fixed = merges, state, set(merges[:fixed])
-        self.keys = [merge for merge in merges if merge not in self._fixed]
         self._base: dict[str, int] = state["model"]["vocab"]
         self._base_merges = merges_of(state)
         self._old = set(self._base_merges)

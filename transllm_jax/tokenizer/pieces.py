@@ -132,7 +132,7 @@ def learn_pieces(
     if len(missing) > size:
         raise UserError(
             f"{size} new tokens are too few: {len(missing)} characters that occur at least {min_count} times are no "
-            f"pieces of the base; ask for more or raise min_count"
+            f"pieces of the base; ask for at least {len(missing)}, or raise the minimal count"
         )
     first = len(table.vocabulary)
     characters = {letter: first + i for i, letter in enumerate(missing)}
@@ -179,9 +179,9 @@ class PieceOptions:
         for left, right in merges:
             if left + right not in table.vocabulary:
                 self._trained.setdefault(left + right, []).append((left, right))
-        self.keys = list(self._trained)
+        self._keys = list(self._trained)
         self.vocabulary = dict(table.vocabulary)
-        for piece in [*characters, *self.keys]:
+        for piece in [*characters, *self._keys]:
             self.vocabulary[piece] = len(self.vocabulary)
         self.whole = table.whole
 
@@ -189,7 +189,7 @@ class PieceOptions:
         """The first `size` pieces, each of which two known ones make; fewer where there are no more."""
         tokens: dict[str, None] = dict.fromkeys(self._characters[:size])
         known = self._table.known
-        for piece in self.keys:
+        for piece in self._keys:
             if len(tokens) == size:
                 break
             parts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))

@@ -1,13 +1,12 @@
 """Choosing merges so that no new token is dead: each occurs in the training text as the tokenizer encodes it.
 
 A token that the encoded corpus hardly contains is a step on the way to longer ones that use it up. The rarest of the
-merges that do so is left out and a further merge takes its place, until every token is used. (Where the corpus has no
-further merges, the earliest of those left out come back.) A rare token that no other uses is left out itself.
+merges that do so is left out and a further merge takes its place, until every token is used. A rare token that no other
+uses is left out itself. Where the corpus has no further merges, it supports fewer tokens than were asked for.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,7 +32,6 @@ class Options(Protocol):
 
     vocabulary: dict[str, int]  # the base's tokens and every candidate's, with numbers of their own
     whole: bool  # a text that is a token is never cut
-    keys: list[Any]  # in rank order, without those that are always taken
 
     def select(self, size: int, without: set[Any]) -> Choice:
         """The first candidates that make `size` new tokens; fewer where there are no more. Left out are those in
@@ -65,7 +63,7 @@ def choose(
 ) -> Learned | None:
     """Exactly `size` tokens, each `min_count` times in the weighted texts; None where `more` candidates could help.
 
-    Raises UserError where there are no more and even all of them make fewer tokens.
+    Raises UserError that says how many there are where that is fewer.
     """
     useless: set[Any] = set()
     recount = Recount(texts, weights, options.vocabulary, whole=options.whole)
@@ -85,30 +83,15 @@ def choose(
         if not out:
             break
         useless |= out
-    enough = len(choice.tokens) == size
-    if not enough:
+    if len(choice.tokens) < size:
         if more:
             return None
-        choice = _keep_enough(options, size, useless)
+        supported = len(choice.tokens)
+        raise UserError(
+            f"the corpus supports {supported:,} new tokens, not {size:,}: so many occur {min_count} times in it; "
+            f"{'ask for at most that many, ' if supported else ''}give more text, or lower the minimal count"
+        )
     # Counted afresh: what is said of the tokens does not rest on the bookkeeping above.
     counted, found = found, count(options.backend(choice), texts, weights, len(found))
-    assert not enough or (counted == found).all(), "counting what changed must give what counting all gives"
+    assert (counted == found).all(), "counting what changed must give what counting all gives"
     return Learned(choice, [int(found[options.vocabulary[token]]) for token in choice.tokens])
-
-
-def _keep_enough(options: Options, size: int, useless: set[Any]) -> Choice:
-    """`size` tokens although the corpus supports fewer without rare ones: the earliest keys are taken back in.
-
-    Raises UserError where all of them do not suffice.
-    """
-    steps = [key for key in options.keys if key in useless]
-
-    def keeping(n: int) -> Choice:
-        return options.select(size, useless.difference(steps[:n]))
-
-    supported = len(keeping(len(steps)).tokens)
-    if supported < size:
-        raise UserError(
-            f"the corpus supports {supported} new tokens, not {size}: ask for at most that many, or give more text"
-        )
-    return keeping(bisect_left(range(len(steps) + 1), size, key=lambda n: len(keeping(n).tokens)))
