@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before jax is imported: tests run on the CPU, wherever they run, and share one cache of compiled programs.
@@ -18,6 +20,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from conversion.hf import write_model
 from conversion.names import weight_shapes
+from transllm_jax import cli
 from transllm_jax.model.config import LlamaConfig
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -136,6 +139,33 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
         },
     }
     return config | changes
+
+
+def call(*arguments: object) -> int:
+    """Runs `transllm ARGUMENTS` as a user's command does; gives the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["transllm", *map(str, arguments)])
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+# Gives the exit code of a command, and what it printed.
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def transllm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `transllm ARGUMENTS` in a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        code = call(*arguments)
+        printed, errors = capfd.readouterr()
+        assert "Traceback" not in printed + errors
+        return code, printed + errors
+
+    return run
 
 
 @pytest.fixture

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from conftest import tiny_run, write_tiny_model
+from conftest import call, tiny_run, write_tiny_model
 
 from conversion.adapter import read_adapter
 from conversion.directories import read_json, write_json
 from conversion.logits import logits_of
-from transllm_jax import cli
 from transllm_jax.open_source import open_source
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import load_arrays
 
 IDS = [1, 65, 70, 99, 300, 400, 401, 402, 7]
 LORA = {"rank": 3, "alpha": 8, "rslora": True, "targets": ["q", "v", "down"]}
-
-
-def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["transllm", *map(str, arguments)])
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def write_config(path: Path, model: Path, workdir: Path, **changes: Any) -> Path:

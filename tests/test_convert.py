@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from conftest import random_weights, tiny_run, write_tiny_model
+from conftest import Command, random_weights, tiny_run, write_tiny_model
 from test_families import FAMILIES
 
 from conversion.directories import read_json, write_json
@@ -35,25 +36,13 @@ from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-Command = Callable[..., tuple[int, str]]
 LLAMA = FAMILIES["llama2"]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs `transllm convert ...`; gives the exit code and what it printed."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["transllm", "convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed, errors = capfd.readouterr()
-        assert "Traceback" not in printed + errors
-        return int(ended.value.code or 0), printed + errors
-
-    return call
+def command(transllm: Command) -> Command:
+    """Runs `transllm convert ARGUMENTS`."""
+    return partial(transllm, "convert")
 
 
 def write_source(directory: Path, name: str, dtype: str, **options: Any) -> Path:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from conftest import random_weights, tiny_config, tiny_run, write_tiny_model
+from conftest import call, random_weights, tiny_config, tiny_run, write_tiny_model
 from test_sentencepiece_chat import TEMPLATE
 from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
 
 from conversion.hf import write_model
 from conversion.logits import logits_of
-from transllm_jax import cli
 from transllm_jax.open_source import open_source
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.expand import expand, save_expanded
@@ -24,13 +22,6 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import load_arrays
 
 THAI = Path(__file__).parents[1] / "examples" / "thai" / "text.train.txt"
-
-
-def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["transllm", *map(str, arguments)])
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def write_config(directory: Path, model: Path, **changes: Any) -> Path:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from conftest import EXAMPLES
+from conftest import EXAMPLES, Command
 from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import models, pre_tokenizers
 
-from transllm_jax import cli
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import Cost, costs, cut, example_words
 from transllm_jax.open_tokenizer import open_tokenizer
@@ -22,27 +20,15 @@ from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-Command = Callable[..., tuple[int, str]]
 HELD_OUT = EXAMPLES / "text.heldout.txt"
 ENGLISH = EXAMPLES / "english.heldout.txt"
 INDONESIAN = ["Saya sedang belajar bahasa Indonesia di rumah.", "Bahasa itu sangat indah dan mudah dipelajari."] * 4
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs `transllm tokenizer ...`; gives the exit code and what it printed."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["transllm", "tokenizer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed, errors = capfd.readouterr()
-        assert "Traceback" not in printed + errors
-        return int(ended.value.code or 0), printed + errors
-
-    return call
+def command(transllm: Command) -> Command:
+    """Runs `transllm tokenizer ARGUMENTS`."""
+    return partial(transllm, "tokenizer")
 
 
 @pytest.fixture(scope="session")
