@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.pieces import split_priority
+from transllm_jax.tokenizer.sentencepiece_model import read_model
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
@@ -96,24 +96,7 @@ def write_tokenizer_json(model_path: str | Path, directory: str | Path, *, add_b
     `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a SentencePiece model, for a
     model that is not BPE, and for one whose text processing is not LLaMA's.
     """
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2 as schema
-    except ImportError:
-        raise UserError(
-            f"{model_path} is read with the sentencepiece package, which is not installed; "
-            "pip install 'transllm-jax[sentencepiece]'"
-        ) from None
-    message: Any = schema  # its classes are made when it is imported, which mypy does not see
-    model = message.ModelProto()
-    try:
-        model.ParseFromString(Path(model_path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{model_path} cannot be read ({error.strerror}); correct the path") from None
-    except (DecodeError, ValueError) as error:
-        raise UserError(f"{model_path} is truncated or not a SentencePiece model ({error}); fetch it again") from None
-    if not model.pieces:
-        raise UserError(f"{model_path} is not a SentencePiece model, or has no pieces; fetch it again")
+    message, model = read_model(model_path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kinds = message.TrainerSpec.ModelType
     types = [piece.type for piece in model.pieces]

@@ -193,7 +193,7 @@ DOORS = {
     "transformers": set(),
     "datasets": set(),
     "tensorflow_datasets": set(),
-    "sentencepiece": {"conversion.sentencepiece_tokenizer", "transllm_jax.tokenizer.sentencepiece_model"},
+    "sentencepiece": {"transllm_jax.tokenizer.sentencepiece_model"},
     "peft": set(),
     "pickle": set(),
 }

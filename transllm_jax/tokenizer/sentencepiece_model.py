@@ -13,6 +13,32 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
 
+def read_model(path: str | Path) -> tuple[Any, Any]:
+    """SentencePiece's schema, and the model of a `tokenizer.model` file in it.
+
+    Raises UserError without the extra `transllm-jax[sentencepiece]`, and for a file that is no SentencePiece model.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2 as schema
+    except ImportError:
+        raise UserError(
+            f"{path} is read with the sentencepiece package, which is not installed; "
+            "pip install 'transllm-jax[sentencepiece]'"
+        ) from None
+    message: Any = schema  # its classes are made when it is imported, which mypy does not see
+    model = message.ModelProto()
+    try:
+        model.ParseFromString(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path") from None
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{path} is truncated or not a SentencePiece model ({error}); fetch it again") from None
+    if not model.pieces:
+        raise UserError(f"{path} is not a SentencePiece model, or has no pieces; fetch it again")
+    return message, model
+
+
 def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
     """Write `path`: the pieces of `base`, a tokenizer.model, and behind them every further token of `tokenizer`.
 
@@ -22,20 +48,7 @@ def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
     Raises UserError without the extra `transllm-jax[sentencepiece]`, for a file that is no SentencePiece model, and for
     one whose pieces are not the first tokens of `tokenizer`.
     """
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2 as schema
-    except ImportError:
-        raise UserError(
-            f"{base} is extended with the sentencepiece package, which is not installed; "
-            "pip install 'transllm-jax[sentencepiece]'"
-        ) from None
-    message: Any = schema  # its classes are made when it is imported, which mypy does not see
-    model = message.ModelProto()
-    try:
-        model.ParseFromString(base.read_bytes())
-    except (DecodeError, ValueError) as error:
-        raise UserError(f"{base} is truncated or not a SentencePiece model ({error}); fetch it again") from None
+    message, model = read_model(base)
     kinds = message.TrainerSpec.ModelType
     if model.trainer_spec.model_type != kinds.Value("BPE"):
         raise UserError(
