@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from conversion.directories import new_directory, read_json, write_json
-from conversion.hf import parse_config, write_config
+from conversion.hf import generation_of, parse_config, write_config
 from conversion.merged import Merged
 from conversion.names import Tensor, tensors
 from conversion.opened import Opened
@@ -123,16 +123,12 @@ def export_hf(
     return rounding
 
 
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
 def copy_generation_config(src: Path, dst: Path) -> None:
     """Copy generation_config.json, or make one of the token ids in config.json."""
     if (src / "generation_config.json").is_file():
         shutil.copyfile(src / "generation_config.json", dst / "generation_config.json")
         return
-    raw = read_json(src / "config.json")
-    write_json(dst / "generation_config.json", {name: raw[name] for name in _IDS if raw.get(name) is not None})
+    write_json(dst / "generation_config.json", generation_of(read_json(src / "config.json")))
 
 
 def _suppressed(generation: dict[str, Any], tokenizer_dir: Path, rows: int) -> dict[str, list[int]]:

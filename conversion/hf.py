@@ -220,5 +220,10 @@ def write_config(directory: Path, raw: dict[str, Any], dtype: str, generation: d
     """
     write_json(directory / "config.json", {**raw, "dtype": dtype, "torch_dtype": dtype})
     if generation is None:
-        generation = {field: raw[field] for field in _GENERATION_FIELDS if raw.get(field) is not None}
+        generation = generation_of(raw)
     write_json(directory / "generation_config.json", generation)
+
+
+def generation_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """The generation_config.json that a config.json stands for: its token ids."""
+    return {field: raw[field] for field in _GENERATION_FIELDS if raw.get(field) is not None}

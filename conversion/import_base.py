@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from conversion.gguf_weights import open_gguf
 from conversion.hf import HFModel, parse_config, require_all_finite, write_config
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import Opened, size_of
 from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, SINGLE, weight_files, widest, write_tensors
 from conversion.store import write_store
 from conversion.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
@@ -183,7 +182,7 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
 def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Options) -> None:
     """The source's files as they are, after every tensor was read once."""
     files = weight_files(fetched.path)
-    require_all_finite(model, options.begin(_size(model)))
+    require_all_finite(model, options.begin(size_of(model)))
     for file in files:
         _take(file, directory / file.name, link=fetched.kind == "hub")
     if files[0].name != SINGLE:
@@ -193,18 +192,13 @@ def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Opti
 
 
 def _write(model: Opened, directory: Path, options: _Options) -> None:
-    advance = options.begin(_size(model))
+    advance = options.begin(size_of(model))
     if options.layout == "store":
         write_store(directory, model, mesh=options.mesh, advance=advance)
         return
     write_tensors(
         directory, tensors(model.config), model.read, model.dtype, max_shard_bytes=MAX_SHARD_BYTES, advance=advance
     )
-
-
-def _size(model: Opened) -> int:
-    """Bytes of all tensors, in their own types."""
-    return sum(math.prod(tensor.shape) * model.dtype(tensor).itemsize for tensor in tensors(model.config))
 
 
 def require_sha256(where: Path, files: list[Path], sha256: str) -> None:

@@ -6,11 +6,12 @@ this; writers and comparisons do not know which they were given.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
 
-from conversion.names import Tensor
+from conversion.names import Tensor, tensors
 from transllm_jax.model.config import LlamaConfig
 
 
@@ -28,3 +29,8 @@ class Opened(Protocol):
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """One tensor of `names.tensors(config)`: of `tensor.shape`, in its stored type; not checked to be finite."""
+
+
+def size_of(model: Opened) -> int:
+    """Bytes of all tensors, in their own types."""
+    return sum(math.prod(tensor.shape) * model.dtype(tensor).itemsize for tensor in tensors(model.config))

@@ -21,7 +21,7 @@ from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import Opened, size_of
 from conversion.peft_config import CONFIG
 from conversion.peft_read import read_peft
 from conversion.peft_write import Rows, write_peft
@@ -250,7 +250,7 @@ def verify(
         limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
         ids = [number for number in ids if number < limit]
     with _bytes(progress, "comparing") as begin:
-        result = compare(left.model, right.model, ids, begin(_size(left.model) + _size(right.model)))
+        result = compare(left.model, right.model, ids, begin(size_of(left.model) + size_of(right.model)))
     progress.say(comparison_table(result))
     faults = [fault for group in result.groups for fault in group.faults]
     for line in (*result.missing, *faults, *(f"config: {line}" for line in result.config), *notes):
@@ -307,12 +307,6 @@ def describe(model: Opened) -> str:
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary "
         f"{config.vocab_size}, {count / 1e6:,.1f} million parameters in {', '.join(types)}"
-    )
-
-
-def _size(model: Opened) -> int:
-    return sum(
-        int(np.prod(tensor.shape, dtype=np.int64)) * model.dtype(tensor).itemsize for tensor in tensors(model.config)
     )
 
 

@@ -17,7 +17,7 @@ from conversion.merged import Merged
 from conversion.open_directory import open_directory
 from conversion.opened import Opened
 from conversion.peft_config import CONFIG
-from conversion.peft_read import read_peft
+from conversion.peft_read import open_peft, read_peft
 from conversion.tokenizer_files import bring_tokenizer, has_tokenizer
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
@@ -69,9 +69,7 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
         below = _open_base(path, base, None if base else peft_base(path))
         peft = read_peft(path, below.model)
         tokenizer = peft.tokenizer_dir or below.tokenizer
-        return Source(
-            Merged(below.model, peft.trainable, peft.lora.scale), below.files, tokenizer, peft.lora, name=path.name
-        )
+        return Source(open_peft(peft, below.model), below.files, tokenizer, peft.lora, name=path.name)
     if base is not None:
         raise UserError(f"{source} is no adapter, so it needs no --base; leave it out")
     fetched = fetch(source)
