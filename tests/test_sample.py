@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from transllm_jax.data import files
 from transllm_jax.data import sample as sample_module
-from transllm_jax.data import sources
+from transllm_jax.data.files import Collector
 from transllm_jax.data.sample import Sample, sample_documents
-from transllm_jax.data.sources import Collector, iter_documents, read_documents
+from transllm_jax.data.sources import iter_documents, read_documents
 from transllm_jax.errors import UserError
 
 
@@ -176,7 +177,7 @@ def test_a_pass_that_was_cut_off_goes_on(corpus: list[Path], tmp_path: Path, rea
 
     # `at` is told every so many lines: in small files never, so the stop comes from a file's own lines.
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sources, "_TOLD_LINES", 1)
+        patch.setattr(files, "_TOLD_LINES", 1)
         sample_documents(corpus, max_bytes=9000, cache=cache, on_progress=stop)
     assert read_files == ["part0.txt", "part1.txt", "part2.txt"]
     assert len(list(cache.glob("part-*"))) == 2 and not list(cache.glob("sample-*"))
@@ -215,7 +216,7 @@ def test_what_was_kept_is_for_one_state_of_a_file_and_one_question(
 
 
 def test_progress_is_told_in_bytes_of_the_files(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_TOLD_LINES", 10)
+    monkeypatch.setattr(files, "_TOLD_LINES", 10)
     total = sum(path.stat().st_size for path in corpus)
     for processes in (1, 2):
         told: list[tuple[int, int]] = []
@@ -267,7 +268,7 @@ def test_other_bad_input(tmp_path: Path, corpus: list[Path], monkeypatch: pytest
     ):
         with pytest.raises(UserError, match=said):
             sample_documents(paths, **({"max_bytes": 100} | options))  # type: ignore[arg-type]
-    monkeypatch.setattr(sources, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(files, "_LONGEST_LINE", 1 << 20)
     long = tmp_path / "long.txt"
     long.write_text("a\n" + "b" * (1 << 20))
     with pytest.raises(UserError, match=r"long.txt:2 is longer than 1 MiB: break the line"):

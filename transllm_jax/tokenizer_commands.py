@@ -12,8 +12,8 @@ from typing import Any
 from conversion.directories import check_destination, new_directory, read_json
 from conversion.fetch import cache_directory
 from transllm_jax.artifacts import write_json
+from transllm_jax.data.files import Controls, Separator, resolve
 from transllm_jax.data.sample import Sample, sample_documents
-from transllm_jax.data.sources import Controls, Separator, resolve
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.plots import cost_plot
 from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of

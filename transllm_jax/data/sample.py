@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.sources import Collector, Controls, Separator, iter_documents, resolve
+from transllm_jax.data.files import Collector, Controls, Separator, resolve
+from transllm_jax.data.sources import iter_documents
 from transllm_jax.errors import UserError
 
 _FORMAT = 1  # of the files in the cache

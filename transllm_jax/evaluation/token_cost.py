@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transllm_jax.data.sources import Collector, Controls, iter_documents
+from transllm_jax.data.files import Collector, Controls
+from transllm_jax.data.sources import iter_documents
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer
