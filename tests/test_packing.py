@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transllm_jax.data.batches import Batches, Proportions
+from transllm_jax.data.batches import Ahead, Batch, Batches, Proportions
 from transllm_jax.data.examples import Example, split_example
 from transllm_jax.data.packing import FIELDS, PackedRows, pack, plan
 from transllm_jax.errors import UserError
@@ -136,7 +137,9 @@ def test_batches_are_a_pure_function_of_seed_and_number() -> None:
     in_order = [first[k] for k in range(40)]
     for k in np.random.default_rng(1).permutation(40):
         again = second[int(k)]
-        assert set(again) == set(FIELDS)
+        assert set(again) == {*FIELDS, "sources"}
+        np.testing.assert_array_equal(again["sources"], second.rows(int(k))[:, 0])
+        assert again["sources"].dtype == np.int32
         for field in FIELDS:
             np.testing.assert_array_equal(again[field], in_order[k][field])
             assert again[field].shape == (4, 4)
@@ -245,3 +248,78 @@ def test_a_short_batch_of_rows_is_filled_with_padding() -> None:
         np.testing.assert_array_equal(whole[field], values[:3])
         np.testing.assert_array_equal(short[field][:2], values[3:])
         assert short[field].shape == whole[field].shape and not short[field][2:].any()
+
+
+def test_parts_of_hosts_are_the_batch_one_below_the_other() -> None:
+    batches = Batches([("a", numbered(13), 0.7), ("b", numbered(5, 100), 0.3)], 8, seed=7)
+    for k in (0, 6):
+        for hosts in (1, 2, 4, 8):
+            parts = [batches.part(k, host, hosts) for host in range(hosts)]
+            assert {len(part["tokens"]) for part in parts} == {8 // hosts}
+            for name, values in batches[k].items():
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+    with pytest.raises(UserError, match="a batch of 8 rows cannot be cut for 3 hosts"):
+        batches.part(0, 0, 3)
+
+
+def test_places_name_the_source_and_its_row() -> None:
+    batches = Batches([("a", numbered(5), None), ("b", numbered(3, 100), None)], 4, seed=1)
+    for k in range(4):
+        tokens = batches[k]["tokens"][:, 0].tolist()
+        assert batches.places(k) == [f"a: row {t + 1}" if t < 100 else f"b: row {t - 99}" for t in tokens]
+
+
+def made(k: int) -> Batch:
+    return {"tokens": np.full(1, k)}
+
+
+def test_ahead_gives_each_batch_and_makes_the_next_ones() -> None:
+    begun: list[int] = []
+    third = threading.Event()
+
+    def make(k: int) -> Batch:
+        begun.append(k)
+        if k == 5:
+            third.set()
+        return made(k)
+
+    ahead = Ahead(make, 8, depth=2)
+    assert ahead[3]["tokens"] == 3  # a run that goes on begins anywhere
+    assert third.wait(10), "batches 4 and 5 are made while nobody asks"
+    assert [int(ahead[k]["tokens"][0]) for k in range(4, 8)] == [4, 5, 6, 7]
+    ahead.close()
+    assert begun == [3, 4, 5, 6, 7], "each once, in order, and none behind the last"
+
+
+def test_ahead_raises_an_error_with_the_batch_that_it_is_of() -> None:
+    def make(k: int) -> Batch:
+        if k == 2:
+            raise UserError("damaged")
+        return made(k)
+
+    ahead = Ahead(make, 9)
+    assert ahead[0]["tokens"] == 0 and ahead[1]["tokens"] == 1
+    with pytest.raises(UserError, match="damaged"):
+        ahead[2]
+    assert ahead[3]["tokens"] == 3
+    ahead.close()
+
+
+def test_ahead_closes_without_making_what_nobody_asked_for() -> None:
+    begun: list[int] = []
+    asked, go = threading.Event(), threading.Event()
+
+    def make(k: int) -> Batch:
+        begun.append(k)
+        if k == 1:
+            asked.set()
+            assert go.wait(10)
+        return made(k)
+
+    ahead = Ahead(make, 100, depth=5)
+    ahead[0]
+    assert asked.wait(10)
+    threading.Timer(0.1, go.set).start()
+    ahead.close()
+    assert begun == [0, 1]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]

@@ -7,7 +7,8 @@ interleaved in proportion to their weights, and B elements in a row make a batch
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from math import ceil, gcd
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from transllm_jax.data.packing import FIELDS, PackedRows
+from transllm_jax.data.packing import FIELDS, Rows
 from transllm_jax.errors import UserError
+
+# By name: the arrays of `data.packing.FIELDS` [B, T], and `sources` [B], the source of each row.
+Batch = dict[str, np.ndarray]
 
 
 class Proportions(grain.transforms.DatasetSelectionMap):
@@ -60,7 +64,7 @@ class Batches:
     each epoch. Raises UserError for a source without rows or with a weight that is not above 0.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, PackedRows, float | None]], batch_size: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[tuple[str, Rows, float | None]], batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: it must be at least 1")
         if not sources:
@@ -97,11 +101,28 @@ class Batches:
         return np.asarray(self._index[k])
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-        """Batch k: tokens, positions, segment_ids and labels int32 [B, T], weights float32 [B, T]."""
-        chosen = self.rows(k)
-        return {
-            field: np.stack([getattr(self._rows[source], field)[row] for source, row in chosen]) for field in FIELDS
-        }
+        """Batch k: tokens, positions, segment_ids, labels int32 [B, T], weights float32 [B, T], sources int32 [B]."""
+        return self.part(k, 0, 1)
+
+    def part(self, k: int, host: int, hosts: int) -> dict[str, np.ndarray]:
+        """What host `host` of `hosts` reads of batch k: its B / hosts rows, in their order.
+
+        The parts of all hosts, one below the other, are batch k, whatever their number. Raises UserError where the
+        batch cannot be cut so.
+        """
+        if self.batch_size % hosts:
+            raise UserError(f"a batch of {self.batch_size} rows cannot be cut for {hosts} hosts: choose a multiple")
+        size = self.batch_size // hosts
+        chosen = self.rows(k)[host * size : (host + 1) * size]
+        rows = [self._rows[source].row(int(row)) for source, row in chosen]
+        batch = {field: np.stack([row[field] for row in rows]) for field in FIELDS}
+        return {**batch, "sources": chosen[:, 0].astype(np.int32)}
+
+    def places(self, k: int) -> list[str]:
+        """Where the examples of batch k come from, row by row: `source: file:line file:line`."""
+        return [
+            f"{self.names[source]}: {' '.join(self._rows[source].places(int(row)))}" for source, row in self.rows(k)
+        ]
 
     def epoch(self, k: int) -> dict[str, float]:
         """By source: how many times its rows were passed before batch k (1.5: once and a half)."""
@@ -130,7 +151,7 @@ class Batches:
         return steps
 
 
-def _parts(sources: Sequence[tuple[str, PackedRows, float | None]]) -> list[int]:
+def _parts(sources: Sequence[tuple[str, Rows, float | None]]) -> list[int]:
     """Whole-number shares: the numbers of rows, or the weights times a common factor."""
     weights = [weight for _, _, weight in sources]
     if all(weight is None for weight in weights):
@@ -147,3 +168,24 @@ def _parts(sources: Sequence[tuple[str, PackedRows, float | None]]) -> list[int]
     for fraction in fractions:
         factor = factor * fraction.denominator // gcd(factor, fraction.denominator)
     return [int(fraction * factor) for fraction in fractions]
+
+
+class Ahead:
+    """Batches that are made in a thread while the step before them runs; which is asked for next is known."""
+
+    def __init__(self, batches: Callable[[int], Batch], last: int, depth: int = 2) -> None:
+        """batches: batch k, for k below `last`. depth: so many are held at once."""
+        self._make, self._last, self._depth = batches, last, depth
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._waiting: dict[int, Future[Batch]] = {}
+
+    def __getitem__(self, k: int) -> Batch:
+        """Batch k; those after it are begun. What making it raised is raised here."""
+        for number in range(k, max(min(k + 1 + self._depth, self._last), k + 1)):
+            if number not in self._waiting:
+                self._waiting[number] = self._pool.submit(self._make, number)
+        return self._waiting.pop(k).result()
+
+    def close(self) -> None:
+        """Stop making batches."""
+        self._pool.shutdown(cancel_futures=True)

@@ -88,15 +88,15 @@ def make_example(ids: Sequence[int], mask: Sequence[int]) -> Example:
     return Example(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
 
 
-def _whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
-    """Everything is trained but what the tokenizer puts before a text by itself."""
+def whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
+    """The ids of a text, with its end: all is trained but what the tokenizer puts before a text by itself."""
     bos = list(tokenizer.bos_ids)
     return make_example([*bos, *ids, tokenizer.document_end_id], [0] * len(bos) + [1] * (len(ids) + 1))
 
 
 def document_example(tokenizer: TextTokenizer, text: str) -> Example:
     """A document of any length: bos + text + document end; all trained but the bos."""
-    return _whole_text(tokenizer, tokenizer.encode(text))
+    return whole_text(tokenizer, tokenizer.encode(text))
 
 
 def split_example(example: Example, length: int) -> list[Example]:
@@ -125,7 +125,7 @@ def document_examples(
     examples: list[Example] = []
     split = 0
     for ids in tokenizer.encode_batch(list(texts)):
-        pieces = split_example(_whole_text(tokenizer, ids), length)
+        pieces = split_example(whole_text(tokenizer, ids), length)
         split += len(pieces) > 1
         examples += pieces
     return examples, DocumentReport(len(texts), len(examples), split, _count(examples))
@@ -140,7 +140,7 @@ def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
 def pair_examples(tokenizer: TextTokenizer, en: str, th: str, markers: Markers = MARKERS) -> tuple[Example, Example]:
     """A pair as causal LM in both directions, first from English; all trained but the bos."""
     forward, backward = tokenizer.encode_batch(list(pair_texts(en, th, markers)))
-    return _whole_text(tokenizer, forward), _whole_text(tokenizer, backward)
+    return whole_text(tokenizer, forward), whole_text(tokenizer, backward)
 
 
 def translation_examples(
@@ -151,7 +151,7 @@ def translation_examples(
     Half a translation teaches to stop early, so a long one is not cut.
     """
     texts = [text for en, th in pairs for text in pair_texts(en, th, markers)]
-    examples = [_whole_text(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]
+    examples = [whole_text(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]
     kept = [example for example in examples if len(example) <= max_length]
     return kept, PairReport(len(pairs), len(kept), len(examples) - len(kept), _count(kept))
 

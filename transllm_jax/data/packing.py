@@ -19,6 +19,25 @@ IGNORED = 0  # label where nothing is predicted; its weight is 0, the value is n
 FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights")
 
 
+class Rows(Protocol):
+    """Rows by index: in memory (`PackedRows`), or planned over a token cache (`data.planned.PlannedRows`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def row_length(self) -> int: ...
+
+    @property
+    def token_count(self) -> int: ...
+
+    @property
+    def padded_fraction(self) -> float: ...
+
+    def row(self, number: int) -> dict[str, np.ndarray]: ...
+
+    def places(self, number: int) -> list[str]: ...
+
+
 class HasTokens(Protocol):
     """What packing needs of an example (`transllm_jax.data.examples.Example` is one)."""
 
@@ -60,6 +79,14 @@ class PackedRows:
             for field in FIELDS
             for values in [getattr(self, field)[first : first + size]]
         }
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """One row's arrays [T], by name."""
+        return {field: getattr(self, field)[number] for field in FIELDS}
+
+    def places(self, number: int) -> list[str]:
+        """Where the examples of a row come from: only the row is known."""
+        return [f"row {number + 1}"]
 
     @property
     def row_length(self) -> int:

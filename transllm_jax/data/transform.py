@@ -1,0 +1,145 @@
+"""From an item of a source to the token sequences that are trained on: all that a cached shard depends on.
+
+A `Transform` goes to worker processes, and its key is part of a cached shard's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from transllm_jax.data.cleaning import Rules, reason, text_of
+from transllm_jax.data.contamination import EvaluationTexts
+from transllm_jax.data.examples import Example, conversation_example, pair_texts, split_example, whole_text
+from transllm_jax.data.files import Place, texts_of
+from transllm_jax.data.near_duplicates import exact_key, signature
+from transllm_jax.data.shards import Content, Item
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.chain import MARKERS, Markers
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_FORMAT = 1  # of what `examples_of` gives
+
+
+class Made(NamedTuple):
+    """What became of one item: its examples, and of each the UTF-8 bytes of the text that it trains."""
+
+    examples: list[Example]
+    bytes: list[int]
+
+
+class Prepared(NamedTuple):
+    """Items before they are encoded. kept: of each, whether it is trained on; items: those that are; texts: of them."""
+
+    kept: list[bool]
+    items: list[Item]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How items become examples of at most `length` tokens.
+
+    rules, evaluation: what is left out (see `data.cleaning`). exact: note each item's hash, so that exact duplicates
+    can be found; near: its MinHash signature too.
+    """
+
+    content: Content
+    length: int
+    markers: Markers = MARKERS
+    rules: Rules = field(default_factory=Rules)
+    evaluation: EvaluationTexts | None = None
+    exact: bool = True
+    near: bool = False
+
+    @property
+    def key(self) -> str:
+        """A hash of all of it."""
+        parts = [_FORMAT, self.content, self.length, self.markers.in_order(), asdict(self.rules), self.exact, self.near]
+        known = json.dumps([*parts, None if self.evaluation is None else self.evaluation.key], sort_keys=True)
+        return hashlib.sha256(known.encode()).hexdigest()
+
+    def made(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[Made]:
+        """The examples of each item; none for one that was left out, which is counted by its reason."""
+        prepared = self.prepare(items, counts)
+        return self.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)
+
+    def prepare(self, items: Sequence[Item], counts: Counter[str]) -> Prepared:
+        """The first part of `made`: what is left out, and the texts to encode of the rest."""
+        kept = []
+        for item in items:
+            why = reason(item, self.rules, self.evaluation)
+            if why is not None:
+                counts[why] += 1
+            kept.append(why is None)
+        given = [item for item, keep in zip(items, kept, strict=True) if keep]
+        texts: list[str] = []  # a conversation is encoded message by message, by the chat template
+        if self.content == "pairs":
+            pairs = [item for item in given if isinstance(item, tuple)]
+            texts = [text for english, target in pairs for text in pair_texts(english, target, self.markers)]
+        elif self.content == "text":
+            texts = [str(item) for item in given]
+        return Prepared(kept, given, texts)
+
+    def finish(
+        self, tokenizer: Tokenizer, prepared: Prepared, ids: Sequence[list[int]], counts: Counter[str]
+    ) -> list[Made]:
+        """The last part of `made`: the examples, of the ids of the prepared texts."""
+        examples = iter(self._examples(tokenizer, prepared, [whole_text(tokenizer, one) for one in ids], counts))
+        return [next(examples) if keep else Made([], []) for keep in prepared.kept]
+
+    def _examples(
+        self, tokenizer: Tokenizer, prepared: Prepared, whole: list[Example], counts: Counter[str]
+    ) -> list[Made]:
+        if self.content == "conversations":
+            return [self._conversation(tokenizer, item, counts) for item in prepared.items]
+        if self.content == "text":
+            return [self._document(example, text, counts) for example, text in zip(whole, prepared.texts, strict=True)]
+        found = []
+        for pair, both in zip(prepared.items, zip(whole[::2], whole[1::2], strict=True), strict=True):
+            # Half a translation teaches to stop early: a long one is left out, not cut.
+            short = [example for example in both if len(example) <= self.length]
+            counts["longer than a row"] += 2 - len(short)
+            size = sum(len(side.encode()) for side in texts_of(pair))
+            found.append(Made(short, [size] * len(short)))
+        return found
+
+    def _document(self, example: Example, text: str, counts: Counter[str]) -> Made:
+        pieces = split_example(example, self.length)
+        counts["split"] += len(pieces) > 1
+        # A piece's share of the bytes is its share of the tokens.
+        ends = np.cumsum([len(piece) for piece in pieces])
+        edges = np.concatenate([[0], ends * len(text.encode()) // ends[-1]])
+        return Made(pieces, np.diff(edges).tolist())
+
+    def _conversation(self, tokenizer: Tokenizer, item: Item, counts: Counter[str]) -> Made:
+        assert isinstance(item, list)
+        example, outcome = conversation_example(tokenizer, item, self.length, self.markers)
+        if example is None:
+            counts["longer than a row"] += 1
+            return Made([], [])
+        counts["cut at a turn"] += outcome == "cut"
+        answers = "".join(message["content"] for message in item if message["role"] == "assistant")
+        return Made([example], [len(answers.encode())])
+
+    def keys(self, item: Item) -> tuple[int, np.ndarray | None]:
+        """What duplicates of an item are found by: a hash, and a signature where near ones are wanted."""
+        text = text_of(item)
+        return (exact_key(text) if self.exact else 0), (signature(text) if self.near else None)
+
+
+def refuse_specials(item: Item, place: Place, tokenizer: Tokenizer, markers: Markers) -> None:
+    """Refuse a special token or marker inside user data. Raises UserError with file and line."""
+    text = text_of(item)
+    found = tokenizer.find_special(text) or next((m for m in markers.in_order() if m in text), None)
+    if found is not None:
+        # A document runs over several lines; other items stand on one.
+        below = text[: text.find(found)].count("\n") if isinstance(item, str) else 0
+        where = place._replace(line=place.line + below) if place.unit == "line" else place
+        raise UserError(f"{where} contains the special token {found}: remove it or write it in another way")
