@@ -43,7 +43,7 @@ def ours(batch: int, length: int, rank: int) -> Callable[[], float]:
     from transllm_jax.model.config import LlamaConfig
     from transllm_jax.model.lora import LoraConfig
     from transllm_jax.model.parameters import abstract, assemble, initial_adapters
-    from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
     from transllm_jax.training.step import initial_state, make_step
 
     config, lora, rng = LlamaConfig(**SHAPE), LoraConfig(rank, 2 * rank), np.random.default_rng(0)
@@ -53,8 +53,9 @@ def ours(batch: int, length: int, rank: int) -> Callable[[], float]:
     }
     rows = 0.03 * rng.standard_normal((NEW_ROWS, config.hidden_size), dtype=np.float32)
     split = assemble(config, frozen, lora=lora, trainable={**initial_adapters(config, lora, 0), "vocabulary.new": rows})
-    optimizer = make_optimizer(OptimizerConfig(1e-4, 1000, 10))
-    step = make_step(split.structure, optimizer, seed=0, dropout=False, remat=False)
+    rates = OptimizerConfig(1e-4, 1000, 10)
+    optimizer = make_optimizer(rates)
+    step = make_step(split.structure, optimizer, schedule(rates), seed=0, dropout=False, remat="none")
     state = initial_state(split.trainable, optimizer)
     tokens = jnp.asarray(rng.integers(0, config.vocab_size + NEW_ROWS, (batch, length)), jnp.int32)
     fields = {

@@ -11,17 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transllm_jax.training.loss import cross_entropy
+from transllm_jax.training import loss
 
 VOCAB, NEW, WIDTH = 11, 4, 8
 TOKENS = (3, 4)
 
 
-def plain(hidden: jax.Array, base: jax.Array, new: jax.Array | None, labels: Any, weights: Any) -> jax.Array:
-    """The definition: all logits of one table."""
+def plain_losses(hidden: jax.Array, base: jax.Array, new: jax.Array | None, labels: Any) -> tuple[jax.Array, jax.Array]:
+    """The definition, all logits of one table: -log p(label) and log(Z) of each token."""
     table = base if new is None else jnp.concatenate([base, new])
-    scores = jax.nn.log_softmax((hidden @ table.T).astype(jnp.float32))
-    return -jnp.sum(weights * jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0])
+    scores = (hidden @ table.T).astype(jnp.float32)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[..., None], axis=-1)[..., 0]
+    return losses, jax.nn.logsumexp(scores, axis=-1)
+
+
+def plain(
+    hidden: jax.Array, base: jax.Array, new: jax.Array | None, labels: Any, weights: Any, z_loss: float = 0.0
+) -> jax.Array:
+    losses, log_z = plain_losses(hidden, base, new, labels)
+    return jnp.sum(weights * (losses + z_loss * log_z**2))
+
+
+def cross_entropy(*arguments: Any, **options: Any) -> jax.Array:
+    """What is descended, without the tokens' losses."""
+    return loss.cross_entropy(*arguments, **options)[0]
 
 
 def inputs(new_rows: int | None, scale: float = 1.0) -> dict[str, Any]:
@@ -40,13 +53,15 @@ def inputs(new_rows: int | None, scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-@partial(jax.jit, static_argnames=("function", "chunk", "train_base"))
+@partial(jax.jit, static_argnames=("function", "chunk", "train_base", "z_loss"))
 def value_and_gradients(
-    function: Any, given: dict[str, Any], chunk: int | None = None, train_base: bool = False
+    function: Any, given: dict[str, Any], chunk: int | None = None, train_base: bool = False, z_loss: float = 0.0
 ) -> tuple[Any, ...]:
     """(value, gradient of hidden, gradient of new, that of base if it trains); the value's own gradient is not 1."""
     rest = {name: given[name] for name in ("labels", "weights")}
     options: dict[str, Any] = {} if chunk is None else {"chunk": chunk}
+    if z_loss:
+        options["z_loss"] = z_loss
     if train_base and function is cross_entropy:
         options["train_base"] = True
 
@@ -73,6 +88,66 @@ def test_value_and_gradients_are_the_plain_ones(new_rows: int | None, chunk: int
     # The value outside of a gradient takes another way.
     alone = jax.jit(partial(cross_entropy, chunk=chunk))(**given)
     assert alone.dtype == jnp.float32 and np.allclose(2.5 * alone, wanted[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("train_base", [False, True], ids=["base frozen", "base trained"])
+@pytest.mark.parametrize("new_rows", [NEW, None])
+def test_z_loss_is_the_plain_one(new_rows: int | None, train_base: bool) -> None:
+    given = inputs(new_rows)
+    # Large enough that it is most of the value and of every gradient.
+    ours = value_and_gradients(cross_entropy, given, 5, train_base, 0.3)
+    wanted = value_and_gradients(plain, given, None, train_base, 0.3)
+    without = value_and_gradients(cross_entropy, given, 5, train_base)
+    assert len(ours) == len(wanted) == (2 if new_rows is None else 3) + train_base
+    for left, right, other in zip(ours, wanted, without, strict=True):
+        assert np.abs(right - other).max() > 0.1 * np.abs(right).max()
+        # float32, sums in another order.
+        assert np.abs(left - right).max() < 1e-5 * np.abs(right).max()
+    # Outside of a gradient, too; and what is reported of the tokens is without it.
+    value, losses = jax.jit(partial(loss.cross_entropy, chunk=5, z_loss=0.3))(**given)
+    assert np.allclose(2.5 * value, wanted[0], rtol=1e-6)
+    assert np.allclose(jnp.sum(losses), plain(**given), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 256])
+def test_the_losses_of_the_tokens_stand_where_the_tokens_do(chunk: int) -> None:
+    given = inputs(NEW)
+    wanted, _ = plain_losses(given["hidden"], given["base"], given["new"], given["labels"])
+    wanted = np.where(given["weights"] > 0, given["weights"] * wanted, 0)
+    assert len(set(wanted.flat)) > 5
+    rest = {name: values for name, values in given.items() if name != "hidden"}
+
+    def scored(hidden: jax.Array, *, slope_of: int) -> tuple[jax.Array, jax.Array]:
+        total, losses = loss.cross_entropy(hidden, chunk=chunk, **rest)
+        return (total, jnp.sum(losses))[slope_of], losses
+
+    # Read inside of a gradient and outside, which take two ways.
+    alone = jax.jit(partial(loss.cross_entropy, chunk=chunk))(**given)[1]
+    slopes, inside = jax.jit(jax.grad(partial(scored, slope_of=0), has_aux=True))(given["hidden"])
+    for losses in (alone, inside):
+        assert losses.shape == TOKENS and losses.dtype == jnp.float32
+        assert np.allclose(losses, wanted, rtol=1e-5, atol=1e-6)
+    # They are for reading: descended is the objective.
+    assert np.asarray(slopes).any()
+    none, _ = jax.jit(jax.grad(partial(scored, slope_of=1), has_aux=True))(given["hidden"])
+    assert not np.asarray(none).any()
+
+
+def test_new_rows_that_are_held_get_no_gradient_and_change_no_bit_of_the_rest() -> None:
+    given = inputs(NEW)
+
+    def slopes(train_new: bool) -> Any:
+        def total(hidden: jax.Array, new: jax.Array) -> jax.Array:
+            return cross_entropy(**given | {"hidden": hidden, "new": new}, chunk=5, train_new=train_new)
+
+        gradient = jax.grad(total, argnums=(0, 1))
+        products = [shape for shape in _shapes(jax.make_jaxpr(gradient)(given["hidden"], given["new"]).jaxpr)]
+        return *jax.jit(gradient)(given["hidden"], given["new"]), products.count((NEW, WIDTH))
+
+    hidden, new, shapes = slopes(True)
+    same, none, fewer = slopes(False)
+    assert np.array_equal(hidden, same) and np.asarray(new).any() and not np.asarray(none).any()
+    assert fewer < shapes, "the gradient that is not wanted is not computed"
 
 
 def test_training_the_base_rows_changes_no_bit_of_the_rest() -> None:

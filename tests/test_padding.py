@@ -33,9 +33,9 @@ from transllm_jax.open_source import open_source
 from transllm_jax.progress import Progress
 from transllm_jax.stages.run import Run, token_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.loss import cross_entropy
-from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.step import initial_state, make_step
 
 TOKENS, ROWS, NEW, ROUNDED = 400, 407, 143, 192
@@ -80,7 +80,7 @@ def test_rounding_changes_neither_loss_nor_gradient(train_base: bool) -> None:
     rounded = jnp.concatenate([new, 3 * hidden[0, :3]])
 
     def loss(hidden: jax.Array, base: jax.Array, new: jax.Array, padding: Any) -> jax.Array:
-        return cross_entropy(hidden, base, new, labels, weights, train_base=train_base, padding=padding)
+        return cross_entropy(hidden, base, new, labels, weights, train_base=train_base, padding=padding)[0]
 
     plain, grown = (
         jax.value_and_grad(loss, argnums=(0, 1, 2))(hidden, base, rows, padding)
@@ -127,8 +127,9 @@ def test_base_rows_without_a_token_never_train(tied: bool) -> None:
     tables = ("base",) if tied else ("base", "output_base")
     trainable = {f"vocabulary.{name}_trained": np.asarray(frozen[f"vocabulary.{name}"]) for name in tables}
     split = assemble(config, frozen, trainable=trainable, padding=((33, 40),))
-    optimizer = make_optimizer(OptimizerConfig(0.1, steps=4, warmup_steps=0, weight_decay=0.5))
-    step = make_step(split.structure, optimizer, seed=0, dropout=False, remat=False)
+    rates = OptimizerConfig(0.1, steps=4, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(rates)
+    step = make_step(split.structure, optimizer, schedule(rates), seed=0, dropout=False, remat="none")
     ids = np.arange(16, dtype=np.int32)[None]
     batch = {"tokens": ids, "positions": ids, "segment_ids": np.ones_like(ids), "labels": ids + 1}
     batch |= {"weights": np.ones(ids.shape, np.float32)}

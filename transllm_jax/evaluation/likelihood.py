@@ -23,7 +23,8 @@ CHUNK = 128
 LENGTH_MULTIPLE = 64
 
 
-_nats = jax.jit(summed_loss, static_argnames=("structure",))
+# The sum of -log p over a batch's weighted tokens, in nats: structure, trainable and frozen arrays, batch.
+nats = jax.jit(summed_loss, static_argnames=("structure",))
 
 
 def bits_per_byte(
@@ -43,7 +44,7 @@ def bits_per_byte(
     total = 0.0
     for first in range(0, len(rows), batch_size):
         batch = rows.batch(first, batch_size)
-        total += float(_nats(split.structure, split.trainable, split.frozen, batch))
+        total += float(nats(split.structure, split.trainable, split.frozen, batch))
     return total / math.log(2) / sum(len(text.encode()) for text in documents)
 
 

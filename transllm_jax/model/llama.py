@@ -7,7 +7,7 @@ values is the caller's function, so training (self-attention under a mask) and d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,16 @@ from flax import nnx
 
 from transllm_jax.model.attention import attend, causal_mask
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.lora import LoraConfig, LoRALinear, project
+from transllm_jax.model.lora import PROJECTION, LoraConfig, LoRALinear, project
 from transllm_jax.model.rope import rotary_angles, rotate
 from transllm_jax.model.vocabulary import Padding, Vocabulary
 
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+# What the backward pass computes again: nothing; each layer; each layer but the outputs of its linear layers, so norms,
+# rotations, softmax and SwiGLU, which cost little beside them.
+Remat = Literal["none", "full", "projections"]
 
 
 class RMSNorm(nnx.Module):
@@ -34,7 +38,7 @@ class RMSNorm(nnx.Module):
         """[..., D] -> [..., D], or over the heads' size H."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
-        return jax.lax.stop_gradient(self.scale[...]) * full.astype(x.dtype)
+        return self.scale[...].astype(x.dtype) * full.astype(x.dtype)
 
 
 class _Keys:
@@ -194,12 +198,12 @@ class Llama(nnx.Module):
         *,
         adapters: bool = True,
         dropout: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Packed rows to hidden states: ids, positions and segment ids [B, T] (segment 0 is padding) -> [B, T, D].
 
         `adapters=False` is the original model (new rows are still looked up for new ids). `dropout` is a random key.
-        `remat` recomputes each layer in the backward pass: less memory, more time.
+        `remat` says what the backward pass computes again: less memory, more time.
         """
         x = self.vocabulary.embed(tokens, adapters=adapters)
         angles = self.angles(positions)
@@ -210,8 +214,7 @@ class Llama(nnx.Module):
             key = None if dropout is None else jax.random.fold_in(dropout, index)
             return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), None), adapters=adapters, dropout=key)
 
-        body = jax.checkpoint(layer) if remat else layer
-        x, _ = jax.lax.scan(body, x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
+        x, _ = jax.lax.scan(_recomputed(layer, remat), x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
         return self.final_norm(x)
 
     def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -220,3 +223,14 @@ class Llama(nnx.Module):
         return rotary_angles(
             positions, config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
         )
+
+
+def _recomputed(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """A layer whose backward pass computes again what `remat` says."""
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(get_args(Remat))}")
+    if remat == "none":
+        return layer
+    kept = jax.checkpoint_policies.save_only_these_names(PROJECTION) if remat == "projections" else None
+    # The loop over the layers keeps the forward pass apart from the backward pass, so no common value is found in both.
+    return jax.checkpoint(layer, policy=kept, prevent_cse=False)

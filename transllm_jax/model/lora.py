@@ -1,7 +1,8 @@
 """The parameter split: kinds of variable, and the linear layer that carries a low-rank adapter.
 
 Frozen weights are `nnx.Param`; what trains is an `Adapter` or `NewRows`. Gradients, optimizer state and checkpoints
-exist for the last two only (`transllm_jax.model.parameters.split`), so a frozen weight cannot move by accident.
+exist only for what a split holds as trainable (`transllm_jax.model.parameters`), so a frozen weight cannot move by
+accident. In full fine-tuning all weights are there, as float32 arrays that are rounded where they are used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+# What a linear layer gives, by a name that rematerialisation can keep it by.
+PROJECTION = "projection"
 
 
 class Adapter(nnx.Param):
@@ -59,8 +64,8 @@ def _adapted(x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, sc
 def _adapted_forward(
     x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, scale: float
 ) -> tuple[Arrays, tuple[Any, ...]]:
-    us = tuple(h @ (a * scale) for a in a_s)
-    ys = tuple(x @ w + u @ b for w, u, b in zip(ws, us, bs, strict=True))
+    us = tuple(checkpoint_name(h @ (a * scale), PROJECTION) for a in a_s)
+    ys = tuple(checkpoint_name(x @ w + u @ b, PROJECTION) for w, u, b in zip(ws, us, bs, strict=True))
     # The input is kept once for all the layers on it, not once a layer.
     return ys, (h, us, ws, a_s, bs)
 
@@ -126,7 +131,7 @@ def project(
     lora = next((layer.lora for layer in layers if layer.lora is not None), None) if adapters else None
     adapted = [layer for layer in layers if lora is not None and layer.lora is not None]
     plain = [layer for layer in layers if lora is None or layer.lora is None]
-    ys = {id(layer): flat @ jax.lax.stop_gradient(layer.kernel[...]) for layer in plain}
+    ys = {id(layer): checkpoint_name(flat @ layer.kernel[...].astype(x.dtype), PROJECTION) for layer in plain}
     if lora is not None:
         h = flat
         if dropout is not None and lora.dropout:
@@ -141,4 +146,4 @@ def project(
 
 
 def _with_bias(layer: LoRALinear, y: jax.Array) -> jax.Array:
-    return y + jax.lax.stop_gradient(layer.bias[...]) if layer.has_bias else y
+    return y + layer.bias[...].astype(y.dtype) if layer.has_bias else y

@@ -5,7 +5,7 @@ A path is the attribute path joined with dots, such as `blocks.attention.q.kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,17 @@ class Split(NamedTuple):
     def merge(self) -> Llama:
         """The model again."""
         return merge(self.structure, self.trainable, self.frozen)
+
+    def hold(self, paths: Iterable[str]) -> Split:
+        """The split in which these trainable arrays are frozen as they are: no gradient, no moments.
+
+        Raises ValueError that lists the paths that do not train.
+        """
+        held = set(paths)
+        if unknown := sorted(held - self.trainable.keys()):
+            raise ValueError(f"{', '.join(unknown)}: not among what trains")
+        trainable = {path: array for path, array in self.trainable.items() if path not in held}
+        return Split(self.structure, trainable, {**self.frozen, **{path: self.trainable[path] for path in held}})
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:
@@ -76,8 +87,11 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(structure: Any, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Llama:
-    """A model out of its static structure and the arrays of both kinds. Usable inside a JAX transform."""
-    model: Llama = nnx.merge(structure, nested({**trainable, **frozen}))
+    """A model out of its static structure and the arrays of both kinds. Usable inside a JAX transform.
+
+    A path that is in both is taken from `trainable`.
+    """
+    model: Llama = nnx.merge(structure, nested({**frozen, **trainable}))
     return model
 
 
@@ -111,28 +125,35 @@ def assemble(
     frozen: Flat,
     *,
     lora: LoraConfig | None = None,
-    trainable: Mapping[str, np.ndarray] | None = None,
+    trainable: Mapping[str, np.ndarray | jax.Array] | None = None,
     padding: Padding = (),
 ) -> Split:
     """A model from its frozen weights and the arrays that train: adapters, new rows, and where base rows train theirs.
 
     Which of them there are is known from `trainable`: new rows by `vocabulary.new`, trained base rows by `BASE_ROWS`.
+    For full fine-tuning it holds every path of `frozen` too, there is no `lora`, and nothing in the split is frozen:
+    float32 arrays train and are rounded to the dtype of `frozen` where they are used. `frozen` itself stays as it is.
     `padding` are the ids without a token, which are never produced (`vocabulary.padding_of`).
     Raises UserError that lists every missing, extra or misshapen array.
     """
     trainable = dict(trainable or {})
+    full = not trainable.keys().isdisjoint(frozen)
+    if full and lora is not None:
+        raise UserError("weights of the base train beside adapters; take either adapters or full fine-tuning")
     rows = trainable.get("vocabulary.new")
     dtype = frozen["vocabulary.base"].dtype
-    train_base = any(path in trainable for path in BASE_ROWS)
+    # Copies of the base rows would be a second set of what trains already.
+    train_base = not full and any(path in trainable for path in BASE_ROWS)
     new_rows = 0 if rows is None else rows.shape[0]
     split = abstract(config, lora, new_rows, dtype, train_base=train_base, padding=padding)
-    _check(trainable, split.trainable, "adapters and new rows")
+    wanted = {**split.trainable, **split.frozen} if full else split.trainable
+    _check(trainable, wanted, "all weights and new rows" if full else "adapters and new rows")
     # A copy, always: training donates these buffers.
-    arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(split.trainable)}
-    return Split(split.structure, arrays, frozen)
+    arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(wanted)}
+    return Split(split.structure, arrays, {} if full else frozen)
 
 
-def _check(given: Mapping[str, np.ndarray], wanted: Mapping[str, Any], what: str) -> None:
+def _check(given: Mapping[str, np.ndarray | jax.Array], wanted: Mapping[str, Any], what: str) -> None:
     faults = [f"{path} is missing" for path in sorted(wanted.keys() - given.keys())]
     faults += [f"{path} is not of this model" for path in sorted(given.keys() - wanted.keys())]
     faults += [

@@ -1,7 +1,8 @@
 """The vocabulary's tables as two blocks: base rows and new rows, never concatenated in training.
 
 New rows train. Base rows are frozen; where they are to train too, trainable copies stand beside the frozen ones and are
-used in their place while the adapters are on. With the adapters off it is the original vocabulary, bit for bit.
+used in their place while the adapters are on. With the adapters off it is the original vocabulary, bit for bit. (Full
+fine-tuning needs no copies: there the base rows themselves are float32 arrays that train.)
 
 Rows without a token are padding, and never chosen. Those of the base keep their place in its softmax, because the
 original model has them there; those behind the new rows, which only round the table up, get no probability.
@@ -14,6 +15,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from transllm_jax.model.config import LlamaConfig
@@ -55,7 +57,8 @@ class Vocabulary(nnx.Module):
 
     base [V, D], new [n, D], and with `train_base` base_trained [V, D] in float32; an untied model has output_base,
     output_new and output_base_trained of the same shapes. A tied model stays tied: one set of new rows, and one of
-    trained base rows, serves both ends. `padding` are the ids without a token.
+    trained base rows, serves both ends. `padding` are the ids without a token. `dtype` is that of the frozen rows, and
+    the one that is computed in, whatever the dtype of the rows that train.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Vocabulary(nnx.Module):
         self.new_rows = new_rows
         self.train_base = train_base
         self.padding = padding
+        self.dtype = np.dtype(dtype)
         if not self.tied:
             self.output_base = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * std)
         if new_rows:
@@ -88,29 +92,28 @@ class Vocabulary(nnx.Module):
 
     def embed(self, tokens: jax.Array, *, adapters: bool = True) -> jax.Array:
         """[B, T] ids -> [B, T, D]; `adapters=False` takes the frozen base rows (new ids have new rows still)."""
-        base = jax.lax.stop_gradient(self.base[...])
         # Looked up in float32 and then rounded, so that the gradients of a row's places are summed in float32.
-        table = self.base_trained[...] if self.train_base and adapters else base
+        table = self.base_trained[...] if self.train_base and adapters else self.base[...]
         if not self.new_rows:
-            return table[tokens].astype(base.dtype)
-        size = base.shape[0]
-        known = table[jnp.minimum(tokens, size - 1)].astype(base.dtype)
-        added = self.new[...].astype(base.dtype)[jnp.maximum(tokens - size, 0)]
+            return table[tokens].astype(self.dtype)
+        size = table.shape[0]
+        known = table[jnp.minimum(tokens, size - 1)].astype(self.dtype)
+        added = self.new[...][jnp.maximum(tokens - size, 0)].astype(self.dtype)
         return jnp.where((tokens < size)[..., None], known, added)
 
     def output_tables(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
-        """The output rows: base [V, D] and new [n, D] (None without new rows), in the base's dtype.
+        """The output rows: base [V, D] and new [n, D] (None without new rows), in the model's dtype.
 
         With `adapters=False` the base rows are the frozen ones, whether or not there are trained ones.
         """
         base = self.base[...] if self.tied else self.output_base[...]
         if self.train_base and adapters:
-            trained = self.base_trained[...] if self.tied else self.output_base_trained[...]
-            base = trained.astype(base.dtype)
+            base = self.base_trained[...] if self.tied else self.output_base_trained[...]
+        base = base.astype(self.dtype)
         if not self.new_rows:
             return base, None
         new = self.new[...] if self.tied else self.output_new[...]
-        return base, new.astype(base.dtype)
+        return base, new.astype(self.dtype)
 
     def logits(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
         """[..., D] -> float32 [..., V + n], or [..., V] with `base_only`: the original model's vocabulary.
