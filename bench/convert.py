@@ -37,7 +37,7 @@ from conversion.safetensors_io import write_tensors  # noqa: E402
 from conversion.tokenizer_files import copy_tokenizer  # noqa: E402
 from transllm_jax.model.config import LlamaConfig  # noqa: E402
 from transllm_jax.model.lora import LoraConfig  # noqa: E402
-from transllm_jax.training.checkpoint import save_arrays  # noqa: E402
+from transllm_jax.training.arrays import save_arrays  # noqa: E402
 
 SHARD_BYTES = 2_000_000_000
 

@@ -16,7 +16,7 @@ from conversion.directories import read_json, write_json
 from conversion.logits import logits_of
 from transllm_jax.open_source import open_source
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 
 IDS = [1, 65, 70, 99, 300, 400, 401, 402, 7]
 LORA = {"rank": 3, "alpha": 8, "rslora": True, "targets": ["q", "v", "down"]}

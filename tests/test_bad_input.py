@@ -40,13 +40,13 @@ Refused = Callable[..., str]
 def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command that must be refused, and gives the one line that says why."""
 
-    def call(*arguments: object) -> str:
+    def call(*arguments: object, code: int = 2) -> str:
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["transllm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed, errors = capfd.readouterr()
-        assert ended.value.code == 2
+        assert ended.value.code == code
         assert "Traceback" not in printed + errors
         assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
         return errors.removeprefix("error: ").strip()
@@ -60,12 +60,12 @@ def holds(message: str, *words: str) -> None:
 
 
 def contents(workdir: Path) -> dict[Path, str]:
-    """The hash of every file that a step made. The resolved config is rewritten by each run."""
+    """The hash of every file that a step made. What each run keeps account of is rewritten by each."""
     files = [path for path in workdir.rglob("*") if path.is_file()]
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.relative_to(workdir).as_posix() not in (".lock", "run.yaml", "versions.json")
+        if path.relative_to(workdir).as_posix() not in (".lock", "run.yaml", "versions.json", "ledger.jsonl", "hashes.json")
     }
 
 
@@ -168,7 +168,7 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         # Unknown keys, with the one that may be meant.
         (["sead=1"], ("sead: unknown key", "did you mean 'seed'?")),
         (["pretrain.lerning_rate=1"], ("pretrain.lerning_rate: unknown key", "did you mean 'learning_rate'?")),
-        (["pretrain.zzz=1"], ("pretrain.zzz: unknown key", "the keys here are steps, batch_size")),
+        (["pretrain.zzz=1"], ("pretrain.zzz: unknown key", "the keys here are steps, epochs, batch_size")),
         (["translate.sources=[{path: a, wieght: 1}]"], ("translate.sources.0.wieght", "did you mean 'weight'?")),
         (["vocabulary.corpus=[{path: a, formt: text}]"], ("vocabulary.corpus.0.formt", "did you mean 'format'?")),
         (["transfer.pairs.limits=3"], ("transfer.pairs.limits", "did you mean 'limit'?")),
@@ -183,7 +183,7 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["pretrain.length=4"], ("pretrain.length", "greater than or equal to 16")),
         (["evaluation.length=1"], ("evaluation.length", "greater than or equal to 16")),
         (["lora.dropout=1"], ("lora.dropout", "less than 1")),
-        (["embeddings=none"], ("embeddings: Input should be 'new' or 'all'", "'none'")),
+        (["embeddings=some"], ("embeddings: Input should be 'new', 'all' or 'none'", "'some'")),
         (["export.dtype=int8"], ("export.dtype", "'float32', 'bfloat16' or 'float16'")),
         (["pretrain=[]"], ("pretrain: Input should be a valid dictionary",)),
         (["pretrain.sources=[]"], ("pretrain.sources: List should have at least 1 item",)),
@@ -583,14 +583,18 @@ def test_a_loss_that_is_not_finite(refused: Refused, expanded: Path, tmp_path: P
     workdir = Path(shutil.copytree(expanded, tmp_path / "run"))
     before = contents(workdir)
     command = ("run", workdir / "config.yaml", "--workdir", workdir, "--until", "pretrain")
-    wild = ("pretrain.learning_rate=1e30", "pretrain.checkpoint_every=1", "pretrain.warmup_ratio=0")
-    message = refused(*command, *wild)
-    holds(message, "pretrain: the loss is", "at step", "lower pretrain.learning_rate", "checkpoint stands")
+    wild = ("pretrain.learning_rate=1e30", "pretrain.checkpoint_every=2", "pretrain.warmup_ratio=0")
+    stop = ("pretrain.max_skipped=2",)
+    message = refused(*command, *wild, *stop, code=1)
+    holds(message, "not finite in 2 steps in a row, up to step 3", "lower pretrain.learning_rate", "checkpoint stands")
     assert not lost(before, workdir)
-    steps = len(read_rows(workdir / "pretrain" / "metrics.jsonl"))
-    assert steps >= 1 and (workdir / "pretrain" / "checkpoints" / str(steps)).is_dir()
+    rows = read_rows(workdir / "pretrain" / "metrics.jsonl")
+    assert [row["loss"] is None for row in rows] == [False, True, True]
+    skipped = read_rows(workdir / "pretrain" / "skipped.jsonl")
+    assert [row["step"] for row in skipped] == [2, 3] and "text.train.txt:" in skipped[0]["rows"][0]
+    assert [path.name for path in (workdir / "pretrain" / "checkpoints").iterdir()] == ["2"]
     # The same again goes on from the checkpoint and comes to the same end; another rate is another stage.
-    holds(refused(*command, *wild), "pretrain: the loss is", f"at step {steps + 1}")
+    assert refused(*command, *wild, *stop, code=1).splitlines()[-1] == message.splitlines()[-1]
     message = refused(*command, *wild[1:])
     holds(message, "pretrain.learning_rate (1e+30 -> 0.01)", "--force pretrain")
 

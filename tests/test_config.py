@@ -100,8 +100,52 @@ def test_the_target_marker_is_the_languages() -> None:
 def test_which_vocabulary_rows_train() -> None:
     assert load_config(DEMO).embeddings == "new"
     assert load_config(DEMO, ["embeddings=all"]).embeddings == "all"
-    with pytest.raises(UserError, match=r"embeddings: Input should be 'new' or 'all' \(it is 'none'\)"):
-        load_config(DEMO, ["embeddings=none"])
+    assert load_config(DEMO, ["embeddings=none"]).embeddings == "none"
+    with pytest.raises(UserError, match=r"embeddings: Input should be 'new', 'all' or 'none' \(it is 'base'\)"):
+        load_config(DEMO, ["embeddings=base"])
+
+
+def test_full_fine_tuning_has_no_adapters() -> None:
+    assert load_config(DEMO, ["lora=none"]).lora is None and load_config(DEMO, ["lora=null"]).lora is None
+    both = ["lora=none", "vocabulary={adapter: somewhere}"]
+    with pytest.raises(UserError, match=r"lora is none, but vocabulary\.adapter brings adapters; remove one"):
+        load_config(DEMO, both)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["pretrain.epochs=2"], "pretrain: give steps or epochs, one of the two"),
+        (["pretrain.steps=null"], "pretrain: give steps or epochs, one of the two"),
+        (["pretrain.accumulate=3"], "batch_size 2 is no multiple of accumulate 3"),
+        (["pretrain.warmup_steps=3"], "give warmup_ratio or warmup_steps, not both"),
+        (["pretrain.decay_ratio=0.2"], "decay_ratio is for schedule: wsd"),
+        (["pretrain.schedule=square"], "pretrain.schedule: Input should be 'cosine', 'linear', 'wsd' or 'constant'"),
+        (["pretrain.remat=yes"], "remat cannot be true"),
+        (["pretrain.validation={source: {path: a}}"], "pretrain.validation.every: missing"),
+        (["pretrain.validation={source: {path: a}, evry: 2}"], "did you mean 'every'?"),
+        (["pretrain.validation={every: 2, source: {path: a, tokens: 3}}"], "tokens means nothing here"),
+        (["transfer.chains=0", "transfer.english=0", "transfer.translations=0"], "nothing is left to train on"),
+        (["transfer.sources=[{path: a.jsonl, format: conversations}]"], "each of the sources needs a weight"),
+        (["pretrain.sources=[{path: a, fields: [a, b]}]"], "text has 0 or 1 fields, not 2"),
+        (["pretrain.sources=[{path: a, target_path: b}]"], "target_path is for pairs in two files"),
+        (["pretrain.sources=[{path: a, split: test}]"], "split and data_dir are for container"),
+        (["pretrain.sources=[{path: a, cleaning: {near_duplicates: 1.5}}]"], "less than or equal to 1"),
+        (["transfer.pairs.cleaning={exact_duplicates: false}"], "cleaning means nothing here"),
+    ],
+)
+def test_training_that_contradicts_itself(given: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(DEMO, given)
+
+
+def test_a_config_that_was_written_can_be_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    changes = ["lora=none", "pretrain.warmup_ratio=null", "pretrain.warmup_steps=3", "pretrain.schedule=wsd"]
+    for given in ([], changes, ["pretrain.steps=null", "pretrain.epochs=1.5"]):
+        config = load_config(DEMO, given)
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        assert load_config(path) == config
 
 
 @pytest.mark.parametrize(
@@ -142,10 +186,10 @@ def _inside(annotation: Any) -> list[type[Section]]:
 
 
 def _read_attributes() -> set[tuple[str, str]]:
-    """(name of the object, attribute) of every attribute that the package reads, config.py aside: `a.b.c` is (b, c)."""
+    """(name of the object, attribute) of every attribute that the package reads, the config aside: `a.b.c` is (b, c)."""
     found = set()
     for path in (ROOT / "transllm_jax").rglob("*.py"):
-        if path.name == "config.py" and path.parent.name == "transllm_jax":
+        if path.parent == ROOT / "transllm_jax" / "config":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

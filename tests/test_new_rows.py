@@ -19,7 +19,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.new_rows import (
     BOOST,
     HALF,

@@ -19,7 +19,7 @@ from transllm_jax.open_source import open_source
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 
 THAI = Path(__file__).parents[1] / "examples" / "thai" / "text.train.txt"
 

@@ -28,7 +28,7 @@ from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, count, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages.run import POINTS, Run
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
 
@@ -121,7 +121,7 @@ def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, R
     state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
     assert moments_size(state) == 2 * count(split.trainable)
     saved = json.loads(
-        (run.workdir / "transfer" / "checkpoints" / "4" / "default" / "_METADATA").read_text(encoding="utf-8")
+        (run.workdir / "transfer" / "checkpoints" / "4" / "state" / "_METADATA").read_text(encoding="utf-8")
     )
     assert not [path for path in saved["tree_metadata"] if "kernel" in path or "vocabulary.base" in path]
 

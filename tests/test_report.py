@@ -16,12 +16,78 @@ from rich.console import Console
 
 from transllm_jax.evaluation import report
 from transllm_jax.evaluation.measures import percent, rows, written
-from transllm_jax.evaluation.report import conversation_panel, render_report, summary_table, write_report
+from transllm_jax.evaluation.plots import validation_plot
+from transllm_jax.evaluation.report import (
+    conversation_panel,
+    render_report,
+    summary_table,
+    time_sentence,
+    write_report,
+)
 from transllm_jax.evaluation.verdict import verdict
+from transllm_jax.pipeline import artifact
+from transllm_jax.stages.report import SKIPPED, SKIPPED_ROWS, _speed, _trained
+from transllm_jax.status import status_table
+from transllm_jax.training.ledger import CATEGORIES, Ledger, summarise
 
 QUESTION = "ช่วยแนะนำวิธีนอนหลับให้ดีขึ้นหน่อย"
 ANSWER = "ลองเข้านอนเวลาเดิมทุกคืน งดกาแฟหลังเที่ยง และปิดหน้าจอก่อนนอนหนึ่งชั่วโมง"
 POINTS = ["base", "vocabulary", "pretrain", "translate", "transfer"]
+
+
+def ledger() -> dict[str, Any]:
+    """Where the time of the made-up run went, as the ledger sums it up."""
+
+    def spent(lost: float = 0.0, redone: float = 0.0, restarts: int = 0, **seconds: float) -> dict[str, Any]:
+        total = sum(seconds.values()) + lost + redone
+        return {
+            "total": total,
+            "seconds": dict.fromkeys(CATEGORIES, 0.0) | seconds,
+            "lost": lost,
+            "redone": redone,
+            "trained": seconds.get("step", 0.0) / total if total else None,
+            "sessions": 3,
+            "restarts": restarts,
+        }
+
+    stages = {
+        "run": spent(init=9.2, other=1.5),
+        "vocabulary": spent(other=8.4),
+        "evaluation/base": spent(validate=66.0),
+        "pretrain": spent(lost=244.0, restarts=2, init=14, compile=31, data=2.2, save=6.5, step=1500, validate=41),
+        "translate": spent(init=5, compile=14, data=1, save=4, step=900, validate=20),
+        "recover": spent(init=5, other=95.5),
+        "transfer": spent(init=5, compile=19, data=1, save=3, step=600, other=0.5),
+        "report": spent(),
+    }
+    kinds = {kind: sum(stage["seconds"][kind] for stage in stages.values()) for kind in CATEGORIES}
+    return {**spent(lost=244.0, restarts=2, **kinds), "stages": stages}
+
+
+def trained() -> dict[str, Any]:
+    """What the made-up run was trained on, its validation, and the updates that it skipped."""
+    text = {"items": 21408, "examples": 20166, "rows": 3871, "tokens": 1974211, "padded_fraction": 0.00391}
+    left_out = {"too short": 12, "contaminated": 3, "exact duplicates": 1204, "near duplicates": 37}
+    made = {"rows": 412, "tokens": 98104, "padded_fraction": 0.0699, "epochs": 0.58}
+    talks = {"items": 900, "examples": 896, "left_out": {"longer than a row": 4, "cut at a turn": 21}}
+    places = ["1 news.txt: data/news.txt:104 data/news.txt:2210", "1 news.txt: data/news.txt:88"]
+    return {
+        "pretrain": {
+            "sources": {
+                "1 news.txt": {**text, "left_out": left_out, "epochs": 0.031},
+                "2 english.txt": {**text, "items": 300, "left_out": {}, "epochs": 1.0},
+            },
+            "best": 80,
+            "validation": [{"step": step, "bits_per_byte": 1.2 + abs(80 - step) / 400} for step in range(20, 121, 20)],
+            "skipped": 4,
+            "skipped_updates": [
+                {"step": 31, "loss": "nan", "gradient_norm": "inf", "rows": places, "more_rows": 0},
+                {"step": 32, "loss": "2.5", "gradient_norm": "nan", "rows": places[:1], "more_rows": 6},
+            ],
+        },
+        "translate": {"sources": {}, "best": None, "validation": [], "skipped": 0, "skipped_updates": []},
+        "transfer": {"sources": {"chains": made, "3 talks.jsonl": {**made, **talks}}, "best": None, "skipped": None},
+    }
 
 
 def sample() -> dict[str, Any]:
@@ -107,6 +173,8 @@ def sample() -> dict[str, Any]:
                 "steps": 120,
                 "tokens": 122880,
                 "tokens_per_second": 590.1,
+                "model_flops_utilisation": 0.4137,
+                "memory_bytes": 3.25 * 2**30,
                 "summary": "100 kB of Thai text, 3 times",
             },
             {"name": "translate", "seconds": 121.0, "steps": 80, "tokens": 81920, "tokens_per_second": 677.0},
@@ -118,6 +186,8 @@ def sample() -> dict[str, Any]:
             },
             {"name": "transfer", "seconds": 130.2, "steps": 60, "tokens": 61440, "tokens_per_second": 471.9},
         ],
+        "trained": trained(),
+        "ledger": ledger(),
         "losses": {
             "pretrain": curve(3.9, 2.4, 120),
             "translate": curve(3.1, 1.9, 80),
@@ -251,7 +321,7 @@ def test_every_number_is_there(html: str) -> None:
     for points in results["losses"].values():
         assert f"{points[0]['loss']:.3f} at step 1" in page.text
         assert f"{points[-1]['loss']:.3f} at step {len(points)}" in page.text
-    assert html.count("<svg") == 9  # six measures, three loss curves
+    assert html.count("<svg") == 10  # six measures, three loss curves, one validation
 
 
 def test_text_in_plots_is_text_and_takes_the_colours_of_the_page(html: str) -> None:
@@ -347,7 +417,7 @@ def test_a_missing_value_is_not_measured_and_never_a_number(value: Any) -> None:
     assert row.change is None and row.last is None
     assert "bits per byte" not in " ".join(verdict(results).sentences)
     page = render_report(results)
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     assert not re.search(r">\s*(nan|inf|None|True)\s*<", page)
 
 
@@ -470,3 +540,232 @@ def test_the_goal_of_well_formed_chains_says_how_different_they_are() -> None:
     assert goal["measured"] == "75 %; 2 different English questions in 3 chains" and goal["met"] is False
     unmeasured = [g for g in goals({}, "Thai", "") if g["met"] is not None]
     assert unmeasured == []
+
+
+def section(html: str, name: str) -> str:
+    """The HTML of the section with this id."""
+    start = html.index(f'<section aria-labelledby="{name}"')
+    return html[start : html.index("</section>", start)]
+
+
+def test_where_the_time_went(html: str) -> None:
+    times = section(html, "times")
+    text = re.sub(r"\s+", " ", Page(times.replace("</th>", " </th>")).text)
+    assert "The run trained 83 % of 59 min 57 s; 4 min 4 s lost to 2 restarts." in text
+    table = text[text.index("Stage") :]
+    assert table.startswith(
+        "Stage training steps compiling starting waiting for data saving validation other work lost to restarts all"
+    )
+    # Each stage's row, in the order of the columns; a stage without time has none.
+    assert "pretrain 25 min 0 s 31 s 14 s 2.2 s 6.5 s 41 s – 4 min 4 s 30 min 39 s translate" in table
+    assert table.rstrip().endswith("between stages – – 9.2 s – – – 1.5 s – 11 s")
+    assert "report" not in table and "begun anew" not in text
+    # The bars: the longest stage is the whole width, and each bar's parts fill it.
+    bars = re.findall(r'<span style="width: ([\d.]+)%">(.*?)</span>', times)
+    assert [float(width) for width, _ in bars] == [0.46, 3.59, 100.0, 51.34, 5.47, 34.18, 0.58]
+    for _, parts in bars:
+        assert abs(sum(map(float, re.findall(r'style="width: ([\d.]+)%"', parts))) - 100) < 0.05  # rounded, 8 parts
+    assert re.search(r'<i class="lost" style="width: 13\.27%" title="lost to restarts: 4 min 4 s">', bars[2][1])
+
+
+def test_time_that_was_not_counted_is_not_measured() -> None:
+    for counted in ({}, summarise(Path("no such ledger")), None, {"stages": {"pretrain": {"seconds": None}}}):
+        results = {**sample(), "ledger": counted}
+        assert "Where the time went: not measured." in Page(render_report(results)).text
+
+
+def test_every_kind_of_time_has_a_name_and_a_colour(tmp_path: Path) -> None:
+    """What the ledger counts, the page shows: no category of it is left out of a bar."""
+    clock = iter(range(1000))
+    for forced in (False, True):
+        with Ledger(tmp_path / "ledger.jsonl", clock=lambda: float(next(clock))) as book:
+            for kind in CATEGORIES:
+                with book.stage(kind, anew=forced), book.spend(kind):
+                    pass
+    counted = summarise(tmp_path / "ledger.jsonl")
+    counted["lost"] = counted["stages"]["step"]["lost"] = 1.0
+    html = render_report({"ledger": counted})
+    kinds = re.findall(r'<li><i class="(\w+)">', section(html, "times"))
+    assert set(kinds) == {*CATEGORIES, "lost", "redone"}
+    for kind in kinds:
+        assert re.search(rf"\bi\.{kind} {{ background: ", html), kind
+
+
+@pytest.mark.parametrize(
+    ("trained", "lost", "restarts", "sentence"),
+    [
+        (0.83, 240.0, 2, "trained 83 % of 2 h 10 min; 4 min 0 s lost to 2 restarts"),
+        (0.8349, 0.0, 1, "trained 83 % of 2 h 10 min; nothing lost to 1 restart"),
+        (0.9996, 0.0, 0, "trained 99.96 % of 2 h 10 min"),
+        (0.0, 0.0, 0, "trained 0 % of 2 h 10 min"),
+        (0.0004, 0.0, 0, "trained 0.04 % of 2 h 10 min"),
+    ],
+)
+def test_the_sentence_about_time(trained: float, lost: float, restarts: int, sentence: str) -> None:
+    counted = {"total": 7800.0, "trained": trained, "lost": lost, "restarts": restarts}
+    assert time_sentence(counted) == sentence
+
+
+def test_status_ends_with_the_time(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("title: x\n")
+    without = terminal(status_table(tmp_path))
+    now = 0.0
+    with Ledger(tmp_path / "ledger.jsonl", clock=lambda: now) as book, book.stage("pretrain"):
+        with book.spend("step"):
+            now = 75.0
+        now = 100.0
+    assert terminal(status_table(tmp_path)) == f"{without}\ntrained 75 % of 1 min 40 s\n"
+
+
+def plain(html: str) -> str:
+    """The text of a piece of the page in one line, with what stands in cells apart."""
+    return re.sub(r"\s+", " ", Page(re.sub(r"</(th|td|strong|li|figcaption)>", r" </\1>", html)).text)
+
+
+def test_what_was_trained_on(html: str) -> None:
+    text = plain(section(html, "data"))
+    assert "Source items tokens rows padded epochs pretrain 1 news.txt" in text
+    gone = "left out: 12 too short, 3 contaminated, 1,204 exact duplicates, 37 near duplicates"
+    assert f"1 news.txt {gone} 21,408 1,974,211 3,871 0.4 % 0.03 2 english.txt nothing left out 300" in text
+    # What is made in a run has no items, and nothing is said of what was left out of it.
+    assert "transfer chains – 98,104 412 7 % 0.58 3 talks.jsonl left out: 4 longer than a row; 21 cut at a turn" in text
+    assert "translate" not in text
+
+
+def test_a_stage_shows_its_speed_memory_and_use_of_the_device() -> None:
+    results = sample()
+    text = plain(section(render_report(results), "training"))
+    assert "Stage time steps tokens tokens/s peak memory MFU " in text
+    assert "3 min 30 s 120 122,880 590.1 3.2 GiB 41.4 % translate 2 min 1 s 80 81,920 677.0 – – " in text
+    assert "MFU, model FLOPs utilisation" in text and "Peak memory is" in text
+    del results["stages"][1]["memory_bytes"], results["stages"][1]["model_flops_utilisation"]
+    older = plain(section(render_report(results), "training"))
+    assert "Stage time steps tokens tokens/s vocabulary" in older and "MFU" not in older and "eak memory" not in older
+
+
+def test_the_validation_stands_under_the_loss_with_its_best_step_marked(html: str) -> None:
+    training = section(html, "training")
+    curves = training.split('<div class="curve">')[1:]
+    assert [curve.count("<svg") for curve in curves] == [2, 1, 1]
+    text = plain(curves[0])
+    assert text.index("Loss of pretrain") < text.index("Validation, bits per byte best 1.200 at step 80, 1.300 at step")
+    assert 'aria-label="Validation of pretrain: 1.300 bits per byte at step 120, best 1.200 at step 80"' in curves[0]
+
+    def drawing(best: int | None, records: Any) -> str | None:
+        found = validation_plot("pretrain", records, best, sample()["losses"]["pretrain"])
+        return None if found is None else str(found)
+
+    records = trained()["pretrain"]["validation"]
+    ring, other, without = drawing(80, records), drawing(40, records), drawing(None, records)
+    assert ring is not None and other is not None and without is not None
+    # The ring is one more drawn marker, at its step; the lines are the same.
+    markers = [
+        re.findall(r'<use[^>]* x="([\d.]+)" y="([\d.]+)" style="[^"]*--ink', text) for text in (ring, other, without)
+    ]
+    assert [len(found) for found in markers] == [1, 1, 0] and markers[0] != markers[1]
+    assert "best" not in without.split(">")[0]
+    # A step that is not among those that are known is not marked, and what is not finite is not drawn.
+    assert drawing(33, records) == without
+    assert drawing(80, [*records, {"step": 60, "bits_per_byte": None}, {"step": 70}]) == ring
+    assert drawing(2, []) is None and drawing(2, [{"step": 2, "bits_per_byte": math.nan}]) is None
+
+
+def test_the_validation_spans_the_steps_of_the_loss() -> None:
+    losses = [{"step": step, "loss": 1.0} for step in (1, 400)]
+
+    def ticks(plot: Any) -> list[str]:
+        return re.findall(r">(\d+)</text>", str(plot))
+
+    one = [{"step": 100, "bits_per_byte": 1.5}]
+    assert "400" in ticks(validation_plot("x", one, 100, losses))
+    assert "400" not in ticks(validation_plot("x", one, 100, []))
+
+
+def test_skipped_updates_are_counted_and_their_texts_named(html: str) -> None:
+    text = plain(section(html, "training"))
+    assert "pretrain skipped 4 updates : the loss or its gradient was not finite. The texts of the first 2" in text
+    assert "all are in pretrain/skipped.jsonl." in text
+    assert "step 31: loss NaN, gradient norm infinite 1 news.txt: data/news.txt:104 data/news.txt:2210 1 news" in text
+    assert (
+        "step 32: loss 2.5, gradient norm NaN 1 news.txt: data/news.txt:104 data/news.txt:2210 and 6 more rows" in text
+    )
+    assert "translate skipped" not in text and "transfer skipped" not in text
+    results = sample()
+    results["trained"]["transfer"] |= {"skipped": 1, "skipped_updates": [{"step": 3, "rows": ["x" * 1000]}]}
+    text = plain(section(render_report(results), "training"))
+    assert "transfer skipped 1 update :" in text and "The texts of these stand here" in text
+    assert "step 3: loss not measured" in text and "x" * 200 in text and "x" * 300 not in text
+
+
+def test_results_of_an_older_run_have_no_training_data() -> None:
+    for nothing in ({}, None, {"pretrain": None}, {"pretrain": {"sources": None, "validation": None, "skipped": None}}):
+        html = render_report({**sample(), "trained": nothing})
+        assert "What was trained on: not measured." in Page(html).text
+        assert html.count("<svg") == 9 and "skipped" not in section(html, "training")
+    results = {**sample(), "trained": {"pretrain": {"sources": {"a": {}, "b": None}, "skipped_updates": [{}, None]}}}
+    text = plain(section(render_report(results), "data"))
+    assert "pretrain a – – – – – b – – – – –" in text and "left out" not in text
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_the_results_of_a_stage_are_read_from_its_files(tmp_path: Path) -> None:
+    places = [f"a: a.txt:{line}" for line in range(SKIPPED_ROWS + 2)]
+    updates = [{"step": step, "loss": "nan", "gradient_norm": "nan", "rows": places} for step in range(SKIPPED + 1)]
+    jsonl(tmp_path / "skipped.jsonl", *updates)
+    jsonl(tmp_path / "validation.jsonl", {"step": 2, "bits_per_byte": 1.5}, {"step": 4, "bits_per_byte": math.nan})
+    sources = {"a": {"rows": 3, "left_out": {"contaminated": 1}}}
+    found = _trained(tmp_path, {"sources": sources, "skipped": SKIPPED + 1, "best": 2})
+    assert found["sources"] == sources and (found["skipped"], found["best"]) == (SKIPPED + 1, 2)
+    # A number that is not finite has no name in JSON.
+    assert found["validation"] == [{"step": 2, "bits_per_byte": 1.5}, {"step": 4, "bits_per_byte": None}]
+    assert [update["step"] for update in found["skipped_updates"]] == list(range(SKIPPED))
+    assert {tuple(update["rows"]) for update in found["skipped_updates"]} == {tuple(places[:SKIPPED_ROWS])}
+    assert {update["more_rows"] for update in found["skipped_updates"]} == {2}
+
+    slow = [{"step": step, "memory_bytes": size} for step, size in ((1, 100), (2, 300), (3, 200))]
+    slow[1] |= {"tokens_per_second": 50.0, "model_flops_utilisation": 0.4}
+    slow[2] |= {"tokens_per_second": 70.0, "model_flops_utilisation": 0.2}
+    jsonl(tmp_path / "speed.jsonl", *slow)
+    speed = {"tokens_per_second": 64.0, "model_flops_utilisation": pytest.approx(0.3), "memory_bytes": 300}
+    assert _speed(tmp_path, {"tokens_per_second": 64.0}) == speed
+    assert _speed(tmp_path, {"tokens_per_second": 0.0}) == speed | {"tokens_per_second": 60.0}
+
+    missing = tmp_path / "none"
+    assert set(_speed(missing, {}).values()) == {None}
+    assert _trained(missing, {}) == {
+        "sources": None,
+        "best": None,
+        "validation": [],
+        "skipped": None,
+        "skipped_updates": [],
+    }
+
+
+def test_status_of_a_stage_that_has_begun(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("title: x\n")
+
+    def line() -> str:
+        lines = terminal(status_table(tmp_path), width=200).splitlines()
+        return re.sub(r" +", " ", next(line for line in lines if line.startswith("pretrain "))).strip()
+
+    place = artifact(tmp_path, "pretrain")
+    assert line() == "pretrain to do"
+    place.begin({})
+    assert line() == "pretrain begun"
+    jsonl(place.directory / "metrics.jsonl", {"step": 7, "loss": 2.34567})
+    assert line() == "pretrain begun step 7, loss 2.346"
+    jsonl(place.directory / "metrics.jsonl", {"step": 7, "loss": 2.3}, {"step": 8, "loss": None})
+    assert line() == "pretrain begun step 8, loss not finite"
+    jsonl(place.directory / "skipped.jsonl", {"step": 8})
+    assert line() == "pretrain begun step 8, loss not finite; 1 update skipped, not finite"
+    scores = [(2, 1.5), (4, 1.25), (6, 1.25), (7, math.nan), (8, 1.4)]
+    jsonl(place.directory / "validation.jsonl", *({"step": step, "bits_per_byte": bits} for step, bits in scores))
+    jsonl(place.directory / "skipped.jsonl", {"step": 3}, {"step": 8})
+    best = "best so far 1.250 bits a byte at step 6"
+    assert line() == f"pretrain begun step 8, loss not finite; {best}; 2 updates skipped, not finite"
+    place.finish({}, {"text": "8 steps [all]", "seconds": 3.2})
+    assert line() == "pretrain done 3 s 8 steps [all]"

@@ -21,7 +21,7 @@ from conftest import random_weights, tiny_config, tiny_run, write_tiny_model
 from conversion.hf import read_weights
 from transllm_jax import pipeline
 from transllm_jax.config import Config
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.errors import Diverged, Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, count, load_frozen
@@ -29,8 +29,10 @@ from transllm_jax.progress import Progress
 from transllm_jax.stages import base as base_stage
 from transllm_jax.stages import vocabulary
 from transllm_jax.stages.run import Run
-from transllm_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays
-from transllm_jax.training.loop import LoopConfig, Outcome, train
+from transllm_jax.training.arrays import load_arrays, save_arrays
+from transllm_jax.training.checkpoint import Checkpoints
+from transllm_jax.training.ledger import LEDGER, Ledger, summarise
+from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
 from transllm_jax.training.metrics import MetricsLog, read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, schedule
 from transllm_jax.training.step import TrainState, initial_state, make_step, summed_loss
@@ -79,13 +81,26 @@ class Source:
         self.before(k)
         return batch_of(k)
 
+    def places(self, k: int) -> list[str]:
+        return [f"text.txt:{2 * k + row}" for row in range(2)]
+
 
 def run(
-    directory: Path, source: Any = None, *, checkpoint_every: int = 2, interrupt: Interrupt | None = None
+    directory: Path,
+    source: Any = None,
+    *,
+    checkpoint_every: int = 2,
+    interrupt: Interrupt | None = None,
+    watch: Watch | None = None,
+    **changes: Any,
 ) -> Outcome:
-    config = LoopConfig(OPTIMIZER, checkpoint_every=checkpoint_every, seed=11, dropout=True)
-    progress = Progress(quiet=True)
-    return train(new_split(), source or Source(), config, directory, progress, interrupt or Interrupt())
+    # No batch is asked for ahead of its step, so that what happens at one happens there.
+    config = LoopConfig(OPTIMIZER, checkpoint_every=checkpoint_every, seed=11, dropout=True, ahead=0)
+    config = replace(config, **changes)
+    directory.mkdir(parents=True, exist_ok=True)
+    with Ledger(directory / LEDGER) as ledger:
+        given = (source or Source(), config, directory, Progress(quiet=True), interrupt or Interrupt(), ledger, watch)
+        return train(new_split(), *given)
 
 
 @cache
@@ -150,10 +165,9 @@ def test_the_multiplier_scales_the_new_rows_rate() -> None:
         return {path: np.asarray(values) for path, values in updates.items()}
 
     once, thrice = update(1.0), update(3.0)
-    rate = OPTIMIZER.learning_rate / 2  # step 0 of one warm-up step
-    # Adam's first step is the gradient's sign; the decay is the weight's tenth.
-    assert np.allclose(once["blocks.mlp.up.a"], -rate * (1 + 0.07), rtol=1e-4)
-    assert np.allclose(once["vocabulary.new"], -rate * (1 - 0.04), rtol=1e-4)
+    # Adam's first step is the gradient's sign; the decay is the weight's tenth. The rate is the step's to apply.
+    assert np.allclose(once["blocks.mlp.up.a"], 1 + 0.07, rtol=1e-4)
+    assert np.allclose(once["vocabulary.new"], 1 - 0.04, rtol=1e-4)
     assert np.array_equal(thrice["blocks.mlp.up.a"], once["blocks.mlp.up.a"])
     assert np.allclose(thrice["vocabulary.new"], 3 * once["vocabulary.new"], rtol=1e-6)
     # Trained base rows are of the same group.
@@ -175,9 +189,13 @@ def test_large_gradients_are_clipped_to_their_global_norm() -> None:
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
+def stepping(structure: Any, config: OptimizerConfig = OPTIMIZER, *, seed: int = 11, dropout: bool = False) -> Any:
+    return make_step(structure, make_optimizer(config), schedule(config), seed=seed, dropout=dropout, remat="none")
+
+
 @pytest.fixture(scope="module")
 def step() -> Any:
-    return make_step(new_split().structure, make_optimizer(OPTIMIZER), seed=11, dropout=False, remat=False)
+    return stepping(new_split().structure)
 
 
 def device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -206,7 +224,7 @@ def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None
     split = new_split(train_base=True, tied=False)
     frozen, before = tree_bytes(split.frozen), {path: np.array(split.trainable[path]) for path in BASE_ROWS}
     optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.0))
-    step = make_step(split.structure, optimizer, seed=11, dropout=False, remat=False)
+    step = stepping(split.structure, replace(OPTIMIZER, weight_decay=0.0))
     batch = batch_of(0)
     state, _ = step(initial_state(split.trainable, optimizer), split.frozen, device(batch))
     read, written = (np.abs(np.asarray(state.trainable[path]) - before[path]).max(axis=1) for path in BASE_ROWS)
@@ -289,7 +307,7 @@ def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:
 def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
     onwards = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=(0,))
     large = {"vocabulary.new": jnp.zeros((1000, 1000))}
-    state = onwards(TrainState(large, make_optimizer(OPTIMIZER).init(large), jnp.int32(0)))
+    state = onwards(initial_state(large, make_optimizer(OPTIMIZER)))
     with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
         checkpoints.save(state)
         for _ in range(5):
@@ -357,9 +375,7 @@ def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> 
 
 def test_dropout_is_a_function_of_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
     optimizer = make_optimizer(OPTIMIZER)
-    dropping, other_seed = (
-        make_step(new_split().structure, optimizer, seed=seed, dropout=True, remat=False) for seed in (11, 12)
-    )
+    dropping, other_seed = (stepping(new_split().structure, seed=seed, dropout=True) for seed in (11, 12))
 
     def arguments(number: int) -> tuple[Any, ...]:
         """Batch 0 and the arrays that a run starts from, at a step of the given number."""
@@ -368,9 +384,7 @@ def test_dropout_is_a_function_of_seed_and_step(step: Any, undisturbed: tuple[Ou
         return state, split.frozen, device(batch_of(0))
 
     first = read_rows(undisturbed[1] / "metrics.jsonl")[0]["loss"]
-    losses = [
-        float(stepping(*arguments(number))[1].loss) for stepping, number in ((dropping, 0), (dropping, 1), (step, 0))
-    ]
+    losses = [float(made(*arguments(number))[1].loss) for made, number in ((dropping, 0), (dropping, 1), (step, 0))]
     assert losses[0] == first
     assert len(set(losses)) == 3 and max(losses) - min(losses) < 1
     assert str(jax.make_jaxpr(dropping)(*arguments(0))) != str(jax.make_jaxpr(other_seed)(*arguments(0)))
@@ -410,21 +424,21 @@ def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
     directory = tmp_path / "pretrain"
 
     def die(k: int) -> None:
-        if k == 3:
+        if k == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(directory, Source(die))
-    # Step 3 is logged but not saved; and a kill may come in the middle of a line.
+        run(directory, Source(die), checkpoint_every=3)
+    # Step 4 is logged but not saved; and a kill may come in the middle of a line.
     metrics = directory / "metrics.jsonl"
-    assert [row["step"] for row in read_rows(metrics)] == [1, 2, 3]
-    assert latest(directory) == 2
+    assert [row["step"] for row in read_rows(metrics)] == [1, 2, 3, 4]
+    assert latest(directory) == 3
     with metrics.open("a", encoding="utf-8") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 5, "lo')
 
     asked_for: list[int] = []
     outcome = run(directory, Source(asked_for.append))
-    assert asked_for == [2, 3, 4, 5]
+    assert asked_for == [3, 4, 5]
     require_same(outcome, directory, undisturbed)
 
 
@@ -437,21 +451,125 @@ def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: t
     require_same(run(tmp_path / "a", Source(ask), interrupt=interrupt), tmp_path / "a", undisturbed)
 
 
-def test_a_non_finite_loss_is_the_users_to_mend_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+class Broken(Source):
+    """Batches of which some have a loss that is not finite."""
+
+    def __init__(self, broken: set[int]) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        batch = batch_of(k)
+        if k in self.broken:
+            batch["weights"] = batch["weights"] * np.float32(3e38)
+        return batch
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Path) -> None:
     directory = tmp_path / "pretrain"
+    outcome = run(directory, Broken({1, 3}), max_skipped=2)
+    assert (outcome.steps, outcome.skipped) == (STEPS, 2)
+    rows = read_rows(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if row["loss"] is None] == [2, 4]
+    skipped = read_rows(directory / "skipped.jsonl")
+    assert [row["step"] for row in skipped] == [2, 4]
+    assert skipped[1]["rows"] == ["text.txt:6", "text.txt:7"] and skipped[0]["loss"] in ("inf", "nan")
+    state = restored(directory)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (STEPS, 2, 0)
+    # Stopped between the two, it ends with the same bytes.
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "again", _Dying({1, 3}), max_skipped=2)
+    run(tmp_path / "again", Broken({1, 3}), max_skipped=2)
+    assert tree_bytes(restored(tmp_path / "again")) == tree_bytes(state)
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
-    class Broken(Source):
-        def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-            batch = batch_of(k)
-            if k == 3:
-                batch["weights"] = batch["weights"] * np.float32(3e38)
-            return batch
 
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step 4; lower pretrain\.learning_rate"):
-        run(directory, Broken(), checkpoint_every=3)
+class _Dying(Broken):
+    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        if k == 3:
+            raise KeyboardInterrupt
+        return super().__getitem__(k)
+
+
+def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    directory = tmp_path / "pretrain"
+    said = r"pretrain: .* not finite in 2 steps in a row, up to step 5; .* lower pretrain\.learning_rate"
+    with pytest.raises(Diverged, match=said):
+        run(directory, Broken({1, 3, 4}), checkpoint_every=3, max_skipped=2)
     assert latest(directory) == 3
     assert all(np.isfinite(leaf).all() for _, leaf in _leaves(restored(directory)))
-    assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == [1, 2, 3]
+    # What was skipped in a row before a stop counts after it.
+    with pytest.raises(Preempted):
+        interrupt = Interrupt()
+        interrupt.requested = True
+        run(tmp_path / "stopped", Broken({0, 1}), max_skipped=2, interrupt=interrupt)
+    with pytest.raises(Diverged, match="in 2 steps in a row, up to step 2"):
+        run(tmp_path / "stopped", Broken({0, 1}), max_skipped=2)
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+def watch_of(scores: list[float], every: int = 1, patience: int | None = None) -> tuple[Watch, list[int]]:
+    """Validations with these results, one after the other; and how many were made."""
+    made: list[int] = []
+
+    def measure(trainable: Any) -> float:
+        made.append(len(made))
+        return scores[len(made) - 1]
+
+    return Watch(measure, every, patience), made
+
+
+def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path) -> None:
+    watch, made = watch_of([3.0, 1.0, 2.0], every=2)
+    outcome = run(tmp_path / "a", watch=watch, checkpoint_every=100, keep=1)
+    assert (outcome.best, outcome.steps, len(made)) == (4, STEPS, 3)
+    with closing(Checkpoints(tmp_path / "a" / "checkpoints", keep=1)) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best(), checkpoints.latest()) == ([4, 6], 4, 6)
+        best = checkpoints.read(4, some_state(0))
+    assert tree_bytes(outcome.trainable) == tree_bytes(best.trainable)
+    assert read_rows(tmp_path / "a" / "validation.jsonl") == [
+        {"step": step, "bits_per_byte": score} for step, score in ((2, 3.0), (4, 1.0), (6, 2.0))
+    ]
+    # Of equal ones the last: it has seen more.
+    watch, _ = watch_of([1.0, 2.0, 1.0], every=2)
+    assert run(tmp_path / "b", watch=watch, checkpoint_every=100, keep=1).best == 6
+
+
+def test_a_stage_stops_when_it_gets_no_better(tmp_path: Path) -> None:
+    scores = [3.0, 2.0, 2.5, 2.1, 0.0]
+    watch, made = watch_of(scores, patience=2)
+    outcome = run(tmp_path / "a", watch=watch)
+    assert (outcome.steps, outcome.best, len(made)) == (4, 2, 4)
+    # Killed after it had stopped, it does not go on; killed before, it comes to the same end.
+    watch, made = watch_of([])
+    again = run(tmp_path / "a", watch=replace(watch, patience=2))
+    assert (again.steps, again.best, made) == (4, 2, [])
+    assert tree_bytes(again.trainable) == tree_bytes(outcome.trainable)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", _Dying(set()), watch=watch_of(scores, patience=2)[0])
+    run(tmp_path / "b", watch=watch_of(scores[3:], patience=2)[0])
+    assert (tmp_path / "b" / "validation.jsonl").read_bytes() == (tmp_path / "a" / "validation.jsonl").read_bytes()
+
+
+# --- what may change ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_more_steps_and_refuses_fewer_than_it_did(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    more = run(tmp_path / "a", optimizer=replace(OPTIMIZER, steps=STEPS + 2))
+    assert more.steps == STEPS + 2
+    with pytest.raises(UserError, match=r"checkpoint is at step 8, past the 3 steps of the config; raise a\.steps"):
+        run(tmp_path / "a", optimizer=replace(OPTIMIZER, steps=3))
+
+
+def test_the_ledger_has_the_time_of_all_steps(tmp_path: Path) -> None:
+    run(tmp_path / "a", checkpoint_every=2)
+    spent = summarise(tmp_path / "a" / LEDGER)["seconds"]
+    assert all(spent[name] > 0 for name in ("init", "compile", "step", "save", "data")) and spent["validate"] == 0
 
 
 # --- all rows of the vocabulary train -------------------------------------------------------------------------------

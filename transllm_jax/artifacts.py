@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,39 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class FileHashes:
+    """The hashes of files, kept from run to run: a corpus is not read anew to know that it stayed the same.
+
+    A file is known by its path, size, inode and time of change. path: where they are kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
+
+    def __call__(self, file: Path) -> str:
+        """sha256 of a file's bytes, as hexadecimal."""
+        stat = file.stat()
+        name, mark = str(file.absolute()), [stat.st_size, stat.st_ino, stat.st_mtime_ns]
+        known = self._known.get(name)
+        if known is not None and known[:-1] == mark:
+            return str(known[-1])
+        found = file_hash(file)
+        # What was written a moment ago may be written again within the clock's grain.
+        if time.time_ns() - stat.st_mtime_ns > _GRAIN and file.stat().st_mtime_ns == stat.st_mtime_ns:
+            self._known[name] = [*mark, found]
+            if self._path.parent.is_dir():
+                write_json(self._path, self._known)
+        return found
+
+
+_GRAIN = 2 * 10**9  # nanoseconds
+
+
+# Stands in a message for a section of the config in place of which there was, or is, a value.
+SECTION = "a section"
+
+
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A hash of a step's inputs."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -72,19 +106,23 @@ class Artifact:
         manifest: dict[str, Any] = read_json(self.path)
         return manifest
 
-    def state(self, inputs: Mapping[str, Any]) -> State:
+    def state(self, inputs: Mapping[str, Any], may_change: Sequence[str] = ()) -> State:
         """Whether the step is absent, was cut off, or is done, with these inputs.
 
+        may_change: keys (and what lies below them) that may differ where the step was cut off.
         Raises UserError that names what changed, when it was begun with others.
         """
         manifest = self.manifest()
         if manifest is None:
             return "absent"
-        # Through JSON, as the manifest went: a tuple there is a list.
-        wanted, given = manifest["inputs"], json.loads(json.dumps(inputs))
-        changed = sorted(k for k in wanted.keys() | given.keys() if wanted.get(k) != given.get(k))
+        changed = self.changes(inputs)
+        if manifest["state"] == "running":
+            free = tuple(f"{key}." for key in may_change)
+            changed = (
+                {key: both for key, both in changed.items() if not f"{key}.".startswith(free)} if free else changed
+            )
         if changed:
-            shown = ", ".join(f"{k} ({_short(wanted.get(k))} -> {_short(given.get(k))})" for k in changed[:5])
+            shown = ", ".join(f"{k} ({_short(old)} -> {_short(new)})" for k, (old, new) in list(changed.items())[:5])
             raise UserError(
                 f"{self.directory}: {self.name} was made with other inputs: {shown}"
                 f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}; "
@@ -92,6 +130,25 @@ class Artifact:
             )
         state: State = manifest["state"]
         return state
+
+    def changes(self, inputs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The inputs that differ from those that the step was begun with: key -> (then, now)."""
+        manifest = self.manifest()
+        if manifest is None:
+            return {}
+        # Through JSON, as the manifest went: a tuple there is a list.
+        wanted, given = manifest["inputs"], json.loads(json.dumps(inputs))
+        keys = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
+        found = {key: (wanted.get(key), given.get(key)) for key in keys}
+        # A key that is a value on one side and a section on the other is one change, not one for each key below it.
+        for key in wanted.keys() ^ given.keys():
+            # What is named with a space is a file, whose name may begin another's.
+            below = [] if " " in key else [other for other in keys if other.startswith(f"{key}.")]
+            if below:
+                found[key] = (wanted.get(key, SECTION), given.get(key, SECTION))
+                for other in below:
+                    found.pop(other, None)
+        return dict(sorted(found.items()))
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Note what a resumable step is being made of."""

@@ -7,8 +7,10 @@ go on; 1 a difference that `convert verify` found, or a defect with its tracebac
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +20,11 @@ from rich.console import Console
 from transllm_jax import __version__
 from transllm_jax.cli_convert import app as convert_app
 from transllm_jax.cli_tokenizer import app as tokenizer_app
-from transllm_jax.errors import PREEMPTED, Preempted, UserError
+from transllm_jax.errors import PREEMPTED, Diverged, Preempted, UserError
 
 INPUT_WRONG = 2
+# When the process began, nearly: imports are part of a run's time.
+STARTED = time.monotonic()
 
 app = typer.Typer(
     help="Move a chat LLM to another language (TransLLM): train, talk to it, take it away.",
@@ -51,6 +55,9 @@ def run(
     workdir: Annotated[Path | None, typer.Option(help="Where everything is written (the config's workdir).")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage (and its evaluation).")] = None,
     force: Annotated[str | None, typer.Option(help="Redo this stage and all that builds on it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Prepare all and show what would be trained, how long and in what memory.")
+    ] = False,
 ) -> None:
     """Run all stages, the evaluation and the export; what is done is skipped, what was cut off goes on."""
     from transllm_jax.config import load_config
@@ -59,12 +66,20 @@ def run(
     place = workdir or Path(settings.workdir)
     _prepare_jax()
     from transllm_jax.interrupt import Interrupt
-    from transllm_jax.pipeline import run_pipeline
+    from transllm_jax.pipeline import plan, run_pipeline
     from transllm_jax.progress import Progress
 
+    if dry_run and (until or force):
+        raise UserError("--dry-run trains nothing; leave --until and --force out")
     try:
+        if dry_run:
+            from transllm_jax.dry_run import show_plan
+
+            with Progress() as progress, Interrupt() as interrupt:
+                plan(settings, place, progress, interrupt, show_plan)
+            return
         with Progress() as progress, Interrupt() as interrupt:
-            worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force)
+            worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force, since=STARTED)
     except KeyboardInterrupt:
         # Asked twice. Caught here: typer would make its own exit code of it.
         raise Preempted("stopped at once, the last checkpoint stands") from None
@@ -152,6 +167,8 @@ def _prepare_jax() -> None:
 
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Orbax logs the trace of every error before it raises it; what is wrong is said once, in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def main() -> None:
@@ -164,6 +181,9 @@ def main() -> None:
     except Preempted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

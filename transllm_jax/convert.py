@@ -34,7 +34,7 @@ from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
 from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import save_arrays
+from transllm_jax.training.arrays import save_arrays
 
 # A text with letters, digits, punctuation and another script, for logits where the user gives none.
 PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
@@ -78,10 +78,9 @@ def to_hf(
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
     model = found.model
-    trained = isinstance(model, Merged)
     if not merge:
         if not isinstance(model, Merged) or found.lora is None:
-            raise UserError(f"{source} has no adapters to keep apart; leave --unmerged out")
+            raise UserError(f"{source} has no adapters to keep apart{_why(model)}; leave --unmerged out")
         model = Merged(model.base, model.trainable, found.lora.scale, merge_adapters=False)
 
     def also(directory: Path) -> None:
@@ -107,26 +106,34 @@ def to_hf(
     progress.say(f"{dst}: {describe(written)}", markup=False)
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it", markup=False)
-    elif trained and found.lora is not None:
-        progress.say(_merging(rounding, written), markup=False)
+    elif isinstance(model, Merged) and (model.full or found.lora is not None):
+        progress.say(_merging(rounding, written, full=model.full), markup=False)
         if check:
             progress.say(_merged_logits(model, written, dst, found.lora), markup=False)
 
 
-def _merging(rounding: Rounding, written: Opened) -> str:
+def _why(model: Opened) -> str:
+    """Why a model that was trained has no adapters, for a message; nothing where it was not trained."""
+    return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
+
+
+def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
     types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
     return (
-        f"merged in float32, rounded once to {types}: no weight moved by more than {rounding.largest:.2g}, "
-        f"all together by {rounding.share:.2%} of what the adapters changed"
+        f"{'all weights trained' if full else 'merged'} in float32, rounded once to {types}: no weight moved by more "
+        f"than {rounding.largest:.2g}, all together by {rounding.share:.2%} of what "
+        f"{'training' if full else 'the adapters'} changed"
     )
 
 
-def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig) -> str:
+def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
+    """The logits of what was trained beside those of what was written; without `lora` all weights were trained."""
     tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
     beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
     same = np.mean(np.argmax(beside, axis=1) == np.argmax(merged, axis=1))
+    pair = "written against trained" if lora is None else "merged against unmerged"
     return (
-        f"merged against unmerged, logits of {len(tokens)} tokens: largest difference "
+        f"{pair}, logits of {len(tokens)} tokens: largest difference "
         f"{np.max(np.abs(beside - merged)):.2g} (they spread by {beside.std():.2g}), "
         f"same best token at {same:.0%} of the places"
     )
@@ -147,6 +154,8 @@ def to_peft(
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
         at = f"stage {stage} of {source}" if stage else source
+        if why := _why(found.model):
+            raise UserError(f"{at} has no adapters{why}; write the whole model, with transllm convert to-hf")
         raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
     write_peft(
         dst,

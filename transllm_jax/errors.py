@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"."""
+"""The exceptions that are no defects: each ends a command with one line and an exit code of its own."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop (SIGINT or SIGTERM) and has saved itself. The command line exits with code 75."""
+
+
+class Diverged(Exception):
+    """Training met too many losses in a row that are not finite. The command line exits with code 1."""

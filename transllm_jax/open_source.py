@@ -26,7 +26,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
 from transllm_jax.stages.run import POINTS, Run, about, newest_point
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
     trainable = run.trainable(point)
     if not trainable.is_dir():
         raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
-    merged = Merged(open_hf(run.base), load_arrays(trainable), run.lora.scale)
+    merged = Merged(open_hf(run.base), load_arrays(trainable), run.scale)
     return Source(merged, run.base, workdir / "vocabulary", run.lora, about(run), point)
 
 

@@ -10,13 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.artifacts import Artifact, fingerprint, flatten, locked, write_json
+from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, locked, write_json
 from transllm_jax.config import Config
 from transllm_jax.errors import UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import MAY_CHANGE
 
 Inputs = Callable[[Run], dict[str, Any]]
 Work = Callable[[Run, Path], Mapping[str, Any]]
@@ -28,7 +29,8 @@ class Step:
     """A step writes one directory. `after` names the steps whose results it reads.
 
     `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
-    A resumable step keeps what it had when it was cut off; another is begun anew.
+    A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
+    be others when it goes on.
     """
 
     name: str
@@ -37,6 +39,12 @@ class Step:
     after: tuple[str, ...] = ()
     check: Check | None = None
     resumable: bool = False
+    may_change: tuple[str, ...] = ()
+
+
+def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
+    may_change = tuple(f"{name}.{key}" for key in MAY_CHANGE)
+    return Step(name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change)
 
 
 def _evaluation(point: str) -> Step:
@@ -53,12 +61,12 @@ STEPS = (
     _evaluation("base"),
     Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",), vocabulary.check),
     _evaluation("vocabulary"),
-    Step("pretrain", pretrain.inputs, pretrain.run_stage, ("vocabulary",), pretrain.check, resumable=True),
+    _training("pretrain", pretrain, ("vocabulary",)),
     _evaluation("pretrain"),
-    Step("translate", translate.inputs, translate.run_stage, ("pretrain",), translate.check, resumable=True),
+    _training("translate", translate, ("pretrain",)),
     _evaluation("translate"),
     Step("recover", recover.inputs, recover.run_stage, ("translate",), recover.check, resumable=True),
-    Step("transfer", transfer.inputs, transfer.run_stage, ("translate", "recover"), transfer.check, resumable=True),
+    _training("transfer", transfer, ("translate", "recover")),
     _evaluation("transfer"),
     Step("export", export.inputs, export.run_stage, ("transfer",)),
     Step(
@@ -85,36 +93,72 @@ def run_pipeline(
     *,
     until: str | None = None,
     force: str | None = None,
+    since: float | None = None,
 ) -> bool:
     """Run what is not done yet, up to and including stage `until` with its evaluation.
 
-    `force` begins a step and all that builds on it anew. Returns whether anything had to be done.
+    `force` begins a step and all that builds on it anew. `since`: when the process began, by `time.monotonic`.
+    Returns whether anything had to be done.
     Raises UserError for bad input, before any model is loaded where that can be known; Preempted when stopped.
     """
     for given, option in ((until, "--until"), (force, "--force")):
         if given is not None and given not in NAMES:
             raise UserError(f"{option} {given}: no such stage; the stages are {', '.join(NAMES)}")
     with locked(workdir):
-        run = Run(config, workdir, progress, interrupt)
+        run = Run(config, workdir, progress, interrupt, since=since)
         # Every step's inputs first: a path that does not exist is found before an hour of training, not after.
         vocabulary.require_language(run)
         evaluate.require_held_out(run)
         inputs = _all_inputs(run)
         gone = _with_all_that_builds_on(force) if force is not None else set()
         # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        states = {name: artifact(workdir, name).state(inputs[name]) for name in NAMES if name not in gone}
+        states = {
+            step.name: artifact(workdir, step.name).state(inputs[step.name], step.may_change)
+            for step in STEPS
+            if step.name not in gone
+        }
         _forget(workdir, gone)
         _write_run_file(workdir, config)
-        todo = [step for step in STEPS[: _end(until)] if states.get(step.name) != "done"]
-        checked = False
-        for step in todo:
-            if step.after and not checked:
-                # The base is there. What else the steps need is looked at now, not after hours of their predecessors.
+        with run.ledger:
+            return _run(run, inputs, states, until)
+
+
+def plan(config: Config, workdir: Path, progress: Progress, interrupt: Interrupt, show: Callable[[Run], None]) -> None:
+    """Do what comes before the first training, then let `show` tell of the trainings; raises as `run_pipeline` does."""
+    with locked(workdir):
+        run = Run(config, workdir, progress, interrupt)
+        vocabulary.require_language(run)
+        evaluate.require_held_out(run)
+        inputs = _all_inputs(run)
+        states = {step.name: artifact(workdir, step.name).state(inputs[step.name], step.may_change) for step in STEPS}
+        _write_run_file(workdir, config)
+        with run.ledger:
+            before = [step for step in STEPS if step.name in ("base", "vocabulary")]
+            for step in before:
+                if states[step.name] != "done":
+                    if step.after:
+                        _check(run, STEPS)
+                    with run.ledger.stage(step.name, anew=True):
+                        _do(run, step, inputs[step.name], resume=False)
+            show(run)
+
+
+def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, State], until: str | None) -> bool:
+    """Run the steps that are not done, with the ledger open. Returns whether there were any."""
+    todo = [step for step in STEPS[: _end(until)] if states.get(step.name) != "done"]
+    checked = False
+    for step in todo:
+        if step.after and not checked:
+            # The base is there. What else the steps need is looked at now, not after hours of their predecessors.
+            with run.ledger.spend("init"):
                 _check(run, todo)
-                checked = True
-            _do(run, step, inputs[step.name], resume=step.resumable and states.get(step.name) == "running")
-            interrupt.check(step.name)
-        return bool(todo)
+            checked = True
+        resume = step.resumable and states.get(step.name) == "running"
+        measures = step.name.startswith("evaluation/")
+        with run.ledger.stage(step.name, anew=not resume), run.ledger.spend("validate" if measures else "other"):
+            _do(run, step, inputs[step.name], resume=resume)
+        run.interrupt.check(step.name)
+    return bool(todo)
 
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
@@ -126,6 +170,8 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
     place = artifact(run.workdir, step.name)
     run.progress.say(f"[bold]{step.name}[/bold]{' goes on' if resume else ''}")
+    for key, (old, new) in (place.changes(inputs) if resume else {}).items():
+        run.progress.say(f"  [yellow]goes on with another {key}: {old} -> {new}")
     if not resume:
         place.clear()
     if step.resumable:

@@ -1,23 +1,28 @@
-"""What is done in a work directory, what was cut off, what is left."""
+"""What is done in a work directory, what was cut off, what is left, and how much of the time trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.measures import number
+from transllm_jax.evaluation.report import time_sentence
 from transllm_jax.pipeline import NAMES, artifact
+from transllm_jax.training.ledger import LEDGER, summarise
 from transllm_jax.training.metrics import read_rows
 
 
-def status_table(workdir: Path) -> Table:
-    """A row a step. Raises UserError where there is no run."""
+def status_table(workdir: Path) -> RenderableType:
+    """A row a step, and a line about the time. Raises UserError where there is no run."""
     if not (workdir / "run.yaml").is_file():
         raise UserError(f"{workdir} is no work directory of a run (it has no run.yaml)")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("step", "state", "time", "result"):
-        table.add_column(heading, justify="right" if heading == "time" else "left")
+        table.add_column(heading, justify="right" if heading == "time" else "left", no_wrap=heading != "result")
     for name in NAMES:
         place = artifact(workdir, name)
         manifest = place.manifest()
@@ -25,9 +30,27 @@ def status_table(workdir: Path) -> Table:
             table.add_row(name, "[dim]to do[/dim]", "", "")
         elif manifest["state"] == "done":
             summary = manifest["summary"]
-            table.add_row(name, "[green]done[/green]", f"{summary['seconds']:.0f} s", summary["text"])
+            table.add_row(name, "[green]done[/green]", f"{summary['seconds']:.0f} s", Text(summary["text"]))
         else:
-            rows = read_rows(place.directory / "metrics.jsonl")
-            note = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.3f}" if rows else ""
-            table.add_row(name, "[yellow]begun[/yellow]", "", note)
-    return table
+            table.add_row(name, "[yellow]begun[/yellow]", "", Text(_so_far(place.directory)))
+    spent = time_sentence(summarise(workdir / LEDGER))
+    return Group(table, Text(f"\n{spent}")) if spent else table
+
+
+def _so_far(directory: Path) -> str:
+    """How a stage that is not done stands: its last step, the best of its validations, the updates that it skipped."""
+    told = []
+    losses = read_rows(directory / "metrics.jsonl")
+    if losses:
+        loss = number(losses[-1].get("loss"))
+        told.append(f"step {losses[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
+    found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_rows(directory / "validation.jsonl")]
+    measured = [(bits, -step) for bits, step in found if bits is not None]
+    if measured:
+        # Of equal ones the last, as the stage itself chooses.
+        bits, step = min(measured)
+        told.append(f"best so far {bits:.3f} bits a byte at step {-step}")
+    skipped = len(read_rows(directory / "skipped.jsonl"))
+    if skipped:
+        told.append(f"{skipped} update{'' if skipped == 1 else 's'} skipped, not finite")
+    return "; ".join(told)

@@ -236,6 +236,13 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size(amount: float | None) -> str:
+    """Bytes as "1.5 GiB" or "340 MiB"; empty where there is no number."""
+    if amount is None:
+        return ""
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"
+
+
 def clean(text: object) -> str:
     """Text of a model without control characters, which neither a page nor a terminal should be given."""
     return "".join(

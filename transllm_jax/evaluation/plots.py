@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from transllm_jax.evaluation.measures import BASE, Row, number, point_label, written
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Stand-in colour -> CSS variable of the page. They only have to differ from each other.
@@ -39,6 +40,8 @@ _VARIABLES = {
 }
 _MOST_POINTS = 400
 """More points than this on a curve cannot be seen at its size; each costs bytes."""
+_MOST_DOTS = 25
+"""More measurements than this on a curve are not marked one by one."""
 
 
 def measure_plot(row: Row) -> Markup:
@@ -84,8 +87,7 @@ def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None
 
     records: dicts with `step` and `loss`; a record without a finite loss is left out. None without any left.
     """
-    pairs = [(number(record.get("step")), number(record.get("loss"))) for record in records]
-    drawn = [(step, loss) for step, loss in pairs if step is not None and loss is not None]
+    drawn = _finite(records, "loss")
     if not drawn:
         return None
     steps, losses = [step for step, _ in drawn], [loss for _, loss in drawn]
@@ -93,7 +95,7 @@ def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None
     every = -(-len(drawn) // _MOST_POINTS)
     with _style():
         figure = _figure(320, 190)
-        axes = figure.add_axes((0.12, 0.15, 0.86, 0.79))
+        axes = _curve_axes(figure)
         marker = "o" if len(drawn) == 1 else None
         if mean is None:
             axes.plot(steps, losses, color=_ACCENT, linewidth=1.8, marker=marker)
@@ -101,17 +103,63 @@ def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None
             axes.plot(steps[::every], losses[::every], color=_SOFT, linewidth=1)
             axes.plot(steps[::every], mean[::every], color=_ACCENT, linewidth=2)
         axes.margins(x=0.02)
-        axes.grid(axis="y", color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.locator_params(axis="y", nbins=5)
-        axes.locator_params(axis="x", nbins=5, integer=True)
-        axes.tick_params(length=0, labelsize=11, labelcolor=_MUTED)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_MUTED)
+        _mark_steps(axes)
         ends = [f"{losses[place]:.3f} at step {steps[place]:.0f}" for place in (0, -1)]
         label = f"Loss of {stage}: {', '.join(ends)}"
         return _svg(figure, label, f"loss-{stage}")
+
+
+def validation_plot(
+    stage: str, records: Sequence[Mapping[str, Any]], best: float | None, losses: Sequence[Mapping[str, Any]]
+) -> Markup | None:
+    """The bits per byte of held-out text over the steps of a stage, with a ring around the best step.
+
+    records: dicts with `step` and `bits_per_byte`; one without a finite number is left out. None without any left.
+    losses: those of `loss_plot`, whose steps this plot spans, so that both can be read one below the other.
+    """
+    drawn = _finite(records, "bits_per_byte")
+    if not drawn:
+        return None
+    span = [step for step, _ in [*_finite(losses, "loss"), *drawn]]
+    every = -(-len(drawn) // _MOST_POINTS)
+    with _style():
+        figure = _figure(320, 130)
+        axes = _curve_axes(figure, bottom=0.22)
+        dots = "o" if len(drawn) <= _MOST_DOTS else None
+        axes.plot(*zip(*drawn[::every], strict=True), color=_ACCENT, linewidth=1.8, marker=dots, markersize=3.5)
+        chosen = [pair for pair in drawn if pair[0] == best]
+        for step, value in chosen[:1]:
+            axes.plot([step], [value], "o", markersize=10, markerfacecolor="none", markeredgecolor=_INK)
+        room = 0.02 * (max(span) - min(span)) or 0.5
+        axes.set_xlim(min(span) - room, max(span) + room)
+        # Room for the ring.
+        axes.margins(y=0.2)
+        _mark_steps(axes)
+        said = f", best {chosen[0][1]:.3f} at step {chosen[0][0]:.0f}" if chosen else ""
+        label = f"Validation of {stage}: {drawn[-1][1]:.3f} bits per byte at step {drawn[-1][0]:.0f}{said}"
+        return _svg(figure, label, f"validation-{stage}")
+
+
+def _finite(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that have both as finite numbers."""
+    pairs = [(number(record.get("step")), number(record.get(key))) for record in records]
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _curve_axes(figure: Figure, bottom: float = 0.15) -> Axes:
+    return figure.add_axes((0.12, bottom, 0.86, 0.94 - bottom))
+
+
+def _mark_steps(axes: Axes) -> None:
+    """The look that the curves over steps share."""
+    axes.grid(axis="y", color=_LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.tick_params(length=0, labelsize=11, labelcolor=_MUTED)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_MUTED)
 
 
 def cost_plot(path: Path, texts: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:

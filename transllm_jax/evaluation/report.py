@@ -7,6 +7,7 @@ the terminal there are `summary_table` and `conversation_panel`.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -25,19 +26,35 @@ from transllm_jax.evaluation.measures import (
     language_name,
     number,
     part,
+    percent,
     point_label,
     points,
     rows,
+    size,
     written,
 )
-from transllm_jax.evaluation.plots import loss_plot, measure_plot
+from transllm_jax.evaluation.plots import loss_plot, measure_plot, validation_plot
 from transllm_jax.evaluation.terminal import conversation_panel, summary_table
 from transllm_jax.evaluation.verdict import verdict
 
-__all__ = ["conversation_panel", "render_report", "summary_table", "write_report"]
+__all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
 
 _EXPECTED_CURVES = ("pretrain", "translate", "transfer")
 _CHAIN = ("question_en", "answer_en", "answer_target")
+# What the time of a run is shown as, in this order; the keys are those of transllm_jax.training.ledger.
+_SPENT = {
+    "step": "training steps",
+    "compile": "compiling",
+    "init": "starting",
+    "data": "waiting for data",
+    "save": "saving",
+    "validate": "validation",
+    "other": "other work",
+    "redone": "done, then begun anew",
+    "lost": "lost to restarts",
+}
+# The most characters of the places of a row's texts.
+_PLACE = 240
 _MODEL_LABELS = {
     "source": "Original model",
     "parameters": "Parameters, all",
@@ -99,8 +116,11 @@ def render_report(results: Results) -> str:
         notes=list(_notes(results)),
         conversations=list(_conversations(results)),
         translations=list(_translations(results)),
+        sources=list(_sources(results)),
         stages=list(_stages(results)),
+        skipped=list(_skipped(results)),
         curves=list(_curves(results)),
+        times=_times(part(results, "ledger")),
         model=[
             (_MODEL_LABELS.get(key, key.replace("_", " ")), _value(value))
             for key, value in part(results, "model").items()
@@ -154,19 +174,74 @@ def _translations(results: Results) -> Iterator[dict[str, Any]]:
 
 def _stages(results: Results) -> Iterator[dict[str, str]]:
     for stage in results.get("stages") or []:
-        speed = number(stage.get("tokens_per_second"))
+        speed, flops = number(stage.get("tokens_per_second")), number(stage.get("model_flops_utilisation"))
         yield {
             "name": str(stage.get("name") or ""),
             "time": duration(number(stage.get("seconds"))),
             "steps": _count(stage.get("steps")),
             "tokens": _count(stage.get("tokens")),
             "speed": "" if speed is None else f"{speed:,.1f}",
+            "memory": size(number(stage.get("memory_bytes"))),
+            "flops": "" if flops is None else percent(flops),
             "summary": clean(stage.get("summary")),
         }
 
 
+def _sources(results: Results) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """By stage, what it was trained on: a row a source."""
+    trained = part(results, "trained")
+    for stage in trained:
+        sources = part(part(trained, stage), "sources")
+        if sources:
+            yield stage, [_source(name, part(sources, name)) for name in sources]
+
+
+def _source(name: str, source: Mapping[str, Any]) -> dict[str, str]:
+    padded, epochs = number(source.get("padded_fraction")), number(source.get("epochs"))
+    gone = None
+    if isinstance(source.get("left_out"), Mapping):
+        # What was cut was not left out.
+        counts = [(str(reason), f"{_count(count)} {reason}") for reason, count in part(source, "left_out").items()]
+        kept = [text for reason, text in counts if reason.startswith("cut")]
+        out = [text for reason, text in counts if not reason.startswith("cut")]
+        gone = "; ".join([f"left out: {', '.join(out)}" if out else "nothing left out", *kept])
+    return {
+        "name": clean(name),
+        "gone": clean(gone),
+        "items": _count(source.get("items")),
+        "tokens": _count(source.get("tokens")),
+        "rows": _count(source.get("rows")),
+        "padded": "" if padded is None else percent(padded),
+        "epochs": "" if epochs is None else f"{epochs:.2f}",
+    }
+
+
+def _skipped(results: Results) -> Iterator[dict[str, Any]]:
+    """The stages that skipped updates: how many, and where the texts of the first few stand."""
+    trained = part(results, "trained")
+    for stage in trained:
+        found = part(trained, stage)
+        updates = [update for update in found.get("skipped_updates") or [] if isinstance(update, Mapping)]
+        count = number(found.get("skipped")) or len(updates)
+        if count:
+            yield {
+                "stage": stage,
+                "count": f"{_count(count)} update{'' if count == 1 else 's'}",
+                "more": max(int(count) - len(updates), 0),
+                "updates": [
+                    {
+                        "text": f"step {_count(update.get('step'))}: loss {_any_number(update.get('loss'))}, "
+                        f"gradient norm {_any_number(update.get('gradient_norm'))}",
+                        "rows": [_cut(clean(row)) for row in update.get("rows") or []],
+                        "more": _count(update.get("more_rows") or None),
+                    }
+                    for update in updates
+                ],
+            }
+
+
 def _curves(results: Results) -> Iterator[dict[str, Any]]:
-    losses = part(results, "losses")
+    losses, trained = part(results, "losses"), part(results, "trained")
     for stage in [*_EXPECTED_CURVES, *(name for name in losses if name not in _EXPECTED_CURVES)]:
         records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
         finite = [record for record in records if number(record.get("loss")) is not None]
@@ -177,13 +252,100 @@ def _curves(results: Results) -> Iterator[dict[str, Any]]:
             caption += f"{written(number(last['loss']))} at step {_count(last.get('step'))}"
         if len(records) > len(finite):
             caption += f"; {len(records) - len(finite)} without a finite loss"
-        yield {"stage": stage, "plot": loss_plot(stage, records), "caption": caption}
+        yield {
+            "stage": stage,
+            "plot": loss_plot(stage, records),
+            "caption": caption,
+            "validation": _validation(stage, part(trained, stage), records),
+        }
+
+
+def _validation(stage: str, trained: Mapping[str, Any], losses: list[Mapping[str, Any]]) -> dict[str, Any] | None:
+    records = [record for record in trained.get("validation") or [] if isinstance(record, Mapping)]
+    best = number(trained.get("best"))
+    plot = validation_plot(stage, records, best, losses)
+    if plot is None:
+        return None
+    finite = [record for record in records if number(record.get("bits_per_byte")) is not None]
+    told = [(record, record.get("step") == best) for record in finite if record is finite[-1] or record["step"] == best]
+    caption = ", ".join(
+        f"{'best ' if chosen else ''}{written(number(record['bits_per_byte']))} at step {_count(record.get('step'))}"
+        for record, chosen in told
+    )
+    return {"plot": plot, "caption": caption}
+
+
+def time_sentence(ledger: Mapping[str, Any]) -> str:
+    """How much of the time trained, and what restarts cost, in one line.
+
+    ledger: what transllm_jax.training.ledger.summarise gives. Empty where no time was counted.
+    """
+    total, trained = number(ledger.get("total")), number(ledger.get("trained"))
+    if not total or trained is None:
+        return ""
+    # Whole shares are enough here, but a little is not nothing and most is not all.
+    share = percent(trained if trained < 0.01 or trained > 0.99 else round(trained, 2))
+    text = f"trained {share} of {duration(total)}"
+    restarts, lost = number(ledger.get("restarts")) or 0, number(ledger.get("lost")) or 0
+    if restarts:
+        cost = f"{duration(lost)} lost" if lost else "nothing lost"
+        text += f"; {cost} to {restarts:.0f} restart{'' if restarts == 1 else 's'}"
+    return text
+
+
+def _times(ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the time went: a sentence, the kinds of time that there were, and each stage's parts in this order."""
+    stages = part(ledger, "stages")
+    # The ledger calls what lies outside of all stages "run"; it is read last.
+    spent = {name: _spent(part(stages, name)) for name in sorted(stages, key=lambda name: name == "run")}
+    spent = {name: seconds for name, seconds in spent.items() if sum(seconds.values()) > 0}
+    kinds = [kind for kind in _SPENT if any(seconds[kind] > 0 for seconds in spent.values())]
+    longest = max((sum(seconds.values()) for seconds in spent.values()), default=0.0)
+    return {
+        "sentence": time_sentence(ledger),
+        "kinds": [(kind, _SPENT[kind]) for kind in kinds],
+        "stages": [
+            {
+                "name": "between stages" if name == "run" else name,
+                "total": duration(sum(seconds.values())),
+                "width": f"{100 * sum(seconds.values()) / longest:.2f}",
+                "parts": [
+                    {
+                        "kind": kind,
+                        "label": _SPENT[kind],
+                        "width": f"{100 * seconds[kind] / sum(seconds.values()):.2f}",
+                        "text": duration(seconds[kind]) if seconds[kind] else "",
+                    }
+                    for kind in kinds
+                ],
+            }
+            for name, seconds in spent.items()
+        ],
+    }
+
+
+def _spent(stage: Mapping[str, Any]) -> dict[str, float]:
+    seconds = {**part(stage, "seconds"), "lost": stage.get("lost"), "redone": stage.get("redone")}
+    return {kind: number(seconds.get(kind)) or 0.0 for kind in _SPENT}
 
 
 def _count(value: object) -> str:
     """A count with thousands separated; empty where there is none."""
     amount = number(value)
     return "" if amount is None else f"{amount:,.0f}" if amount.is_integer() else f"{amount:,}"
+
+
+def _any_number(value: object) -> str:
+    """What skipped.jsonl has as text, because it need not be finite."""
+    try:
+        amount = float(str(value))
+    except ValueError:
+        return NOT_MEASURED
+    return f"{amount:.4g}" if math.isfinite(amount) else "NaN" if math.isnan(amount) else "infinite"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _PLACE else text[: _PLACE - 1] + "…"
 
 
 def _value(value: object) -> str:

@@ -21,11 +21,13 @@ def inputs(run: Run) -> dict[str, Any]:
     """What an evaluation reads: files and config sections."""
     section = run.config.evaluation
     return {
-        "evaluation": section.model_dump(),
+        # `others` are not measured.
+        "evaluation": section.model_dump(exclude={"others"}),
         "prompts": run.config.prompts.model_dump(),
         "language": run.config.language.model_dump(),
         "markers": run.config.markers.model_dump(),
-        **run.hashes([section.text.path, section.pairs, section.instructions]),
+        **run.source_hashes([section.text]),
+        **run.hashes([section.pairs, section.instructions]),
     }
 
 
@@ -36,16 +38,26 @@ def require_held_out(run: Run) -> None:
         *config.vocabulary.sources,
         *config.pretrain.sources,
         *config.translate.sources,
+        *config.transfer.sources,
         config.transfer.pairs,
     ]
     recover = config.recover
     records = [recover.instructions, recover.translate_instructions.file, recover.translate_answers.file]
-    seen = set(run.hashes([source.path for source in trained] + [path for path in records if path]).values())
+    seen = {*run.source_hashes(trained).values(), *run.hashes(path for path in records if path).values()}
     section = config.evaluation
-    for name, path in (("text", section.text.path), ("pairs", section.pairs), ("instructions", section.instructions)):
-        for file, digest in run.hashes([path]).items():
+    held_out = {
+        "evaluation.text": run.source_hashes([section.text]),
+        "evaluation.pairs": run.hashes([section.pairs]),
+        "evaluation.instructions": run.hashes([section.instructions]),
+        "evaluation.others": run.source_hashes(section.others),
+    }
+    for name in ("pretrain", "translate", "transfer"):
+        validation = getattr(config, name).validation
+        held_out[f"{name}.validation"] = {} if validation is None else run.source_hashes([validation.source])
+    for name, files in held_out.items():
+        for file, digest in files.items():
             if digest in seen:
-                raise UserError(f"evaluation.{name}: {file} is also trained on; hold it out of every stage")
+                raise UserError(f"{name}: {file} is also trained on; hold it out of every stage")
 
 
 def check(run: Run) -> None:

@@ -11,7 +11,7 @@ from conversion.hf import open_hf
 from conversion.merged import Merged
 from transllm_jax.artifacts import write_json
 from transllm_jax.stages.run import Run, about
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `export/`."""
-    model = Merged(open_hf(run.base), load_arrays(run.trainable("transfer")), run.lora.scale)
+    model = Merged(open_hf(run.base), load_arrays(run.trainable("transfer")), run.scale)
 
     def describe(place: Path) -> None:
         write_json(place / "transllm.json", about(run))

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.config import Translation
-from transllm_jax.data.sources import Place, check_no_special, read_jsonl
+from transllm_jax.data.files import Place
+from transllm_jax.data.sources import check_no_special, read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.training.metrics import read_rows
 
@@ -26,7 +28,11 @@ def inputs(run: Run) -> dict[str, Any]:
     """What this stage reads: files and config sections."""
     section = run.config.recover
     files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
-    return {"recover": section.model_dump(), **run.hashes(file for file in files if file is not None)}
+    return {
+        "recover": section.model_dump(),
+        **run.hashes(file for file in files if file is not None),
+        **contamination_inputs(run, section.contamination),
+    }
 
 
 def check(run: Run) -> None:
@@ -51,6 +57,8 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write answers.jsonl (of the original model) and chains.jsonl (with their translations)."""
     section = run.config.recover
     texts, _ = _instructions(run)
+    if section.contamination:
+        texts = run.uncontaminated(texts, "recover: instructions")
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
         run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transllm_jax.artifacts import read_json, write_json
 from transllm_jax.data.sources import read_jsonl, read_pairs
-from transllm_jax.evaluation.measures import percent, written
+from transllm_jax.evaluation.measures import number, percent, written
 from transllm_jax.evaluation.report import write_report
 from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.training.ledger import LEDGER, summarise
 from transllm_jax.training.metrics import read_rows
 
 TRAINED = ("pretrain", "translate", "transfer")
@@ -20,6 +22,8 @@ STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
 VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 # How many conversations and translations the page shows.
 SHOWN = 8
+# Of the updates that were skipped, so many are shown, and of each the texts of so many rows.
+SKIPPED, SKIPPED_ROWS = 3, 4
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -75,15 +79,51 @@ def collect(run: Run) -> dict[str, Any]:
                 "seconds": manifest["summary"].get("seconds"),
                 "steps": manifest["summary"].get("steps"),
                 "tokens": manifest["summary"].get("tokens"),
-                "tokens_per_second": manifest["summary"].get("tokens_per_second"),
+                **_speed(run.workdir / name, manifest["summary"]),
                 "summary": manifest["summary"]["text"],
             }
             for name, manifest in manifests.items()
         ],
+        "trained": {name: _trained(run.workdir / name, manifests[name]["summary"]) for name in TRAINED},
+        "ledger": summarise(run.workdir / LEDGER),
         "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAINED},
         "translations": _translations(run, measured),
         "conversations": _conversations(run, measured),
         "config": config.to_yaml(),
+    }
+
+
+def _speed(directory: Path, summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """A stage's tokens a second, the share of the devices' FLOPs that the model used, and the most memory in use."""
+    rows = read_rows(directory / "speed.jsonl")
+
+    def known(key: str) -> list[float]:
+        return [value for value in (number(row.get(key)) for row in rows) if value is not None]
+
+    used, speeds = known("model_flops_utilisation"), known("tokens_per_second")
+    return {
+        # The summary's is of the last process: nothing, where no step was left for it.
+        "tokens_per_second": summary.get("tokens_per_second") or (median(speeds) if speeds else None),
+        "model_flops_utilisation": median(used) if used else None,
+        "memory_bytes": max(known("memory_bytes"), default=None),
+    }
+
+
+def _trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage was trained on, its validation and the updates that it skipped; None for what is not known."""
+    skipped = read_rows(directory / "skipped.jsonl")
+    return {
+        "sources": summary.get("sources"),
+        "best": summary.get("best"),
+        "validation": [
+            {"step": row["step"], "bits_per_byte": number(row["bits_per_byte"])}
+            for row in read_rows(directory / "validation.jsonl")
+        ],
+        "skipped": summary.get("skipped"),
+        "skipped_updates": [
+            {**row, "rows": row["rows"][:SKIPPED_ROWS], "more_rows": len(row["rows"][SKIPPED_ROWS:])}
+            for row in skipped[:SKIPPED]
+        ],
     }
 
 
@@ -164,11 +204,11 @@ def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]
             "english": english,
             "target": target,
             "outputs": {
-                point: {way: measured[point]["translations"][way][number] for way in ("to_target", "to_english")}
+                point: {way: measured[point]["translations"][way][place] for way in ("to_target", "to_english")}
                 for point in ("base", "translate", "transfer")
             },
         }
-        for number, (english, target) in enumerate(pairs)
+        for place, (english, target) in enumerate(pairs)
     ]
 
 

@@ -6,18 +6,23 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from conversion.hf import read_config, read_weights
-from transllm_jax.artifacts import Artifact, file_hash
+from transllm_jax.artifacts import Artifact, FileHashes
 from transllm_jax.config import Config, Source
-from transllm_jax.data import sources
+from transllm_jax.data.cleaning import text_of
+from transllm_jax.data.contamination import EvaluationTexts
+from transllm_jax.data.files import Collector, Loaded, Place, resolve, texts_of
+from transllm_jax.data.shards import Item, Reading, Shard, shards
+from transllm_jax.data.sources import check_no_special, read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.interrupt import Interrupt
@@ -30,7 +35,10 @@ from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays
+from transllm_jax.training.arrays import load_arrays
+from transllm_jax.training.ledger import LEDGER, Ledger
+
+T = TypeVar("T", bound=Item)
 
 POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
 
@@ -38,7 +46,11 @@ POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
 class Run:
     """One run of the pipeline. The frozen weights are read once and shared by the models of all points."""
 
-    def __init__(self, config: Config, workdir: Path, progress: Progress, interrupt: Interrupt) -> None:
+    def __init__(
+        self, config: Config, workdir: Path, progress: Progress, interrupt: Interrupt, *, since: float | None = None
+    ) -> None:
+        """since: when the process began, by `time.monotonic`."""
+        self._since = since
         self.config = config
         self.workdir = workdir
         self.progress = progress
@@ -46,8 +58,7 @@ class Run:
         # The original model with its answers to held-out questions; made by the first evaluation, used by all.
         self.teacher: Teacher | None = None
         self._tokenizers: dict[str, Tokenizer] = {}
-        self._hashes: dict[Path, str] = {}
-        self._checked: set[Source] = set()
+        self._checked: set[str] = set()
 
     @property
     def base(self) -> Path:
@@ -60,10 +71,17 @@ class Run:
         return read_config(self.base)
 
     @property
-    def lora(self) -> LoraConfig:
-        """The adapters' shape."""
+    def lora(self) -> LoraConfig | None:
+        """The adapters' shape; None where all weights train."""
         lora = self.config.lora
+        if lora is None:
+            return None
         return LoraConfig(lora.rank, lora.alpha, lora.dropout, lora.rslora, tuple(lora.targets))
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' output; 1 where there are none."""
+        return 1.0 if self.lora is None else self.lora.scale
 
     @property
     def markers(self) -> Markers:
@@ -97,18 +115,40 @@ class Run:
         """Where a point's adapters and new rows lie."""
         return self.workdir / point / "trainable"
 
-    def read(self, source: Source) -> sources.Loaded[Any]:
-        """Documents of a `text` source, (English, target) pairs of a `pairs` source."""
-        if source.format == "pairs":
-            return sources.read_pairs(source.path, limit=source.limit, controls=source.controls)
-        return sources.read_documents(
-            source.path, limit=source.limit, separator=source.separator, controls=source.controls
-        )
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Where the time of this process goes."""
+        return Ledger(self.workdir / LEDGER, since=self._since)
+
+    @property
+    def token_cache(self) -> Path:
+        """Where tokenised text is kept."""
+        return Path(self.config.token_cache) if self.config.token_cache else self.workdir / "tokens"
+
+    @cached_property
+    def hash_of(self) -> FileHashes:
+        """A file's hash."""
+        return FileHashes(self.workdir / "hashes.json")
+
+    def shards(self, source: Source) -> list[Shard]:
+        """The shards of a source. Raises UserError for files that are not there."""
+        return shards(reading(source), self.hash_of)
+
+    def items(self, source: Source, collector: Collector) -> Iterator[tuple[Item, Place]]:
+        """The items of a source one at a time, each with its place."""
+        for shard in self.shards(source):
+            yield from shard.items(collector)
+
+    def read(self, source: Source) -> Loaded[Any]:
+        """All items of a source: documents, (English, target) pairs, or conversations."""
+        collector = Collector(source.controls)
+        found = list(self.items(source, collector))
+        return Loaded([item for item, _ in found], [place for _, place in found], collector.report)
 
     def read_target(self, source: Source) -> list[str]:
         """Texts in the target language: documents, or of pairs that side."""
         loaded = self.read(source)
-        sources.check_no_special(loaded, self.tokenizer("base").find_special)
+        check_no_special(loaded, self.tokenizer("base").find_special)
         return [item[1] if source.format == "pairs" else item for item in loaded]
 
     def read_english(self, source: Source) -> list[str]:
@@ -121,11 +161,26 @@ class Run:
         return found or next((marker for marker in self.markers.in_order() if marker in text), None)
 
     def check(self, source: Source) -> None:
-        """Read a source for its faults alone, once. Raises UserError with file and line."""
-        source = source.model_copy(update={"weight": None})
-        if source not in self._checked:
-            sources.check_no_special(self.read(source), self.find_special)
-            self._checked.add(source)
+        """Read a source for its faults alone, once, up to `CHECKED` characters: the rest is looked at when it is used.
+
+        Raises UserError with file and line.
+        """
+        known = reading(source)
+        if repr(known) in self._checked:
+            return
+        characters = 0
+        for item, place in self.items(source, Collector(source.controls)):
+            for text in texts_of(item):
+                characters += len(text)
+                if found := self.find_special(text):
+                    line = place.line + (text[: text.find(found)].count("\n") if isinstance(item, str) else 0)
+                    raise UserError(
+                        f"{Place(place.path, line)} contains the special token {found}: remove it or write it in "
+                        "another way"
+                    )
+            if characters > CHECKED:
+                break
+        self._checked.add(repr(known))
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse a length in tokens above the model's context. Raises UserError that names the config's key."""
@@ -133,7 +188,7 @@ class Run:
         if length > context:
             raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
 
-    def check_room(self, questions: Iterable[tuple[str, sources.Place]], key: str, new_tokens: int) -> None:
+    def check_room(self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int) -> None:
         """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
 
         Raises UserError that names its place and the config's key.
@@ -160,12 +215,65 @@ class Run:
 
         Raises UserError for a path that means none.
         """
-        files = [file for path in paths for file in sources.resolve(path)]
-        for file in files:
-            if file not in self._hashes:
-                self._hashes[file] = file_hash(file)
         # Named by the path as given, which the user knows; the content is what counts.
-        return {f"file {file}": self._hashes[file] for file in files}
+        return {f"file {file}": self.hash_of(file) for path in paths for file in resolve(path)}
+
+    def source_hashes(self, given: Iterable[Source]) -> dict[str, str]:
+        """What sources hold, for a step's inputs: their files' hashes, or of a dataset that of its shards' keys.
+
+        Raises UserError for a source that is not there.
+        """
+        found = {}
+        for source in given:
+            if source.container in ("datasets", "tfds"):
+                keys = " ".join(shard.key for shard in self.shards(source))
+                found[f"{source.container} {source.path}"] = hashlib.sha256(keys.encode()).hexdigest()
+            else:
+                found.update(self.hashes([source.path, *([source.target_path] if source.target_path else [])]))
+        return found
+
+    @cached_property
+    def evaluation_texts(self) -> EvaluationTexts:
+        """The evaluation sets, of which no training text may hold a part."""
+        section = self.config.evaluation
+        pairs = Source(path=section.pairs, format="pairs")
+        texts = [("evaluation.text", text) for item in self.read(section.text) for text in texts_of(item)]
+        texts += [("evaluation.pairs", text) for pair in self.read(pairs) for text in pair]
+        for field in section.instruction_fields:
+            rows = read_jsonl(section.instructions, required=(field,))
+            texts += [("evaluation.instructions", row[field]) for row in rows]
+        for number, source in enumerate(section.others):
+            texts += [(f"evaluation.others.{number}", text) for item in self.read(source) for text in texts_of(item)]
+        return EvaluationTexts(texts)
+
+    def uncontaminated(self, items: list[T], what: str) -> list[T]:
+        """The items that hold no evaluation text; says how many were left out."""
+        kept = [item for item in items if self.evaluation_texts.found_in(text_of(item)) is None]
+        if len(kept) < len(items):
+            self.progress.say(
+                f"  [yellow]{what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out"
+            )
+        return kept
+
+
+# Characters of a source that are looked at before a run begins.
+CHECKED = 100_000_000
+
+
+def reading(source: Source) -> Reading:
+    """How the data package is asked for a source of the config."""
+    return Reading(
+        path=source.path,
+        content=source.format,
+        container=source.container,
+        fields=tuple(source.fields),
+        target_path=source.target_path,
+        separator=source.separator,
+        controls=source.controls,
+        limit=source.limit,
+        split=source.split,
+        data_dir=source.data_dir,
+    )
 
 
 def token_ids(tokenizer: Tokenizer) -> list[int]:

@@ -2,129 +2,268 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from transllm_jax.config import Training
 from transllm_jax.data.batches import Batches
-from transllm_jax.data.examples import Example, document_examples, translation_examples
-from transllm_jax.data.packing import PackedRows, pack
-from transllm_jax.data.sources import check_no_special
+from transllm_jax.data.packing import Rows
+from transllm_jax.data.planned import PlannedRows
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.likelihood import nats
+from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.stages.run import Run
-from transllm_jax.training.checkpoint import save_arrays
-from transllm_jax.training.loop import LoopConfig, train
+from transllm_jax.stages.sources import left_out, planned_rows, validation_rows
+from transllm_jax.training.arrays import save_arrays
+from transllm_jax.training.flops import peak_flops, train_flops_per_token
+from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
 from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig
+from transllm_jax.training.reporting import Speed
 
-# A source of rows: its name, its examples, and its share of the mixture (None: by its size).
-Rows = tuple[str, Sequence[Example], float | None]
+# Keys of a training section that no result depends on.
+NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
+# Keys of one that may change where the stage was cut off: it goes on with the new ones. Rounding may differ.
+MAY_CHANGE = ("steps", "epochs", "remat", "accumulate", "max_skipped", "validation")
 
 
-def train_stage(
-    run: Run, directory: Path, *, name: str, start: str, section: Training, rows: Sequence[Rows]
-) -> dict[str, Any]:
-    """Train from point `start` on a mixture of examples and save the result as point `name`.
+@dataclass(frozen=True)
+class Part:
+    """A source of rows in a mixture: its name, its rows, and its share (None: by its size)."""
+
+    name: str
+    rows: Rows
+    weight: float | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is known of it before training."""
+        known: dict[str, Any] = {
+            "rows": len(self.rows),
+            "tokens": self.rows.token_count,
+            "padded_fraction": self.rows.padded_fraction,
+        }
+        if isinstance(self.rows, PlannedRows):
+            known |= {"examples": self.rows.counts["examples"], "items": self.rows.counts["items"]}
+            known |= {"left_out": left_out(self.rows)}
+        return known
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's training, ready to begin: what is trained, on which batches, how."""
+
+    split: Split
+    # Arrays of the stage's result that do not train.
+    held: Flat
+    batches: Batches
+    parts: Sequence[Part]
+    config: LoopConfig
+    watch: Watch | None
+
+
+def section_of(run: Run, name: str) -> Training:
+    """The config's section of a training stage."""
+    section: Training = getattr(run.config, name)
+    return section
+
+
+def training_inputs(run: Run, name: str) -> dict[str, Any]:
+    """What a training stage's result depends on, of the config's section and its sources."""
+    section = section_of(run, name)
+    sources = [*getattr(section, "sources", []), *([section.validation.source] if section.validation else [])]
+    return {
+        name: section.model_dump(mode="json", exclude=set(NEUTRAL)),
+        "seed": run.config.seed,
+        **run.source_hashes(sources),
+        **contamination_inputs(run, any(source.cleaning.contamination for source in sources)),
+    }
+
+
+def contamination_inputs(run: Run, wanted: bool) -> dict[str, Any]:
+    """The evaluation sets, where what is trained on depends on them."""
+    section = run.config.evaluation
+    if not wanted:
+        return {}
+    files = run.hashes([section.text.path, section.pairs, section.instructions])
+    return {
+        "evaluation.others": [source.path for source in section.others],
+        **files,
+        **run.source_hashes(section.others),
+    }
+
+
+def check_training(run: Run, name: str) -> None:
+    """What can be known to be wrong before a training stage begins. Raises UserError."""
+    section = section_of(run, name)
+    run.check_length(f"{name}.length", section.length)
+    rows, devices = section.batch_size // section.accumulate, len(jax.devices())
+    if rows % devices:
+        raise UserError(
+            f"{name}.batch_size: {rows} rows at once cannot be cut over {devices} devices; take a multiple of "
+            f"{devices * section.accumulate}"
+        )
+    for source in getattr(section, "sources", []):
+        run.check(source)
+    if section.validation is not None:
+        run.check(section.validation.source)
+
+
+def source_parts(run: Run, name: str) -> list[Part]:
+    """The sources of a stage's config as rows; says what was left out of each."""
+    section = section_of(run, name)
+    parts = []
+    for number, source in enumerate(getattr(section, "sources", [])):
+        rows = planned_rows(run, name, source, section.length)
+        part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight)
+        if not len(rows):
+            raise UserError(f"{name}: source {part.name} gave no example to train on; give it more, or shorter, text")
+        gone = left_out(rows)
+        if gone:
+            what = ", ".join(f"{count:,} {reason}" for reason, count in gone.items())
+            run.progress.say(f"  [yellow]{name}: of {rows.counts['items']:,} items of {source.path}: {what}")
+        parts.append(part)
+    return parts
+
+
+def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
+    """A stage's training from point `start` on a mixture of rows; nothing is trained yet.
 
     The stage's order of batches and dropout depend on the run's seed and the stage's name alone.
     """
-    packed: list[tuple[str, PackedRows, float | None]] = []
-    for source, examples, weight in rows:
-        if not examples:
-            raise UserError(f"{name}: source {source} gave no example to train on; give it more, or shorter, text")
-        packed.append((source, pack(examples, section.length), weight))
+    section = section_of(run, name)
     seed = run.config.seed + sum(map(ord, name))
-    batches = Batches(packed, section.batch_size, seed)
-    started = time.monotonic()
-    outcome = train(
-        run.split(start),
-        batches,
-        LoopConfig(
-            OptimizerConfig(
-                learning_rate=section.learning_rate,
-                steps=section.steps,
-                warmup_steps=round(section.warmup_ratio * section.steps),
-                final_fraction=section.final_fraction,
-                new_rows_multiplier=section.new_rows_multiplier,
-                weight_decay=section.weight_decay,
-                clip_norm=section.clip_norm,
-            ),
-            checkpoint_every=section.checkpoint_every,
-            seed=seed,
-            dropout=run.config.lora.dropout > 0,
-            remat=section.remat,
-            log_every=section.log_every,
-        ),
-        directory,
-        run.progress,
-        run.interrupt,
+    batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
+    steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
+    with run.ledger.spend("init"):
+        whole = run.split(start)
+        split = whole.hold(_held(run, whole))
+    lora = run.lora
+    new_rows = len(whole.trainable["vocabulary.new"])
+    flops = train_flops_per_token(
+        run.model_config,
+        lora,
+        new_rows,
+        section.length,
+        full=lora is None,
+        train_base=run.config.embeddings == "all",
+        train_new=run.config.embeddings != "none",
     )
-    save_arrays(directory / "trainable", outcome.trainable)
-    first = read_rows(directory / "metrics.jsonl")[0]["loss"]
-    processed = section.steps * section.batch_size * section.length
-    epochs = batches.epoch(section.steps)
+    peak = peak_flops(jax.devices()[0])
+    config = LoopConfig(
+        _optimizer(section, steps, name),
+        checkpoint_every=section.checkpoint_every,
+        seed=seed,
+        dropout=lora is not None and lora.dropout > 0,
+        remat=section.remat,
+        accumulate=section.accumulate,
+        z_loss=section.z_loss,
+        log_every=section.log_every,
+        keep=section.keep_checkpoints,
+        max_skipped=section.max_skipped,
+        sources=tuple(part.name for part in parts),
+        speed=Speed(flops, None if peak is None else peak * len(jax.devices())),
+    )
+    held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
+    return Job(split, held, batches, parts, config, _watch(run, name, section, split))
+
+
+def _held(run: Run, split: Split) -> list[str]:
+    """What of a point's arrays stays as it is: vocabulary rows that the config does not train."""
+    rows = [path for path in split.trainable if path.startswith("vocabulary.")]
+    if run.config.embeddings == "none":
+        return rows
+    if run.config.embeddings == "new":
+        return [path for path in rows if path.removeprefix("vocabulary.") in ("base", "output_base")]
+    return []
+
+
+def _optimizer(section: Training, steps: int, name: str) -> OptimizerConfig:
+    ratio = 0.01 if section.warmup_ratio is None else section.warmup_ratio
+    warmup = round(ratio * steps) if section.warmup_steps is None else section.warmup_steps
+    decay = max(1, round(section.decay_ratio * steps)) if section.schedule == "wsd" else 0
+    if warmup + decay > steps:
+        raise UserError(
+            f"{name}: {warmup} steps of warm-up{f' and {decay} of decay' if decay else ''} are more than its {steps} "
+            f"steps; lower {name}.warmup_{'ratio' if section.warmup_steps is None else 'steps'}"
+        )
+    return OptimizerConfig(
+        learning_rate=section.learning_rate,
+        steps=steps,
+        warmup_steps=warmup,
+        schedule=section.schedule,
+        decay_steps=decay,
+        final_fraction=section.final_fraction,
+        new_rows_multiplier=section.new_rows_multiplier,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+    )
+
+
+def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None:
+    validation = section.validation
+    if validation is None:
+        return None
+    rows = validation_rows(run, name, validation.source, section.length)
+    if not len(rows):
+        raise UserError(
+            f"{name}.validation.source: {validation.source.path} gave no example; give it more, or shorter, text"
+        )
+    number, size = min(validation.rows, len(rows)), max(section.batch_size // section.accumulate, 1)
+    read = [rows.row(row) for row in range(number)]
+    # Padding fills the last batch, so that all have one shape.
+    empty = {field: np.zeros_like(values) for field, values in read[0].items()}
+    read += [empty] * (-number % size)
+    found = [
+        {field: np.stack([row[field] for row in read[first : first + size]]) for field in empty}
+        for first in range(0, len(read), size)
+    ]
+    size_in_bytes = sum(rows.bytes(row) for row in range(number))
+
+    def measure(trainable: Flat) -> float:
+        total = sum(float(nats(split.structure, trainable, split.frozen, batch)) for batch in found)
+        return total / math.log(2) / size_in_bytes
+
+    return Watch(measure, validation.every, validation.patience)
+
+
+def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """Train from point `start` on a mixture and save the result as point `name`."""
+    job = prepare(run, directory, name=name, start=start, parts=parts)
+    started = time.monotonic()
+    outcome = train(job.split, job.batches, job.config, directory, run.progress, run.interrupt, run.ledger, job.watch)
+    with run.ledger.spend("save"):
+        save_arrays(directory / "trainable", {**outcome.trainable, **job.held})
     return {
-        "text": f"{section.steps} steps, {processed:,} tokens; loss {first:.2f} -> {outcome.last_loss:.2f}",
-        "steps": section.steps,
-        "tokens": processed,
+        **_told(directory, job, outcome),
         "tokens_per_second": outcome.tokens_per_second,
         "train_seconds": time.monotonic() - started,
-        "sources": {
-            source: {
-                "examples": len(examples),
-                "tokens": rows_of.token_count,
-                "rows": len(rows_of),
-                "padded_fraction": rows_of.padded_fraction,
-                "epochs": epochs[source],
-            }
-            for (source, examples, _), (_, rows_of, _) in zip(rows, packed, strict=True)
-        },
     }
 
 
-def pretraining_rows(run: Run, name: str) -> list[Rows]:
-    """The examples of stage `pretrain` or `translate`, source by source."""
-    section = run.config.pretrain if name == "pretrain" else run.config.translate
-    tokenizer, markers = run.tokenizer("vocabulary"), run.markers
-    rows: list[Rows] = []
-    for number, source in enumerate(section.sources):
-        loaded = run.read(source)
-        check_no_special(loaded, tokenizer.find_special)
-        examples: list[Example]
-        if source.format == "pairs":
-            examples, report = translation_examples(tokenizer, loaded, section.length, markers)
-            if report.dropped:
-                run.progress.say(
-                    f"  [yellow]{name}: {report.dropped} of {2 * report.pairs} translations of {source.path} are "
-                    f"longer than {section.length} tokens and left out; raise {name}.length to keep them"
-                )
-        else:
-            examples, _ = document_examples(tokenizer, loaded, section.length)
-        rows.append((f"{number + 1} {Path(source.path).name}", examples, source.weight))
-    return rows
-
-
-def check_pretraining(run: Run, name: str) -> None:
-    """What can be known to be wrong before stage `pretrain` or `translate` begins. Raises UserError."""
-    section = run.config.pretrain if name == "pretrain" else run.config.translate
-    run.check_length(f"{name}.length", section.length)
-    for source in section.sources:
-        run.check(source)
-
-
-def pretraining_inputs(run: Run, name: str) -> dict[str, Any]:
-    """What stage `pretrain` or `translate` reads: files and config sections."""
-    section = run.config.pretrain if name == "pretrain" else run.config.translate
+def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:
+    losses = [row["loss"] for row in read_rows(directory / "metrics.jsonl") if row["loss"] is not None]
+    first = losses[0] if losses else math.nan
+    tokens = outcome.steps * job.batches.batch_size * job.parts[0].rows.row_length
+    text = f"{outcome.steps} steps, {tokens:,} tokens; loss {first:.2f} -> {outcome.last_loss:.2f}"
+    if outcome.best is not None:
+        found = {row["step"]: row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")}
+        text += f"; best at step {outcome.best}, {found[outcome.best]:.3f} bits a byte"
+    if outcome.skipped:
+        text += f"; {outcome.skipped} updates skipped, not finite"
+    epochs = job.batches.epoch(outcome.steps)
     return {
-        name: section.model_dump(),
-        "seed": run.config.seed,
-        **run.hashes(source.path for source in section.sources),
+        "text": text,
+        "steps": outcome.steps,
+        "tokens": tokens,
+        "skipped": outcome.skipped,
+        "best": outcome.best,
+        "sources": {part.name: {**part.summary, "epochs": epochs[part.name]} for part in job.parts},
     }
-
-
-def pretraining_stage(run: Run, directory: Path, name: str, start: str) -> Mapping[str, Any]:
-    """Run stage `pretrain` or `translate`: causal LM on its sources."""
-    section = run.config.pretrain if name == "pretrain" else run.config.translate
-    return train_stage(run, directory, name=name, start=start, section=section, rows=pretraining_rows(run, name))

@@ -6,48 +6,77 @@ The loss is on the assistant's tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.examples import Example, conversation_examples
+from transllm_jax.data.packing import pack
 from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.errors import UserError
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import Rows, train_stage
+from transllm_jax.stages.training import (
+    Part,
+    check_training,
+    contamination_inputs,
+    source_parts,
+    train_stage,
+    training_inputs,
+)
 from transllm_jax.tokenizer.chain import build_chain, build_english_answer, build_translation
 from transllm_jax.tokenizer.chat import Message
 
 Conversation = list[Message]
 
 
+# The point that the stage goes on from.
+START = "translate"
+
+
 def inputs(run: Run) -> dict[str, Any]:
     """What this stage reads: files and config sections."""
     config = run.config
     return {
-        "transfer": config.transfer.model_dump(),
+        **training_inputs(run, "transfer"),
         "prompts": config.prompts.model_dump(),
-        "seed": config.seed,
-        **run.hashes([config.transfer.pairs.path]),
+        **run.source_hashes([config.transfer.pairs]),
+        **contamination_inputs(run, config.transfer.contamination),
     }
 
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    run.check_length("transfer.length", run.config.transfer.length)
+    check_training(run, "transfer")
     run.check(run.config.transfer.pairs)
+
+
+def parts(run: Run) -> list[Part]:
+    """The rows that the stage trains on: chains, English answers, translation instructions, and other sources."""
+    section = run.config.transfer
+    made = [("chains", _chains, section.chains), ("english", _english, section.english)]
+    return [*_parts(run, made), *known_parts(run)]
+
+
+def known_parts(run: Run) -> list[Part]:
+    """Those of the rows that do not depend on stage `recover`."""
+    made = [("translations", _translations, run.config.transfer.translations)]
+    return [*_parts(run, made), *source_parts(run, "transfer")]
+
+
+def _parts(run: Run, made: Sequence[tuple[str, Callable[[Run], list[Conversation]], float]]) -> list[Part]:
+    length, found = run.config.transfer.length, []
+    for name, make, weight in made:
+        if weight:
+            examples = _examples(run, name, make(run))
+            if not examples:
+                raise UserError(f"transfer: source {name} gave no example to train on; give it more, or shorter, text")
+            found.append(Part(name, pack(examples, length), weight))
+    return found
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train on from stage `translate`; resumes from its checkpoint."""
-    section = run.config.transfer
-    rows: list[Rows] = []
-    for name, conversations, weight in (
-        ("chains", _chains(run), section.chains),
-        ("english", _english(run), section.english),
-        ("translations", _translations(run), section.translations),
-    ):
-        rows.append((name, _examples(run, name, conversations), weight))
-    return train_stage(run, directory, name="transfer", start="translate", section=section, rows=rows)
+    return train_stage(run, directory, name="transfer", start=START, parts=parts(run))
 
 
 def _turn(question: str, answer: str) -> Conversation:
@@ -73,8 +102,11 @@ def _english(run: Run) -> list[Conversation]:
 
 def _translations(run: Run) -> list[Conversation]:
     prompts, markers, language = run.config.prompts, run.markers, run.config.language.name
-    pairs = run.read(run.config.transfer.pairs)
-    check_no_special(pairs, run.tokenizer("vocabulary").find_special)
+    loaded = run.read(run.config.transfer.pairs)
+    check_no_special(loaded, run.tokenizer("vocabulary").find_special)
+    pairs = list(loaded)
+    if run.config.transfer.contamination:
+        pairs = run.uncontaminated(pairs, "transfer: pairs")
     conversations = []
     for number, (english, target) in enumerate(pairs):
         # Directions alternate, and the prompts of each take turns: every one meets every kind of pair.

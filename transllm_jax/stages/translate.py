@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import check_pretraining, pretraining_inputs, pretraining_stage
+from transllm_jax.stages.training import Part, check_training, source_parts, train_stage, training_inputs
+
+# The point that the stage goes on from.
+START = "pretrain"
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """What this stage reads: files and config sections."""
-    return pretraining_inputs(run, "translate")
+    return training_inputs(run, "translate")
 
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    check_pretraining(run, "translate")
+    check_training(run, "translate")
+
+
+def parts(run: Run) -> list[Part]:
+    """The rows that the stage trains on, source by source."""
+    return source_parts(run, "translate")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train on from stage `pretrain`; resumes from its checkpoint."""
-    return pretraining_stage(run, directory, "translate", start="pretrain")
+    return train_stage(run, directory, name="translate", start=START, parts=parts(run))

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from conversion.adapter import ADAPTER, read_adapter
-from conversion.hf import open_hf
+from conversion.hf import open_hf, read_weights
+from conversion.names import tensors
 from conversion.store import MANIFEST
 from conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.artifacts import write_json
@@ -34,7 +35,7 @@ from transllm_jax.tokenizer.expand import (
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.checkpoint import load_arrays, save_arrays
+from transllm_jax.training.arrays import load_arrays, save_arrays
 from transllm_jax.training.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
 
 # How rows were made -> how many of them.
@@ -46,12 +47,12 @@ def inputs(run: Run) -> dict[str, Any]:
     config = run.config
     return {
         "vocabulary": config.vocabulary.model_dump(),
-        "lora": config.lora.model_dump(),
+        "lora": "none" if config.lora is None else config.lora.model_dump(),
         "language": config.language.model_dump(),
         "markers": config.markers.model_dump(),
         "embeddings": config.embeddings,
         "seed": config.seed,
-        **run.hashes(source.path for source in run.config.vocabulary.sources),
+        **run.source_hashes(run.config.vocabulary.sources),
         **run.hashes(_files_of(run.config.vocabulary.rows_from)),
         **({} if (brought := config.vocabulary.tokenizer) is None else run.hashes([f"{brought}/tokenizer.json"])),
         **({} if (given := config.vocabulary.adapter) is None else run.hashes([f"{given}/{ADAPTER}"])),
@@ -106,15 +107,19 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if [number for number in token_ids(tokenizer) if number >= first] != list(range(first, first + new_tokens)):
         raise ValueError(f"the new ids of {tokenizer.source} are not the {new_tokens} from {first} on")
     report["table"] = table = _round(run, trainable)
-    if run.config.embeddings == "all":
-        # Copies: the frozen rows stay, and with them the original model.
-        for path in ("base", "output_base"):
-            if f"vocabulary.{path}" in run.frozen:
-                rows = np.array(run.frozen[f"vocabulary.{path}"], np.float32)
-                trainable.setdefault(f"vocabulary.{path}_trained", rows)
+    # Copies train: the frozen weights stay, and with them the original model. They are copies of what the base stores,
+    # whatever type the run computes in, so that what is not trained after all keeps its bits.
+    if run.lora is None:
+        trainable |= read_weights(run.base, np.float32)
+    elif run.config.embeddings == "all":
+        base = open_hf(run.base)
+        for tensor in tensors(base.config):
+            if tensor.path in ROWS_OF.values() and f"{tensor.path}_trained" not in trainable:
+                trainable[f"{tensor.path}_trained"] = base.read(tensor).astype(np.float32)
     save_expanded(tokenizer, run.base, directory)
     save_arrays(directory / "trainable", trainable)
-    counts = {"trainable_parameters": count(trainable), "frozen_parameters": count(run.frozen)}
+    trained = {path: array for path, array in trainable.items() if _trains(run.config.embeddings, path)}
+    counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.frozen)}
     write_json(directory / "report.json", {**report, **counts})
     text = f"{report['new_tokens']} new tokens"
     if table["padding_rows"]:
@@ -127,6 +132,13 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if copied := report["initial_rows"].get("copy"):
         text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
     return {"text": text, "new_tokens": new_tokens, **counts}
+
+
+def _trains(embeddings: str, path: str) -> bool:
+    """Whether an array of a point changes in training; of the vocabulary some stay as they are."""
+    if embeddings == "all" or not path.startswith("vocabulary."):
+        return True
+    return embeddings == "new" and path in ROWS_OF
 
 
 def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
@@ -162,7 +174,7 @@ def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]
     config = run.config
     documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
     expansion = _expansion(run, documents)
-    trainable = initial_adapters(run.model_config, run.lora, config.seed)
+    trainable = {} if run.lora is None else initial_adapters(run.model_config, run.lora, config.seed)
     ways = _rows(run, expansion, trainable, documents)
     return expansion.tokenizer, trainable, {**expansion.report, "initial_rows": ways}
 
@@ -286,6 +298,8 @@ def _check_adapter(run: Run, adapter: Path) -> None:
     found = read_adapter(adapter)
     if not found.fits(open_hf(run.base)):
         raise UserError(f"vocabulary.adapter: {adapter} was made for another base than {run.base}; convert it again")
+    # A config without adapters cannot name one.
+    assert run.lora is not None
     wanted = {"rank": found.lora.rank, "alpha": found.lora.alpha, "rslora": found.lora.rslora}
     wrong = [f"lora.{name}={value}" for name, value in wanted.items() if getattr(run.lora, name) != value]
     if set(found.lora.targets) != set(run.lora.targets):

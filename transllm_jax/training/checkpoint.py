@@ -1,13 +1,16 @@
 """Checkpoints of what trains: adapters, new rows, optimizer state and step. The frozen base is never in one.
 
-The only module that knows orbax. A step directory appears by an atomic rename when it is complete, so a kill at any
-moment leaves the previous checkpoint standing.
+A step directory appears by an atomic rename when it is complete, so a kill at any moment leaves the previous checkpoint
+standing. Each array's sums are worked out on the device before it is written and after it was read: what was damaged
+on the way is found whatever the layout of devices, and the checkpoint before it is used.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,98 +18,229 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from transllm_jax.errors import UserError
 from transllm_jax.training.step import TrainState
 
+# The items of a step: the arrays, and what is known of them.
+_STATE, _RECORD = "state", "record"
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or reads as something else than was written."""
+
 
 class Checkpoints:
-    """Step-numbered checkpoints in one directory; the newest `keep` are retained."""
+    """Step-numbered checkpoints in one directory: the newest `keep`, and the one with the best (lowest) score."""
 
-    def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = lambda message: None) -> None:
+        self._directory, self._say = directory.absolute(), say
+        self._scores: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Kept(keep, self._scores),
+            create=True,
+            enable_async_checkpointing=True,
+            # What a killed process left half-written.
+            cleanup_tmp_directories=True,
+        )
+        handlers = {_STATE: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
+        with _disk_full(self._directory):
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        for step in self.steps():
+            try:
+                score = self._record(step)["score"]
+            except _Damaged:
+                continue  # found and said when it is to be restored
+            if score is not None:
+                self._scores[step] = score
+
+    def steps(self) -> list[int]:
+        """The complete steps, in order."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
-        step: int | None = self._manager.latest_step()
-        return step
+        return max(self.steps(), default=None)
 
-    def save(self, state: TrainState) -> None:
-        """Write the state in the background; the next save, or `close`, waits for it."""
-        step = int(state.step)
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(_plain(state)))
+    def best(self) -> int | None:
+        """The step with the lowest score (of equal ones the last), or None where none has a score."""
+        return min(self._scores, key=lambda step: (self._scores[step], -step), default=None)
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state, in the structure, shapes and placement of `like`.
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Write the state in the background; the next save, or `close`, waits for it. A score is better when lower.
 
-        Raises UserError when the checkpoint is of another shape (another rank or vocabulary).
+        Raises OSError for a full disk; the last complete checkpoint stands.
         """
-        step = self.latest()
+        step = int(state.step)
+        if step == self.latest():
+            return
+        plain = _plain(state)
+        arrays = {
+            path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sums": sums}
+            for (path, leaf), sums in zip(_paths(plain), _sums(plain), strict=True)
+        }
+        if score is not None:
+            self._scores[step] = score
+        items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave({"arrays": arrays, "score": score})}
+        with _disk_full(self._directory):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest state that is whole, in the structure, shapes and placement of `like`; None where there is none.
+
+        A damaged one is named, put aside, and the one before it is used. Raises UserError when a checkpoint is of
+        another shape (another rank or vocabulary), and when all are damaged.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                state = self.read(step, like)
+            except _Damaged as error:
+                damaged.append(f"{self._directory}/{step} is damaged ({error})")
+                self._put_aside(step)
+                continue
+            for message in damaged:
+                self._say(f"{message}; it was put aside, step {step} is used")
+            return state
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}; no other is left: run the stage with --force to begin it anew")
+        return None
+
+    def read(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step. Raises as `restore` does, and an error where it is damaged."""
+        record = self._record(step)["arrays"]
         wanted = _plain(like)
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-        try:
-            plain = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        except ValueError as error:
+        shapes = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in _paths(wanted)}
+        found = {path: [array["shape"], array["dtype"]] for path, array in record.items()}
+        if shapes != found:
+            other = sorted(path for path in shapes.keys() | found.keys() if shapes.get(path) != found.get(path))
+            path = next((path for path in other if path.startswith("trainable")), other[0])
             raise UserError(
-                f"{self._manager.directory}/{step}: not a checkpoint of this configuration "
-                f"({str(error).splitlines()[0]}); run with --force for the stage to begin it anew"
-            ) from error
-        leaves = jax.tree.leaves(plain["optimizer"])
-        optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
-        return TrainState(plain["trainable"], optimizer, jnp.int32(plain["step"]))
+                f"{self._directory}/{step}: not a checkpoint of this configuration ({path} is "
+                f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to begin anew"
+            )
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(targets)})
+            )
+            plain = restored[_STATE]
+            sums = dict(zip((path for path, _ in _paths(plain)), _sums(plain), strict=True))
+        # Orbax and tensorstore raise many kinds for files that are missing, cut short or changed, plain Exception too.
+        except Exception as error:
+            raise _Damaged(_reason(error)) from error
+        wrong = sorted(path for path, array in record.items() if sums[path] != array["sums"])
+        if wrong:
+            raise _Damaged(f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} differ from what was saved")
+        optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), jax.tree.leaves(plain["optimizer"]))
+        state = TrainState(**{**plain, "optimizer": optimizer})
+        if int(state.step) != step:
+            raise _Damaged(f"it holds step {int(state.step)}")
+        return state
+
+    def wait(self) -> None:
+        """Wait for what is being written. Raises OSError for a full disk."""
+        with _disk_full(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for what is being written, and end. Raises OSError for a full disk."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _record(self, step: int) -> dict[str, Any]:
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))
+            record: dict[str, Any] = restored[_RECORD]
+        except Exception as error:
+            raise _Damaged(_reason(error)) from error
+        if not {"arrays", "score"} <= record.keys():
+            raise _Damaged("its record is not complete")
+        return record
+
+    def _put_aside(self, step: int) -> None:
+        place = self._directory.parent / "damaged"
+        place.mkdir(exist_ok=True)
+        number = sum(1 for _ in place.iterdir())
+        os.replace(self._directory / str(step), place / f"{step}-{number}")
+        self._scores.pop(step, None)
+        self._manager.reload()
+
+
+class _Kept(PreservationPolicy):
+    """The newest few, and the best."""
+
+    def __init__(self, newest: int, scores: dict[int, float]) -> None:
+        self._newest, self._scores = newest, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """For each checkpoint, oldest first."""
+        steps = sorted(info.step for info in checkpoints)
+        kept = set(steps[-self._newest :])
+        scored = [step for step in steps if step in self._scores]
+        if scored:
+            kept.add(min(scored, key=lambda step: (self._scores[step], -step)))
+        return [info.step in kept for info in checkpoints]
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
     # optax's states are named tuples of its own types: stored as a numbered list, a checkpoint does not depend on them.
     leaves = jax.tree.leaves(state.optimizer)
-    return {
-        "trainable": state.trainable,
-        "optimizer": {f"{place:04d}": leaf for place, leaf in enumerate(leaves)},
-        "step": state.step,
-    }
+    return {**state._asdict(), "optimizer": {f"{place:04d}": leaf for place, leaf in enumerate(leaves)}}
 
 
-# In a directory of arrays: the SHA-256 of each. Written last, so that what lacks it is not complete.
-DIGESTS = "sha256.json"
+def _paths(plain: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(plain)
+    return [("/".join(str(key.key) for key in path), leaf) for path, leaf in flat]
 
 
-def save_arrays(directory: Path, arrays: dict[str, Any]) -> None:
-    """Write a flat dictionary of arrays: a stage's output, its adapters and new rows."""
-    plain = {path: np.asarray(value) for path, value in arrays.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), plain, force=True)
-    digests = {path: _digest(value) for path, value in plain.items()}
-    (directory / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+def _sums(plain: Any) -> list[list[int]]:
+    """Two sums of each array's bits, in the order of its leaves; equal on every layout of devices.
 
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
-
-
-def load_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Read what `save_arrays` wrote, as numpy arrays on the host.
-
-    Raises UserError if it is not there, not complete, or not what was written.
+    Each value is weighted by an odd number that its place gives. Modulo 2^32 a changed bit always changes a sum, and
+    the order of adding changes nothing.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such adapters; run the stage that writes them first")
-    mend = "run the stage that wrote it again with --force, or copy or convert it again"
+    return [[int(part) for part in pair] for pair in jax.device_get(_sum_leaves(jax.tree.leaves(plain)))]
+
+
+@jax.jit
+def _sum_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sum(leaf) for leaf in leaves]
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    # Not by reshaping to one dimension: that would gather an array that is cut over devices.
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    first = (place * np.uint32(2654435761)) | np.uint32(1)
+    second = ((place ^ (place >> 15)) * np.uint32(2246822519) + np.uint32(0x9E3779B9)) | np.uint32(1)
+    return jnp.stack([jnp.sum(bits * first, dtype=jnp.uint32), jnp.sum(bits * second, dtype=jnp.uint32)])
+
+
+def _shape(found: list[Any] | None) -> str:
+    return "absent" if found is None else f"{found[1]} {found[0]}"
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def _disk_full(directory: Path) -> Iterator[None]:
+    """Make of whatever a library says of a full disk the system's own error."""
     try:
-        digests = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in digests}
-            arrays: dict[str, np.ndarray] = checkpointer.restore(directory.absolute(), restore_args=restore)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # orbax's for files that end early
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{directory} is not complete or damaged ({reason}); {mend}") from error
-    wrong = sorted(path for path in digests if path not in arrays or _digest(arrays[path]) != digests[path])
-    if wrong or arrays.keys() != digests.keys():
-        raise UserError(f"{directory}: {', '.join(wrong) or 'its arrays'} differ from what was written; {mend}")
-    return arrays
+        yield
+    except Exception as error:
+        seen: BaseException | None = error
+        while seen is not None:
+            full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or os.strerror(errno.ENOSPC) in str(seen) or os.strerror(errno.EDQUOT) in str(seen):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
+            seen = seen.__cause__ or seen.__context__
+        raise

@@ -1,52 +1,77 @@
-"""The training loop: restore, then step, log and save until done or told to stop."""
+"""The training loop: restore, then step, log, validate and save until done or told to stop."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from transllm_jax.data.batches import Ahead, Batch
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
+from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.metrics import MetricsLog, read_rows
+from transllm_jax.training.devices import Devices
+from transllm_jax.training.ledger import Ledger
+from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
-from transllm_jax.training.step import initial_state, make_step
+from transllm_jax.training.reporting import Reporter, Speed
+from transllm_jax.training.step import TrainState, initial_state, make_step
 
 
 class BatchSource(Protocol):
     """Batch k is a pure function of k; see transllm_jax.data.batches."""
 
-    def __getitem__(self, k: int) -> Mapping[str, np.ndarray]: ...
+    def __getitem__(self, k: int) -> Batch: ...
+
+    def places(self, k: int) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop needs to know besides the optimizer."""
+    """What the loop needs to know besides the optimizer. sources: the names of the mixture's sources."""
 
     optimizer: OptimizerConfig
     checkpoint_every: int
     seed: int
     dropout: bool = False
-    remat: bool = False
+    remat: Remat = "none"
+    accumulate: int = 1
+    z_loss: float = 0.0
     log_every: int = 1
+    keep: int = 2
+    max_skipped: int = 5
+    sources: tuple[str, ...] = ("all",)
+    speed: Speed = field(default_factory=Speed)
+    # Batches that are made ahead of their steps.
+    ahead: int = 2
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Validation: `measure` gives bits per byte, every so many steps; `patience` of them without a better end it."""
+
+    measure: Callable[[Flat], float]
+    every: int
+    patience: int | None = None
 
 
 @dataclass
 class Outcome:
-    """What a stage's training did; the speed is that of this process's steps, compilation aside."""
+    """What a stage's training did; the speed is that of this process's steps, compilation aside.
+
+    trainable: of the last step, or with validation of `best`, the step with the lowest. steps: those that were done.
+    """
 
     trainable: Flat
     steps: int
+    skipped: int = 0
+    best: int | None = None
     tokens_per_second: float = 0.0
     last_loss: float = field(default=math.nan)
 
@@ -58,69 +83,114 @@ def train(
     directory: Path,
     progress: Progress,
     interrupt: Interrupt,
+    ledger: Ledger,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Train the split's trainable arrays for `config.optimizer.steps` steps, going on from `directory`'s checkpoint.
 
     Every key and batch is a function of (seed, step): a run that was killed ends with the bytes of one that was not.
-    Raises Preempted after saving, when asked to stop; UserError on a non-finite loss (the last checkpoint stands).
+    Raises Preempted after saving, when asked to stop; Diverged where too many updates in a row had to be skipped;
+    UserError for checkpoints that are all damaged, of another shape, or past the last step.
     """
-    steps = config.optimizer.steps
-    optimizer = make_optimizer(config.optimizer)
-    rate = schedule(config.optimizer)
-    state = initial_state(split.trainable, optimizer)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    if checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
-    # A restored state is bound to its device, a fresh one is not yet: bound alike, both run the same compiled program.
-    state = jax.device_put(state, jax.devices()[0])
-    first = int(state.step)
-    log = MetricsLog(directory / "metrics.jsonl", step=first)
-    step = make_step(split.structure, optimizer, seed=config.seed, dropout=config.dropout, remat=config.remat)
-    # Nothing is left to do for a stage that was killed just before it was noted as done.
-    loss = read_rows(directory / "metrics.jsonl")[-1]["loss"] if first >= steps else math.nan
-    started, timed = 0.0, 0
+    devices = Devices()
+    with ledger.spend("init"):
+        optimizer, rate = make_optimizer(config.optimizer), schedule(config.optimizer)
+        checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, say=_teller(progress))
+        # Placed alike, a fresh state and a restored one run the same compiled program.
+        fresh: TrainState = devices.replicate(initial_state(split.trainable, optimizer))
+        state = checkpoints.restore(fresh) or fresh
+        frozen = devices.replicate(split.frozen)
+    first, steps = int(state.step), config.optimizer.steps
+    if first > steps:
+        raise UserError(
+            f"{directory.name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise "
+            f"{directory.name}.steps, or begin the stage anew with --force {directory.name}"
+        )
+    ledger.mark(first)
+    step = make_step(
+        split.structure,
+        optimizer,
+        rate,
+        seed=config.seed,
+        dropout=config.dropout,
+        remat=config.remat,
+        accumulate=config.accumulate,
+        z_loss=config.z_loss,
+        sources=len(config.sources),
+        parts=devices.parts,
+    )
     bar = progress.task(directory.name, total=steps, done=first, unit="step")
+    reporter = Reporter(
+        directory,
+        first=first,
+        steps=steps,
+        log_every=config.log_every,
+        max_skipped=config.max_skipped,
+        skipped_in_a_row=int(state.skipped_in_a_row),
+        sources=config.sources,
+        speed=config.speed,
+        rate=rate,
+        places=batches.places,
+        memory=devices.memory,
+        bar=bar,
+    )
+    history = [row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")]
+    ahead = Ahead(batches.__getitem__, steps, config.ahead)
     try:
         for number in range(first, steps):
-            batch = batches[number]
-            state, metrics = step(state, split.frozen, {field: jnp.asarray(values) for field, values in batch.items()})
-            loss = float(metrics.loss)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"{directory.name}: the loss is {loss} at step {number + 1}; lower {directory.name}.learning_rate "
-                    f"and redo the stage with --force {directory.name}. The last checkpoint stands"
-                )
-            if number == first:
-                # The first step compiles; the speed is of the others.
-                started = time.perf_counter()
-            else:
-                timed += batch["tokens"].size
-            elapsed = time.perf_counter() - started
-            speed = timed / elapsed if timed else 0.0
-            if (number + 1) % config.log_every == 0 or number + 1 == steps:
-                log.write(
-                    {
-                        "step": number + 1,
-                        "loss": loss,
-                        "learning_rate": float(rate(number)),
-                        "gradient_norm": float(metrics.gradient_norm),
-                        "trained_tokens": int(metrics.tokens),
-                    }
-                )
-            bar.update(number + 1, f"loss {loss:.3f}  {speed:,.0f} tokens/s" if timed else f"loss {loss:.3f}")
-            last = number + 1 == steps
-            if last or (number + 1) % config.checkpoint_every == 0 or interrupt.requested:
-                checkpoints.save(state)
+            if watch is not None and _exhausted(history, watch.patience):
+                break
+            started = time.perf_counter()
+            with ledger.spend("data"):
+                batch = ahead[number]
+            waited = time.perf_counter() - started
+            done = number + 1
+            last = done == steps
+            validates = watch is not None and (last or done % watch.every == 0)
+            with ledger.spend("compile" if number == first else "step"):
+                state, metrics = step(state, frozen, devices.cut(batch))
+                reporter.add(number, metrics, batch, waited)
+                saves = last or validates or done % config.checkpoint_every == 0 or interrupt.requested
+                if saves or number == first:
+                    reporter.flush()
+            score = None
+            if watch is not None and validates:
+                with ledger.spend("validate"):
+                    score = watch.measure(state.trainable)
+                    reporter.validated(done, score)
+                history.append(score)
+            if saves:
+                with ledger.spend("save"):
+                    checkpoints.save(state, score)
+            ledger.mark(done)
             if interrupt.requested and not last:
-                raise Preempted(f"{directory.name}: stopped at step {number + 1} of {steps}, saved")
+                raise Preempted(f"{directory.name}: stopped at step {done} of {steps}, saved")
+        # Nothing was left to do for a stage that was killed just before it was noted as done.
+        loss = reporter.loss if math.isfinite(reporter.loss) else _last_loss(directory)
+        speed, reached, skipped = reporter.tokens_per_second, int(state.step), int(state.skipped)
+        best = checkpoints.best() if watch is not None else None
+        if best is not None and best != reached:
+            with ledger.spend("save"):
+                checkpoints.wait()
+                state = checkpoints.read(best, state)
     finally:
+        ahead.close()
         bar.close()
-        checkpoints.close()
-        log.close()
-    elapsed = time.perf_counter() - started
-    return Outcome(
-        trainable=state.trainable,
-        steps=steps,
-        tokens_per_second=timed / elapsed if timed else 0.0,
-        last_loss=loss,
-    )
+        reporter.close()
+        with ledger.spend("save"):
+            checkpoints.close()
+    return Outcome(state.trainable, reached, skipped, best, speed, loss)
+
+
+def _teller(progress: Progress) -> Callable[[str], None]:
+    return lambda message: progress.say(f"  warning: {message}", markup=False)
+
+
+def _exhausted(history: list[float], patience: int | None) -> bool:
+    """Whether so many validations in a row were no better than the best before them."""
+    return bool(history) and patience is not None and len(history) - 1 - history.index(min(history)) >= patience
+
+
+def _last_loss(directory: Path) -> float:
+    losses = [row["loss"] for row in read_rows(directory / "metrics.jsonl") if row["loss"] is not None]
+    return losses[-1] if losses else math.nan

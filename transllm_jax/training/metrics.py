@@ -6,27 +6,32 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class MetricsLog:
     """Appends rows to a jsonl file, each flushed at once, starting after `step`."""
 
     def __init__(self, path: Path, *, step: int = 0) -> None:
-        kept = [row for row in read_rows(path) if row["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(part, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: TextIO | None = None
+        if path.exists():
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(part, path)
 
-    def write(self, row: Mapping[str, float | int]) -> None:
-        """Append one row."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; the first makes the file."""
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,45 @@
+"""The typed description of a run: YAML with dotted overrides. An unknown key is an error that names it."""
+
+from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
+from transllm_jax.config.load import load_config
+from transllm_jax.config.run import Config
+from transllm_jax.config.section import Positive, Section, Share
+from transllm_jax.config.sections import (
+    Evaluation,
+    Export,
+    Language,
+    Lora,
+    Markers,
+    Model,
+    Prompts,
+    Recover,
+    Translation,
+    Vocabulary,
+)
+from transllm_jax.config.training import Pretraining, Training, Transfer, Validation
+
+__all__ = [
+    "Cleaning",
+    "Config",
+    "Evaluation",
+    "Export",
+    "Language",
+    "Lora",
+    "Markers",
+    "Model",
+    "PairSource",
+    "Positive",
+    "Pretraining",
+    "Prompts",
+    "Recover",
+    "Section",
+    "Share",
+    "Source",
+    "Training",
+    "Transfer",
+    "Translation",
+    "Validation",
+    "Vocabulary",
+    "WholeSource",
+    "load_config",
+]

@@ -1,0 +1,117 @@
+"""A config file and dotted overrides, read and checked. An unknown key is an error that names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from transllm_jax.config.run import Config
+from transllm_jax.config.section import Section
+from transllm_jax.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (PyYAML reads `1e-3` as text), and an error for a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply `key.path=value` overrides (values are YAML).
+
+    Raises UserError that names the file, the key path and the mend.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; see configs/ for examples")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except UserError as error:
+        raise UserError(f"{path}: {error}; remove one of the two") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"{path}: not YAML: {where}; correct it") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values; see configs/demo.yaml")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write it as key.path=value, such as pretrain.steps=10")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}; remove one of the two") from None
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {name!r} is a value, not a section of the config")
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """All faults in one line, each with its key path; a misspelt key with the one that may be meant."""
+    import difflib
+
+    faults = []
+    for fault in error.errors():
+        path = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            known = _fields(fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+            faults.append(f"{path}: unknown key; {hint}")
+        elif fault["type"] == "missing":
+            faults.append(f"{path}: missing; add it")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            given = repr(fault["input"])
+            # A section that contradicts itself is not shown whole: the message says what it is about.
+            faults.append(f"{path}: {message}" + ("" if isinstance(fault["input"], dict) else f" (it is {given[:60]})"))
+    return "; ".join(faults)
+
+
+def _fields(path: Sequence[str | int]) -> list[str]:
+    """The keys of the section at a path."""
+    section: Any = Config
+    for name in path:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        # Of `list[Annotated[Source, ...]]`, the Source.
+        arguments = [getattr(argument, "__origin__", argument) for argument in getattr(annotation, "__args__", ())]
+        section = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), annotation)
+    return list(section.model_fields)

@@ -1,0 +1,69 @@
+"""The typed description of a run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from transllm_jax.config.section import Section
+from transllm_jax.config.sections import (
+    Evaluation,
+    Export,
+    Language,
+    Lora,
+    Markers,
+    Model,
+    Prompts,
+    Recover,
+    Vocabulary,
+)
+from transllm_jax.config.training import Pretraining, Transfer
+
+
+class Config(Section):
+    """A whole run."""
+
+    title: str
+    workdir: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    language: Language = Language()
+    markers: Markers = Markers()
+    model: Model
+    vocabulary: Vocabulary
+    # Adapters; or `none`: all weights of the layers train, in copies (full fine-tuning, to compare with).
+    lora: Lora | None = Lora()
+    # Which vocabulary rows train: those of new tokens, or the base model's too (V x D more values, twice that for
+    # untied embeddings, and their moments), or none. Each keeps the original chat model intact inside the new one. Base
+    # rows without a token never train.
+    embeddings: Literal["new", "all", "none"] = "new"
+    prompts: Prompts = Prompts()
+    pretrain: Pretraining
+    translate: Pretraining
+    recover: Recover
+    transfer: Transfer
+    evaluation: Evaluation
+    export: Export = Export()
+    # Where tokenised text is kept, for this run and others; by default in the work directory.
+    token_cache: str | None = None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _may_be_none(cls, given: Any) -> Any:
+        return None if given == "none" else given
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Config:
+        if self.lora is None and self.vocabulary.adapter is not None:
+            raise ValueError("lora is none, but vocabulary.adapter brings adapters; remove one of the two")
+        return self
+
+    @property
+    def target_marker(self) -> str:
+        """The target language's marker, `<TH>` for Thai."""
+        return self.markers.target or f"<{self.language.code.upper()}>"
+
+    def to_yaml(self) -> str:
+        """The resolved config, as `run.yaml` keeps it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

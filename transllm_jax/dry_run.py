@@ -1,0 +1,205 @@
+"""`transllm run --dry-run`: what a run would train on, for how long and in how much memory; all but the training.
+
+The base model, the vocabulary and the tokenised text that it needs are made, and kept: a run that follows begins there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice, pairwise
+from typing import Any
+
+import jax
+import numpy as np
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from transllm_jax.stages import pretrain, transfer, translate
+from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import Job, prepare
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.devices import Devices
+from transllm_jax.training.optimizer import make_optimizer, schedule
+from transllm_jax.training.step import initial_state, make_step
+
+STAGES = {"pretrain": pretrain, "translate": translate, "transfer": transfer}
+# Rows that are shown of each stage, the characters of each, and the steps that are timed.
+ROWS, CHARACTERS, STEPS = 10, 400, 3
+# What stands around text that is trained on, and between two texts in a row.
+TRAINED, BETWEEN = ("⟦", "⟧"), " ┃ "
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step: bytes of the frozen arrays, of what trains, of its moments and gradients, of what is computed in
+    between; and seconds, None where there is not enough memory to try."""
+
+    frozen: int
+    trainable: int
+    optimizer: int
+    temporary: int
+    seconds: float | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all, on each device."""
+        return self.frozen + self.trainable + self.optimizer + self.temporary
+
+
+def show_plan(run: Run) -> None:
+    """Print the plan of the three trainings; stage `vocabulary` is done."""
+    console, say = run.progress.console, run.progress.say
+    for name, stage in STAGES.items():
+        missing = name == "transfer" and not (run.workdir / "recover" / "chains.jsonl").is_file()
+        console.print(f"\n[bold]{name}[/bold]")
+        parts = stage.parts(run) if not missing else transfer.known_parts(run)
+        if missing:
+            say("  [yellow]chains and English answers are known after stage recover; without them here")
+        if not parts:
+            continue
+        job = prepare(run, run.workdir / name, name=name, start="vocabulary", parts=parts)
+        console.print(_sources(job))
+        _say_steps(say, job, name, measure(job))
+        say(f"  the first {ROWS} rows, with {TRAINED[0]} {TRAINED[1]} around what the loss counts")
+        for source, row in islice(_rows(job), ROWS):
+            console.print(Text(f"    {source}", style="cyan"))
+            # Indented as a whole: a long row stays one block.
+            console.print(Padding(shown(row, run.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
+
+
+def _sources(job: Job) -> Table:
+    """A row a source. What was left out of it was said when it was read."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("  source", "items", "tokens", "rows", "padded", "share", "epochs"):
+        first = heading == "  source"
+        table.add_column(heading, justify="left" if first else "right", overflow="fold", no_wrap=not first)
+    epochs, shares = job.batches.epoch(job.config.optimizer.steps), job.batches.shares
+    for part in job.parts:
+        summary = part.summary
+        table.add_row(
+            # Text: a name may have brackets in it, which are markup in a string.
+            Padding(Text(part.name), (0, 0, 0, 2)),
+            f"{summary['items']:,}" if "items" in summary else "",
+            f"{summary['tokens']:,}",
+            f"{summary['rows']:,}",
+            f"{summary['padded_fraction']:.1%}",
+            f"{shares[part.name]:.0%}",
+            f"{epochs[part.name]:.2f}",
+        )
+    return table
+
+
+def _say_steps(say: Callable[[str], None], job: Job, name: str, cost: Cost) -> None:
+    config, length = job.config, job.parts[0].rows.row_length
+    steps, rows = config.optimizer.steps, job.batches.batch_size
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    say(
+        f"  {steps:,} steps of {rows} x {length} tokens{parts}: {steps * rows * length:,} tokens; "
+        f"warm-up over {config.optimizer.warmup_steps:,}, then {config.optimizer.schedule}"
+    )
+    say(
+        f"  memory {_size(cost.memory)} a device: frozen {_size(cost.frozen)}, trained {_size(cost.trainable)}, "
+        f"optimizer {_size(cost.optimizer)},\n    in a step {_size(cost.temporary)} (rematerialisation: {config.remat})"
+    )
+    if cost.seconds is None:
+        say(f"  [yellow]no step was tried: this machine has less memory; lower {name}.batch_size or use remat")
+        return
+    speed = rows * length / cost.seconds
+    step = f"{cost.seconds:.2f} s" if cost.seconds >= 0.1 else f"{1000 * cost.seconds:.1f} ms"
+    apart = "compiling, saving and validation" if job.watch is not None else "compiling and saving"
+    say(
+        f"  {step} a step measured here, {speed:,.0f} tokens/s: {_clock(steps * cost.seconds)} in all,\n"
+        f"    {apart} apart"
+    )
+
+
+def measure(job: Job) -> Cost:
+    """Compile the step for a real batch, and time it."""
+    devices, config = Devices(), job.config
+    optimizer = make_optimizer(config.optimizer)
+    step = make_step(
+        job.split.structure,
+        optimizer,
+        schedule(config.optimizer),
+        seed=config.seed,
+        dropout=config.dropout,
+        remat=config.remat,
+        accumulate=config.accumulate,
+        z_loss=config.z_loss,
+        sources=len(config.sources),
+        parts=devices.parts,
+    )
+    state = devices.replicate(initial_state(job.split.trainable, optimizer))
+    frozen, batch = devices.replicate(job.split.frozen), devices.cut(job.batches[0])
+    compiled: Any = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
+    known = compiled.memory_analysis()
+    held, trained, moments = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (frozen, state.trainable, state.optimizer)
+    )
+    temporary = int(known.temp_size_in_bytes) if known is not None else 0
+    free = devices.free_memory()
+    if free is not None and temporary > free:
+        return Cost(held, trained, moments, temporary, None)
+    seconds = []
+    for number in range(STEPS):
+        batch = devices.cut(job.batches[number])
+        started = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch)
+        jax.block_until_ready(metrics.loss)
+        seconds.append(time.perf_counter() - started)
+    return Cost(held, trained, moments, temporary, statistics.median(seconds[1:]))
+
+
+def _rows(job: Job) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The rows of the training in their order, each with its source's name."""
+    for number in count():
+        arrays = job.batches[number]
+        for place in range(job.batches.batch_size):
+            row = {field: values[place] for field, values in arrays.items()}
+            yield job.batches.names[int(row["sources"])], row
+
+
+def shown(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> Text:
+    """A row's text, what is trained on between ⟦ and ⟧; texts that share the row stand apart. Cut where it is long."""
+    text, tokens = Text(), int((row["segment_ids"] > 0).sum())
+    for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
+        places = np.flatnonzero(row["segment_ids"] == segment)
+        # A weight stands where a token is predicted: at the one before it.
+        trained = np.concatenate([[False], row["weights"][places[:-1]] > 0])
+        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(places)]
+        if segment > 1:
+            text.append(BETWEEN, "yellow")
+        for first, last in pairwise(edges):
+            words = tokenizer.decode(row["tokens"][places[first:last]].tolist()).replace("\n", "↵")
+            if trained[first]:
+                text.append(TRAINED[0] + words + TRAINED[1], "green")
+            else:
+                text.append(words, "dim")
+        if len(text) > CHARACTERS:
+            text = text[:CHARACTERS]
+            text.append(f"… ({tokens} tokens)", "dim")
+            break
+    return text
+
+
+def _size(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if size >= 2**power / 8:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size / 2**10:.0f} KiB"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
