@@ -55,6 +55,7 @@ class FileHashes:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
+        self._new, self._written = False, time.monotonic()
 
     def __call__(self, file: Path) -> str:
         """sha256 of a file's bytes, as hexadecimal."""
@@ -67,12 +68,21 @@ class FileHashes:
         # What was written a moment ago may be written again within the clock's grain.
         if time.time_ns() - stat.st_mtime_ns > _GRAIN and file.stat().st_mtime_ns == stat.st_mtime_ns:
             self._known[name] = [*mark, found]
-            if self._path.parent.is_dir():
-                write_json(self._path, self._known)
+            self._new = True
+            # Now and then, so that a run that is stopped among many files begins in their midst.
+            if time.monotonic() - self._written > _WRITE_EVERY:
+                self.write()
         return found
+
+    def write(self) -> None:
+        """Keep what is known."""
+        if self._new and self._path.parent.is_dir():
+            write_json(self._path, self._known)
+            self._new, self._written = False, time.monotonic()
 
 
 _GRAIN = 2 * 10**9  # nanoseconds
+_WRITE_EVERY = 10.0  # seconds
 
 
 # Stands in a message for a section of the config in place of which there was, or is, a value.

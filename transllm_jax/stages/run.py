@@ -216,7 +216,9 @@ class Run:
         Raises UserError for a path that means none.
         """
         # Named by the path as given, which the user knows; the content is what counts.
-        return {f"file {file}": self.hash_of(file) for path in paths for file in resolve(path)}
+        found = {f"file {file}": self.hash_of(file) for path in paths for file in resolve(path)}
+        self.hash_of.write()
+        return found
 
     def source_hashes(self, given: Iterable[Source]) -> dict[str, str]:
         """What sources hold, for a step's inputs: their files' hashes, or of a dataset that of its shards' keys.
@@ -227,6 +229,7 @@ class Run:
         for source in given:
             if source.container in ("datasets", "tfds"):
                 keys = " ".join(shard.key for shard in self.shards(source))
+                self.hash_of.write()
                 found[f"{source.container} {source.path}"] = hashlib.sha256(keys.encode()).hexdigest()
             else:
                 found.update(self.hashes([source.path, *([source.target_path] if source.target_path else [])]))

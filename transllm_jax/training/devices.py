@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transllm_jax.errors import UserError
-
 
 class Devices:
     """The devices of this process as one axis, `data`."""
@@ -24,11 +22,6 @@ class Devices:
         self._by_rows = NamedSharding(mesh, PartitionSpec("data"))
         # Of a batch in micro-batches [parts, B / parts, ..]; None on one device, where there is nothing to say.
         self.parts = NamedSharding(mesh, PartitionSpec(None, "data")) if self.count > 1 else None
-
-    def check(self, rows: int, what: str) -> None:
-        """Refuse a number of rows that the devices do not divide. Raises UserError."""
-        if rows % self.count:
-            raise UserError(f"{what}: {rows} rows cannot be cut over {self.count} devices; take a multiple of them")
 
     def replicate(self, tree: Any) -> Any:
         """The tree's arrays on every device."""
