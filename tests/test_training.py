@@ -539,6 +539,17 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path) -> None:
     assert run(tmp_path / "b", watch=watch, checkpoint_every=100, keep=1).best == 6
 
 
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    watch, _ = watch_of([math.nan, 2.0, math.inf], every=2)
+    assert run(tmp_path / "a", watch=watch).best == 4
+    rows = read_rows(tmp_path / "a" / "validation.jsonl")
+    assert [row["bits_per_byte"] for row in rows] == [None, 2.0, None]
+    assert run(tmp_path / "a", watch=watch).best == 4
+    watch, made = watch_of([math.nan] * 6, patience=2)
+    outcome = run(tmp_path / "b", watch=watch)
+    assert (outcome.best, outcome.steps, len(made)) == (None, 3, 3)
+
+
 def test_a_stage_stops_when_it_gets_no_better(tmp_path: Path) -> None:
     scores = [3.0, 2.0, 2.5, 2.1, 0.0]
     watch, made = watch_of(scores, patience=2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from transllm_jax.config import Training
 from transllm_jax.data.batches import Batches
 from transllm_jax.data.packing import Rows
-from transllm_jax.data.planned import PlannedRows
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import nats
 from transllm_jax.model.parameters import Flat, Split
@@ -36,24 +35,27 @@ MAY_CHANGE = ("steps", "epochs", "remat", "accumulate", "max_skipped", "validati
 
 @dataclass(frozen=True)
 class Part:
-    """A source of rows in a mixture: its name, its rows, and its share (None: by its size)."""
+    """A source of rows in a mixture: its name, its rows, and its share (None: by its size).
+
+    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason.
+    """
 
     name: str
     rows: Rows
     weight: float | None
+    items: int | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, Any]:
         """What is known of it before training."""
-        known: dict[str, Any] = {
+        return {
+            "items": self.items,
+            "left_out": dict(self.left_out),
             "rows": len(self.rows),
             "tokens": self.rows.token_count,
             "padded_fraction": self.rows.padded_fraction,
         }
-        if isinstance(self.rows, PlannedRows):
-            known |= {"examples": self.rows.counts["examples"], "items": self.rows.counts["items"]}
-            known |= {"left_out": left_out(self.rows)}
-        return known
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,20 @@ def source_parts(run: Run, name: str) -> list[Part]:
     parts = []
     for number, source in enumerate(getattr(section, "sources", [])):
         rows = planned_rows(run, name, source, section.length)
-        part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight)
+        gone = left_out(rows)
+        part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight, rows.counts["items"], gone)
         if not len(rows):
             raise UserError(f"{name}: source {part.name} gave no example to train on; give it more, or shorter, text")
-        gone = left_out(rows)
-        if gone:
-            what = ", ".join(f"{count:,} {reason}" for reason, count in gone.items())
-            run.progress.say(f"  [yellow]{name}: of {rows.counts['items']:,} items of {source.path}: {what}")
+        say_left_out(run, name, source.path, rows.counts["items"], gone)
         parts.append(part)
     return parts
+
+
+def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mapping[str, int]) -> None:
+    """Say what of a source is not trained on, and why; nothing where all is."""
+    if left_out:
+        what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        run.progress.say(f"  [yellow]{stage}: of {items:,} items of {source}: {what}")
 
 
 def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.examples import Example, conversation_examples
+from transllm_jax.data.examples import conversation_examples
 from transllm_jax.data.packing import pack
 from transllm_jax.data.sources import check_no_special, read_jsonl
 from transllm_jax.errors import UserError
@@ -19,6 +19,7 @@ from transllm_jax.stages.training import (
     Part,
     check_training,
     contamination_inputs,
+    say_left_out,
     source_parts,
     train_stage,
     training_inputs,
@@ -67,10 +68,14 @@ def _parts(run: Run, made: Sequence[tuple[str, Callable[[Run], list[Conversation
     length, found = run.config.transfer.length, []
     for name, make, weight in made:
         if weight:
-            examples = _examples(run, name, make(run))
+            conversations = make(run)
+            examples, report = conversation_examples(run.tokenizer("vocabulary"), conversations, length, run.markers)
             if not examples:
                 raise UserError(f"transfer: source {name} gave no example to train on; give it more, or shorter, text")
-            found.append(Part(name, pack(examples, length), weight))
+            counts = {"cut at a turn": report.cut, "longer than a row": report.dropped}
+            gone = {reason: count for reason, count in counts.items() if count}
+            say_left_out(run, "transfer", name, len(conversations), gone)
+            found.append(Part(name, pack(examples, length), weight, len(conversations), gone))
     return found
 
 
@@ -119,14 +124,3 @@ def _translations(run: Run) -> list[Conversation]:
             question, answer = english, build_translation(target, markers.target, markers)
         conversations.append(_turn(prompt.replace("{language}", language).replace("{text}", question), answer))
     return conversations
-
-
-def _examples(run: Run, name: str, conversations: Sequence[Conversation]) -> list[Example]:
-    length = run.config.transfer.length
-    examples, report = conversation_examples(run.tokenizer("vocabulary"), conversations, length, run.markers)
-    if report.cut or report.dropped:
-        run.progress.say(
-            f"  [yellow]transfer: of {len(conversations)} {name}, {report.cut} were cut at a turn and {report.dropped} "
-            f"left out, longer than {length} tokens; raise transfer.length to keep them"
-        )
-    return examples

@@ -134,7 +134,8 @@ def train(
         memory=devices.memory,
         bar=bar,
     )
-    history = [row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")]
+    found = [row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")]
+    history = [math.inf if value is None else value for value in found]
     ahead = Ahead(batches.__getitem__, steps, config.ahead)
     try:
         for number in range(first, steps):
@@ -156,9 +157,11 @@ def train(
             score = None
             if watch is not None and validates:
                 with ledger.spend("validate"):
-                    score = watch.measure(state.trainable)
-                    reporter.validated(done, score)
-                history.append(score)
+                    measured = watch.measure(state.trainable)
+                    reporter.validated(done, measured)
+                # What is not finite is no better than anything.
+                score = measured if math.isfinite(measured) else None
+                history.append(math.inf if score is None else score)
             if saves:
                 with ledger.spend("save"):
                     checkpoints.save(state, score)

@@ -111,7 +111,8 @@ class Reporter:
 
     def validated(self, step: int, bits_per_byte: float) -> None:
         """A validation after this many steps."""
-        self._validations.write({"step": step, "bits_per_byte": bits_per_byte})
+        finite = math.isfinite(bits_per_byte)
+        self._validations.write({"step": step, "bits_per_byte": bits_per_byte if finite else None})
         self._board.scalars(step, {"validation/bits_per_byte": bits_per_byte})
 
     def close(self) -> None:
