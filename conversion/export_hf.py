@@ -24,10 +24,10 @@ from transllm_jax.tokenizer.sentencepiece_model import unused
 
 @dataclass
 class Rounding:
-    """What rounding merged kernels took from what the adapters gave them.
+    """What rounding took from what training gave: to merged kernels, or to all tensors of layers that were trained.
 
-    `largest`: of any weight. `error` and `change`: sums of squares over all merged kernels of the rounding, and of
-    what the adapters added.
+    `largest`: of any weight. `error` and `change`: sums of squares over all of these of the rounding, and of what
+    training added.
     """
 
     largest: float = 0.0
@@ -35,7 +35,7 @@ class Rounding:
     change: float = 0.0
 
     def round(self, exact: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-        """A float32 matrix in another type, with what that took added to the sums."""
+        """A float32 array in another type, with what that took added to the sums."""
         rounded = np.empty(exact.shape, dtype)
         for start in range(0, len(exact), 64):  # a few rows at a time stay in the processor's cache
             part = exact[start : start + 64]
@@ -48,7 +48,7 @@ class Rounding:
 
     @property
     def share(self) -> float:
-        """The rounding's norm over the adapters'; 0 where nothing was merged."""
+        """The rounding's norm over that of what training added; 0 where it added nothing."""
         return (self.error / self.change) ** 0.5 if self.change else 0.0
 
 
@@ -64,7 +64,7 @@ def export_hf(
     begin: Callable[[int], Callable[[int], None]] | None = None,
     also: Callable[[Path], None] | None = None,
 ) -> Rounding:
-    """Write a model, tensor by tensor; memory holds one at a time, and the adapters of a `Merged`.
+    """Write a model, tensor by tensor; memory holds one at a time, and what was trained of a `Merged`.
 
     `files`: the directory of the base, with its config.json, generation_config.json and licences; the tokenizer is
     `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each

@@ -1,4 +1,4 @@
-"""A base with what was trained on it, read as one model: adapters merged, vocabulary tables grown."""
+"""A base with what was trained on it, read as one model: adapters merged, or all weights; vocabulary tables grown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes
+from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
 from conversion.opened import Opened
 from conversion.safetensors_io import require_finite
 from transllm_jax.errors import UserError
@@ -28,17 +28,30 @@ class Merged:
     `vocabulary.base_trained` [V, D] in place of the base's rows; of an untied model also `vocabulary.output_new` and
     `vocabulary.output_base_trained`. What was not trained keeps the base's type and bits.
 
+    Of full fine-tuning, `trainable` holds in place of adapters all weights by their paths, `vocabulary.base` too, and
+    every tensor is read from there: the base gives its config and its types.
+
     `merge_adapters=False` leaves the kernels as the base has them, and grows the tables only.
     """
 
     def __init__(
         self, base: Opened, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
     ) -> None:
-        """Raises UserError that lists every array that is missing, extra, misshapen or not finite."""
+        """Raises UserError that lists every array that is missing, extra, misshapen or not finite.
+
+        And where adapters are to be kept apart of a model that has none, because all of its weights were trained.
+        """
         self.base = base
         self.scale = np.float32(scale)
         self.trainable = {path: np.asarray(array, np.float32) for path, array in trainable.items()}
-        _check(base.config, self.trainable)
+        # All weights were trained, in place of adapters.
+        self.full = not self.trainable.keys().isdisjoint(weight_shapes(base.config))
+        _check(base.config, self.trainable, full=self.full)
+        if self.full and not merge_adapters:
+            raise UserError(
+                f"{self.where}: all weights were trained (lora: none), so there are no adapters to keep apart; write "
+                "the whole model, with transllm convert to-hf"
+            )
         self.new_rows = len(self.trainable.get("vocabulary.new", ()))
         self.config = replace(base.config, vocab_size=base.config.vocab_size + self.new_rows)
         self._merge = merge_adapters
@@ -53,7 +66,7 @@ class Merged:
     @property
     def where(self) -> str:
         """The base's name, with what stands on it."""
-        return f"{self.base.where} with adapters"
+        return f"{self.base.where} with {'trained weights' if self.full else 'adapters'}"
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
         """float32 for what training changed, the base's type for the rest."""
@@ -64,26 +77,35 @@ class Merged:
         return self.base.dtype(_of(self.base, tensor))
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The merged tensor."""
-        array = self.base.read(_of(self.base, tensor))
+        """The merged tensor; one that is whole among what was trained is a view of that."""
+        if tensor.name in _ROWS and self._changed(tensor):
+            new, trained = (self.trainable.get(path) for path in _ROWS[tensor.name])
+            if self.full:
+                trained = self.trainable[tensor.path]
+            known = self.base.read(_of(self.base, tensor)).astype(np.float32) if trained is None else trained
+            return known if new is None else np.concatenate([known, new])
+        if self.full:
+            return to_hf(self.trainable, tensor)
+        array = self.base.read(tensor)
         if not self._changed(tensor):
             return array
         array = array.astype(np.float32)
-        if tensor.name in _ROWS:
-            new, trained = (self.trainable.get(path) for path in _ROWS[tensor.name])
-            array = array if trained is None else trained
-            return array if new is None else np.concatenate([array, new])
         a, b = self._factors(tensor)
         # (a b).T as b.T a.T: what is added lies in memory as what it is added to.
         array += b.T @ (self.scale * a).T
         return array
 
     def merges(self, tensor: Tensor) -> bool:
-        """Whether an adapter is merged into this tensor."""
+        """Whether an adapter is merged into this tensor, or it is a layer's that was trained whole."""
+        if self.full:
+            return tensor.name not in _ROWS
         return self._merge and f"{tensor.path.removesuffix('.kernel')}.a" in self.trainable
 
     def change(self, tensor: Tensor) -> float:
-        """The sum of squares of what the adapter adds to this tensor, out of its factors."""
+        """The sum of squares of what training added to this tensor; of an adapter out of its factors."""
+        if self.full:
+            added = (self.read(tensor) - self.base.read(tensor).astype(np.float32)).reshape(-1)
+            return float(np.dot(added, added))
         a, b = (factor.astype(np.float64) for factor in self._factors(tensor))
         # |a b|^2 = sum((a'a) * (b b')): two products of [R, R].
         return float(self.scale) ** 2 * float(np.sum((a.T @ a) * (b @ b.T)))
@@ -94,7 +116,7 @@ class Merged:
 
     def _changed(self, tensor: Tensor) -> bool:
         if tensor.name in _ROWS:
-            return any(path in self.trainable for path in _ROWS[tensor.name])
+            return self.full or any(path in self.trainable for path in _ROWS[tensor.name])
         return self.merges(tensor)
 
 
@@ -110,19 +132,20 @@ def adapter_rank(trainable: Mapping[str, np.ndarray]) -> int | None:
     return next((array.shape[-1] for path, array in sorted(trainable.items()) if path.endswith(".a")), None)
 
 
-def _check(config: LlamaConfig, trained: Mapping[str, np.ndarray]) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
+def _check(config: LlamaConfig, trained: Mapping[str, np.ndarray], *, full: bool) -> None:
+    what = "what was trained does" if full else "the adapter does"
+    expected: dict[str, tuple[int, ...]] = dict(weight_shapes(config)) if full else {}
     layers, hidden = config.num_hidden_layers, config.hidden_size
     rank = adapter_rank(trained) or 0
     for path, (size_in, size_out) in kernel_shapes(config).items():
-        if f"{path}.a" in trained or f"{path}.b" in trained:
+        if not full and (f"{path}.a" in trained or f"{path}.b" in trained):
             expected[f"{path}.a"] = (layers, size_in, rank)
             expected[f"{path}.b"] = (layers, rank, size_out)
     rows = [len(trained[new]) for new, _ in _ROWS.values() if new in trained]
     for new, base in list(_ROWS.values())[: 1 if config.tie_word_embeddings else 2]:
         if rows:
             expected[new] = (rows[0], hidden)
-        if any(kept in trained for _, kept in _ROWS.values()):
+        if not full and any(kept in trained for _, kept in _ROWS.values()):
             expected[base] = (config.vocab_size, hidden)
     problems = [f"{path} is missing" for path in sorted(expected.keys() - trained.keys())]
     problems += [f"{path} is not part of the model" for path in sorted(trained.keys() - expected.keys())]
@@ -132,6 +155,6 @@ def _check(config: LlamaConfig, trained: Mapping[str, np.ndarray]) -> None:
         if trained[path].shape != expected[path]
     ]
     if problems:
-        raise UserError(f"the adapter does not fit the base model: {'; '.join(problems)}; was it trained on another?")
+        raise UserError(f"{what} not fit the base model: {'; '.join(problems)}; was it trained on another?")
     for path, array in trained.items():
-        require_finite(array, path, "the adapter")
+        require_finite(array, path, "what was trained" if full else "the adapter")

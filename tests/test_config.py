@@ -106,7 +106,9 @@ def test_which_vocabulary_rows_train() -> None:
 
 
 def test_full_fine_tuning_has_no_adapters() -> None:
-    assert load_config(DEMO, ["lora=none"]).lora is None and load_config(DEMO, ["lora=null"]).lora is None
+    assert load_config(DEMO, ["lora=none"]).lora is None
+    with pytest.raises(UserError, match="lora: it has no value; write `none` for full fine-tuning"):
+        load_config(DEMO, ["lora="])
     both = ["lora=none", "vocabulary={adapter: somewhere}"]
     with pytest.raises(UserError, match=r"lora is none, but vocabulary\.adapter brings adapters; remove one"):
         load_config(DEMO, both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from transllm_jax.config.section import Section
 from transllm_jax.config.sections import (
@@ -51,7 +51,13 @@ class Config(Section):
     @field_validator("lora", mode="before")
     @classmethod
     def _may_be_none(cls, given: Any) -> Any:
+        if given is None:
+            raise ValueError("it has no value; write `none` for full fine-tuning, or leave the key out")
         return None if given == "none" else given
+
+    @field_serializer("lora", when_used="json")
+    def _is_written_as_none(self, value: Lora | None) -> Any:
+        return "none" if value is None else value.model_dump(mode="json")
 
     @model_validator(mode="after")
     def _trains_something(self) -> Config:

@@ -111,6 +111,13 @@ class Run:
         padding = tokenless(self.tokenizer(point), rows)
         return assemble(self.model_config, self.frozen, lora=lora, trainable=trainable, padding=padding)
 
+    def trains(self, path: str) -> bool:
+        """Whether an array of a point changes in training; of the vocabulary, some stay as they are."""
+        if not path.startswith("vocabulary."):
+            return True
+        new = path in ("vocabulary.new", "vocabulary.output_new")
+        return {"all": True, "new": new, "none": False}[self.config.embeddings]
+
     def trainable(self, point: str) -> Path:
         """Where a point's adapters and new rows lie."""
         return self.workdir / point / "trainable"

@@ -151,7 +151,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
         whole = run.split(start)
-        split = whole.hold(_held(run, whole))
+        split = whole.hold(path for path in whole.trainable if not run.trains(path))
     lora = run.lora
     new_rows = len(whole.trainable["vocabulary.new"])
     flops = train_flops_per_token(
@@ -180,16 +180,6 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     )
     held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
     return Job(split, held, batches, parts, config, _watch(run, name, section, split))
-
-
-def _held(run: Run, split: Split) -> list[str]:
-    """What of a point's arrays stays as it is: vocabulary rows that the config does not train."""
-    rows = [path for path in split.trainable if path.startswith("vocabulary.")]
-    if run.config.embeddings == "none":
-        return rows
-    if run.config.embeddings == "new":
-        return [path for path in rows if path.removeprefix("vocabulary.") in ("base", "output_base")]
-    return []
 
 
 def _optimizer(section: Training, steps: int, name: str) -> OptimizerConfig:

@@ -118,7 +118,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
                 trainable[f"{tensor.path}_trained"] = base.read(tensor).astype(np.float32)
     save_expanded(tokenizer, run.base, directory)
     save_arrays(directory / "trainable", trainable)
-    trained = {path: array for path, array in trainable.items() if _trains(run.config.embeddings, path)}
+    trained = {path: array for path, array in trainable.items() if run.trains(path)}
     counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.frozen)}
     write_json(directory / "report.json", {**report, **counts})
     text = f"{report['new_tokens']} new tokens"
@@ -132,13 +132,6 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if copied := report["initial_rows"].get("copy"):
         text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
     return {"text": text, "new_tokens": new_tokens, **counts}
-
-
-def _trains(embeddings: str, path: str) -> bool:
-    """Whether an array of a point changes in training; of the vocabulary some stay as they are."""
-    if embeddings == "all" or not path.startswith("vocabulary."):
-        return True
-    return embeddings == "new" and path in ROWS_OF
 
 
 def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ class Devices:
     def replicate(self, tree: Any) -> Any:
         """The tree's arrays on every device."""
         return jax.device_put(tree, self._everywhere)
+
+    def shapes(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What `make` would give, on every device, as shapes without memory."""
+        made = jax.eval_shape(make, *arguments)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere), made)
 
     def cut(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch, each array [B, ..] cut over the devices."""

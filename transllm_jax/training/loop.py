@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -88,6 +89,7 @@ def train(
 ) -> Outcome:
     """Train the split's trainable arrays for `config.optimizer.steps` steps, going on from `directory`'s checkpoint.
 
+    The arrays are given away: they are the training's own from then on.
     Every key and batch is a function of (seed, step): a run that was killed ends with the bytes of one that was not.
     Raises Preempted after saving, when asked to stop; Diverged where too many updates in a row had to be skipped;
     UserError for checkpoints that are all damaged, of another shape, or past the last step.
@@ -97,8 +99,13 @@ def train(
         optimizer, rate = make_optimizer(config.optimizer), schedule(config.optimizer)
         checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, say=_teller(progress))
         # Placed alike, a fresh state and a restored one run the same compiled program.
-        fresh: TrainState = devices.replicate(initial_state(split.trainable, optimizer))
-        state = checkpoints.restore(fresh) or fresh
+        shapes: TrainState = devices.shapes(partial(initial_state, optimizer=optimizer), split.trainable)
+        restored = checkpoints.restore(shapes)
+        if restored is not None:
+            # What the stage began with would stand beside it to the end.
+            for array in split.trainable.values():
+                array.delete()
+        state: TrainState = restored or devices.replicate(initial_state(split.trainable, optimizer))
         frozen = devices.replicate(split.frozen)
     first, steps = int(state.step), config.optimizer.steps
     if first > steps:
@@ -175,7 +182,8 @@ def train(
         if best is not None and best != reached:
             with ledger.spend("save"):
                 checkpoints.wait()
-                state = checkpoints.read(best, state)
+                del state
+                state = checkpoints.read(best, shapes)
     finally:
         ahead.close()
         bar.close()
