@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from tiny_shards import DOCUMENTS, conversation, items_of, shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
+from transllm_jax.config import Source
 from transllm_jax.data import planned as module
 from transllm_jax.data.batches import Batches
 from transllm_jax.data.cleaning import Rules
@@ -21,7 +24,10 @@ from transllm_jax.data.planned import Choice, PlannedRows
 from transllm_jax.data.shards import Content, Shard
 from transllm_jax.data.tokenise import tokenise
 from transllm_jax.data.transform import Transform
-from transllm_jax.errors import UserError
+from transllm_jax.errors import Preempted, UserError
+from transllm_jax.stages import sources as stage_sources
+from transllm_jax.stages.sources import left_out, planned_rows
+from transllm_jax.tokenizer.chain import MARKERS
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 T = 48
@@ -266,3 +272,56 @@ def test_batches_over_a_cache_made_anew_are_the_same(tmp_path: Path, tokenizer: 
         for name, values in one[k].items():
             np.testing.assert_array_equal(values, two[k][name])
     assert (one[0]["tokens"] != one[1]["tokens"]).any()
+
+
+class FakeRun:
+    """What a stage's sources need of a run."""
+
+    def __init__(self, tokenizer: Tokenizer, directory: Path) -> None:
+        self.token_cache, self.said, self.stopped = directory / "cache", list[str](), False
+        self.markers, self.evaluation_texts, self.config = MARKERS, None, SimpleNamespace(seed=1)
+        self.tokenizer = lambda point: tokenizer
+        self.shards = lambda source: shards_of(Path(source.path))
+        self.ledger = SimpleNamespace(spend=lambda what: nullcontext())
+        bar = SimpleNamespace(update=lambda done, note: None)
+        self.progress = SimpleNamespace(say=self.said.append, task=lambda *_, **__: nullcontext(bar))
+        self.interrupt = SimpleNamespace(check=self.check)
+
+    def check(self, where: str) -> None:
+        if self.stopped:
+            raise Preempted(where)
+
+
+@pytest.fixture
+def fake_run(tmp_path: Path, tokenizer: Tokenizer) -> Any:
+    some_shards(tmp_path / "data")
+    return FakeRun(tokenizer, tmp_path)
+
+
+def test_a_stage_says_why_nothing_is_left(fake_run: Any, tmp_path: Path) -> None:
+    source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"min_characters": 9999, "contamination": False})
+    message = (
+        r"^pretrain: nothing of .*\*.txt is left to train on \(40 documents: 40 too short\): give it more text, or "
+    )
+    with pytest.raises(UserError, match=message):
+        planned_rows(fake_run, "pretrain", source, T)
+    short = Source(path=source.path, tokens=1, cleaning={"contamination": False})
+    with pytest.raises(UserError, match=r"\(40 documents: 40 over the budget\)"):
+        planned_rows(fake_run, "pretrain", short, T)
+
+
+def test_a_stage_says_what_was_not_compared(fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"contamination": False})
+    assert left_out(planned_rows(fake_run, "pretrain", source, T)) == {} and fake_run.said == []
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    planned_rows(fake_run, "pretrain", source, T + 1)
+    assert len(fake_run.said) == 1 and "pretrain: 3 items of" in fake_run.said[0]
+
+
+def test_a_stage_stops_in_a_long_source_only(fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"contamination": False})
+    fake_run.stopped = True
+    assert len(planned_rows(fake_run, "pretrain", source, T)) > 0
+    monkeypatch.setattr(stage_sources, "LARGE", 10)
+    with pytest.raises(Preempted, match="pretrain: tokenising"):
+        planned_rows(fake_run, "pretrain", source, T + 1)

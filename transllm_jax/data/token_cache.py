@@ -23,8 +23,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from transllm_jax.data.array_file import read_arrays, whole, write_arrays, writing
+from transllm_jax.data.cleaning import text_of
 from transllm_jax.data.examples import Example
-from transllm_jax.data.files import Collector, Controls, Place, texts_of
+from transllm_jax.data.files import Collector, Controls, Place
 from transllm_jax.data.near_duplicates import SIZE
 from transllm_jax.data.shards import Item, Shard
 from transllm_jax.data.transform import Prepared, Transform, refuse_specials
@@ -122,7 +123,7 @@ def _batches(
         refuse_specials(item, place, tokenizer, transform.markers)
         items.append(item)
         places.append(place)
-        characters += sum(map(len, texts_of(item)))
+        characters += len(text_of(item))
         if len(items) >= _ITEMS or characters >= _CHARACTERS:
             yield items, places
             items, places, characters = [], [], 0

@@ -20,7 +20,7 @@ from transllm_jax.data.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_WORTH = 16 << 20  # bytes of shards below which starting processes takes longer than tokenising
+_WORTH = 32 << 20  # bytes of shards below which starting processes takes longer than tokenising
 _POLL = 0.2  # seconds between two looks at how far the processes are
 
 # Is told (bytes of the shards that are done, items of all), and may raise to stop.

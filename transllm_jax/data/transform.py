@@ -17,7 +17,7 @@ import numpy as np
 from transllm_jax.data.cleaning import Rules, reason, text_of
 from transllm_jax.data.contamination import EvaluationTexts
 from transllm_jax.data.examples import Example, conversation_example, pair_texts, split_example, whole_text
-from transllm_jax.data.files import Place, texts_of
+from transllm_jax.data.files import Place
 from transllm_jax.data.near_duplicates import exact_key, signature
 from transllm_jax.data.shards import Content, Item
 from transllm_jax.errors import UserError
@@ -106,8 +106,7 @@ class Transform:
             # Half a translation teaches to stop early: a long one is left out, not cut.
             short = [example for example in both if len(example) <= self.length]
             counts["longer than a row"] += 2 - len(short)
-            size = sum(len(side.encode()) for side in texts_of(pair))
-            found.append(Made(short, [size] * len(short)))
+            found.append(Made(short, [len("".join(map(str, pair)).encode())] * len(short)))
         return found
 
     def _document(self, example: Example, text: str, counts: Counter[str]) -> Made:

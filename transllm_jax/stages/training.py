@@ -126,8 +126,6 @@ def source_parts(run: Run, name: str) -> list[Part]:
         rows = planned_rows(run, name, source, section.length)
         gone = left_out(rows)
         part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight, rows.counts["items"], gone)
-        if not len(rows):
-            raise UserError(f"{name}: source {part.name} gave no example to train on; give it more, or shorter, text")
         say_left_out(run, name, source.path, rows.counts["items"], gone)
         parts.append(part)
     return parts
@@ -209,10 +207,6 @@ def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None
     if validation is None:
         return None
     rows = validation_rows(run, name, validation.source, section.length)
-    if not len(rows):
-        raise UserError(
-            f"{name}.validation.source: {validation.source.path} gave no example; give it more, or shorter, text"
-        )
     number, size = min(validation.rows, len(rows)), max(section.batch_size // section.accumulate, 1)
     read = [rows.row(row) for row in range(number)]
     # Padding fills the last batch, so that all have one shape.
