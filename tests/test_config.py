@@ -15,6 +15,7 @@ import pytest
 
 from transllm_jax import config as config_module
 from transllm_jax.config import Config, Section, load_config
+from transllm_jax.data.contamination import EvaluationTexts
 from transllm_jax.data.sources import read_documents, read_jsonl, read_pairs
 from transllm_jax.errors import UserError
 
@@ -298,6 +299,18 @@ def test_held_out_examples_are_not_in_another_training_file() -> None:
     held_out |= {side for pair in read_pairs(THAI / "pairs.heldout.tsv") for side in pair}
     held_out |= {text for row in _records("instructions.heldout.jsonl") for text in row.values()}
     assert not lines & held_out
+
+
+def test_no_held_out_example_stands_inside_a_training_one() -> None:
+    """By the rule that a run leaves text out: half of a held-out text within a longer one."""
+    held_out = [(name, text) for name in ("text", "english") for text in read_documents(THAI / f"{name}.heldout.txt")]
+    held_out += [("pairs", side) for pair in read_pairs(THAI / "pairs.heldout.tsv") for side in pair]
+    held_out += [("asked", text) for row in _records("instructions.heldout.jsonl") for text in row.values()]
+    known = EvaluationTexts(held_out)
+    trained = [*read_documents(THAI / "text.train.txt"), *read_documents(THAI / "english.train.txt")]
+    trained += ["\n".join(pair) for pair in read_pairs(THAI / "pairs.train.tsv")]
+    trained += [row["instruction"] for row in _records("instructions.train.jsonl")]
+    assert [text for text in trained if known.found_in(text)] == []
 
 
 def test_every_training_instruction_has_its_translations() -> None:
