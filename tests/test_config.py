@@ -189,7 +189,7 @@ def _inside(annotation: Any) -> list[type[Section]]:
 
 
 def _read_attributes() -> set[tuple[str, str]]:
-    """(name of the object, attribute) of every attribute that the package reads, the config aside: `a.b.c` is (b, c)."""
+    """(name of the object, attribute) of each attribute that the package reads, the config aside: `a.b.c` is (b, c)."""
     found = set()
     for path in (ROOT / "transllm_jax").rglob("*.py"):
         if path.parent == ROOT / "transllm_jax" / "config":
