@@ -662,3 +662,15 @@ def test_a_run_that_had_finished_reports_its_last_loss(tmp_path, undisturbed):
     run(tmp_path / "pretrain")
     again = run(tmp_path / "pretrain")
     assert again.last_loss == undisturbed[0].last_loss
+
+
+def test_where_all_checkpoints_are_damaged_it_is_refused_each_time(tmp_path: Path) -> None:
+    """The first refusal must leave what makes the second one: a loop that restarts a run is not to begin it anew."""
+    directory = tmp_path / "pretrain"
+    run(directory)
+    for step in ("4", "6"):
+        (directory / "checkpoints" / step / "state" / "_METADATA").write_text("{", encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"6 is damaged .*; .*4 is damaged .*no other is left: run the stage with"):
+            run(directory)
+    assert len(read_rows(directory / "metrics.jsonl")) == STEPS

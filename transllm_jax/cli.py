@@ -76,7 +76,7 @@ def run(
             from transllm_jax.dry_run import show_plan
 
             with Progress() as progress, Interrupt() as interrupt:
-                plan(settings, place, progress, interrupt, show_plan)
+                plan(settings, place, progress, interrupt, show_plan, since=STARTED)
             return
         with Progress() as progress, Interrupt() as interrupt:
             worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force, since=STARTED)

@@ -123,21 +123,29 @@ def run_pipeline(
             return _run(run, inputs, states, until)
 
 
-def plan(config: Config, workdir: Path, progress: Progress, interrupt: Interrupt, show: Callable[[Run], None]) -> None:
+def plan(
+    config: Config,
+    workdir: Path,
+    progress: Progress,
+    interrupt: Interrupt,
+    show: Callable[[Run], None],
+    *,
+    since: float | None = None,
+) -> None:
     """Do what comes before the first training, then let `show` tell of the trainings; raises as `run_pipeline` does."""
     with locked(workdir):
-        run = Run(config, workdir, progress, interrupt)
+        run = Run(config, workdir, progress, interrupt, since=since)
         vocabulary.require_language(run)
         evaluate.require_held_out(run)
         inputs = _all_inputs(run)
         states = {step.name: artifact(workdir, step.name).state(inputs[step.name], step.may_change) for step in STEPS}
         _write_run_file(workdir, config)
         with run.ledger:
-            before = [step for step in STEPS if step.name in ("base", "vocabulary")]
-            for step in before:
-                if states[step.name] != "done":
-                    if step.after:
-                        _check(run, STEPS)
+            for step in STEPS:
+                if step.name == "vocabulary":
+                    # The base is there, and the rest can be looked at.
+                    _check(run, STEPS)
+                if step.name in ("base", "vocabulary") and states[step.name] != "done":
                     with run.ledger.stage(step.name, anew=True):
                         _do(run, step, inputs[step.name], resume=False)
             show(run)

@@ -23,6 +23,12 @@ class Cleaning(Section):
     # The least share of letters that are of the target language's script (of pairs: of the target side).
     min_script_share: Share = 0.0
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Cleaning:
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
+        return self
+
 
 class Source(Section):
     """Text, translation pairs or conversations, in files, or in a dataset of `datasets` or TFDS."""
@@ -59,7 +65,7 @@ class Source(Section):
         if self.format != "text" and self.separator != "blank line":
             raise ValueError("separator is for text; pairs and conversations stand one a line, so remove it")
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):
-            raise ValueError("target_path is for pairs in two files of lines; remove it")
+            raise ValueError("target_path is for pairs in two files of lines; add `format: pairs`, or remove it")
         if self.container in ("datasets", "tfds"):
             if self.target_path is not None:
                 raise ValueError("target_path is for pairs in two files; name both fields")

@@ -31,7 +31,8 @@ class Training(Section):
     # One of the two: optimizer steps, or how often every source is read to its end at least.
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    # Rows of `length` tokens in a step, and the number of micro-batches that they are computed in, one after another.
+    # Rows of `length` tokens in a step, and the number of micro-batches that they are computed in, one after another:
+    # the result is that of the whole batch (LoRA dropout draws for each).
     batch_size: Positive
     accumulate: Positive = 1
     length: Annotated[int, Field(ge=16)]
@@ -53,6 +54,7 @@ class Training(Section):
     checkpoint_every: Positive = 200
     # The newest so many checkpoints are kept, and the best.
     keep_checkpoints: Positive = 2
+    # Each line is of its step alone.
     log_every: Positive = 1
     # What is computed again in the backward pass: nothing, all but the outputs of linear layers, or whole layers. Less
     # memory, more time.
@@ -69,6 +71,8 @@ class Training(Section):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; choose one")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
+        if self.steps is not None and (self.warmup_steps or 0) > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}; lower it")
         if self.schedule != "wsd" and self.decay_ratio != 0.1:
             raise ValueError("decay_ratio is for schedule: wsd; remove it")
         return self

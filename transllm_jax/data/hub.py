@@ -62,6 +62,8 @@ class Dataset:
                     if self.split not in whole:
                         raise UserError(f"{where}: there is no such split; it has {', '.join(whole)}")
                     whole = whole[self.split]
+                elif self.split != "train":
+                    raise UserError(f"{where}: what was saved is one dataset without splits; leave split out")
                 return whole.to_iterable_dataset()
         builder = self.builder()
         with _faults(where):

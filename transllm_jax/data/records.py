@@ -50,7 +50,8 @@ def require(record: Record, name: str, kind: type, place: Place) -> Any:
 
 def missing_field(record: Iterable[str], name: str, place: Place | str) -> UserError:
     """The error for a field that is not among those of a record (or of a table)."""
-    return UserError(f"{place} has no field {name!r} (it has: {', '.join(map(str, record)) or 'none'}): add it")
+    there = ", ".join(map(str, record)) or "none"
+    return UserError(f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there")
 
 
 def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:

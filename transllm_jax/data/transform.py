@@ -105,7 +105,8 @@ class Transform:
         for pair, both in zip(prepared.items, zip(whole[::2], whole[1::2], strict=True), strict=True):
             # Half a translation teaches to stop early: a long one is left out, not cut.
             short = [example for example in both if len(example) <= self.length]
-            counts["longer than a row"] += 2 - len(short)
+            # Pairs, as all else is counted by items, though each direction goes by itself.
+            counts["longer than a row"] += len(short) < 2
             found.append(Made(short, [len("".join(map(str, pair)).encode())] * len(short)))
         return found
 

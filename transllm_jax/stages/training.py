@@ -112,6 +112,14 @@ def check_training(run: Run, name: str) -> None:
             f"{name}.batch_size: {rows} rows at once cannot be cut over {devices} devices; take a multiple of "
             f"{devices * section.accumulate}"
         )
+    # Where it stands, before the manifest takes the new number for the stage's own.
+    saved = (run.workdir / name / "checkpoints").glob("[0-9]*")
+    reached = max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
+    if section.steps is not None and reached > section.steps:
+        raise UserError(
+            f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
+            f"or begin the stage anew with --force {name}"
+        )
     for source in getattr(section, "sources", []):
         run.check(source)
     if section.validation is not None:

@@ -108,6 +108,9 @@ def train(
         state: TrainState = restored or devices.replicate(initial_state(split.trainable, optimizer))
         frozen = devices.replicate(split.frozen)
     first, steps = int(state.step), config.optimizer.steps
+    if done := len(read_rows(directory / "metrics.jsonl")):
+        lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
+        progress.say(f"  goes on from step {first:,}{lost}", markup=False)
     if first > steps:
         raise UserError(
             f"{directory.name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise "
