@@ -1,9 +1,9 @@
-# make demo: the whole method on a real chat model.  make test: the tests.  Both set up .venv on the first call.
+# make demo: the whole method on a real chat model.  make test: the tests.  make test-reliability: minutes of kills.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check clean help
+.PHONY: demo test test-reliability lint check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-reliability: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s tests/test_reliability.py tests/reliability/check_*.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -8,40 +8,33 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from conftest import EXAMPLES
 from reliability.harness import (
     EVERY,
     STEPS,
+    UNTIL,
     Ended,
+    Whole,
     checkpoint,
     command,
     copied,
     environment,
+    goes_on,
     prepare,
+    read_log,
     require_batches,
     require_same,
     results,
     run,
+    undisturbed,
 )
 
 from transllm_jax.training.metrics import read_rows
 
 pytestmark = pytest.mark.reliability
-UNTIL = ("--until", "pretrain")
-
-
-class Whole(NamedTuple):
-    """An undisturbed run of the stage pretrain, and what it began with."""
-
-    config: Path
-    prepared: Path
-    ended: Ended
-    results: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +43,14 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     # A file of its own, so that a test may change it.
     text = here / "text.txt"
     shutil.copy(EXAMPLES / "text.train.txt", text)
-    config, prepared = prepare(here, tiny_model, sources=[{"path": str(text), "limit": 20000}])
-    ended = run(config, copied(prepared, here / "whole"), *UNTIL)
-    assert ended.code == 0, ended.errors
-    return Whole(config, prepared, ended, results(here / "whole", ["pretrain"]))
-
-
-def goes_on(whole: Whole, workdir: Path, *before: Ended) -> None:
-    """The next run of this work directory ends as the undisturbed one."""
-    ended = run(whole.config, workdir, *UNTIL)
-    assert ended.code == 0, ended.errors
-    require_same(results(workdir, ["pretrain"]), whole.results)
-    require_batches([*before, ended], whole.ended)
+    return undisturbed(here, tiny_model, sources=[{"path": str(text), "limit": 20000}])
 
 
 def everything(workdir: Path) -> dict[str, str]:
     """The hash of each file that holds something of value."""
     files = [path for path in workdir.rglob("*") if path.is_file() and path.name not in (".lock", "hashes.json")]
+    # What a save is at work on comes and goes.
+    files = [path for path in files if ".orbax-checkpoint-tmp" not in str(path)]
     return {str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -90,7 +74,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(whole: W
         first.kill()
         first.wait()
     assert (workdir / ".lock").exists()
-    goes_on(whole, workdir)
+    goes_on(whole, workdir, Ended(first.returncode, "", "", read_log(log)))
 
 
 # Signals
@@ -164,36 +148,35 @@ def test_what_may_change_changes(
         assert [row["step"] for row in read_rows(workdir / "pretrain/metrics.jsonl")] == [*range(1, 8), 9, 12]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (["lora.rank=5"], "lora.rank (4 -> 5)"),
-        (["pretrain.learning_rate=0.02"], "pretrain.learning_rate (0.01 -> 0.02)"),
-        (["pretrain.length=32"], "pretrain.length (64 -> 32)"),
-        (["pretrain.batch_size=4"], "pretrain.batch_size (2 -> 4)"),
-        (["seed=2"], "seed (1 -> 2)"),
-        (["vocabulary.size=150"], "vocabulary.size (140 -> 150)"),
-        (["language.code=km", "language.name=Khmer"], "language.code (th -> km)"),
-        ([], "text.txt ("),
-    ],
-    ids=["rank", "learning rate", "length", "batch size", "seed", "tokenizer", "language", "a data file"],
-)
-def test_what_may_not_change_is_refused_by_its_name(
-    whole: Whole, begun: tuple[Path, Ended], tmp_path: Path, change: list[str], named: str
+REFUSED = {
+    "lora.rank (4 -> 5)": ["lora.rank=5"],
+    "pretrain.learning_rate (0.01 -> 0.02)": ["pretrain.learning_rate=0.02"],
+    "pretrain.length (64 -> 32)": ["pretrain.length=32"],
+    "pretrain.batch_size (2 -> 4)": ["pretrain.batch_size=4"],
+    "seed (1 -> 2)": ["seed=2"],
+    "vocabulary.size (140 -> 150)": ["vocabulary.size=150"],
+    "language.code (th -> km)": ["language.code=km", "language.name=Khmer"],
+    "text.txt (": [],
+}
+
+
+def test_what_may_not_change_is_refused_by_its_name_and_nothing_is_lost(
+    whole: Whole, begun: tuple[Path, Ended], tmp_path: Path
 ) -> None:
     workdir = copied(begun[0], tmp_path / "run")
     before = everything(workdir)
     text = whole.config.with_name("text.txt")
     original = text.read_bytes()
-    try:
-        if not change:
-            text.write_bytes(original.replace(b"\n", b" x\n", 1))
-        ended = run(whole.config, workdir, *change, *UNTIL)
-    finally:
-        text.write_bytes(original)
-    assert ended.code == 2, ended.errors
-    assert named in ended.line() and "--force" in ended.line()
-    assert everything(workdir) == before
+    for named, change in REFUSED.items():
+        try:
+            if not change:
+                text.write_bytes(original.replace(b"\n", b" x\n", 1))
+            ended = run(whole.config, workdir, *change, *UNTIL)
+        finally:
+            text.write_bytes(original)
+        assert ended.code == 2, ended.errors
+        assert named in ended.line() and "--force" in ended.line()
+        assert everything(workdir) == before, named
     goes_on(whole, workdir, begun[1])
 
 
@@ -218,9 +201,9 @@ def test_another_layout_of_devices_goes_on(tiny_model: Path, tmp_path: Path) -> 
             for which in ("moved", "one")
         )
         print(f"\n{name} {key}: largest relative difference {np.max(np.abs(found / wanted - 1)):.1e}")
-        # The devices' sums are added in another order: a few units of float32's last place (6e-8) in each step, which
-        # Adam's division by the root of small second moments makes larger in the first steps.
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+        # Sums over a batch are added in another order on other devices: a few units of float32's last place (6e-8) in
+        # each step, and Adam carries them on.
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(whole: Whole, tmp_path: Path) -> None:
@@ -273,5 +256,7 @@ def test_one_loss_that_is_not_finite_is_skipped_and_the_run_goes_on(whole: Whole
     assert rows[6]["loss"] is None and all(rows[step]["loss"] is not None for step in rows.keys() - {6})
     manifest = json.loads((tmp_path / "run/pretrain/manifest.json").read_text(encoding="utf-8"))
     assert manifest["summary"]["skipped"] == 1
-    # Nothing of it got into the state: the step changed nothing but the counters.
-    assert yaml.safe_load(json.dumps(rows[7]["loss"])) != pytest.approx(0)
+    # The step was lost and nothing else: the next losses are close to those of the undisturbed run, a step behind.
+    undisturbed = read_rows(whole.config.with_name("whole") / "pretrain/metrics.jsonl")
+    assert [row["loss"] for row in undisturbed[:5]] == [rows[step]["loss"] for step in range(1, 6)]
+    assert all(abs(rows[row["step"]]["loss"] / row["loss"] - 1) < 0.1 for row in undisturbed[6:])

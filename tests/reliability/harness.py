@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from transllm_jax.training.arrays import load_arrays
 HERE = Path(__file__).parent
 TRAINED = ("pretrain", "translate", "transfer")
 STEPS, EVERY = 12, 2
+UNTIL = ("--until", "pretrain")
 # What follows from config and data alone, of a whole run; the same bytes for every run.
 FILES = (
     *(f"{stage}/{name}.jsonl" for stage in TRAINED for name in ("metrics", "validation", "skipped")),
@@ -120,6 +121,33 @@ def prepare(here: Path, model: Path, **changes: Any) -> tuple[Path, Path]:
     ended = run(config, here / "prepared", "--until", "vocabulary")
     assert ended.code == 0, ended.errors
     return config, here / "prepared"
+
+
+class Whole(NamedTuple):
+    """An undisturbed run of the stage pretrain, and what it began with."""
+
+    config: Path
+    prepared: Path
+    ended: Ended
+    results: dict[str, Any]
+
+
+def undisturbed(here: Path, model: Path, **changes: Any) -> Whole:
+    """Run the stage pretrain with all that comes before it, in `here`; changes: of its config."""
+    config, prepared = prepare(here, model, **changes)
+    ended = run(config, copied(prepared, here / "whole"), *UNTIL)
+    assert ended.code == 0, ended.errors
+    return Whole(config, prepared, ended, results(here / "whole", ["pretrain"]))
+
+
+def goes_on(whole: Whole, workdir: Path, *before: Ended) -> Ended:
+    """The next run of a work directory ends as the undisturbed one; before: the processes that were at work on it."""
+    ended = run(whole.config, workdir, *UNTIL)
+    assert ended.code == 0, ended.errors
+    assert "Traceback" not in ended.errors
+    require_same(results(workdir, ["pretrain"]), whole.results)
+    require_batches([*before, ended], whole.ended)
+    return ended
 
 
 def copied(prepared: Path, to: Path) -> Path:

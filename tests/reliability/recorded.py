@@ -6,8 +6,8 @@ LOG: a line for each event, `KIND DETAIL`, written before the event takes place.
 
 - "kind", "number": at the number-th event of this kind, counted from 1,
 - "do": "kill" (SIGKILL), "term", "int" (the signals), "int twice", "full" (the disk is full from now on: whatever
-  writes fails), "wait" (until the process is killed: the event is never begun), "poison" (the batch gives no finite
-  loss),
+  writes fails), "wait" (until the process is killed: the event is never begun), "poison" (this step's
+  loss is not finite),
 - "after": seconds later, for the signals; a thread sends them whatever the main thread is in.
 
 Kinds:
@@ -49,8 +49,8 @@ class Events:
         self._lock = threading.RLock()
         self.full = self.poison = False
 
-    def happens(self, kind: str, detail: str, *, writes: bool = False) -> None:
-        """Note an event that is about to take place."""
+    def happens(self, kind: str, detail: str, *, writes: bool = False, path: str | None = None) -> None:
+        """Note an event that is about to take place. Raises OSError where it `writes` (to `path`) on a full disk."""
         with self._lock:
             self._counts[kind] += 1
             os.write(self._log, f"{kind} {detail}\n".encode())
@@ -58,7 +58,7 @@ class Events:
             if harm is not None and harm["kind"] == kind and harm["number"] == self._counts[kind]:
                 self._do(harm)
         if writes and self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), detail)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def _do(self, harm: Mapping[str, Any]) -> None:
         os.write(self._log, f"harm {harm['do']} at {harm['kind']} {harm['number']}\n".encode())
@@ -94,9 +94,9 @@ class Events:
             return
         name = os.path.abspath(os.fsdecode(path))
         if name.startswith(self._workdir):
-            name = name.removeprefix(self._workdir)
+            inside = name.removeprefix(self._workdir)
             # Removing needs no space.
-            self.happens(_kind(name), f"{event} {name}", writes=event in ("open", "os.mkdir"))
+            self.happens(_kind(inside), f"{event} {inside}", writes=event in ("open", "os.mkdir"), path=name)
 
 
 def _kind(name: str) -> str:
@@ -151,7 +151,8 @@ def watch(events: Events) -> None:
                 found.update(np.asarray(batch[field]).tobytes())
             events.happens("batch", f"{stages[-1]} {int(state.step)} {found.hexdigest()[:16]}")
             if events.poison:
-                events.poison, batch = False, {**batch, "weights": batch["weights"] * np.float32(np.inf)}
+                first = min(frozen)
+                events.poison, frozen = False, {**frozen, first: frozen[first] * np.float32(np.nan)}
             return step(state, frozen, batch)
 
         return run

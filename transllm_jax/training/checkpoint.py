@@ -8,7 +8,10 @@ on the way is found whatever the layout of devices, and the checkpoint before it
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +38,15 @@ class Checkpoints:
     """Step-numbered checkpoints in one directory: the newest `keep`, and the one with the best (lowest) score."""
 
     def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = lambda message: None) -> None:
+        _hush()
         self._directory, self._say = directory.absolute(), say
         self._scores: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(keep, self._scores),
             create=True,
             enable_async_checkpointing=True,
+            # Otherwise, where a directory cannot be made, threads wait minutes for it before the process can end.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             # What a killed process left half-written.
             cleanup_tmp_directories=True,
         )
@@ -82,7 +88,9 @@ class Checkpoints:
         }
         if score is not None:
             self._scores[step] = score
-        items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave({"arrays": arrays, "score": score})}
+        record: dict[str, Any] = {"arrays": arrays, "score": score}
+        record["sha256"] = _digest(record)
+        items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave(record)}
         with _disk_full(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -92,19 +100,21 @@ class Checkpoints:
         A damaged one is named, put aside, and the one before it is used. Raises UserError when a checkpoint is of
         another shape (another rank or vocabulary), and when all are damaged.
         """
-        damaged: list[str] = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 state = self.read(step, like)
             except _Damaged as error:
-                damaged.append(f"{self._directory}/{step} is damaged ({error})")
-                self._put_aside(step)
+                damaged[step] = f"{self._directory}/{step} is damaged ({error})"
                 continue
-            for message in damaged:
+            for other, message in damaged.items():
+                self._put_aside(other)
                 self._say(f"{message}; it was put aside, step {step} is used")
             return state
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}; no other is left: run the stage with --force to begin it anew")
+            # All stay where they are: the next run must not take the stage for one that has none.
+            said = "; ".join(damaged.values())
+            raise UserError(f"{said}; no other is left: run the stage with --force to begin it anew")
         return None
 
     def read(self, step: int, like: TrainState) -> TrainState:
@@ -155,10 +165,12 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))
             record: dict[str, Any] = restored[_RECORD]
+            written = record.pop("sha256")
         except Exception as error:
             raise _Damaged(_reason(error)) from error
-        if not {"arrays", "score"} <= record.keys():
-            raise _Damaged("its record is not complete")
+        # Before anything is made of it: a shape that was changed is not another configuration, nor a score a better.
+        if written != _digest(record):
+            raise _Damaged("its record differs from what was saved")
         return record
 
     def _put_aside(self, step: int) -> None:
@@ -223,12 +235,30 @@ def _sum(leaf: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(bits * first, dtype=jnp.uint32), jnp.sum(bits * second, dtype=jnp.uint32)])
 
 
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _shape(found: list[Any] | None) -> str:
     return "absent" if found is None else f"{found[1]} {found[0]}"
 
 
 def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _hush() -> None:
+    """Pass over what tensorstore tells of a save or a read that orbax gave up: that nobody waits for its answer."""
+    others = sys.unraisablehook
+    if getattr(others, "__name__", "") == _hush.__name__:
+        return
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            others(unraisable)
+
+    hook.__name__ = _hush.__name__
+    sys.unraisablehook = hook
 
 
 @contextmanager
