@@ -249,7 +249,7 @@ def test_one_loss_that_is_not_finite_is_skipped_and_the_run_goes_on(whole: Whole
     poison = {"kind": "batch", "number": 6, "do": "poison"}
     ended = run(whole.config, copied(whole.prepared, tmp_path / "run"), *UNTIL, harm=poison)
     assert ended.code == 0, ended.errors
-    assert "1 updates skipped, not finite" in ended.out
+    assert "1 update skipped, not finite" in ended.out
     (row,) = read_rows(tmp_path / "run/pretrain/skipped.jsonl")
     assert row["step"] == 6 and row["loss"] in ("nan", "inf")
     rows = {row["step"]: row for row in read_rows(tmp_path / "run/pretrain/metrics.jsonl")}

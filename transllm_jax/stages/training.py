@@ -256,7 +256,7 @@ def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:
         found = {row["step"]: row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")}
         text += f"; best at step {outcome.best}, {found[outcome.best]:.3f} bits a byte"
     if outcome.skipped:
-        text += f"; {outcome.skipped} updates skipped, not finite"
+        text += f"; {outcome.skipped} update{'s' if outcome.skipped > 1 else ''} skipped, not finite"
     epochs = job.batches.epoch(outcome.steps)
     return {
         "text": text,
