@@ -1,68 +1,157 @@
-"""Grouped-query attention and its masks, in the layout [B, heads, T, H]."""
+"""Grouped-query attention and its masks, in the layout [B, heads, T, H].
+
+`attend` is the plain formula under any mask. `attend_causally` is the same for whole rows, with a backward pass of its
+own: it goes through the queries block by block, skips the keys that none of a block sees, and keeps no weights.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from transllm_jax.model.lora import PROJECTION
 
 # Not -inf: a row whose keys are all masked (padding) must stay finite, and its softmax harmless.
 MASKED = -1e30
+# Queries a block, at least, and blocks a row, at most: of n blocks (n + 1) / 2n of the square is computed. Shorter
+# blocks save no more time (at 512 tokens on a CPU, with the backward pass: 0.84 s in one block, 0.55 in two, 0.42 in
+# four, 0.39 in eight), and each is compiled anew.
+BLOCK, MOST_BLOCKS = 128, 8
 
 
 def causal_mask(segment_ids: jax.Array, window: int | None = None) -> jax.Array:
     """[B, T] segment ids (0 is padding) -> bool [B, 1, T, T]: same segment, no later key, the last `window` keys."""
     length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    seen = jnp.tril(jnp.ones((length, length), bool))
-    if window is not None:
-        # Tokens of a segment stand side by side, so places differ as positions do.
-        seen &= ~jnp.tril(seen, -window)
-    # Padding attends to itself, so that no row is empty; nothing real attends to padding.
-    return (same & seen)[:, None]
+    return _seen(segment_ids, _Block(0, length, 0), window)[:, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245).
 
     q [B, N, T, H], k and v [B, K, S, H] with N a multiple of K, mask bool broadcastable to [B, 1, T, S];
-    returns [B, N, T, H]. The softmax is in float32. No gradient reaches the mask.
+    returns [B, N, T, H]. The softmax is in float32.
     """
     batch, heads, length, size = q.shape
     kv_heads = k.shape[1]
     # Query heads that share a key head stand one below the other: one product for all, and k is never repeated.
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, size)
-    return _attend(q, k, v, mask).reshape(batch, heads, length, size)
+    weights = jax.nn.softmax(_scores(q, k, mask), axis=-1)
+    return jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).reshape(batch, heads, length, size)
 
 
-def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax weights, float32 [B, K, N / K * T, S], of q [B, K, N / K * T, H] and k [B, K, S, H]."""
+def attend_causally(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None
+) -> jax.Array:
+    """`attend` under the `causal_mask` of segment ids [B, T]; q [B, N, T, H], k and v [B, K, T, H] -> [B, N, T, H].
+
+    For the backward pass it keeps its inputs and a number a query, where autodiff would keep weights [B, N, T, T].
+    """
+    batch, heads, length, size = q.shape
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], length, size)
+    return _attend_causally(q, k, v, segment_ids, window).reshape(batch, heads, length, size)
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scores, float32 [B, K, G * T, S], of q [B, K, G * T, H] and k [B, K, S, H] under a mask [B, 1, T, S]."""
     scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     apart = scores.reshape(*scores.shape[:2], -1, mask.shape[2], scores.shape[3])
-    return jax.nn.softmax(jnp.where(mask[:, :, None], apart, MASKED), axis=-1).reshape(scores.shape)
+    return jnp.where(mask[:, :, None], apart, MASKED).reshape(scores.shape)
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.einsum("BKTS,BKSH->BKTH", _weights(q, k, mask).astype(v.dtype), v)
+class _Block(NamedTuple):
+    """Queries from `start` to before `stop`, which see no key before `first` and none from `stop` on."""
+
+    start: int
+    stop: int
+    first: int
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """The block's part of x [B, K, G, T, H], as [B, K, G * t, H]."""
+        part = x[:, :, :, self.start : self.stop]
+        return part.reshape(*part.shape[:2], -1, part.shape[-1])
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        """The part of x [B, K, T, H] that the block sees, [B, K, s, H]."""
+        return x[:, :, self.first : self.stop]
+
+    def apart(self, x: jax.Array, groups: int) -> jax.Array:
+        """[B, K, G * t, H] -> [B, K, G, t, H]."""
+        return x.reshape(*x.shape[:2], groups, self.stop - self.start, x.shape[-1])
 
 
-def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+def _blocks(length: int, window: int | None) -> list[_Block]:
+    size = max(BLOCK, -(-length // MOST_BLOCKS))
+    return [
+        _Block(start, min(start + size, length), 0 if window is None else max(0, start - window + 1))
+        for start in range(0, length, size)
+    ]
+
+
+def _seen(segment_ids: jax.Array, block: _Block, window: int | None) -> jax.Array:
+    """Which keys a block's queries see, bool [B, t, s]."""
+    queries, keys = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.first, block.stop)
+    # Padding attends to itself, so that no row is empty; nothing real attends to padding.
+    same = segment_ids[:, block.start : block.stop, None] == segment_ids[:, None, block.first : block.stop]
+    seen = keys <= queries
+    if window is not None:
+        # Tokens of a segment stand side by side, so places differ as positions do.
+        seen &= keys > queries - window
+    return same & seen
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
+    """As `attend_causally`, q and the result [B, K, G, T, H]."""
+    return _forward(q, k, v, segment_ids, window)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    weights = _weights(q, k, mask).astype(v.dtype)
-    # The weights alone are kept, not the scores beside them: half the memory, and less to move.
-    return jnp.einsum("BKTS,BKSH->BKTH", weights, v), (q, k, v, weights)
+    outs, log_sums = [], []
+    for block in _blocks(q.shape[3], window):
+        scores = _scores(block.queries(q), block.keys(k), _seen(segment_ids, block, window)[:, None])
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        values = block.keys(v)
+        out = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        outs.append(block.apart((out / total).astype(v.dtype), q.shape[2]))
+        log_sums.append(block.apart(peak + jnp.log(total), q.shape[2]))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), PROJECTION)
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), PROJECTION)
+    return out, (q, k, v, segment_ids, log_sum)
 
 
-def _attend_backward(residuals: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights = residuals
-    to_v = jnp.einsum("BKTS,BKTH->BKSH", weights, g)
-    slope = jnp.einsum("BKTH,BKSH->BKTS", g, v, preferred_element_type=jnp.float32)
-    full = weights.astype(jnp.float32)
-    # The softmax's derivative; a masked score has weight 0, so nothing flows through it.
-    slope = full * (slope - jnp.sum(full * slope, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
-    slope = slope.astype(q.dtype)
-    return jnp.einsum("BKTS,BKSH->BKTH", slope, k), jnp.einsum("BKTS,BKTH->BKSH", slope, q), to_v, None
+def _backward(
+    window: int | None, residuals: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segment_ids, log_sum = residuals
+    to_q = []
+    # float32: a key's gradient is a sum over blocks.
+    to_k, to_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for block in _blocks(q.shape[3], window):
+        queries, keys, slopes = block.queries(q), block.keys(k), block.queries(g)
+        scores = _scores(queries, keys, _seen(segment_ids, block, window)[:, None])
+        weights = jnp.exp(scores - block.queries(log_sum))
+        to_weights = jnp.einsum("BKTH,BKSH->BKTS", slopes, block.keys(v), preferred_element_type=jnp.float32)
+        # The softmax's derivative; a masked score has weight 0, so nothing flows through it.
+        to_scores = weights * (to_weights - jnp.sum(weights * to_weights, axis=-1, keepdims=True))
+        to_scores = (to_scores * q.shape[-1] ** -0.5).astype(q.dtype)
+        to_q.append(block.apart(jnp.einsum("BKTS,BKSH->BKTH", to_scores, keys), q.shape[2]))
+        seen = (slice(None), slice(None), slice(block.first, block.stop))
+        to_k = to_k.at[seen].add(_by_key(to_scores, queries))
+        to_v = to_v.at[seen].add(_by_key(weights.astype(v.dtype), slopes))
+    return jnp.concatenate(to_q, axis=3), to_k.astype(k.dtype), to_v.astype(v.dtype), None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+def _by_key(left: jax.Array, right: jax.Array) -> jax.Array:
+    """[B, K, G * t, s] and [B, K, G * t, H] -> float32 [B, K, s, H]."""
+    return jnp.einsum("BKTS,BKTH->BKSH", left, right, preferred_element_type=jnp.float32)
+
+
+_attend_causally.defvjp(_forward, _backward)

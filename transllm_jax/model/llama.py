@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transllm_jax.model.attention import attend, causal_mask
+from transllm_jax.model.attention import attend_causally
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import PROJECTION, LoraConfig, LoRALinear, project
 from transllm_jax.model.rope import rotary_angles, rotate
@@ -22,8 +22,8 @@ from transllm_jax.model.vocabulary import Padding, Vocabulary
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# What the backward pass computes again: nothing; each layer; each layer but the outputs of its linear layers, so norms,
-# rotations, softmax and SwiGLU, which cost little beside them.
+# What the backward pass computes again: nothing; each layer; each layer but the outputs of its linear layers and of
+# attention, so norms, rotations and SwiGLU, which cost little beside them.
 Remat = Literal["none", "full", "projections"]
 
 
@@ -207,12 +207,14 @@ class Llama(nnx.Module):
         """
         x = self.vocabulary.embed(tokens, adapters=adapters)
         angles = self.angles(positions)
-        mask = causal_mask(segment_ids, self.config.sliding_window)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attend_causally(q, k, v, segment_ids, self.config.sliding_window), None
 
         def layer(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, index = inputs
             key = None if dropout is None else jax.random.fold_in(dropout, index)
-            return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), None), adapters=adapters, dropout=key)
+            return block(x, angles, attend, adapters=adapters, dropout=key)
 
         x, _ = jax.lax.scan(_recomputed(layer, remat), x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
         return self.final_norm(x)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-# What a linear layer gives, by a name that rematerialisation can keep it by.
+# What a linear layer gives, and attention, by a name that rematerialisation can keep it by.
 PROJECTION = "projection"
 
 
