@@ -464,7 +464,8 @@ def test_what_each_remat_computes_again() -> None:
     projections = [shape for shape in none if shape[0] == ROWS * LENGTH]
     assert len(projections) > 20
     assert [shape for shape in some if shape[0] == ROWS * LENGTH] == projections
-    assert len(some) == len(none) + 2, "the scores of attention, and its output, which is the input of a linear layer"
+    # Attention keeps no weights: its own backward pass makes them again, whatever else is kept.
+    assert len(some) == len(none)
     assert len(full) > len(none) + 10
 
 
