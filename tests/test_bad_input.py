@@ -59,13 +59,17 @@ def holds(message: str, *words: str) -> None:
         assert word in message, f"{word!r} is not in: {message}"
 
 
+# What each run writes anew.
+KEPT_ANEW = (".lock", "run.yaml", "versions.json", "ledger.jsonl", "hashes.json")
+
+
 def contents(workdir: Path) -> dict[Path, str]:
     """The hash of every file that a step made. What each run keeps account of is rewritten by each."""
     files = [path for path in workdir.rglob("*") if path.is_file()]
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.relative_to(workdir).as_posix() not in (".lock", "run.yaml", "versions.json", "ledger.jsonl", "hashes.json")
+        if path.relative_to(workdir).as_posix() not in KEPT_ANEW
     }
 
 
