@@ -23,8 +23,9 @@ from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.devices import Devices
-from transllm_jax.training.optimizer import make_optimizer, schedule
-from transllm_jax.training.step import initial_state, make_step
+from transllm_jax.training.loop import step_of
+from transllm_jax.training.optimizer import make_optimizer
+from transllm_jax.training.step import initial_state
 
 STAGES = {"pretrain": pretrain, "translate": translate, "transfer": transfer}
 # Rows that are shown of each stage, the characters of each, and the steps that are timed.
@@ -121,18 +122,7 @@ def measure(job: Job) -> Cost:
     """Compile the step for a real batch, and time it."""
     devices, config = Devices(), job.config
     optimizer = make_optimizer(config.optimizer)
-    step = make_step(
-        job.split.structure,
-        optimizer,
-        schedule(config.optimizer),
-        seed=config.seed,
-        dropout=config.dropout,
-        remat=config.remat,
-        accumulate=config.accumulate,
-        z_loss=config.z_loss,
-        sources=len(config.sources),
-        parts=devices.parts,
-    )
+    step = step_of(config, job.split.structure, devices)
     state = devices.replicate(initial_state(job.split.trainable, optimizer))
     frozen, batch = devices.replicate(job.split.frozen), devices.cut(job.batches[0])
     compiled: Any = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]

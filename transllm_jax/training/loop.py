@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from transllm_jax.data.batches import Ahead, Batch
 from transllm_jax.errors import Preempted, UserError
@@ -22,7 +22,7 @@ from transllm_jax.training.ledger import Ledger
 from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.reporting import Reporter, Speed
-from transllm_jax.training.step import TrainState, initial_state, make_step
+from transllm_jax.training.step import Step, TrainState, initial_state, make_step
 
 
 class BatchSource(Protocol):
@@ -77,6 +77,22 @@ class Outcome:
     last_loss: float = field(default=math.nan)
 
 
+def step_of(config: LoopConfig, structure: Any, devices: Devices) -> Step:
+    """The step that the loop runs, for a model of this structure."""
+    return make_step(
+        structure,
+        make_optimizer(config.optimizer),
+        schedule(config.optimizer),
+        seed=config.seed,
+        dropout=config.dropout,
+        remat=config.remat,
+        accumulate=config.accumulate,
+        z_loss=config.z_loss,
+        sources=len(config.sources),
+        parts=devices.parts,
+    )
+
+
 def train(
     split: Split,
     batches: BatchSource,
@@ -117,18 +133,7 @@ def train(
             f"{directory.name}.steps, or begin the stage anew with --force {directory.name}"
         )
     ledger.mark(first)
-    step = make_step(
-        split.structure,
-        optimizer,
-        rate,
-        seed=config.seed,
-        dropout=config.dropout,
-        remat=config.remat,
-        accumulate=config.accumulate,
-        z_loss=config.z_loss,
-        sources=len(config.sources),
-        parts=devices.parts,
-    )
+    step = step_of(config, split.structure, devices)
     bar = progress.task(directory.name, total=steps, done=first, unit="step")
     reporter = Reporter(
         directory,
