@@ -128,7 +128,10 @@ def test_full_fine_tuning_has_no_adapters() -> None:
         (["pretrain.validation={source: {path: a}}"], "pretrain.validation.every: missing"),
         (["pretrain.validation={source: {path: a}, evry: 2}"], "did you mean 'every'?"),
         (["pretrain.validation={every: 2, source: {path: a, tokens: 3}}"], "tokens means nothing here"),
-        (["transfer.chains=0", "transfer.english=0", "transfer.translations=0"], "nothing is left to train on"),
+        (
+            ["transfer.chains=0", "transfer.english=0", "transfer.translations=0", "transfer.sources=[]"],
+            "nothing is left to train on",
+        ),
         (["transfer.sources=[{path: a.jsonl, format: conversations}]"], "each of the sources needs a weight"),
         (["pretrain.sources=[{path: a, fields: [a, b]}]"], "text has 0 or 1 fields, not 2"),
         (["pretrain.sources=[{path: a, target_path: b}]"], "target_path is for pairs in two files"),
