@@ -176,15 +176,17 @@ def check_no_special(
     """
     places = texts.places if isinstance(texts, Loaded) else None
     for index, item in enumerate(texts):
-        for text in texts_of(item):
-            special = find_special(text)
-            if special is None:
-                continue
-            if places is not None:
-                place = places[index]
-                # a document runs over several lines; records and pairs stand on one
-                below = text[: text.find(special)].count("\n") if isinstance(item, str) else 0
-                at = str(Place(place.path, place.line + below))
-            else:
-                at = f"{where or 'the data'}, item {index + 1}"
-            raise UserError(f"{at} contains the special token {special}: remove it or write it in another way")
+        at = f"{where or 'the data'}, item {index + 1}" if places is None else places[index]
+        refuse_special(item, find_special, at)
+
+
+def refuse_special(item: Any, find_special: Callable[[str], str | None], at: Place | str) -> None:
+    """`check_no_special` of one item, which stands at this place."""
+    for text in texts_of(item):
+        special = find_special(text)
+        if special is None:
+            continue
+        if isinstance(at, Place) and at.unit == "line" and isinstance(item, str):
+            # A document runs over several lines; records and pairs stand on one.
+            at = at._replace(line=at.line + text[: text.find(special)].count("\n"))
+        raise UserError(f"{at} contains the special token {special}: remove it or write it in another way")

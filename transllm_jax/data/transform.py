@@ -20,7 +20,7 @@ from transllm_jax.data.examples import Example, conversation_example, pair_texts
 from transllm_jax.data.files import Place
 from transllm_jax.data.near_duplicates import exact_key, signature
 from transllm_jax.data.shards import Content, Item
-from transllm_jax.errors import UserError
+from transllm_jax.data.sources import refuse_special
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -136,10 +136,8 @@ class Transform:
 
 def refuse_specials(item: Item, place: Place, tokenizer: Tokenizer, markers: Markers) -> None:
     """Refuse a special token or marker inside user data. Raises UserError with file and line."""
-    text = text_of(item)
-    found = tokenizer.find_special(text) or next((m for m in markers.in_order() if m in text), None)
-    if found is not None:
-        # A document runs over several lines; other items stand on one.
-        below = text[: text.find(found)].count("\n") if isinstance(item, str) else 0
-        where = place._replace(line=place.line + below) if place.unit == "line" else place
-        raise UserError(f"{where} contains the special token {found}: remove it or write it in another way")
+
+    def find_special(text: str) -> str | None:
+        return tokenizer.find_special(text) or next((m for m in markers.in_order() if m in text), None)
+
+    refuse_special(item, find_special, place)

@@ -22,7 +22,7 @@ from transllm_jax.data.cleaning import text_of
 from transllm_jax.data.contamination import EvaluationTexts
 from transllm_jax.data.files import Collector, Loaded, Place, resolve, texts_of
 from transllm_jax.data.shards import Item, Reading, Shard, shards
-from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.data.sources import check_no_special, read_jsonl, refuse_special
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.interrupt import Interrupt
@@ -177,14 +177,8 @@ class Run:
             return
         characters = 0
         for item, place in self.items(source, Collector(source.controls)):
-            for text in texts_of(item):
-                characters += len(text)
-                if found := self.find_special(text):
-                    line = place.line + (text[: text.find(found)].count("\n") if isinstance(item, str) else 0)
-                    raise UserError(
-                        f"{Place(place.path, line)} contains the special token {found}: remove it or write it in "
-                        "another way"
-                    )
+            refuse_special(item, self.find_special, place)
+            characters += sum(map(len, texts_of(item)))
             if characters > CHECKED:
                 break
         self._checked.add(repr(known))
