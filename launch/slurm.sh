@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=transllm
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:TERM@120
+# One process a node under SLURM. SIGTERM, two minutes before the time limit, reaches the run: it saves and ends with 75,
+# and the job goes back into the queue.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: sbatch --nodes=N [--gpus-per-node=G | --cpus-per-task=C] [--time=T] slurm.sh --config FILE --workdir DIR
+              [--max-restarts N] [key=value ...]
+       slurm.sh --dry-run --config FILE --workdir DIR [key=value ...]
+
+Runs `transllm run` as one process a node. DIR is on a file system that all nodes share, or gs://bucket/path. By the exit
+code: 0 done; 2 the input is wrong, the job ends; 75 preempted, the job is requeued; any other is run again in the same
+allocation at most N times (default 3). A job that loses a node is requeued by SLURM itself (--requeue).
+To end a job for good: scancel JOB.
+
+  --max-restarts N   restarts after a failure in one allocation (3)
+  --dry-run          print the directives and the commands and run none
+TEXT
+}
+
+fail() {
+  echo "slurm.sh: $*" >&2
+  exit 2
+}
+
+quote() { # shell-quoted, and left alone where that needs no quotes
+  case $1 in
+    '' | *[!A-Za-z0-9_./:=@,%+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+show() {
+  local word line=''
+  for word in "$@"; do line+="$(quote "$word") "; done
+  echo "${line% }"
+}
+
+config='' workdir='' max_restarts=3 dry_run=''
+overrides=()
+while (($#)); do
+  case $1 in
+    --help | -h) usage && exit 0 ;;
+    --dry-run) dry_run=yes && shift ;;
+    --config | --workdir | --max-restarts)
+      (($# > 1)) || fail "$1 needs a value"
+      case $1 in
+        --config) config=$2 ;;
+        --workdir) workdir=$2 ;;
+        --max-restarts) max_restarts=$2 ;;
+      esac
+      shift 2
+      ;;
+    -*) fail "unknown option '$1'; see slurm.sh --help" ;;
+    *=*) overrides+=("$1") && shift ;;
+    *) fail "'$1' is no option and no key=value; see slurm.sh --help" ;;
+  esac
+done
+[[ -n $config ]] || fail "--config is missing"
+[[ -n $workdir ]] || fail "--workdir is missing"
+[[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max-restarts is a number, not '$max_restarts'"
+
+job=${SLURM_JOB_ID:-}
+nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
+# A task that ends takes no other with it: the others may still be writing their part of a checkpoint, and they stop by
+# themselves. --wait is for one that does not.
+command=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300)
+# Since SLURM 22.05 a step doesn't inherit this from the job.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+command+=(transllm run "$config" ${overrides[@]+"${overrides[@]}"} --workdir "$workdir" --distributed auto)
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
+  # Under SLURM jax takes one device a process where it isn't told otherwise.
+  export JAX_LOCAL_DEVICE_IDS=0
+  for ((i = 1; i < gpus; i++)); do JAX_LOCAL_DEVICE_IDS+=",$i"; done
+fi
+
+if [[ -n $dry_run ]]; then
+  grep '^#SBATCH ' "$0"
+  [[ -z ${JAX_LOCAL_DEVICE_IDS:-} ]] || echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"
+  show "${command[@]}"
+  echo "# after exit code 75:"
+  show scontrol requeue Incomplete "${job:-JOB}"
+  exit 0
+fi
+[[ -n $job ]] || fail "this is no SLURM job; submit it: sbatch --nodes=N launch/slurm.sh --config FILE --workdir DIR"
+for tool in srun scontrol transllm; do
+  command -v "$tool" >/dev/null || fail "$tool is missing; put it on PATH before sbatch"
+done
+
+child='' stopping='' interrupted=''
+stop() {
+  stopping=yes interrupted=yes
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true # srun passes it on to every task
+}
+trap stop TERM
+
+requeue() {
+  # `Incomplete` leaves a job alone that was cancelled meanwhile.
+  echo "slurm.sh: the run ended with $1; requeue job $job"
+  scontrol requeue Incomplete "$job" || echo "slurm.sh: job $job was not requeued; submit it again to go on" >&2
+  exit "$1"
+}
+
+for ((failures = 0; ; )); do
+  "${command[@]}" &
+  child=$!
+  [[ -z $stopping ]] || stop
+  while :; do # again where the signal interrupted it
+    interrupted='' code=0
+    wait "$child" || code=$?
+    [[ -n $interrupted ]] || break
+  done
+  child=''
+  case $code in
+    0 | 2) exit "$code" ;;
+    75) requeue 75 ;;
+  esac
+  # Killed while it was stopping: it goes on from its last checkpoint.
+  [[ -z $stopping ]] || requeue "$code"
+  failures=$((failures + 1))
+  echo "slurm.sh: the run failed with exit code $code ($failures of at most $((max_restarts + 1)))" >&2
+  ((failures <= max_restarts)) || exit "$code"
+done
