@@ -1,0 +1,127 @@
+"""Several real processes of one run on this machine, for tests: started together, some killed, all waited for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Ended(NamedTuple):
+    """How a process ended. `seconds`: when, after the start of all; `after`: after the last kill, or None."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    after: float | None
+
+    def lines(self) -> list[str]:
+        """What it wrote on stderr, without gloo's greeting and the warnings of jax's own log; its errors are in it."""
+        return [line for line in self.err.splitlines() if line and not re.match(r"\[Gloo\] Rank|[WI]\d{4} ", line)]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A signal to process `number`, `when` seconds after the start, or as soon as its stdout holds a text."""
+
+    number: int
+    when: float | str
+    signal: int = signal.SIGKILL
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def run_processes(
+    count: int,
+    command: str | Sequence[str] | Callable[[int], str | Sequence[str]],
+    *,
+    devices: int = 1,
+    env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None = None,
+    kills: Sequence[Kill] = (),
+    timeout: float = 90,
+    cwd: Path = ROOT,
+    start: Sequence[int] | None = None,
+) -> list[Ended]:
+    """Starts `count` processes on the CPU that are one run, by the environment, and waits for them.
+
+    `command`: Python code, or arguments of the interpreter, such as ["-m", "transllm_jax.cli", "run", ...]; of each
+    process its own, if it is a function of the number. `devices`: virtual devices of each. `env`: added to this
+    process's environment. `start`: the numbers of those that are started (all). What still runs after `timeout` seconds
+    fails the test, with what all have written.
+    """
+    numbers = list(range(count)) if start is None else list(start)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as place:
+        files = {n: (Path(place) / f"{n}.out", Path(place) / f"{n}.err") for n in numbers}
+        running: dict[int, subprocess.Popen[bytes]] = {}
+        ended: dict[int, tuple[int, float]] = {}
+        waiting, killed = list(kills), None
+        begin = time.monotonic()
+        try:
+            for number in numbers:
+                given = command(number) if callable(command) else command
+                added = (env(number) if callable(env) else env) or {}
+                out, err = files[number]
+                with out.open("wb") as to_out, err.open("wb") as to_err:
+                    running[number] = subprocess.Popen(
+                        [sys.executable, *(["-u", "-c", given] if isinstance(given, str) else given)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=to_out,
+                        stderr=to_err,
+                        cwd=cwd,
+                        env={**os.environ, **place_of(number, count, port, devices), **added},
+                    )
+            while running:
+                now = time.monotonic() - begin
+                for kill in list(waiting):
+                    seen = files[kill.number][0].read_text(errors="replace") if isinstance(kill.when, str) else ""
+                    if kill.when in seen if isinstance(kill.when, str) else now >= kill.when:
+                        waiting.remove(kill)
+                        if kill.number in running:
+                            running[kill.number].send_signal(kill.signal)
+                            killed = time.monotonic() - begin
+                for number, process in list(running.items()):
+                    if (code := process.poll()) is not None:
+                        ended[number] = code, time.monotonic() - begin
+                        del running[number]
+                if running and now > timeout:
+                    said = {n: [file.read_text(errors="replace")[-2000:] for file in files[n]] for n in numbers}
+                    raise AssertionError(f"processes {sorted(running)} still run after {timeout} s: {said}")
+                time.sleep(0.01)
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+        texts = {n: [file.read_text(errors="replace") for file in files[n]] for n in numbers}
+    return [
+        Ended(ended[n][0], texts[n][0], texts[n][1], ended[n][1], None if killed is None else ended[n][1] - killed)
+        for n in numbers
+    ]
+
+
+def place_of(number: int, count: int, port: int, devices: int) -> dict[str, str]:
+    """The environment of one of the processes."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+        "TRANSLLM_COORDINATOR": f"127.0.0.1:{port}",
+        "TRANSLLM_PROCESSES": str(count),
+        "TRANSLLM_PROCESS": str(number),
+    }

@@ -1,0 +1,47 @@
+"""From the sizes that a config names to a mesh of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from transllm_jax.errors import UserError
+from transllm_jax.model.layout import AXES, Attention, Layout
+
+
+def mesh_shape(devices: int, data: int | None, fsdp: int | None, tensor: int) -> tuple[int, int, int]:
+    """Sizes of the axes data, fsdp and tensor for so many devices; what is None takes what is left, fsdp first.
+
+    Raises UserError for sizes whose product is not the number of devices.
+    """
+    left, rest = divmod(devices, (data or 1) * (fsdp or 1) * tensor)
+    if fsdp is None:
+        fsdp, left = left, 1
+    elif data is None:
+        data, left = left, 1
+    if rest or left != 1 or not fsdp or data == 0:
+        given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        said = ", ".join(f"{name}={size}" for name, size in given.items() if size)
+        raise UserError(f"mesh: {said} does not make {devices} devices; choose sizes whose product is {devices}")
+    return data or 1, fsdp, tensor
+
+
+def make_layout(
+    shape: tuple[int, int, int], attention: Attention = "auto", devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """The layout for a mesh of this shape, on all devices of the run or those given; on one device there is no mesh.
+
+    Devices that talk most are neighbours: the mesh's last axes are laid along a TPU's torus first.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) == 1:
+        only = devices[0]
+        # A device that is not here is one that a program is compiled for.
+        mesh = None if only in jax.devices() else Mesh(np.array([[[only]]]), AXES)
+        return Layout(mesh, attention=attention)
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Layout(Mesh(laid, AXES), attention=attention)
