@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,30 @@ def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarra
     if bad:
         raise not_finite(model.where, bad)
     return weights
+
+
+def read_parts(model: Opened, path: str, parts: Sequence[tuple[slice, ...]], dtype: DTypeLike) -> list[np.ndarray]:
+    """Parts of one of our weights, as `transllm_jax.model.layout.Reader` gives them: each of its tensors is read once.
+
+    A part has a slice without step for each dimension; that of layers is whole. Memory is the parts plus one tensor.
+    Raises UserError that lists the weight's tensors with values that are NaN or infinite.
+    """
+    shape = weight_shapes(model.config)[path]
+    found = [np.empty([len(range(*p.indices(n))) for p, n in zip(part, shape, strict=True)], dtype) for part in parts]
+    bad: dict[str, int] = {}
+    for tensor in (tensor for tensor in tensors(model.config) if tensor.path == path):
+        array = model.read(tensor)
+        if count := count_not_finite(array):
+            bad[tensor.name] = count
+        array = array.T if tensor.transposed else array
+        for part, target in zip(parts, found, strict=True):
+            if tensor.layer is None:
+                target[...] = array[part]
+            else:
+                target[tensor.layer] = array[part[1:]]
+    if bad:
+        raise not_finite(model.where, bad)
+    return found
 
 
 def require_all_finite(model: Opened, advance: Callable[[int], None] | None = None) -> None:

@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,38 +27,24 @@ from numpy.typing import DTypeLike
 
 from conversion.directories import read_json, write_json
 from conversion.hf import not_finite, read_config
-from conversion.names import KERNELS, Tensor, tensors, weight_shapes
+from conversion.names import Tensor, tensors, weight_shapes
 from conversion.opened import Opened
 from conversion.safetensors_io import DTYPES, count_not_finite, widest
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.layout import AXES, partition
 
 MANIFEST = "weights.json"
 WEIGHTS = "weights"
 FORMAT = "transllm-jax weights"
 VERSION = 1
-AXES = ("data", "fsdp", "tensor")
 # Without a mesh a vocabulary's table, the one weight that is not stacked by layer and large, is cut by rows.
 MAX_CHUNK_BYTES = 128 * 2**20
 # Behind each chunk's values: a flipped bit is found when the chunk is read.
 CHECKSUM_BYTES = 4
 
 _TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
-# The layers whose input is what a layer cut by `tensor` gave out: they are cut the other way round.
-_ROW_CUT = {"blocks.attention.o", "blocks.mlp.down"}
 _DAMAGED = "convert or copy the checkpoint again"
-
-
-def partition(path: str) -> tuple[str | None, ...]:
-    """The mesh axis that cuts each dimension of a weight, as `jax.sharding.PartitionSpec` takes it; () for none.
-
-    Kernels `[L, in, out]`: `in` by fsdp and `out` by tensor; of o and down the reverse. Vocabulary tables `[V, D]`: V
-    by tensor, D by fsdp. Norms and biases are whole on each device.
-    """
-    layer, _, kind = path.rpartition(".")
-    if kind == "kernel" and layer in KERNELS:
-        return (None, "tensor", "fsdp") if layer in _ROW_CUT else (None, "fsdp", "tensor")
-    return ("tensor", "fsdp") if layer == "vocabulary" else ()
 
 
 @dataclass(frozen=True)
@@ -191,8 +177,7 @@ def _plan(source: Opened, mesh: Mapping[str, int] | None) -> dict[str, Layout]:
         # Kernels, norms and biases are stacked on axis 0; what is not is a table, or the last norm.
         chunks = (1, *shape[1:]) if path.startswith("blocks.") else shape
         if mesh is not None:
-            axes = partition(path)
-            sizes = [mesh.get(axis, 1) if axis else 1 for axis in axes] + [1] * (len(shape) - len(axes))
+            sizes = [_size(mesh, axes) for axes in partition(path)]
             chunks = tuple(chunk // size for chunk, size in zip(chunks, sizes, strict=True))
         elif path.startswith("vocabulary."):
             row = math.prod(shape[1:]) * dtype.itemsize
@@ -203,6 +188,10 @@ def _plan(source: Opened, mesh: Mapping[str, int] | None) -> dict[str, Layout]:
     return layouts
 
 
+def _size(mesh: Mapping[str, int], axes: Iterable[str]) -> int:
+    return math.prod(mesh.get(axis, 1) for axis in axes)
+
+
 def _require_mesh(mesh: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
     text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     wrong = [f"{axis}={size}" for axis, size in mesh.items() if axis not in AXES or type(size) is not int or size < 1]
@@ -211,10 +200,11 @@ def _require_mesh(mesh: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
             f"the mesh {text} has {', '.join(wrong)}; its axes are {', '.join(AXES)}, each a whole number above 0"
         )
     wrong = [
-        f"dimension {dimension} of {path}, {shapes[path][dimension]}, by {axis}={mesh.get(axis, 1)}"
+        f"dimension {dimension} of {path}, {shapes[path][dimension]}, by "
+        f"{','.join(f'{axis}={mesh.get(axis, 1)}' for axis in axes)}"
         for path in shapes
-        for dimension, axis in enumerate(partition(path))
-        if axis is not None and shapes[path][dimension] % mesh.get(axis, 1)
+        for dimension, axes in enumerate(partition(path))
+        if shapes[path][dimension] % _size(mesh, axes)
     ]
     if wrong:
         raise UserError(f"the mesh {text} does not divide {'; '.join(wrong)}; choose other sizes")

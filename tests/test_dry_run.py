@@ -26,7 +26,7 @@ from transllm_jax.stages import pretrain, transfer, translate
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, Part, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.devices import Devices
+from transllm_jax.training.placement import Placement
 
 EPOCHS = 0.1
 STAGES = ("pretrain", "translate", "transfer")
@@ -171,7 +171,7 @@ def test_the_memory_and_the_time_of_a_step(planned: Planned) -> None:
 
 
 def test_a_step_that_does_not_fit_is_not_tried(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Devices, "free_memory", lambda _: 0)
+    monkeypatch.setattr(Placement, "free_memory", lambda _: 0)
     cost = measure(planned.job("pretrain"))
     assert cost.seconds is None and cost.temporary > 0
 

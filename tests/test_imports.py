@@ -70,14 +70,21 @@ ALLOWED = {
     "model": BOTTOM,
     "tokenizer": BOTTOM,
     "data": BOTTOM | {"tokenizer"},
-    "training": COMMON | TOOLS,
+    # `distributed.mesh` makes the layout of a model.
+    "distributed": BOTTOM | {"model"},
+    "storage": BOTTOM | {"artifacts"},
+    "site": BOTTOM | {"artifacts", "distributed", "storage"},
+    "training": COMMON | TOOLS | {"distributed"},
     "generation": COMMON | TOOLS,
     "evaluation": COMMON | TOOLS | {"training", "generation"},
-    "stages": COMMON | TOOLS | {"artifacts", "training", "generation", "evaluation", "conversion"},
-    "pipeline": COMMON | {"artifacts", "stages"},
-    "status": {"errors", "artifacts", "pipeline", "training", "evaluation"},
-    "dry_run": COMMON | TOOLS | {"stages", "training"},
-    "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion"},
+    "stages": COMMON
+    | TOOLS
+    | {"artifacts", "training", "generation", "evaluation", "conversion", "distributed", "site"},
+    "preflight": COMMON | TOOLS | {"stages", "training", "generation", "distributed", "conversion"},
+    "pipeline": COMMON | {"artifacts", "stages", "site", "training"},
+    "status": {"errors", "artifacts", "pipeline", "training", "evaluation", "storage"},
+    "dry_run": COMMON | TOOLS | {"stages", "training", "distributed"},
+    "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion", "storage"},
     "sizes": BOTTOM,
     "open_tokenizer": BOTTOM | {"tokenizer", "conversion"},
     "tokenizer_commands": COMMON | TOOLS | {"artifacts", "evaluation", "open_tokenizer", "conversion"},
@@ -86,9 +93,10 @@ ALLOWED = {
     # The commands bring the parts together, and show the report's table.
     "cli": COMMON
     | {"artifacts", "pipeline", "dry_run", "status", "chat", "generation", "evaluation", "conversion"}
-    | {"cli_convert", "cli_tokenizer"},
+    | {"cli_convert", "cli_preflight", "cli_tokenizer", "distributed", "storage", "site"},
     "cli_convert": COMMON | {"convert", "cli_working"},
     "cli_tokenizer": COMMON | {"tokenizer_commands", "sizes", "cli_working"},
+    "cli_preflight": COMMON | {"preflight"},
     "cli_working": COMMON,
     # `from transllm_jax import __version__`
     "": set(),
@@ -130,7 +138,7 @@ def test_conversion_imports_model_tokenizer_and_errors_only() -> None:
 
 
 def test_a_stage_never_imports_another_stage() -> None:
-    shared = ("transllm_jax.stages.run", "transllm_jax.stages.sources", "transllm_jax.stages.training")
+    shared = tuple(f"transllm_jax.stages.{name}" for name in ("run", "sources", "trained", "training"))
     stages = [module for module in MODULES if within(module, ["transllm_jax.stages"])]
     wrong = [
         f"{module} imports {name}"
@@ -174,9 +182,13 @@ DOORS = {
     "tensorstore": {"conversion.store"},
     "gguf": {"conversion.gguf_header", "conversion.gguf_weights"},
     "huggingface_hub": {"conversion.fetch"},
+    "fsspec": {"transllm_jax.storage"},
+    "etils": {"transllm_jax.storage"},
     "flax": {"transllm_jax.model"},
     "jax": {
         "transllm_jax.model",
+        "transllm_jax.distributed",
+        "transllm_jax.preflight",
         "transllm_jax.training",
         "transllm_jax.generation",
         "transllm_jax.evaluation.likelihood",
@@ -190,7 +202,13 @@ DOORS = {
     "sacrebleu": {"transllm_jax.evaluation.point"},
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
-    "typer": {"transllm_jax.cli", "transllm_jax.cli_convert", "transllm_jax.cli_tokenizer", "transllm_jax.cli_working"},
+    "typer": {
+        "transllm_jax.cli",
+        "transllm_jax.cli_convert",
+        "transllm_jax.cli_preflight",
+        "transllm_jax.cli_tokenizer",
+        "transllm_jax.cli_working",
+    },
     "babel": {"transllm_jax.tokenizer.scripts"},
     "fontTools": {"transllm_jax.tokenizer.scripts"},
     "torch": set(),

@@ -579,8 +579,9 @@ def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
         return jax.jit(jax.value_and_grad(loss)).lower(trainable).compile()
 
     programs = [compiled(remat) for remat in get_args(Remat)]
-    keeping, recomputing, some = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    keeping, recomputing, some, *fewer = (program.memory_analysis().temp_size_in_bytes for program in programs)
     assert recomputing < 0.8 * some < 0.8 * 0.8 * keeping
+    assert all(recomputing < kept < some for kept in fewer)
     (loss, gradient), *others = (program(trainable) for program in programs)
     for again, recomputed in others:
         assert np.allclose(loss, again, rtol=1e-6)
@@ -592,7 +593,8 @@ def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
 
 def test_what_remat_does_not_know_is_refused() -> None:
     split = trained_split(tiny_config(VOCAB))
-    with pytest.raises(ValueError, match="remat is True; it must be one of none, full, projections"):
+    known = ", ".join(get_args(Remat))
+    with pytest.raises(ValueError, match=f"^remat is True; it must be one of {known}$"):
         summed_loss(*split, training_batch(VOCAB + NEW), remat=True)  # type: ignore[arg-type]
 
 
@@ -619,7 +621,7 @@ def test_dropout_takes_a_key() -> None:
 def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
     """A linear layer that holds the given kernel, a and b."""
     shapes = parts["kernel"].shape
-    structure, _ = nnx.split(LoRALinear(*shapes, lora, rngs=nnx.Rngs(0)))
+    structure, _ = nnx.split(LoRALinear("up", *shapes, lora, rngs=nnx.Rngs(0)))
     layer: LoRALinear = nnx.merge(structure, dict(parts))
     return layer
 
@@ -689,6 +691,24 @@ def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: boo
     # Without adapters a kernel may train.
     wanted, slopes = outputs_and_gradients(lambda x, kernels: [x @ w for w in kernels], x, kernels)
     require_near((outputs, of_x, of_kernels), (wanted, *slopes))
+
+
+@pytest.mark.parametrize(
+    ("rate", "dropped"), [(0.5, 128), (0.2, 51), (0.05, 13), (1e-6, 1)], ids=["half", "rounded", "small", "not 0"]
+)
+def test_dropout_drops_so_many_256ths_and_keeps_the_mean(rate: float, dropped: int) -> None:
+    """Of a length that is no multiple of four, for four values come from one random number."""
+    eye = jnp.eye(64)
+    layer = layer_of(LoraConfig(64, 64, rate), {"kernel": 0 * eye, "a": eye, "b": eye})
+    out = np.asarray(layer(jnp.ones((4, 402, 64)), adapters=True, dropout=jax.random.key(3)))
+    assert set(np.unique(out)) == {0, np.float32(256 / (256 - dropped))}
+    share = dropped / 256
+    for part in np.split(out[:, :400], 4, axis=1):
+        # Five standard deviations of a mean of so many draws.
+        assert abs((part == 0).mean() - share) < 5 * (share / part.size) ** 0.5
+    # Nor do two parts drop alike.
+    first, second = (part == 0 for part in np.split(out[:, :202], 2, axis=1))
+    assert abs((first & second).mean() - share**2) < 5 * share / first.size**0.5
 
 
 def attention_inputs(length: int, dtype: Any = jnp.float32) -> tuple[list[jax.Array], np.ndarray]:

@@ -250,16 +250,33 @@ def test_a_short_batch_of_rows_is_filled_with_padding() -> None:
         assert short[field].shape == whole[field].shape and not short[field][2:].any()
 
 
-def test_parts_of_hosts_are_the_batch_one_below_the_other() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_of_hosts_are_the_batch(parts: int) -> None:
+    """Where a batch is computed in two parts, a host has rows of both."""
     batches = Batches([("a", numbered(13), 0.7), ("b", numbered(5, 100), 0.3)], 8, seed=7)
     for k in (0, 6):
-        for hosts in (1, 2, 4, 8):
-            parts = [batches.part(k, host, hosts) for host in range(hosts)]
-            assert {len(part["tokens"]) for part in parts} == {8 // hosts}
+        for hosts in (1, 2, 4):
+            places = np.arange(8).reshape(parts, hosts, -1).swapaxes(0, 1).reshape(hosts, -1)
+            found = [batches.of_rows(k, own) for own in places]
+            assert {len(rows["tokens"]) for rows in found} == {8 // hosts}
             for name, values in batches[k].items():
-                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
-    with pytest.raises(UserError, match="a batch of 8 rows cannot be cut for 3 hosts"):
-        batches.part(0, 0, 3)
+                for rows, own in zip(found, places, strict=True):
+                    assert rows[name].dtype == values.dtype
+                    np.testing.assert_array_equal(rows[name], values[own])
+
+
+def test_rows_that_a_host_has_not_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches([("a", numbered(13), 0.7), ("b", numbered(5, 100), 0.3)], 8, seed=7)
+    read: list[int] = []
+    row = PackedRows.row
+
+    def reading(self: PackedRows, number: int) -> dict[str, np.ndarray]:
+        read.append(number)
+        return row(self, number)
+
+    monkeypatch.setattr(PackedRows, "row", reading)
+    batches.of_rows(3, np.array([1, 6]))
+    assert read == batches.rows(3)[[1, 6], 1].tolist()
 
 
 def test_places_name_the_source_and_its_row() -> None:

@@ -249,14 +249,14 @@ def test_a_source_of_which_nothing_is_left(tmp_path: Path, tokenizer: Tokenizer,
         Batches([("a", rows, None)], 1, 0)
 
 
-def test_parts_of_hosts_are_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rows_of_hosts_are_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = planned(some_shards(tmp_path / "text"), tokenizer, tmp_path / "cache")
     pairs = planned(some_shards(tmp_path / "pairs", "pairs"), tokenizer, tmp_path / "cache", Transform("pairs", T))
     batches = Batches([("text", text, 0.5), ("pairs", pairs, 0.5)], 8, seed=3)
     for k in (5, 0, 17):
         whole = batches[k]
         for hosts in (1, 2, 4, 8):
-            parts = [batches.part(k, host, hosts) for host in range(hosts)]
+            parts = [batches.of_rows(k, places) for places in np.split(np.arange(8), hosts)]
             for name, values in whole.items():
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
         assert batches.rows(k)[:, 0].tolist() == whole["sources"].tolist()

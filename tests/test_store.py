@@ -27,7 +27,7 @@ from conversion.directories import new_directory, read_json, write_json
 from conversion.hf import open_hf, read_weights, write_config, write_model
 from conversion.names import EMBEDDING, OUTPUT, Tensor, tensors, weight_shapes
 from conversion.opened import Opened
-from conversion.store import MANIFEST, MAX_CHUNK_BYTES, Store, open_store, partition, transposed, write_store
+from conversion.store import MANIFEST, MAX_CHUNK_BYTES, Store, open_store, transposed, write_store
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
@@ -221,22 +221,11 @@ def test_a_table_is_cut_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert MAX_CHUNK_BYTES == 2**27
 
 
-def test_partition() -> None:
-    for name in ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up"):
-        assert partition(f"blocks.{name}.kernel") == (None, "fsdp", "tensor")
-        assert partition(f"blocks.{name}.bias") == ()
-    for name in ("attention.o", "mlp.down"):
-        assert partition(f"blocks.{name}.kernel") == (None, "tensor", "fsdp")
-    assert partition("vocabulary.base") == partition("vocabulary.output_base") == ("tensor", "fsdp")
-    for path in ("final_norm.scale", "blocks.mlp_norm.scale", "blocks.attention.q_norm.scale"):
-        assert partition(path) == ()
-
-
 def test_a_chunk_is_what_one_device_holds(tmp_path: Path) -> None:
     layouts = open_store(written(tmp_path / "ours", source_of(), mesh=MESH)).layouts
     assert {path: layout.chunks for path, layout in layouts.items()} == {
-        "vocabulary.base": (15, 24),
-        "vocabulary.output_base": (15, 24),
+        "vocabulary.base": (60, 6),
+        "vocabulary.output_base": (60, 6),
         "blocks.attention.q.kernel": (1, 24, 16),
         "blocks.attention.k.kernel": (1, 24, 8),
         "blocks.attention.v.kernel": (1, 24, 8),
@@ -280,8 +269,9 @@ def test_any_slice(ours: Path) -> None:
 ON_A_MESH = """
 import sys
 import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from conversion.store import open_store, partition
+from jax.sharding import Mesh
+from conversion.store import open_store
+from transllm_jax.model.layout import Layout
 
 opened = open_store(sys.argv[1])
 names = tuple(opened.mesh)
@@ -294,7 +284,7 @@ for path, layout in opened.layouts.items():
             if dimension or not path.startswith("blocks."):
                 assert stop - start == chunk and start % chunk == 0, (path, index, chunk)
         return opened.read_array(path, index)
-    sharding = NamedSharding(mesh, PartitionSpec(*partition(path)))
+    sharding = Layout(mesh).sharding(path)
     array = jax.make_array_from_callback(layout.shape, sharding, own)
     assert len(array.addressable_shards) == 8
     cut += len({str(shard.index) for shard in array.addressable_shards}) == 4
@@ -338,13 +328,15 @@ def test_a_mesh_that_does_not_divide_names_everything(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_store(tmp_path, source_of(), mesh={"fsdp": 3, "tensor": 5})
     message = str(caught.value)
-    # 48 is a multiple of 3; 60 and 80 are multiples of 5; the heads' 64 and 32 are of neither.
+    # 48 is a multiple of 3 but not of 15, which cuts D of a table; the heads' 64 and 32 are of neither.
     assert message == (
         "the mesh fsdp=3,tensor=5 does not divide "
+        "dimension 1 of vocabulary.base, 48, by fsdp=3,tensor=5; "
         "dimension 2 of blocks.attention.q.kernel, 64, by tensor=5; "
         "dimension 2 of blocks.attention.k.kernel, 32, by tensor=5; "
         "dimension 2 of blocks.attention.v.kernel, 32, by tensor=5; "
-        "dimension 1 of blocks.attention.o.kernel, 64, by tensor=5; choose other sizes"
+        "dimension 1 of blocks.attention.o.kernel, 64, by tensor=5; "
+        "dimension 1 of vocabulary.output_base, 48, by fsdp=3,tensor=5; choose other sizes"
     )
     assert not any(tmp_path.iterdir())
     write_store(tmp_path, source_of(), mesh={"data": 7})  # no weight is cut by data

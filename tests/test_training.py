@@ -74,12 +74,17 @@ def batch_of(k: int) -> dict[str, np.ndarray]:
 class Source:
     """Batches by number; `before` is called with each number that is asked for."""
 
+    batch_size = 2
+
     def __init__(self, before: Callable[[int], None] = lambda k: None) -> None:
         self.before = before
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         self.before(k)
         return batch_of(k)
+
+    def of_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
+        return {field: values[places] for field, values in self[k].items()}
 
     def places(self, k: int) -> list[str]:
         return [f"text.txt:{2 * k + row}" for row in range(2)]

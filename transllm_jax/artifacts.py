@@ -49,11 +49,12 @@ def file_hash(path: Path) -> str:
 class FileHashes:
     """The hashes of files, kept from run to run: a corpus is not read anew to know that it stayed the same.
 
-    A file is known by its path, size, inode and time of change. path: where they are kept.
+    A file is known by its path, size, inode and time of change. path: where they are kept; without `keep` they are
+    only read from there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, keep: bool = True) -> None:
+        self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
         self._new, self._written = False, time.monotonic()
 
@@ -76,7 +77,7 @@ class FileHashes:
 
     def write(self) -> None:
         """Keep what is known."""
-        if self._new and self._path.parent.is_dir():
+        if self._new and self._keep and self._path.parent.is_dir():
             write_json(self._path, self._known)
             self._new, self._written = False, time.monotonic()
 

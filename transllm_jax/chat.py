@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from conversion.open_directory import open_directory
-from transllm_jax.artifacts import read_json
+from transllm_jax.artifacts import Artifact, read_json
 from transllm_jax.config import load_config
+from transllm_jax.config.sections import Mesh
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer, ChainChat, remembered
 from transllm_jax.generation.engine import Engine, Mode
@@ -19,7 +20,8 @@ from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import Run, newest_point, tokenless
+from transllm_jax.stages.run import POINTS, Run, newest_point, tokenless
+from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -53,16 +55,19 @@ class Session:
             self.history += remembered(question, answer)
 
 
-def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Session:
+def open_session(
+    given: Path | str, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+) -> Session:
     """A session with a work directory's newest point (or its original model), or with an exported model.
 
-    Raises UserError for a directory that is neither.
+    given: a directory, or a run's on a store. Raises UserError for a directory that is neither.
     """
-    mode = Mode(sampling=sampling)
+    mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a work directory or a model directory")
     if (path / "run.yaml").is_file():
-        config = load_config(path / "run.yaml")
+        # The devices here are others than those that it was trained on.
+        config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
         run = Run(config, path, Progress(quiet=True), Interrupt())
         newest = newest_point(path)
         point = "base" if base else newest
@@ -83,6 +88,21 @@ def open_session(path: Path, *, base: bool = False, max_new_tokens: int = 256, s
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
     return Session(name, chat, tokenizer, [])
+
+
+def _fetched(url: str, base: bool) -> Path:
+    """A mirror of what a conversation needs of a run on a store."""
+    place = open_workdir(url)
+    if not place.pull("run.yaml"):
+        raise UserError(f"{url} is no work directory of a run (it has no run.yaml)")
+    for name in ("base", "vocabulary"):
+        place.pull(name)
+    for point in reversed(POINTS):
+        place.pull(point)
+        manifest = Artifact(place.local / point, point).manifest()
+        if base or (manifest is not None and manifest["state"] == "done"):
+            break
+    return place.local
 
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:

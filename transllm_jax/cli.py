@@ -1,26 +1,34 @@
 """The commands: they parse and call, nothing else.
 
 Exit codes: 0 done; 2 the input is wrong (one line says what, where and the mend); 75 stopped on request, run again to
-go on; 1 a difference that `convert verify` found, or a defect with its traceback.
+go on; 1 another process of the run was lost, a difference that `convert verify` found, or a defect with its traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from transllm_jax import __version__
 from transllm_jax.cli_convert import app as convert_app
+from transllm_jax.cli_preflight import preflight
 from transllm_jax.cli_tokenizer import app as tokenizer_app
-from transllm_jax.errors import PREEMPTED, Diverged, Preempted, UserError
+from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
+
+if TYPE_CHECKING:
+    from transllm_jax.config import Config
+    from transllm_jax.distributed.runtime import Peers
+    from transllm_jax.site import Site
 
 INPUT_WRONG = 2
 # When the process began, nearly: imports are part of a run's time.
@@ -35,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(preflight)
 
 
 @app.callback(invoke_without_command=True)
@@ -52,46 +61,102 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, such as pretrain.steps=10", metavar="[KEY=VALUE]...")
     ] = None,
-    workdir: Annotated[Path | None, typer.Option(help="Where everything is written (the config's workdir).")] = None,
+    workdir: Annotated[
+        str | None, typer.Option(help="Where everything is written (the config's workdir): a directory, or gs://...")
+    ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage (and its evaluation).")] = None,
     force: Annotated[str | None, typer.Option(help="Redo this stage and all that builds on it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Prepare all and show what would be trained, how long and in what memory.")
     ] = False,
+    profile: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps of each training stage (host 0's).")
+    ] = 0,
+    distributed: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="The run has a process on each host: of a TPU VM, GKE, SLURM or Open MPI."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Or by hand: where the processes meet, at process 0.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="How many processes the run has.")] = None,
+    process: Annotated[int | None, typer.Option(metavar="I", help="Which of them this is, from 0.")] = None,
 ) -> None:
-    """Run all stages, the evaluation and the export; what is done is skipped, what was cut off goes on."""
-    from transllm_jax.config import load_config
+    """Run all stages, the evaluation and the export; what is done is skipped, what was cut off goes on.
 
-    settings = load_config(config, overrides or [])
-    place = workdir or Path(settings.workdir)
-    _prepare_jax()
-    from transllm_jax.interrupt import Interrupt
-    from transllm_jax.pipeline import plan, run_pipeline
-    from transllm_jax.progress import Progress
+    On several hosts each runs this command, with the same arguments.
+    """
+    from transllm_jax.distributed.connection import Options, connection_from
+    from transllm_jax.distributed.runtime import join
 
-    if dry_run and (until or force):
-        raise UserError("--dry-run trains nothing; leave --until and --force out")
+    if dry_run and (until or force or profile):
+        raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
     try:
-        if dry_run:
-            from transllm_jax.dry_run import show_plan
-
-            with Progress() as progress, Interrupt() as interrupt:
-                plan(settings, place, progress, interrupt, show_plan, since=STARTED)
-            return
-        with Progress() as progress, Interrupt() as interrupt:
-            worked = run_pipeline(settings, place, progress, interrupt, until=until, force=force, since=STARTED)
+        with join(connection_from(Options(distributed, coordinator, processes, process), os.environ)) as peers:
+            # A directory may have another name on each host.
+            store = workdir if workdir and "://" in workdir else None
+            settings = _settings(peers, config, overrides or [], [store, until, force, dry_run, profile])
+            _run(peers, settings, workdir or settings.workdir, until, force, profile, dry_run)
     except KeyboardInterrupt:
         # Asked twice. Caught here: typer would make its own exit code of it.
         raise Preempted("stopped at once, the last checkpoint stands") from None
-    if not worked:
-        progress.say(f"All is done in {place}; redo a stage with --force STAGE.", markup=False)
-    _show_results(progress.console, place)
 
 
-def _show_results(console: Console, workdir: Path) -> None:
+def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Sequence[object]) -> Config:
+    """The config, which is the same in all processes; jax is connected."""
+    from importlib.metadata import version
+
+    from transllm_jax.config import load_config
+
+    settings = load_config(config, overrides)
+    peers.require_equal(
+        {
+            **{f"the version of {name}": version(name) for name in ("transllm-jax", "jax", "jaxlib")},
+            "the config's hash": hashlib.sha256(settings.to_yaml().encode()).hexdigest()[:16],
+            "the command's options": " ".join(str(option) for option in options),
+        }
+    )
+    _prepare_jax()
+    peers.start_jax()
+    if peers.count > 1:
+        import jax
+
+        peers.require_equal({"the number of devices": str(jax.local_device_count())})
+    return settings
+
+
+def _run(
+    peers: Peers, settings: Config, workdir: str, until: str | None, force: str | None, profile: int, dry_run: bool
+) -> None:
+    from transllm_jax.interrupt import Interrupt
+    from transllm_jax.pipeline import plan, run_pipeline
+    from transllm_jax.progress import Progress
+    from transllm_jax.site import Site
+    from transllm_jax.storage import open_workdir
+
+    site = Site(peers.in_turn("--workdir", lambda: open_workdir(workdir)), peers)
+    with Progress(quiet=not peers.primary) as progress, Interrupt() as interrupt:
+        # What is drawn over and over would stand over the last line.
+        peers.at_loss(lambda: progress.live.stop() if progress.live else None)
+        if dry_run:
+            from transllm_jax.dry_run import show_plan
+
+            plan(settings, site, progress, interrupt, show_plan, since=STARTED)
+            return
+        worked = run_pipeline(
+            settings, site, progress, interrupt, until=until, force=force, since=STARTED, profile=profile
+        )
+    if peers.primary:
+        if not worked:
+            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.", markup=False)
+        _show_results(progress.console, site)
+
+
+def _show_results(console: Console, site: Site) -> None:
     """The before/after table and one conversation, once there is a report."""
     from transllm_jax.artifacts import read_json
 
+    workdir = site.workdir
     results = workdir / "evaluation" / "results.json"
     if not (results.exists() and (workdir / "report.html").exists()):
         return
@@ -103,13 +168,14 @@ def _show_results(console: Console, workdir: Path) -> None:
         mark = {True: "[green]met[/green]    ", False: "[red]not met[/red]"}.get(goal["met"], "not measured")
         console.print(f"{mark} {goal['name']}: {goal['measured']} [dim](wanted: {goal['wanted']})[/dim]")
     console.print(conversation_panel(found))
-    console.print(f"report  {workdir / 'report.html'}", soft_wrap=True)
-    console.print(f"model   {workdir / 'export'}", soft_wrap=True)
-    console.print(f"talk    transllm chat {workdir} --show-chain", soft_wrap=True)
+    name = site.place.name
+    console.print(f"report  {name}/report.html", soft_wrap=True)
+    console.print(f"model   {name}/export", soft_wrap=True)
+    console.print(f"talk    transllm chat {name} --show-chain", soft_wrap=True)
 
 
 @app.command()
-def status(workdir: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs://... .")]) -> None:
     """What is done, what was cut off, what is left."""
     from transllm_jax.status import status_table
 
@@ -118,7 +184,7 @@ def status(workdir: Annotated[Path, typer.Argument(help="A run's directory.")]) 
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A run's directory, or an exported model directory.")],
+    model: Annotated[str, typer.Argument(help="A run's directory (or gs://...), or an exported model directory.")],
     question: Annotated[str | None, typer.Argument(help="Ask this and exit; without it, a conversation.")] = None,
     show_chain: Annotated[bool, typer.Option("--show-chain", help="Show the English steps too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Talk to the original model, for comparison.")] = False,
@@ -181,9 +247,9 @@ def main() -> None:
     except Preempted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
-    except Diverged as error:
+    except (Diverged, PeerLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(LOST)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -5,10 +5,12 @@ The base model, the vocabulary and the tokenised text that it needs are made, an
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice, pairwise
 from typing import Any
 
@@ -22,9 +24,9 @@ from transllm_jax.stages import pretrain, transfer, translate
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.devices import Devices
 from transllm_jax.training.loop import step_of
 from transllm_jax.training.optimizer import make_optimizer
+from transllm_jax.training.placement import Placement
 from transllm_jax.training.step import initial_state
 
 STAGES = {"pretrain": pretrain, "translate": translate, "transfer": transfer}
@@ -120,28 +122,34 @@ def _say_steps(say: Callable[[str], None], job: Job, name: str, cost: Cost) -> N
 
 def measure(job: Job) -> Cost:
     """Compile the step for a real batch, and time it."""
-    devices, config = Devices(), job.config
-    optimizer = make_optimizer(config.optimizer)
-    step = step_of(config, job.split.structure, devices)
-    state = devices.replicate(initial_state(job.split.trainable, optimizer))
-    frozen, batch = devices.replicate(job.split.frozen), devices.cut(job.batches[0])
+    config, size = job.config, job.batches.batch_size
+    placement = Placement(job.split.layout, config.accumulate)
+    step = step_of(config, job.split)
+    make = partial(initial_state, optimizer=make_optimizer(config.optimizer))
+    state, frozen = placement.initial(make, job.split.trainable), job.split.frozen
+    batch = placement.cut(job.batches[0], size)
     compiled: Any = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
     known = compiled.memory_analysis()
     held, trained, moments = (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (frozen, state.trainable, state.optimizer)
+        sum(_local(leaf) for leaf in jax.tree.leaves(tree)) for tree in (frozen, state.trainable, state.optimizer)
     )
     temporary = int(known.temp_size_in_bytes) if known is not None else 0
-    free = devices.free_memory()
+    free = placement.free_memory()
     if free is not None and temporary > free:
         return Cost(held, trained, moments, temporary, None)
     seconds = []
     for number in range(STEPS):
-        batch = devices.cut(job.batches[number])
+        batch = placement.cut(job.batches[number], size)
         started = time.perf_counter()
         state, metrics = compiled(state, frozen, batch)
         jax.block_until_ready(metrics.loss)
         seconds.append(time.perf_counter() - started)
     return Cost(held, trained, moments, temporary, statistics.median(seconds[1:]))
+
+
+def _local(array: jax.Array) -> int:
+    """An array's bytes on one device."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _rows(job: Job) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

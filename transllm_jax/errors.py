@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PREEMPTED = 75
+PREEMPTED, LOST = 75, 1
 
 
 class UserError(Exception):
@@ -15,3 +15,7 @@ class Preempted(Exception):
 
 class Diverged(Exception):
     """Training met too many losses in a row that are not finite. The command line exits with code 1."""
+
+
+class PeerLost(Exception):
+    """Another process of the run died or cannot be reached. The command line exits with code 1."""

@@ -11,10 +11,14 @@ from transllm_jax.errors import Preempted
 
 
 class Interrupt:
-    """A context that turns the first signal into a request, and a second one into KeyboardInterrupt."""
+    """A context that turns the first signal into a request, and a second SIGINT into KeyboardInterrupt.
+
+    A second SIGTERM means nothing new: a cluster sends it to the job, and then to each of its processes.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._by_hand = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -29,11 +33,14 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if number == signal.SIGINT and self._by_hand:
             raise KeyboardInterrupt
-        self.requested = True
-        # Not print: the handler may run within another print.
-        os.write(2, b"\nstopping after the piece of work at hand, which is saved; once more to stop at once\n")
+        told, self.requested = self.requested, True
+        self._by_hand = self._by_hand or number == signal.SIGINT
+        if not told:
+            # Not print: the handler may run within another print.
+            more = b"once more" if self._by_hand else b"Ctrl-C twice"
+            os.write(2, b"\nstopping after the piece of work at hand, which is saved; " + more + b" to stop at once\n")
 
     def check(self, where: str) -> None:
         """Raise Preempted if a stop was asked for; called where everything so far is on disk."""

@@ -1,23 +1,29 @@
-"""The steps of a run in their order: what is done is skipped, what was cut off goes on."""
+"""The steps of a run in their order: what is done is skipped, what was cut off goes on.
+
+Several processes take every step together. What is done, and what a step is made of, the primary decides for all.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, locked, write_json
+from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json
 from transllm_jax.config import Config
-from transllm_jax.errors import UserError
+from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.site import Site
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
-from transllm_jax.stages.run import Run
+from transllm_jax.stages.run import HASHES, Run
 from transllm_jax.stages.training import MAY_CHANGE
+from transllm_jax.training.ledger import LEDGER
 
 Inputs = Callable[[Run], dict[str, Any]]
 Work = Callable[[Run, Path], Mapping[str, Any]]
@@ -30,7 +36,8 @@ class Step:
 
     `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
     A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
-    be others when it goes on.
+    be others when it goes on. `alone`: the primary does the work, which needs no devices. `beside`: files that it
+    writes outside of its directory.
     """
 
     name: str
@@ -40,6 +47,8 @@ class Step:
     check: Check | None = None
     resumable: bool = False
     may_change: tuple[str, ...] = ()
+    alone: bool = False
+    beside: tuple[str, ...] = ()
 
 
 def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
@@ -49,7 +58,14 @@ def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
 
 def _evaluation(point: str) -> Step:
     after = ("base",) if point == "base" else (point, "evaluation/base")
-    return Step(f"evaluation/{point}", evaluate.inputs, partial(_evaluate, point=point), after, evaluate.check)
+    return Step(
+        f"evaluation/{point}",
+        evaluate.inputs,
+        partial(_evaluate, point=point),
+        after,
+        evaluate.check,
+        beside=(f"evaluation/{evaluate.ORIGINAL}",),
+    )
 
 
 def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
@@ -57,7 +73,7 @@ def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
 
 
 STEPS = (
-    Step("base", base.inputs, base.run_stage),
+    Step("base", base.inputs, base.run_stage, alone=True),
     _evaluation("base"),
     Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",), vocabulary.check),
     _evaluation("vocabulary"),
@@ -68,64 +84,60 @@ STEPS = (
     Step("recover", recover.inputs, recover.run_stage, ("translate",), recover.check, resumable=True),
     _training("transfer", transfer, ("translate", "recover")),
     _evaluation("transfer"),
-    Step("export", export.inputs, export.run_stage, ("transfer",)),
+    Step("export", export.inputs, export.run_stage, ("transfer",), alone=True),
     Step(
         "report",
         report.inputs,
         report.run_stage,
         (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
+        alone=True,
+        beside=("evaluation/results.json", "report.html"),
     ),
 )
 NAMES = tuple(step.name for step in STEPS)
+# What lies in a work directory beside its steps.
+RUN, VERSIONS = "run.yaml", "versions.json"
+
+
+def directory_of(name: str) -> str:
+    """A step's directory below the work directory. The report's page and results lie outside of its own."""
+    return "evaluation/report" if name == "report" else name
 
 
 def artifact(workdir: Path, name: str) -> Artifact:
-    """The artifact of a step. The report's page and results lie outside of its own directory."""
-    directory = workdir / ("evaluation/report" if name == "report" else name)
-    return Artifact(directory, name)
+    """The artifact of a step."""
+    return Artifact(workdir / directory_of(name), name)
 
 
 def run_pipeline(
     config: Config,
-    workdir: Path,
+    workdir: Path | Site,
     progress: Progress,
     interrupt: Interrupt,
     *,
     until: str | None = None,
     force: str | None = None,
     since: float | None = None,
+    profile: int = 0,
 ) -> bool:
     """Run what is not done yet, up to and including stage `until` with its evaluation.
 
-    `force` begins a step and all that builds on it anew. `since`: when the process began, by `time.monotonic`.
-    Returns whether anything had to be done.
+    workdir: a directory for this process alone, or where several are at work together. `force` begins a step and all
+    that builds on it anew. `since`: when the process began, by `time.monotonic`. `profile`: steps of each training
+    stage that are traced. Returns whether anything had to be done.
     Raises UserError for bad input, before any model is loaded where that can be known; Preempted when stopped.
     """
     for given, option in ((until, "--until"), (force, "--force")):
         if given is not None and given not in NAMES:
             raise UserError(f"{option} {given}: no such stage; the stages are {', '.join(NAMES)}")
-    with locked(workdir):
-        run = Run(config, workdir, progress, interrupt, since=since)
-        # Every step's inputs first: a path that does not exist is found before an hour of training, not after.
-        vocabulary.require_language(run)
-        evaluate.require_held_out(run)
-        inputs = _all_inputs(run)
-        gone = _with_all_that_builds_on(force) if force is not None else set()
-        # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        states = {
-            step.name: artifact(workdir, step.name).state(inputs[step.name], step.may_change)
-            for step in STEPS
-            if step.name not in gone
-        }
-        _forget(workdir, gone)
-        _write_run_file(workdir, config)
-        with run.ledger:
-            return _run(run, inputs, states, until)
+    gone = _with_all_that_builds_on(force) if force is not None else set()
+    with _begun(Run(config, workdir, progress, interrupt, since=since, profile=profile), gone) as (run, inputs, states):
+        return _run(run, inputs, states, until)
 
 
 def plan(
     config: Config,
-    workdir: Path,
+    workdir: Path | Site,
     progress: Progress,
     interrupt: Interrupt,
     show: Callable[[Run], None],
@@ -133,22 +145,71 @@ def plan(
     since: float | None = None,
 ) -> None:
     """Do what comes before the first training, then let `show` tell of the trainings; raises as `run_pipeline` does."""
-    with locked(workdir):
-        run = Run(config, workdir, progress, interrupt, since=since)
-        vocabulary.require_language(run)
-        evaluate.require_held_out(run)
-        inputs = _all_inputs(run)
-        states = {step.name: artifact(workdir, step.name).state(inputs[step.name], step.may_change) for step in STEPS}
-        _write_run_file(workdir, config)
-        with run.ledger:
-            for step in STEPS:
-                if step.name == "vocabulary":
-                    # The base is there, and the rest can be looked at.
-                    _check(run, STEPS)
-                if step.name in ("base", "vocabulary") and states[step.name] != "done":
-                    with run.ledger.stage(step.name, anew=True):
-                        _do(run, step, inputs[step.name], resume=False)
-            show(run)
+    with _begun(Run(config, workdir, progress, interrupt, since=since), set()) as (run, inputs, states):
+        for step in STEPS:
+            if step.name == "vocabulary":
+                # The base is there, and the rest can be looked at.
+                _check(run, STEPS)
+            if step.name in ("base", "vocabulary") and states[step.name] != "done":
+                with run.ledger.stage(step.name, anew=True):
+                    _do(run, step, inputs[step.name], resume=False)
+        show(run)
+
+
+@contextmanager
+def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, Any]], dict[str, State]]]:
+    """Hold the work directory, look at what is there, and remove the steps that are to go; with the ledger open.
+
+    Gives the run, each step's inputs, and the states of the steps that stay.
+    """
+    site = run.site
+
+    def tell(message: str) -> None:
+        run.progress.say(message, markup=False)
+
+    with site.held(tell):
+        site.pull(HASHES, LEDGER)
+        # Every step's inputs first: a path that does not exist is found before an hour of training, not after. The
+        # primary's hashes are the others', too, of files that all see.
+        inputs = run.peers.in_turn("inputs", partial(_looked_at, run))
+        run.peers.require_equal(_hashes(inputs))
+        # Nothing is written to the store meanwhile, so all hosts fetch at once.
+        for step in STEPS:
+            if step.name not in gone:
+                site.pull(directory_of(step.name), *step.beside)
+        # What stays is looked at before anything goes: a run that is refused has removed nothing.
+        states: dict[str, State] = run.peers.lead("states", partial(_states, run, inputs, gone)) or {}
+        if run.primary:
+            _forget(run, gone)
+            _write_run_file(run.workdir, run.config)
+        site.push(RUN, VERSIONS)
+        run.peers.barrier("begun")
+        try:
+            with run.ledger:
+                yield run, inputs, states
+        except BaseException:
+            # Why the run ended matters more than that the last of it could not be kept.
+            with suppress(UserError, OSError):
+                site.push(HASHES, LEDGER)
+            raise
+        site.push(HASHES, LEDGER)
+
+
+def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
+    vocabulary.require_language(run)
+    evaluate.require_held_out(run)
+    return _all_inputs(run)
+
+
+def _hashes(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What of the inputs each host reads by itself: the hashes of files."""
+    found = {key: value for of_step in inputs.values() for key, value in of_step.items() if " " in key}
+    return {key: str(value) for key, value in found.items() if not key.startswith("after ")}
+
+
+def _states(run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]) -> dict[str, State]:
+    stay = [step for step in STEPS if step.name not in gone]
+    return {step.name: artifact(run.workdir, step.name).state(inputs[step.name], step.may_change) for step in stay}
 
 
 def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, State], until: str | None) -> bool:
@@ -165,30 +226,45 @@ def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, St
         measures = step.name.startswith("evaluation/")
         with run.ledger.stage(step.name, anew=not resume), run.ledger.spend("validate" if measures else "other"):
             _do(run, step, inputs[step.name], resume=resume)
-        run.interrupt.check(step.name)
+        if run.peers.any(run.interrupt.requested):
+            raise Preempted(f"{step.name}: stopped, what is done is saved")
     return bool(todo)
 
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
-    for check in dict.fromkeys(step.check for step in steps):
-        if check is not None:
-            check(run)
+    def look() -> None:
+        for check in dict.fromkeys(step.check for step in steps):
+            if check is not None:
+                check(run)
+
+    run.peers.together(look)
 
 
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
-    place = artifact(run.workdir, step.name)
+    place, name = artifact(run.workdir, step.name), directory_of(step.name)
     run.progress.say(f"[bold]{step.name}[/bold]{' goes on' if resume else ''}")
     for key, (old, new) in (place.changes(inputs) if resume else {}).items():
         run.progress.say(f"  [yellow]goes on with another {key}: {old} -> {new}")
-    if not resume:
-        place.clear()
-    if step.resumable:
-        place.begin(inputs)
+    if run.primary:
+        if not resume:
+            run.site.place.remove(name)
+            place.clear()
+        if step.resumable:
+            place.begin(inputs)
+            run.site.push(name)
+    run.peers.barrier(step.name)
     started = time.monotonic()
-    summary = dict(step.work(run, place.directory))
+
+    def work() -> dict[str, Any]:
+        return dict(step.work(run, place.directory))
+
+    summary = run.peers.lead(step.name, work) if step.alone else work()
     seconds = time.monotonic() - started
-    place.finish(inputs, {**summary, "seconds": seconds})
-    run.progress.say(f"  {summary['text']}  [dim]{seconds:.0f} s[/dim]")
+    if run.primary:
+        place.finish(inputs, {**(summary or {}), "seconds": seconds})
+    run.keep()
+    run.site.publish(*step.beside, name)
+    run.progress.say(f"  {(summary or {})['text']}  [dim]{seconds:.0f} s[/dim]")
 
 
 def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
@@ -208,11 +284,12 @@ def _with_all_that_builds_on(name: str) -> set[str]:
     return gone
 
 
-def _forget(workdir: Path, gone: Set[str]) -> None:
+def _forget(run: Run, gone: Set[str]) -> None:
     # The last first: a kill in between leaves no step that builds on one that is gone.
     for step in reversed(STEPS):
         if step.name in gone:
-            artifact(workdir, step.name).clear()
+            run.site.place.remove(directory_of(step.name))
+            artifact(run.workdir, step.name).clear()
 
 
 def _end(until: str | None) -> int:
@@ -225,6 +302,6 @@ def _end(until: str | None) -> int:
 
 
 def _write_run_file(workdir: Path, config: Config) -> None:
-    path = workdir / "run.yaml"
+    path = workdir / RUN
     path.write_text(f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}", encoding="utf-8")
-    write_json(workdir / "versions.json", {name: version(name) for name in report.VERSIONS})
+    write_json(workdir / VERSIONS, {name: version(name) for name in report.VERSIONS})

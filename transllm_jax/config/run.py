@@ -14,6 +14,7 @@ from transllm_jax.config.sections import (
     Language,
     Lora,
     Markers,
+    Mesh,
     Model,
     Prompts,
     Recover,
@@ -45,6 +46,10 @@ class Config(Section):
     transfer: Transfer
     evaluation: Evaluation
     export: Export = Export()
+    mesh: Mesh = Mesh()
+    # The kernel of attention in training: splash (a TPU's; lengths that are multiples of 128), our own, or splash where
+    # it can be.
+    attention: Literal["auto", "plain", "splash"] = "auto"
     # Where tokenised text is kept, for this run and others; by default in the work directory.
     token_cache: str | None = None
 

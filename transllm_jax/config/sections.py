@@ -18,6 +18,21 @@ class Model(Section):
     # Of the file that a `pypi:` or .gguf source names; checked before anything reads it.
     sha256: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Its config.json, for `transllm preflight` to know its shape before the model itself is there.
+    shape: str | None = None
+
+
+class Mesh(Section):
+    """How the devices of a run share its work; results do not depend on it, rounding aside.
+
+    data: copies, each with its part of the batch. fsdp: devices of a copy that share its parameters and its part of
+    the batch; parameters are gathered layer by layer. tensor: devices that share each layer's products and the lengths.
+    Of data and fsdp, what is not given takes the devices that are left, fsdp first.
+    """
+
+    data: Positive | None = None
+    fsdp: Positive | None = None
+    tensor: Positive = 1
 
 
 class Vocabulary(Section):

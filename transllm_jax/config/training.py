@@ -56,9 +56,10 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     # Each line is of its step alone.
     log_every: Positive = 1
-    # What is computed again in the backward pass: nothing, all but the outputs of linear layers, or whole layers. Less
-    # memory, more time.
-    remat: Literal["none", "projections", "full"] = "none"
+    # What of a layer is computed again in the backward pass: nothing; all but the outputs of its linear layers and of
+    # attention; these but q (queries); these but q, k and v (feed_forward is kept); these but the feed-forward part
+    # (attention is kept); or the whole layer. Less memory, more time, in this order.
+    remat: Literal["none", "projections", "queries", "feed_forward", "attention", "full"] = "none"
     # Stop when so many updates in a row had to be skipped, because a loss or gradient was not finite.
     max_skipped: Positive = 5
     validation: Validation | None = None

@@ -102,18 +102,14 @@ class Batches:
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         """Batch k: tokens, positions, segment_ids, labels int32 [B, T], weights float32 [B, T], sources int32 [B]."""
-        return self.part(k, 0, 1)
+        return self.of_rows(k, np.arange(self.batch_size))
 
-    def part(self, k: int, host: int, hosts: int) -> dict[str, np.ndarray]:
-        """What host `host` of `hosts` reads of batch k: its B / hosts rows, in their order.
+    def of_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of batch k at these places, 0 to B - 1: what a host reads whose devices hold them.
 
-        The parts of all hosts, one below the other, are batch k, whatever their number. Raises UserError where the
-        batch cannot be cut so.
+        The batch is the same whoever reads it, so whatever the number of hosts.
         """
-        if self.batch_size % hosts:
-            raise UserError(f"a batch of {self.batch_size} rows cannot be cut for {hosts} hosts: choose a multiple")
-        size = self.batch_size // hosts
-        chosen = self.rows(k)[host * size : (host + 1) * size]
+        chosen = self.rows(k)[places]
         rows = [self._rows[source].row(int(row)) for source, row in chosen]
         batch = {field: np.stack([row[field] for row in rows]) for field in FIELDS}
         return {**batch, "sources": chosen[:, 0].astype(np.int32)}

@@ -42,6 +42,12 @@ class Choice:
     window: int = 256
 
 
+def plan_path(shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> Path:
+    """Where the plan of these shards lies or will lie."""
+    known = json.dumps([_FORMAT, asdict(choice), [shard.path.name for shard in shards]], sort_keys=True)
+    return directory / f"plan-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
+
+
 class PlannedRows:
     """Packed rows over tokenised shards: row i by index, in any order, from disk."""
 
@@ -53,8 +59,7 @@ class PlannedRows:
         self.shards, self.choice = list(shards), choice
         # The number of the first example of each shard.
         self._firsts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        known = json.dumps([_FORMAT, asdict(choice), [shard.path.name for shard in self.shards]], sort_keys=True)
-        path = directory / f"plan-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
+        path = plan_path(self.shards, choice, directory)
         if not path.is_file():
             self._plan(path)
         try:

@@ -75,7 +75,7 @@ def write_shard(
     """
     collector, counts = Collector(controls), Counter[str]()
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    with whole(_records(path)) as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
+    with whole(records_path(path)) as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
         with writing(path):
             writer = ArrayRecordWriter(str(partial), _OPTIONS)
         columns = _Columns(transform)
@@ -172,7 +172,8 @@ class _Columns:
         return self._parts
 
 
-def _records(path: Path) -> Path:
+def records_path(path: Path) -> Path:
+    """Where the records of the arrays at `path` lie."""
     return path.with_suffix(".array_record")
 
 
@@ -195,7 +196,7 @@ class ShardTokens:
         try:
             about, self.lengths = read_arrays(path, ["about", "lengths"])
             known = json.loads(str(about))
-            records = _records(path).stat()
+            records = records_path(path).stat()
             if records.st_size != known["size"]:
                 raise ValueError("its records are not whole")
         except (OSError, ValueError) as error:
@@ -243,7 +244,7 @@ class ShardTokens:
     def examples(self, numbers: list[int]) -> list[Example]:
         """The examples of these numbers. Raises UserError for a damaged file."""
         try:
-            records = _reader(str(_records(self.path)), self._version).read(numbers)
+            records = _reader(str(records_path(self.path)), self._version).read(numbers)
             return [self._example(record, number) for record, number in zip(records, numbers, strict=True)]
         except (ValueError, IndexError, RuntimeError, OSError) as error:
             raise self._damaged(error) from error

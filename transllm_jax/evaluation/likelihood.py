@@ -13,8 +13,10 @@ import numpy as np
 
 from transllm_jax.data.examples import make_example, split_example
 from transllm_jax.data.packing import pack
+from transllm_jax.generation.engine import filled
 from transllm_jax.model.parameters import Flat, Split, merge
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.arrays import on_host
 from transllm_jax.training.step import hidden_states, summed_loss
 
 # Answer tokens whose distributions over the vocabulary are held at once.
@@ -41,6 +43,7 @@ def bits_per_byte(
         whole = make_example([*start, *ids], [0] * len(start) + [1] * len(ids))
         examples += split_example(whole, length)
     rows = pack(examples, length)
+    batch_size = filled(batch_size, split.layout)
     total = 0.0
     for first in range(0, len(rows), batch_size):
         batch = rows.batch(first, batch_size)
@@ -111,6 +114,7 @@ def _answer_states(
     """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
     longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    batch_size = filled(batch_size, split.layout)
     found = []
     for first in range(0, len(answers), batch_size):
         batch = answers[first : first + batch_size]
@@ -135,4 +139,4 @@ def _states(
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     batch_of = {"tokens": tokens, "positions": positions, "segment_ids": segments}
     hidden = hidden_states(split.structure, split.trainable, split.frozen, batch_of, adapters=adapters)
-    return np.asarray(hidden).reshape(size * length, -1), places
+    return on_host(hidden).reshape(size * length, -1), places

@@ -15,6 +15,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.sampling import GREEDY, Sampling, choose
 from transllm_jax.model.cache import Cache, decode, prefill
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.layout import Layout
 from transllm_jax.model.parameters import Flat, Split, merge
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
@@ -48,6 +49,21 @@ class _State(NamedTuple):
     cache: Cache
 
 
+def filled(size: int, layout: Layout) -> int:
+    """The rows of a batch of `size`, with those that fill it up so that the mesh can cut it."""
+    return -(-size // layout.batch_parts) * layout.batch_parts
+
+
+def _readable(layout: Layout, state: _State) -> _State:
+    """What the host looks at is whole on each device, so that every process can."""
+    if layout.everywhere is None:
+        return state
+    out, done, step = (
+        jax.lax.with_sharding_constraint(of, layout.everywhere) for of in (state.out, state.done, state.step)
+    )
+    return state._replace(out=out, done=done, step=step)
+
+
 @partial(jax.jit, static_argnames=("structure", "room", "mode"))
 def _start(
     trainable: Flat,
@@ -68,7 +84,7 @@ def _start(
     # A row without a prompt only fills the batch up to its shape.
     done = jnp.isin(first, stops) | ~valid.any(axis=1)
     out = jnp.zeros((tokens.shape[0], room), jnp.int32).at[:, 0].set(first)
-    return _State(first, out, done, stops, rows, jnp.int32(1), cache)
+    return _readable(model.layout, _State(first, out, done, stops, rows, jnp.int32(1), cache))
 
 
 @partial(jax.jit, static_argnames=("structure", "mode"), donate_argnames=("state",))
@@ -88,7 +104,7 @@ def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode
         done = state.done | jnp.isin(chosen, state.stops)
         return _State(chosen, out, done, state.stops, state.rows, state.step + 1, cache)
 
-    return jax.lax.while_loop(proceed, one, state)
+    return _readable(model.layout, jax.lax.while_loop(proceed, one, state))
 
 
 class Engine:
@@ -128,7 +144,7 @@ class Engine:
         state = self._begin([prompt], [0], 1, max_new_tokens, stop, mode)
         while True:
             yield _until(np.asarray(state.out)[0, : int(state.step)].tolist(), stop)
-            if bool(state.done.all()) or int(state.step) >= max_new_tokens:
+            if np.all(state.done) or int(state.step) >= max_new_tokens:
                 return
             state = self._advance(state, mode)
 
@@ -147,8 +163,8 @@ class Engine:
             rows = order[start : start + size]
             state = self._begin([prompts[row] for row in rows], rows, size, max_new_tokens, stop, mode)
             on_tokens(len(rows))
-            while not bool(state.done.all()) and int(state.step) < max_new_tokens:
-                before, active = int(state.step), int((~state.done[: len(rows)]).sum())
+            while not np.all(state.done) and int(state.step) < max_new_tokens:
+                before, active = int(state.step), int(np.count_nonzero(~np.asarray(state.done)[: len(rows)]))
                 state = self._advance(state, mode)
                 on_tokens((int(state.step) - before) * active)
             yield rows, state
@@ -173,6 +189,7 @@ class Engine:
                 f"{self.config.context}; shorten the prompt or lower max_new_tokens"
             )
         width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        size = filled(size, self.split.layout)
         tokens = np.zeros((size, width), np.int32)
         valid = np.zeros((size, width), bool)
         for row, prompt in enumerate(prompts):
@@ -183,10 +200,10 @@ class Engine:
         return _start(
             self.split.trainable,
             self.split.frozen,
-            jnp.asarray(tokens),
-            jnp.asarray(valid),
-            jnp.asarray(list(stop), jnp.int32),
-            jnp.asarray(numbers),
+            tokens,
+            valid,
+            np.asarray(list(stop), np.int32),
+            numbers,
             structure=self.split.structure,
             room=max_new_tokens,
             mode=mode,
@@ -194,6 +211,39 @@ class Engine:
 
     def _advance(self, state: _State, mode: Mode) -> _State:
         return _burst(self.split.trainable, self.split.frozen, state, structure=self.split.structure, mode=mode)
+
+
+def lowered(
+    split: Split, batch_size: int, width: int, new_tokens: int, mode: Mode = WHOLE
+) -> tuple[Callable[[], Any], Callable[[], Any], Any]:
+    """The two programs of generation on a split of shapes: functions that lower them, and the state between, as shapes.
+
+    The first reads prompts [B, width]; the second generates a burst of tokens. The devices of the layout need not be
+    there: the programs are for a compiler.
+    """
+    layout = split.layout
+    shape = partial(jax.ShapeDtypeStruct, sharding=layout.everywhere)
+    given = (
+        shape((batch_size, width), jnp.int32),
+        shape((batch_size, width), jnp.bool_),
+        shape((2,), jnp.int32),
+        shape((batch_size,), jnp.int32),
+    )
+    options: dict[str, Any] = {"structure": split.structure, "mode": mode}
+    start = partial(_start.lower, split.trainable, split.frozen, *given, room=new_tokens, **options)
+    made = jax.eval_shape(
+        partial(_start, structure=split.structure, room=new_tokens, mode=mode), split.trainable, split.frozen, *given
+    )
+    where = _lies(layout)
+    state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), made, where)
+    return start, partial(_burst.lower, split.trainable, split.frozen, state, **options), state
+
+
+def _lies(layout: Layout) -> _State:
+    """Where a state lies: the cache by its rows and heads, the rest whole."""
+    whole: Any = layout.everywhere
+    heads: Any = layout.cache
+    return _State(whole, whole, whole, whole, whole, whole, Cache(heads, heads, whole, whole))
 
 
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:

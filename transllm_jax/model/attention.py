@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from transllm_jax.model.lora import PROJECTION
+# Its result and the logarithms of its softmax's sums, by a name that rematerialisation can keep them by.
+ATTENDED = "attention"
 
 # Not -inf: a row whose keys are all masked (padding) must stay finite, and its softmax harmless.
 MASKED = -1e30
@@ -122,8 +123,8 @@ def _forward(
         out = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
         outs.append(block.apart((out / total).astype(v.dtype), q.shape[2]))
         log_sums.append(block.apart(peak + jnp.log(total), q.shape[2]))
-    out = checkpoint_name(jnp.concatenate(outs, axis=3), PROJECTION)
-    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), PROJECTION)
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENDED)
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), ATTENDED)
     return out, (q, k, v, segment_ids, log_sum)
 
 

@@ -33,10 +33,14 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
     angles = model.angles(positions)
     mask = causal_mask(valid.astype(jnp.int32), model.config.sliding_window)
 
+    def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        return attend(q, k, v, mask), (k, v)
+
     def layer(x: jax.Array, block: Block) -> tuple[jax.Array, Any]:
-        return block(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v)), adapters=adapters)
+        return block(x, angles, attend_whole, adapters=adapters, layout=model.layout)
 
     x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens, adapters=adapters), model.blocks)
+    k, v = (model.layout.computed(of, None, "batch", "kv_heads", None, None) for of in (k, v))
     room = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
     cache = Cache(
         k=jnp.pad(k, room),
@@ -44,7 +48,12 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
         valid=jnp.pad(valid, [(0, 0), (0, size - length)]),
         end=jnp.int32(length),
     )
-    return model.final_norm(x[:, -1]), cache
+    return _last(model, x[:, -1]), cache
+
+
+def _last(model: Llama, x: jax.Array) -> jax.Array:
+    """States [B, D] as the output takes them: small beside the table, which stays where it is."""
+    return model.final_norm(model.layout.decoding.computed(x, "batch", None))
 
 
 def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> tuple[jax.Array, Cache]:
@@ -67,14 +76,17 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
         block, index = inputs
 
         def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            # By rows, as the cache lies: from here to the end of attention nothing crosses devices.
+            q = model.layout.computed(q, "batch", "heads", None, None)
+            k, v = (model.layout.computed(of, "batch", "kv_heads", None, None) for of in (k, v))
             start = (index, 0, 0, cache.end, 0)
             new_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
             new_values = jax.lax.dynamic_update_slice(values, v[None], start)
             return attend(q, new_keys[index], new_values[index], mask), (new_keys, new_values)
 
-        x, (keys, values) = block(x, angles, attend_cached, adapters=adapters)
+        x, (keys, values) = block(x, angles, attend_cached, adapters=adapters, layout=model.layout.decoding)
         return (x, keys, values), None
 
     x = model.vocabulary.embed(tokens[:, None], adapters=adapters)
     (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (model.blocks, jnp.arange(layers)))
-    return model.final_norm(x[:, 0]), Cache(k, v, valid, cache.end + 1)
+    return _last(model, x[:, 0]), Cache(k, v, valid, cache.end + 1)

@@ -7,24 +7,34 @@ values is the caller's function, so training (self-attention under a mask) and d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from transllm_jax.model.attention import attend_causally
+from transllm_jax.model.attention import ATTENDED, attend_causally
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.lora import PROJECTION, LoraConfig, LoRALinear, project
+from transllm_jax.model.layout import LINEAR, SINGLE, Layout
+from transllm_jax.model.lora import DOWN_PROJECTED, LoraConfig, LoRALinear, project
 from transllm_jax.model.rope import rotary_angles, rotate
 from transllm_jax.model.vocabulary import Padding, Vocabulary
 
 # q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# What the backward pass computes again: nothing; each layer; each layer but the outputs of its linear layers and of
-# attention, so norms, rotations and SwiGLU, which cost little beside them.
-Remat = Literal["none", "full", "projections"]
+# What of a layer the backward pass does not compute again: all of it; nothing; the outputs of its linear layers and of
+# attention (the rest costs little beside them); the same without q; without q, k and v; without the feed-forward part.
+Remat = Literal["none", "full", "projections", "queries", "feed_forward", "attention"]
+_KEPT: dict[Remat, tuple[str, ...]] = {
+    "projections": (*LINEAR, ATTENDED, DOWN_PROJECTED),
+    "queries": ("k", "v", "o", "gate", "up", ATTENDED, DOWN_PROJECTED),
+    "feed_forward": ("o", "gate", "up", ATTENDED, DOWN_PROJECTED),
+    "attention": ("q", "k", "v", "o", ATTENDED, DOWN_PROJECTED),
+    "full": (),
+}
 
 
 class RMSNorm(nnx.Module):
@@ -90,7 +100,14 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, *, adapters: bool, keys: _Keys
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        *,
+        adapters: bool,
+        keys: _Keys,
+        layout: Layout,
     ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
         batch, length, _ = x.shape
@@ -98,12 +115,16 @@ class Attention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-        q, k, v = map(heads, project((self.q, self.k, self.v), x, adapters=adapters, dropout=keys()))
+        ys = project((self.q, self.k, self.v), x, adapters=adapters, dropout=keys(), layout=layout)
+        q, k, v = map(heads, ys)
+        if layout.platform == "tpu":
+            # Else they are turned into float32 first, and that is transposed: twice the memory and traffic.
+            q, k = jax.lax.optimization_barrier((q, k))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, carried = attend(rotate(q, angles), rotate(k, angles), v)
         out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return self.o(out, adapters=adapters, dropout=keys()), carried
+        return self.o(out, adapters=adapters, dropout=keys(), layout=layout), carried
 
 
 class MLP(nnx.Module):
@@ -116,10 +137,10 @@ class MLP(nnx.Module):
         self.up = linear("up", d, f)
         self.down = linear("down", f, d)
 
-    def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys) -> jax.Array:
+    def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys, layout: Layout) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate, up = project((self.gate, self.up), x, adapters=adapters, dropout=keys())
-        return self.down(_swiglu(gate, up), adapters=adapters, dropout=keys())
+        gate, up = project((self.gate, self.up), x, adapters=adapters, dropout=keys(), layout=layout)
+        return self.down(_swiglu(gate, up), adapters=adapters, dropout=keys(), layout=layout)
 
 
 def _layers(
@@ -129,7 +150,7 @@ def _layers(
 
     def linear(name: str, features_in: int, features_out: int) -> LoRALinear:
         own = lora if lora is not None and name in lora.targets else None
-        return LoRALinear(features_in, features_out, own, bias=name in config.biases, rngs=rngs, dtype=dtype)
+        return LoRALinear(name, features_in, features_out, own, bias=name in config.biases, rngs=rngs, dtype=dtype)
 
     return linear
 
@@ -158,12 +179,14 @@ class Block(nnx.Module):
         *,
         adapters: bool,
         dropout: jax.Array | None = None,
+        layout: Layout = SINGLE,
     ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
         keys = _Keys(dropout)
-        attended, carried = self.attention(self.attention_norm(x), angles, attend, adapters=adapters, keys=keys)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys), carried
+        normed = self.attention_norm(x)
+        attended, carried = self.attention(normed, angles, attend, adapters=adapters, keys=keys, layout=layout)
+        x = x + layout.between(attended)
+        return x + layout.between(self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys, layout=layout)), carried
 
 
 class Llama(nnx.Module):
@@ -180,12 +203,16 @@ class Llama(nnx.Module):
         *,
         train_base: bool = False,
         padding: Padding = (),
+        layout: Layout = SINGLE,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
         self.config = config
         self.lora = lora
-        self.vocabulary = Vocabulary(config, new_rows, train_base=train_base, padding=padding, rngs=rngs, dtype=dtype)
+        self.layout = layout
+        self.vocabulary = Vocabulary(
+            config, new_rows, train_base=train_base, padding=padding, layout=layout, rngs=rngs, dtype=dtype
+        )
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.blocks = jax.vmap(lambda key: Block(config, lora, rngs=nnx.Rngs(key), dtype=dtype))(layer_keys)
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -209,12 +236,12 @@ class Llama(nnx.Module):
         angles = self.angles(positions)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attend_causally(q, k, v, segment_ids, self.config.sliding_window), None
+            return attend_in(self.layout, q, k, v, segment_ids, self.config.sliding_window), None
 
         def layer(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, index = inputs
             key = None if dropout is None else jax.random.fold_in(dropout, index)
-            return block(x, angles, attend, adapters=adapters, dropout=key)
+            return block(x, angles, attend, adapters=adapters, dropout=key, layout=self.layout)
 
         x, _ = jax.lax.scan(_recomputed(layer, remat), x, (self.blocks, jnp.arange(self.config.num_hidden_layers)))
         return self.final_norm(x)
@@ -227,12 +254,39 @@ class Llama(nnx.Module):
         )
 
 
+def attend_in(
+    layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None
+) -> jax.Array:
+    """Causal attention, as `attend_causally`, by the kernel that the layout names.
+
+    Raises ValueError where splash attention is named and cannot be.
+    """
+    if layout.attention == "plain" or (layout.attention == "auto" and layout.platform != "tpu"):
+        return attend_causally(q, k, v, segment_ids, window)
+    # Imported here: most devices have no use for Pallas.
+    from transllm_jax.model.splash import attend_splash, splash_supports
+
+    if refusal := splash_supports(q.shape[2], q.shape[3]):
+        if layout.attention == "auto":
+            return attend_causally(q, k, v, segment_ids, window)
+        raise ValueError(refusal)
+
+    local = partial(attend_splash, window=window, interpret=layout.interpret)
+    if layout.mesh is None:
+        return local(q, k, v, segment_ids)
+    heads, rows = (PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(("data", "fsdp")))
+    over = jax.shard_map(
+        local, mesh=layout.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )
+    return over(q, k, v, segment_ids)
+
+
 def _recomputed(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """A layer whose backward pass computes again what `remat` says."""
     if remat not in get_args(Remat):
         raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(get_args(Remat))}")
     if remat == "none":
         return layer
-    kept = jax.checkpoint_policies.save_only_these_names(PROJECTION) if remat == "projections" else None
+    kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat]) if _KEPT[remat] else None
     # The loop over the layers keeps the forward pass apart from the backward pass, so no common value is found in both.
     return jax.checkpoint(layer, policy=kept, prevent_cse=False)

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-# What a linear layer gives, and attention, by a name that rematerialisation can keep it by.
-PROJECTION = "projection"
+from transllm_jax.model.layout import LINEAR, SINGLE, Layout, sum_scattered
+
+# What a linear layer gives, by a name that rematerialisation can keep it by, is called as the layer; what the first
+# factor of its adapter gives is:
+DOWN_PROJECTED = "adapter"
 
 
 class Adapter(nnx.Param):
@@ -55,32 +59,101 @@ class LoraConfig:
 Arrays = tuple[jax.Array, ...]
 
 
+class _Adapted(NamedTuple):
+    """Of several layers on one input: their names, scale and dropout of their adapters, and where arrays lie."""
+
+    names: tuple[str, ...]
+    scale: float
+    dropout: float
+    layout: Layout
+
+    def dropped(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
+        """The values that are kept, scaled up by as much as goes."""
+        return x if keep is None else jnp.where(keep, x * (256 / (256 - _dropped_of_256(self.dropout))), 0)
+
+    def used(self, ws: Arrays, a_s: Arrays, bs: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+        """The parameters as products take them."""
+        use, axes = self.layout.used, [LINEAR[name] for name in self.names]
+        return (
+            tuple(use(w, inner, outer) for w, (inner, outer) in zip(ws, axes, strict=True)),
+            tuple(use(a, f"{inner}_adapter", "rank") for a, (inner, _) in zip(a_s, axes, strict=True)),
+            tuple(use(b, "rank", f"{outer}_adapter") for b, (_, outer) in zip(bs, axes, strict=True)),
+        )
+
+    def gradients(self, h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
+        """Of the factors, from h [tokens, in], u and slope [tokens, R], g [tokens, out]: where the factors are kept."""
+        layout = self.layout
+        if layout.mesh is None or layout.stationary:
+            return _products(h, us, slopes, gs, self.scale)
+        inner, outers = LINEAR[self.names[0]][0], [LINEAR[name][1] for name in self.names]
+        states, narrow = layout.tokens_spec(inner), layout.tokens_spec(None)
+        wide = tuple(layout.tokens_spec(outer) for outer in outers)
+        kept = (
+            tuple(layout.kept_spec(f"{inner}_adapter", "rank") for _ in outers),
+            tuple(layout.kept_spec("rank", f"{outer}_adapter") for outer in outers),
+        )
+
+        def device(h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
+            to_a, to_b = _products(h, us, slopes, gs, self.scale)
+            parts = [layout.parts(a, inner) for a in to_a]
+            # Their long side first, as of the other factor.
+            parts += [layout.parts(b.T, outer) for b, outer in zip(to_b, outers, strict=True)]
+            # As one: a ring has many rounds.
+            ends = np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
+            summed = jax.lax.psum(sum_scattered(jnp.concatenate(parts, axis=1), ("fsdp",)), "data")
+            sums = jnp.split(summed, ends)
+            return tuple(sums[: len(to_a)]), tuple(own.T for own in sums[len(to_a) :])
+
+        return jax.shard_map(
+            device,
+            mesh=layout.mesh,
+            in_specs=(states, (narrow,) * len(us), (narrow,) * len(us), wide),
+            out_specs=kept,
+            check_vma=False,
+        )(h, us, slopes, gs)
+
+
+def _products(h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays, scale: float) -> tuple[Arrays, Arrays]:
+    return tuple((h.T @ slope) * scale for slope in slopes), tuple(u.T @ g for u, g in zip(us, gs, strict=True))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _adapted(x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, scale: float) -> Arrays:
-    """x @ w + scale * (h @ a) @ b for several layers on one input [tokens, in]; each w is frozen, without gradient."""
-    return tuple(x @ w + (h @ (a * scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
+def _adapted(x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, of: _Adapted) -> Arrays:
+    """x @ w + scale * (h @ a) @ b for several layers on one input [tokens, in]; each w is frozen, without gradient.
+
+    h is x where `keep` says so, scaled up, and else 0.
+    """
+    ws, a_s, bs = of.used(ws, a_s, bs)
+    h = of.dropped(x, keep)
+    return tuple(x @ w + (h @ (a * of.scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
 
 
 def _adapted_forward(
-    x: jax.Array, h: jax.Array, ws: Arrays, a_s: Arrays, bs: Arrays, scale: float
+    x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, of: _Adapted
 ) -> tuple[Arrays, tuple[Any, ...]]:
-    us = tuple(checkpoint_name(h @ (a * scale), PROJECTION) for a in a_s)
-    ys = tuple(checkpoint_name(x @ w + u @ b, PROJECTION) for w, u, b in zip(ws, us, bs, strict=True))
+    # What is kept for the backward pass are the parameters as they lie, not as they were gathered.
+    kept = ws, a_s, bs
+    ws, a_s, bs = of.used(ws, a_s, bs)
+    h = of.dropped(x, keep)
+    us = tuple(checkpoint_name(h @ (a * of.scale), DOWN_PROJECTED) for a in a_s)
+    ys = tuple(checkpoint_name(x @ w + u @ b, name) for name, w, u, b in zip(of.names, ws, us, bs, strict=True))
     # The input is kept once for all the layers on it, not once a layer.
-    return ys, (h, us, ws, a_s, bs)
+    return ys, (x, keep, us, *kept)
 
 
-def _adapted_backward(scale: float, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
-    h, us, ws, a_s, bs = residuals
+def _adapted_backward(of: _Adapted, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
+    x, keep, us, ws, a_s, bs = residuals
+    ws, a_s, bs = of.used(ws, a_s, bs)
     # The barrier keeps XLA from fusing the producer of a gradient, with its transposes, into each of the products
     # below: on a CPU that recomputation costs more than the products themselves.
-    gs = jax.lax.optimization_barrier(gs)
-    slopes = [g @ b.T for g, b in zip(gs, bs, strict=True)]
+    if of.layout.platform == "cpu":
+        gs = jax.lax.optimization_barrier(gs)
+    slopes = tuple(g @ b.T for g, b in zip(gs, bs, strict=True))
     to_x = sum(g @ w.T for g, w in zip(gs, ws, strict=True))
-    to_h = sum(slope @ (a * scale).T for slope, a in zip(slopes, a_s, strict=True))
-    to_a = tuple((h.T @ slope) * scale for slope in slopes)
-    to_b = tuple(u.T @ g for u, g in zip(us, gs, strict=True))
-    return to_x, to_h, None, to_a, to_b
+    to_h: Any = sum(slope @ (a * of.scale).T for slope, a in zip(slopes, a_s, strict=True))
+    to_x += of.dropped(to_h, keep)
+    to_a, to_b = of.gradients(of.dropped(x, keep), us, slopes, gs)
+    return to_x, None, None, to_a, to_b
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -94,6 +167,7 @@ class LoRALinear(nnx.Module):
 
     def __init__(
         self,
+        name: str,
         features_in: int,
         features_out: int,
         lora: LoraConfig | None,
@@ -102,6 +176,7 @@ class LoRALinear(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
+        self.name = name
         std = features_in**-0.5
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (features_in, features_out), dtype) * std)
         self.has_bias = bias
@@ -115,34 +190,67 @@ class LoRALinear(nnx.Module):
             self.a = Adapter(a)
             self.b = Adapter(jnp.zeros((lora.rank, features_out), jnp.float32))
 
-    def __call__(self, x: jax.Array, *, adapters: bool, dropout: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, adapters: bool, dropout: jax.Array | None = None, layout: Layout = SINGLE
+    ) -> jax.Array:
         """[B, T, in] -> [B, T, out]; see `project`."""
-        return project((self,), x, adapters=adapters, dropout=dropout)[0]
+        return project((self,), x, adapters=adapters, dropout=dropout, layout=layout)[0]
 
 
 def project(
-    layers: Sequence[LoRALinear], x: jax.Array, *, adapters: bool, dropout: jax.Array | None = None
+    layers: Sequence[LoRALinear],
+    x: jax.Array,
+    *,
+    adapters: bool,
+    dropout: jax.Array | None = None,
+    layout: Layout = SINGLE,
 ) -> list[jax.Array]:
     """Several layers on one input, [B, T, in] -> [B, T, out] each.
 
     `dropout` is a random key, given in training when the rate is not 0; the layers share what is dropped.
     """
+    inner, outer = LINEAR[layers[0].name]
+    x = layout.whole_rows(x) if inner == "embed" else layout.computed(x, "batch", None, inner)
     flat = x.reshape(-1, x.shape[-1])
     lora = next((layer.lora for layer in layers if layer.lora is not None), None) if adapters else None
     adapted = [layer for layer in layers if lora is not None and layer.lora is not None]
     plain = [layer for layer in layers if lora is None or layer.lora is None]
-    ys = {id(layer): checkpoint_name(flat @ layer.kernel[...].astype(x.dtype), PROJECTION) for layer in plain}
+    ys = {}
+    for layer in plain:
+        kernel = layout.used(layer.kernel[...].astype(x.dtype), *LINEAR[layer.name])
+        ys[id(layer)] = checkpoint_name(flat @ kernel, layer.name)
     if lora is not None:
-        h = flat
+        keep = None
         if dropout is not None and lora.dropout:
-            keep = jax.random.bernoulli(dropout, 1 - lora.dropout, flat.shape)
-            h = jnp.where(keep, flat / (1 - lora.dropout), 0)
+            if layout.platform != "cpu":
+                # Else all of a layer's are drawn at its beginning, and kept until they are needed.
+                dropout, flat = jax.lax.optimization_barrier((dropout, flat))
+            keep = _kept(dropout, x.shape, lora.dropout).reshape(flat.shape)
         ws = tuple(layer.kernel[...] for layer in adapted)
         a_s = tuple(layer.a[...].astype(x.dtype) for layer in adapted)
         bs = tuple(layer.b[...].astype(x.dtype) for layer in adapted)
-        outputs = _adapted(flat, h, ws, a_s, bs, lora.scale)
+        of = _Adapted(tuple(layer.name for layer in adapted), lora.scale, lora.dropout, layout)
+        outputs = _adapted(flat, keep, ws, a_s, bs, of)
         ys |= {id(layer): y for layer, y in zip(adapted, outputs, strict=True)}
-    return [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
+    found = [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
+    # Of o and down it is a sum over `tensor`, and the layer says where it goes.
+    return found if outer == "embed" else [layout.computed(y, "batch", None, outer) for y in found]
+
+
+def _dropped_of_256(rate: float) -> int:
+    """A rate of dropout in 256ths, not 0."""
+    return max(1, round(256 * rate))
+
+
+def _kept(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """Which values of a shape [B, T, in] are kept, bool.
+
+    A random number is cut into four bytes, for four parts of the length: drawing them is what costs time.
+    """
+    batch, length, size = shape
+    drawn = jax.random.bits(key, (batch, -(-length // 4), size), jnp.uint32)
+    parts = [((drawn >> shift) & 0xFF) >= _dropped_of_256(rate) for shift in (0, 8, 16, 24)]
+    return jnp.concatenate(parts, axis=1)[:, :length]
 
 
 def _with_bias(layer: LoRALinear, y: jax.Array) -> jax.Array:

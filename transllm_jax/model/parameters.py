@@ -5,7 +5,7 @@ A path is the attribute path joined with dots, such as `blocks.attention.q.kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.layout import SINGLE, Index, Layout, Reader
 from transllm_jax.model.llama import Llama
 from transllm_jax.model.lora import Adapter, LoraConfig, NewRows
 from transllm_jax.model.vocabulary import Padding
@@ -36,6 +37,11 @@ class Split(NamedTuple):
     def merge(self) -> Llama:
         """The model again."""
         return merge(self.structure, self.trainable, self.frozen)
+
+    @property
+    def layout(self) -> Layout:
+        """How its arrays lie on devices."""
+        return self.merge().layout
 
     def hold(self, paths: Iterable[str]) -> Split:
         """The split in which these trainable arrays are frozen as they are: no gradient, no moments.
@@ -62,16 +68,34 @@ def abstract(
     *,
     train_base: bool = False,
     padding: Padding = (),
+    layout: Layout = SINGLE,
 ) -> Split:
-    """The split of a model with shapes in place of arrays; costs no memory."""
+    """The split of a model with shapes in place of arrays; costs no memory. With a mesh, shapes say where they lie.
+
+    Raises UserError for a mesh that does not divide the model.
+    """
 
     def make() -> Llama:
-        return Llama(config, lora, new_rows, train_base=train_base, padding=padding, rngs=nnx.Rngs(0), dtype=dtype)
+        options: dict[str, Any] = {"train_base": train_base, "padding": padding, "layout": layout, "dtype": dtype}
+        return Llama(config, lora, new_rows, **options, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(make)
     parts: Any = nnx.split(model, TRAINABLE, ...)
-    structure, trainable, frozen = parts
-    return Split(structure, _flatten(trainable), _flatten(frozen))
+    structure, *states = parts
+    trainable, frozen = map(_flatten, states)
+    heads = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+    }
+    layout.require({path: leaf.shape for path, leaf in {**frozen, **trainable}.items()}, heads)
+
+    def placed(flat: dict[str, Any]) -> dict[str, Any]:
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(path))
+            for path, leaf in flat.items()
+        }
+
+    return Split(structure, placed(trainable), placed(frozen))
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,14 +134,29 @@ def initial_adapters(config: LlamaConfig, lora: LoraConfig, seed: int) -> dict[s
     return adapters
 
 
-def load_frozen(config: LlamaConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = jnp.float32) -> Flat:
-    """The frozen weights on the device. `weights` is emptied on the way, so that only one copy is held.
+def load_frozen(
+    config: LlamaConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE
+) -> Flat:
+    """The frozen weights on the devices. `weights` is emptied on the way, so that only one copy is held.
 
     Raises UserError that lists every missing, extra or misshapen array.
     """
-    wanted = abstract(config, None, 0, dtype).frozen
-    _check(weights, wanted, "weights")
-    return {path: jnp.asarray(weights.pop(path), dtype) for path in sorted(wanted)}
+    _check(weights, abstract(config, None, 0, dtype).frozen, "weights")
+
+    def parts(path: str, indices: Sequence[Index]) -> list[np.ndarray]:
+        whole = weights.pop(path)
+        return [whole[index] for index in indices]
+
+    return read_frozen(config, parts, dtype, layout)
+
+
+def read_frozen(config: LlamaConfig, read: Reader, dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE) -> Flat:
+    """The frozen weights on the devices, each process reading what its own hold; no more than one at a time.
+
+    Raises UserError for a mesh that does not divide the model.
+    """
+    wanted = abstract(config, None, 0, dtype, layout=layout).frozen
+    return {path: layout.read(path, leaf.shape, dtype, read) for path, leaf in sorted(wanted.items())}
 
 
 def assemble(
@@ -127,6 +166,7 @@ def assemble(
     lora: LoraConfig | None = None,
     trainable: Mapping[str, np.ndarray | jax.Array] | None = None,
     padding: Padding = (),
+    layout: Layout = SINGLE,
 ) -> Split:
     """A model from its frozen weights and the arrays that train: adapters, new rows, and where base rows train theirs.
 
@@ -145,11 +185,11 @@ def assemble(
     # Copies of the base rows would be a second set of what trains already.
     train_base = not full and any(path in trainable for path in BASE_ROWS)
     new_rows = 0 if rows is None else rows.shape[0]
-    split = abstract(config, lora, new_rows, dtype, train_base=train_base, padding=padding)
+    split = abstract(config, lora, new_rows, dtype, train_base=train_base, padding=padding, layout=layout)
     wanted = {**split.trainable, **split.frozen} if full else split.trainable
     _check(trainable, wanted, "all weights and new rows" if full else "adapters and new rows")
     # A copy, always: training donates these buffers.
-    arrays = {path: jnp.array(trainable[path], jnp.float32) for path in sorted(wanted)}
+    arrays = {path: layout.place(path, trainable[path], np.float32) for path in sorted(wanted)}
     return Split(split.structure, arrays, {} if full else frozen)
 
 

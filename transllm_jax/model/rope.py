@@ -120,5 +120,8 @@ def rotary_angles(
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn x [B, heads, T, H] by its positions; the first half of H pairs with the second."""
     cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    # Halves change places in x's own type: what is computed in float32 is then one sum, not two halves to be joined.
+    other = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (jnp.concatenate([of, of], axis=-1) for of in (cos, sin))
+    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)

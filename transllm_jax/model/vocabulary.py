@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.lora import NewRows
 
 # Ranges [from, to) of ids that have no token.
@@ -68,6 +69,7 @@ class Vocabulary(nnx.Module):
         *,
         train_base: bool = False,
         padding: Padding = (),
+        layout: Layout = SINGLE,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ) -> None:
@@ -78,6 +80,7 @@ class Vocabulary(nnx.Module):
         self.new_rows = new_rows
         self.train_base = train_base
         self.padding = padding
+        self.layout = layout
         self.dtype = np.dtype(dtype)
         if not self.tied:
             self.output_base = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * std)
@@ -94,26 +97,37 @@ class Vocabulary(nnx.Module):
         """[B, T] ids -> [B, T, D]; `adapters=False` takes the frozen base rows (new ids have new rows still)."""
         # Looked up in float32 and then rounded, so that the gradients of a row's places are summed in float32.
         table = self.base_trained[...] if self.train_base and adapters else self.base[...]
+        # Each device looks up its part of D for all rows of its group, so that a table's gradient is summed where the
+        # table is kept; then states change from parts of D to parts of the batch, an axis at a time.
+        tokens = self.layout.computed(tokens, "batch_data", None)
         if not self.new_rows:
-            return table[tokens].astype(self.dtype)
-        size = table.shape[0]
-        known = table[jnp.minimum(tokens, size - 1)].astype(self.dtype)
-        added = self.new[...][jnp.maximum(tokens - size, 0)].astype(self.dtype)
-        return jnp.where((tokens < size)[..., None], known, added)
+            x = self._rows(table, tokens)
+        else:
+            size = table.shape[0]
+            known = self._rows(table, jnp.minimum(tokens, size - 1))
+            added = self._rows(self.new[...], jnp.maximum(tokens - size, 0))
+            x = jnp.where((tokens < size)[..., None], known, added)
+        return self.layout.between(self.layout.computed(x, "batch_data", "length", "embed"))
 
-    def output_tables(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
-        """The output rows: base [V, D] and new [n, D] (None without new rows), in the model's dtype.
+    def _rows(self, table: jax.Array, places: jax.Array) -> jax.Array:
+        return self.layout.computed(table[places].astype(self.dtype), "batch_data", None, "embed_table")
+
+    def output_rows(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
+        """The output rows as they are kept: base [V, D] and new [n, D] (None without new rows).
 
         With `adapters=False` the base rows are the frozen ones, whether or not there are trained ones.
         """
         base = self.base[...] if self.tied else self.output_base[...]
         if self.train_base and adapters:
             base = self.base_trained[...] if self.tied else self.output_base_trained[...]
-        base = base.astype(self.dtype)
         if not self.new_rows:
             return base, None
-        new = self.new[...] if self.tied else self.output_new[...]
-        return base, new.astype(self.dtype)
+        return base, self.new[...] if self.tied else self.output_new[...]
+
+    def output_tables(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
+        """`output_rows` in the model's dtype."""
+        base, new = self.output_rows(adapters=adapters)
+        return base.astype(self.dtype), None if new is None else new.astype(self.dtype)
 
     def logits(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
         """[..., D] -> float32 [..., V + n], or [..., V] with `base_only`: the original model's vocabulary.

@@ -12,7 +12,7 @@ from transllm_jax.stages.run import Run
 
 def inputs(run: Run) -> dict[str, Any]:
     """What the import depends on, and the type that all steps compute in."""
-    return {"model": run.config.model.model_dump()}
+    return {"model": run.config.model.model_dump(exclude={"shape"})}
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:

@@ -16,6 +16,9 @@ from transllm_jax.generation.engine import Engine
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
 
+# Beside the results: the original model's answers, for the evaluations of all points.
+ORIGINAL = "original_answers.json"
+
 
 def inputs(run: Run) -> dict[str, Any]:
     """What an evaluation reads: files and config sections."""
@@ -97,13 +100,14 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
         bar.update(1)
         if run.teacher is None:
             asked = [question for question, _ in held_out.questions]
-            answers = _original_answers(run, directory.parent / "original_answers.json", asked)
+            answers = _original_answers(run, directory.parent / ORIGINAL, asked)
             run.teacher = Teacher(base, answers, batch_size=4)
         results = evaluate(
             here, run.teacher, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
         )
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
-    write_json(directory / "results.json", {"point": point, "counts": counts, **results})
+    if run.primary:
+        write_json(directory / "results.json", {"point": point, "counts": counts, **results})
     metrics = results["metrics"]
     return {
         "text": f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
@@ -135,7 +139,8 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
         "weights": base_fingerprint(run.base),
         "max_new_tokens": run.config.evaluation.max_new_tokens,
     }
-    if path.exists() and (known := read_json(path))["of"] == wanted:
+    known = run.peers.share(read_json(path) if run.primary and path.exists() else None)
+    if known is not None and known["of"] == wanted:
         return [(row["prompt"], row["answer"]) for row in known["rows"]]
     tokenizer, section = run.tokenizer("base"), run.config.evaluation
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
@@ -145,5 +150,6 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
     for question, prompt, ids in zip(questions, prompts, generated, strict=True):
         ended = [tokenizer.eos_id] if len(ids) < section.max_new_tokens else []
         rows.append({"question": question, "text": tokenizer.decode(ids), "prompt": prompt, "answer": ids + ended})
-    write_json(path, {"of": wanted, "rows": rows})
+    if run.primary:
+        write_json(path, {"of": wanted, "rows": rows})
     return [(row["prompt"], row["answer"]) for row in rows]

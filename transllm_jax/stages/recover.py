@@ -7,6 +7,7 @@ and answers are translated. What it wrote is kept answer by answer, so a run tha
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any
 from transllm_jax.config import Translation
 from transllm_jax.data.files import Place
 from transllm_jax.data.sources import check_no_special, read_jsonl
-from transllm_jax.errors import UserError
+from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.training.metrics import read_rows
+
+# Seconds between two copies of the answers to a store.
+KEEP_EVERY = 60.0
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -83,8 +87,9 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     ]
     if not chains:
         raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
-    (directory / "chains.jsonl").write_text(text, encoding="utf-8")
+    if run.primary:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
+        (directory / "chains.jsonl").write_text(text, encoding="utf-8")
     unfinished = len(answers) - len(whole)
     counts = {how: by_answer.count(how) for how in ("file", "model", "none")}
     return {
@@ -124,7 +129,8 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
     """Answers of the original model, in order; those that `path` holds are not asked again."""
     section = run.config.recover
-    rows = read_rows(path)[: len(instructions)]
+    rows: list[dict[str, Any]] = run.peers.share(read_rows(path)[: len(instructions)] if run.primary else None)
+    path = run.own(path.parent) / path.name
     # Whole batches only, so that a resumed run asks in the same batches as an undisturbed one.
     if len(rows) < len(instructions):
         rows = rows[: len(rows) // section.batch_size * section.batch_size]
@@ -133,6 +139,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
         return rows
     tokenizer = run.tokenizer("base")
     engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
+    kept = time.monotonic()
     with (
         path.open("a", encoding="utf-8") as file,
         run.progress.task("answers", total=len(instructions), done=len(rows), unit="answer") as bar,
@@ -156,8 +163,12 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
                 rows.append(row)
             file.flush()
             bar.update(len(rows))
-            if len(rows) < len(instructions):
-                run.interrupt.check(f"recover: {len(rows)} of {len(instructions)} answers")
+            if time.monotonic() - kept > KEEP_EVERY:
+                run.keep("recover")
+                kept = time.monotonic()
+            if len(rows) < len(instructions) and run.peers.any(run.interrupt.requested):
+                run.keep("recover")
+                raise Preempted(f"recover: {len(rows)} of {len(instructions)} answers: stopped, what is done is saved")
     return rows
 
 

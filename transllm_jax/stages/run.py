@@ -7,15 +7,18 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from conversion.hf import read_config, read_weights
+from conversion.hf import open_hf, read_config, read_parts
 from transllm_jax.artifacts import Artifact, FileHashes
 from transllm_jax.config import Config, Source
 from transllm_jax.data.cleaning import text_of
@@ -23,14 +26,19 @@ from transllm_jax.data.contamination import EvaluationTexts
 from transllm_jax.data.files import Collector, Loaded, Place, resolve, texts_of
 from transllm_jax.data.shards import Item, Reading, Shard, shards
 from transllm_jax.data.sources import check_no_special, read_jsonl, refuse_special
+from transllm_jax.distributed.mesh import make_layout, mesh_shape
+from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.layout import Index, Layout
 from transllm_jax.model.lora import LoraConfig
-from transllm_jax.model.parameters import Flat, Split, assemble, load_frozen
+from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
 from transllm_jax.model.vocabulary import Padding, padding_of
 from transllm_jax.progress import Progress
+from transllm_jax.site import Site
+from transllm_jax.stages.trained import lora_of, trains
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.sentencepiece_model import unused
@@ -47,18 +55,59 @@ class Run:
     """One run of the pipeline. The frozen weights are read once and shared by the models of all points."""
 
     def __init__(
-        self, config: Config, workdir: Path, progress: Progress, interrupt: Interrupt, *, since: float | None = None
+        self,
+        config: Config,
+        workdir: Path | Site,
+        progress: Progress,
+        interrupt: Interrupt,
+        *,
+        since: float | None = None,
+        profile: int = 0,
     ) -> None:
-        """since: when the process began, by `time.monotonic`."""
+        """workdir: a directory for one process alone, or where several are at work together.
+
+        since: when the process began, by `time.monotonic`. profile: steps of each training stage that are traced.
+        """
         self._since = since
+        self.profile = profile
         self.config = config
-        self.workdir = workdir
+        self.site = workdir if isinstance(workdir, Site) else Site.of(workdir)
+        self.workdir = self.site.workdir
         self.progress = progress
         self.interrupt = interrupt
         # The original model with its answers to held-out questions; made by the first evaluation, used by all.
         self.teacher: Teacher | None = None
         self._tokenizers: dict[str, Tokenizer] = {}
         self._checked: set[str] = set()
+
+    @property
+    def peers(self) -> Peers:
+        """The processes of this run."""
+        return self.site.peers
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.site.peers.primary
+
+    def own(self, directory: Path) -> Path:
+        """Where this process writes what it tells of a step: the step's directory, or one that nobody reads."""
+        if self.primary:
+            return directory
+        place = self._scratch / directory.name
+        place.mkdir(exist_ok=True)
+        return place
+
+    def keep(self, *names: str) -> None:
+        """What is here of these steps, and the account of time, outlives this host; nothing without a store."""
+        if self.primary and self.site.mirrored:
+            with self.ledger.still():
+                self.site.push(LEDGER, *names)
+
+    @cached_property
+    def _scratch(self) -> Path:
+        self._temporary = tempfile.TemporaryDirectory(prefix="transllm-")
+        return Path(self._temporary.name)
 
     @property
     def base(self) -> Path:
@@ -73,10 +122,7 @@ class Run:
     @property
     def lora(self) -> LoraConfig | None:
         """The adapters' shape; None where all weights train."""
-        lora = self.config.lora
-        if lora is None:
-            return None
-        return LoraConfig(lora.rank, lora.alpha, lora.dropout, lora.rslora, tuple(lora.targets))
+        return lora_of(self.config)
 
     @property
     def scale(self) -> float:
@@ -91,9 +137,21 @@ class Run:
 
     @cached_property
     def frozen(self) -> Flat:
-        """The base model's weights, on the device."""
+        """The base model's weights, on the devices."""
         dtype = jnp.dtype(self.config.model.dtype)
-        return load_frozen(self.model_config, read_weights(self.base, dtype), dtype)
+        model = open_hf(self.base)
+
+        def read(path: str, parts: Sequence[Index]) -> list[np.ndarray]:
+            return read_parts(model, path, parts, dtype)
+
+        return read_frozen(self.model_config, read, dtype, self.layout)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How arrays lie on the run's devices. Raises UserError for a mesh of another number of devices."""
+        mesh = self.config.mesh
+        shape = mesh_shape(len(jax.devices()), mesh.data, mesh.fsdp, mesh.tensor)
+        return make_layout(shape, self.config.attention)
 
     def tokenizer(self, point: str) -> Tokenizer:
         """The tokenizer at a point: the base's own, or the expanded one."""
@@ -109,14 +167,13 @@ class Run:
             lora, trainable = self.lora, load_arrays(self.trainable(point))
             rows += len(trainable.get("vocabulary.new", ()))
         padding = tokenless(self.tokenizer(point), rows)
-        return assemble(self.model_config, self.frozen, lora=lora, trainable=trainable, padding=padding)
+        return assemble(
+            self.model_config, self.frozen, lora=lora, trainable=trainable, padding=padding, layout=self.layout
+        )
 
     def trains(self, path: str) -> bool:
         """Whether an array of a point changes in training; of the vocabulary, some stay as they are."""
-        if not path.startswith("vocabulary."):
-            return True
-        new = path in ("vocabulary.new", "vocabulary.output_new")
-        return {"all": True, "new": new, "none": False}[self.config.embeddings]
+        return trains(self.config, path)
 
     def trainable(self, point: str) -> Path:
         """Where a point's adapters and new rows lie."""
@@ -125,17 +182,23 @@ class Run:
     @cached_property
     def ledger(self) -> Ledger:
         """Where the time of this process goes."""
-        return Ledger(self.workdir / LEDGER, since=self._since)
+        return Ledger((self.workdir if self.primary else self._scratch) / LEDGER, since=self._since)
 
     @property
     def token_cache(self) -> Path:
         """Where tokenised text is kept."""
-        return Path(self.config.token_cache) if self.config.token_cache else self.workdir / "tokens"
+        return Path(self.config.token_cache) if self.config.token_cache else self.workdir / TOKENS
+
+    @cached_property
+    def tokens_are_shared(self) -> bool:
+        """Whether all processes see one cache of tokens. To be asked by all."""
+        given = self.config.token_cache
+        return not self.site.mirrored if given is None else all(self.site.see(Path(given)))
 
     @cached_property
     def hash_of(self) -> FileHashes:
         """A file's hash."""
-        return FileHashes(self.workdir / "hashes.json")
+        return FileHashes(self.workdir / HASHES, keep=self.primary)
 
     def shards(self, source: Source) -> list[Shard]:
         """The shards of a source. Raises UserError for files that are not there."""
@@ -260,6 +323,8 @@ class Run:
         return kept
 
 
+# In a work directory: tokenised text, and the hashes of files.
+TOKENS, HASHES = "tokens", "hashes.json"
 # Characters of a source that are looked at before a run begins.
 CHECKED = 100_000_000
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 from transllm_jax.config import Cleaning, Source
 from transllm_jax.data.cleaning import Rules
-from transllm_jax.data.planned import Choice, PlannedRows
-from transllm_jax.data.tokenise import tokenise
+from transllm_jax.data.planned import Choice, PlannedRows, plan_path
+from transllm_jax.data.shards import Shard
+from transllm_jax.data.token_cache import ShardTokens, records_path, shard_path
+from transllm_jax.data.tokenise import OnProgress, tokenise
 from transllm_jax.data.transform import Transform
 from transllm_jax.errors import UserError
-from transllm_jax.stages.run import Run
+from transllm_jax.stages.run import TOKENS, Run
 from transllm_jax.tokenizer.scripts import script_of
 
 # Bytes on disk of a source whose tokenising is stopped on request.
 LARGE = 16 << 20
+# Shards that are tokenised before they are copied to a store.
+TOGETHER = 64
 
 
 def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
@@ -61,7 +68,8 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             if long:
                 run.interrupt.check(f"{stage}: tokenising")
 
-        tokens = tokenise(shards, transform, run.tokenizer("vocabulary"), source.controls, run.token_cache, tell=tell)
+        cache = _Cache(run)
+        tokens = cache.tokens(shards, transform, source, tell)
         choice = Choice(
             row_length=transform.length,
             tokens=source.tokens,
@@ -69,7 +77,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             near=source.cleaning.near_duplicates if transform.near else None,
             seed=run.config.seed,
         )
-        rows = PlannedRows(tokens, choice, run.token_cache)
+        rows = cache.rows(tokens, choice)
     if not len(rows):
         gone = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
@@ -77,6 +85,70 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             f"{gone or 'none'}): give it more text, or loosen cleaning, tokens or length"
         )
     return rows
+
+
+class _Cache:
+    """The token cache of a run: in one directory for all of its processes, on its store, or each process's own.
+
+    Where it is not each one's own, each process tokenises its part of the shards.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._directory = run, run.token_cache
+        self._mirrored = run.site.mirrored and run.config.token_cache is None
+        self._divided = self._mirrored or run.tokens_are_shared
+
+    def tokens(
+        self, shards: Sequence[Shard], transform: Transform, source: Source, tell: OnProgress
+    ) -> list[ShardTokens]:
+        """The tokens of all shards, which are there after it."""
+        run, tokenizer = self._run, self._run.tokenizer("vocabulary")
+        paths = {shard: shard_path(self._directory, shard, transform, tokenizer.fingerprint) for shard in shards}
+        mine: Sequence[Shard] = shards
+        if self._divided:
+            # The largest first, dealt in turn.
+            ordered = sorted(paths, key=lambda shard: (-shard.size, paths[shard].name))
+            mine = ordered[run.peers.number :: run.peers.count]
+
+        def made(some: Iterable[Shard]) -> list[ShardTokens]:
+            return tokenise(list(some), transform, tokenizer, source.controls, self._directory, tell=tell)
+
+        if self._mirrored:
+            self._fetch(paths[shard] for shard in mine)
+            # Some at a time, so that they outlive this host when they are done.
+            for first in range(0, len(mine), TOGETHER):
+                some = mine[first : first + TOGETHER]
+                made(some)
+                names = [paths[shard] for shard in some]
+                run.site.place.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+        elif self._divided and run.peers.count > 1:
+            made(mine)
+        if self._divided:
+            run.peers.barrier("tokens")
+        if self._mirrored:
+            self._fetch(paths.values())
+        return made(shards)
+
+    def rows(self, tokens: Sequence[ShardTokens], choice: Choice) -> PlannedRows:
+        """The rows, planned by the primary where the others can read the plan."""
+        path, place = plan_path(tokens, choice, self._directory), self._run.site.place
+
+        def planned() -> PlannedRows:
+            if self._mirrored:
+                place.fetch(TOKENS, [path.name])
+            rows = PlannedRows(tokens, choice, self._directory)
+            if self._mirrored and self._run.primary:
+                place.add(TOKENS, [path.name])
+            return rows
+
+        return self._run.peers.in_turn("rows", planned) if self._divided else planned()
+
+    def _fetch(self, paths: Iterable[Path]) -> None:
+        """Bring what the store has of shards that are not here; what says that a shard is whole comes last."""
+        wanted = [path for path in paths if not path.is_file()]
+        if wanted:
+            names = [records_path(path).name for path in wanted], [path.name for path in wanted]
+            self._run.site.place.fetch(TOKENS, *names)
 
 
 _UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}

@@ -17,12 +17,15 @@ from transllm_jax.data.batches import Batches
 from transllm_jax.data.packing import Rows
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import nats
+from transllm_jax.model.layout import Layout
+from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split
+from transllm_jax.model.splash import splash_supports
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.sources import left_out, planned_rows, validation_rows
-from transllm_jax.training.arrays import save_arrays
+from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
-from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
+from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
 from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig
 from transllm_jax.training.reporting import Speed
@@ -106,15 +109,11 @@ def check_training(run: Run, name: str) -> None:
     """What can be known to be wrong before a training stage begins. Raises UserError."""
     section = section_of(run, name)
     run.check_length(f"{name}.length", section.length)
-    rows, devices = section.batch_size // section.accumulate, len(jax.devices())
-    if rows % devices:
-        raise UserError(
-            f"{name}.batch_size: {rows} rows at once cannot be cut over {devices} devices; take a multiple of "
-            f"{devices * section.accumulate}"
-        )
+    check_layout(run.layout, name, section, run.model_config.head_dim)
     # Where it stands, before the manifest takes the new number for the stage's own.
-    saved = (run.workdir / name / "checkpoints").glob("[0-9]*")
-    reached = max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
+    place = run.site.place.checkpoints(name)
+    saved = [path.name for path in place.iterdir()] if place.exists() else []
+    reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
         raise UserError(
             f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
@@ -124,6 +123,21 @@ def check_training(run: Run, name: str) -> None:
         run.check(source)
     if section.validation is not None:
         run.check(section.validation.source)
+
+
+def check_layout(layout: Layout, name: str, section: Training, head_dim: int) -> None:
+    """Whether a stage's batches can be cut over a mesh. Raises UserError that names the config's key."""
+    rows, parts = section.batch_size // section.accumulate, layout.batch_parts
+    if rows % parts:
+        raise UserError(
+            f"{name}.batch_size: {rows} rows at once cannot be cut over {parts} devices; take a multiple of "
+            f"{parts * section.accumulate}"
+        )
+    if section.length % layout.size("tensor"):
+        raise UserError(f"{name}.length: {section.length} is no multiple of mesh.tensor {layout.size('tensor')}")
+    refusal = splash_supports(section.length, head_dim) if layout.attention == "splash" else None
+    if refusal:
+        raise UserError(f"{name}.length: {refusal}; change it, or set attention=plain")
 
 
 def source_parts(run: Run, name: str) -> list[Part]:
@@ -170,7 +184,31 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
         train_new=run.config.embeddings != "none",
     )
     peak = peak_flops(jax.devices()[0])
-    config = LoopConfig(
+    config = loop_config(
+        lora,
+        name,
+        section,
+        steps,
+        seed=seed,
+        sources=tuple(part.name for part in parts),
+        speed=Speed(flops, None if peak is None else peak * len(jax.devices())),
+    )
+    held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
+    return Job(split, held, batches, parts, config, _watch(run, name, section, split))
+
+
+def loop_config(
+    lora: LoraConfig | None,
+    name: str,
+    section: Training,
+    steps: int,
+    *,
+    seed: int,
+    sources: tuple[str, ...],
+    speed: Speed | None = None,
+) -> LoopConfig:
+    """What the training loop is told of a stage's section. Raises UserError for a schedule that does not fit."""
+    return LoopConfig(
         _optimizer(section, steps, name),
         checkpoint_every=section.checkpoint_every,
         seed=seed,
@@ -181,11 +219,9 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
         log_every=section.log_every,
         keep=section.keep_checkpoints,
         max_skipped=section.max_skipped,
-        sources=tuple(part.name for part in parts),
-        speed=Speed(flops, None if peak is None else peak * len(jax.devices())),
+        sources=sources,
+        speed=speed or Speed(),
     )
-    held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
-    return Job(split, held, batches, parts, config, _watch(run, name, section, split))
 
 
 def _optimizer(section: Training, steps: int, name: str) -> OptimizerConfig:
@@ -237,14 +273,29 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
     """Train from point `start` on a mixture and save the result as point `name`."""
     job = prepare(run, directory, name=name, start=start, parts=parts)
     started = time.monotonic()
-    outcome = train(job.split, job.batches, job.config, directory, run.progress, run.interrupt, run.ledger, job.watch)
+    outcome = train(
+        job.split,
+        job.batches,
+        job.config,
+        run.own(directory),
+        run.progress,
+        run.interrupt,
+        run.ledger,
+        job.watch,
+        Around(run.peers, run.site.place.checkpoints(name), lambda: run.keep(name), run.profile),
+    )
+
+    def finish() -> dict[str, Any]:
+        save_arrays(directory / "trainable", arrays)
+        return {
+            **_told(directory, job, outcome),
+            "tokens_per_second": outcome.tokens_per_second,
+            "train_seconds": time.monotonic() - started,
+        }
+
     with run.ledger.spend("save"):
-        save_arrays(directory / "trainable", {**outcome.trainable, **job.held})
-    return {
-        **_told(directory, job, outcome),
-        "tokens_per_second": outcome.tokens_per_second,
-        "train_seconds": time.monotonic() - started,
-    }
+        arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
+        return run.peers.lead(f"the result of {name}", finish) or {}
 
 
 def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:

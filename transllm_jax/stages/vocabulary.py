@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from conversion.adapter import ADAPTER, read_adapter
-from conversion.hf import open_hf, read_weights
+from conversion.hf import open_hf, read_parts, read_weights
 from conversion.names import tensors
+from conversion.safetensors_io import dtype_of
 from conversion.store import MANIFEST
 from conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.artifacts import write_json
@@ -106,6 +107,14 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     first = run.model_config.vocab_size
     if [number for number in token_ids(tokenizer) if number >= first] != list(range(first, first + new_tokens)):
         raise ValueError(f"the new ids of {tokenizer.source} are not the {new_tokens} from {first} on")
+    return run.peers.lead("vocabulary's files", lambda: _written(run, directory, tokenizer, trainable, report)) or {}
+
+
+def _written(
+    run: Run, directory: Path, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], report: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all files; the summary of the stage."""
+    given, new_tokens = run.config.vocabulary.adapter, len(trainable["vocabulary.new"])
     report["table"] = table = _round(run, trainable)
     # Copies train: the frozen weights stay, and with them the original model. They are copies of what the base stores,
     # whatever type the run computes in, so that what is not trained after all keeps its bits.
@@ -155,11 +164,14 @@ def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def _tables(run: Run) -> dict[str, np.ndarray]:
-    """The base's rows that the new rows begin from, by the path of the new ones."""
-    tables = {"vocabulary.new": run.frozen["vocabulary.base"]}
-    if not run.model_config.tie_word_embeddings:
-        tables["vocabulary.output_new"] = run.frozen["vocabulary.output_base"]
-    return {path: np.asarray(table, np.float32) for path, table in tables.items()}
+    """The base's rows that the new rows begin from, by the path of the new ones, as the run's dtype has them."""
+    model, dtype = open_hf(run.base), dtype_of(run.config.model.dtype)
+    tied = run.model_config.tie_word_embeddings
+    return {
+        path: read_parts(model, base, [(slice(None), slice(None))], dtype)[0].astype(np.float32)
+        for path, base in ROWS_OF.items()
+        if not (tied and path == "vocabulary.output_new")
+    }
 
 
 def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]]:
@@ -317,15 +329,14 @@ def _calibrate(
     run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str], english: Source
 ) -> Ways:
     """Give the new output rows their frequency as a prior; the tokens' counts are those in the corpus."""
-    tied = run.model_config.tie_word_embeddings
-    path, table = ("vocabulary.new", "base") if tied else ("vocabulary.output_new", "output_base")
-    split = assemble(run.model_config, run.frozen, lora=run.lora, trainable=trainable)
+    path = "vocabulary.new" if run.model_config.tie_word_embeddings else "vocabulary.output_new"
+    split = assemble(run.model_config, run.frozen, lora=run.lora, trainable=trainable, layout=run.layout)
     counts = token_counts(tokenizer, documents, run.model_config.vocab_size, len(trainable[path]))
     trainable[path] = calibrated(
         trainable[path],
         counts,
         text_states(split, tokenizer, documents),
         text_states(split, tokenizer, run.read_english(english)),
-        np.asarray(run.frozen[f"vocabulary.{table}"], np.float32)[token_ids(run.tokenizer("base"))],
+        _tables(run)[path][token_ids(run.tokenizer("base"))],
     )
     return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}

@@ -1,14 +1,21 @@
-"""What a stage leaves: its adapters and new rows as a flat dictionary of arrays on disk, each with its SHA-256."""
+"""What a stage leaves: its adapters and new rows as a flat dictionary of arrays on disk, each with its SHA-256.
+
+They are written and read by one process, whatever the others do.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from transllm_jax.errors import UserError
 
@@ -16,10 +23,42 @@ from transllm_jax.errors import UserError
 DIGESTS = "sha256.json"
 
 
-def save_arrays(directory: Path, arrays: dict[str, Any]) -> None:
+def on_host(array: Any) -> np.ndarray:
+    """An array's values. One that is cut over the devices of several processes is gathered, by all of them."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        array = _gather(NamedSharding(sharding.mesh, PartitionSpec()))(array)
+    return np.asarray(array)
+
+
+@lru_cache
+def _gather(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=everywhere)
+
+
+def all_on_host(arrays: Mapping[str, Any], *, keep: bool = True) -> dict[str, np.ndarray]:
+    """Arrays' values, gathered one after the other. keep: whether this process wants them, or only has a part in it."""
+    found = {}
+    for path, array in arrays.items():
+        values = on_host(array)
+        if keep:
+            found[path] = values
+    return found
+
+
+def _alone() -> dict[str, Any]:
+    """Options with which orbax does not wait for other processes."""
+    if jax.process_count() == 1:
+        return {}
+    me = jax.process_index()
+    return {"multiprocessing_options": ocp.options.MultiprocessingOptions(me, {me}, f"alone-{me}")}
+
+
+def save_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
     """Write a flat dictionary of arrays: a stage's output, its adapters and new rows."""
     plain = {path: np.asarray(value) for path, value in arrays.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(**_alone()) as checkpointer:
         checkpointer.save(directory.absolute(), plain, force=True)
     digests = {path: _digest(value) for path, value in plain.items()}
     (directory / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -39,9 +78,10 @@ def load_arrays(directory: Path) -> dict[str, np.ndarray]:
     mend = "run the stage that wrote it again with --force, or copy or convert it again"
     try:
         digests = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in digests}
-            arrays: dict[str, np.ndarray] = checkpointer.restore(directory.absolute(), restore_args=restore)
+        restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in digests}
+        # Not by a checkpointer: it waits for other processes.
+        args = ocp.args.PyTreeRestore(restore_args=restore)
+        arrays: dict[str, np.ndarray] = ocp.PyTreeCheckpointHandler().restore(directory.absolute(), args=args)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # orbax's for files that end early
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{directory} is not complete or damaged ({reason}); {mend}") from error

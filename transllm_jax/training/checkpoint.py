@@ -3,6 +3,9 @@
 A step directory appears by an atomic rename when it is complete, so a kill at any moment leaves the previous checkpoint
 standing. Each array's sums are worked out on the device before it is written and after it was read: what was damaged
 on the way is found whatever the layout of devices, and the checkpoint before it is used.
+
+Of several processes each writes and reads the parts that its devices hold, in one place that all see: a directory, or a
+path on an object store.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import UserError
 from transllm_jax.training.step import TrainState
 
@@ -35,12 +41,27 @@ class _Damaged(Exception):
 
 
 class Checkpoints:
-    """Step-numbered checkpoints in one directory: the newest `keep`, and the one with the best (lowest) score."""
+    """Step-numbered checkpoints in one directory: the newest `keep`, and the one with the best (lowest) score.
 
-    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = lambda message: None) -> None:
+    Of several processes all make the same calls, in the same order.
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        keep: int = 2,
+        say: Callable[[str], None] = lambda message: None,
+        peers: Peers | None = None,
+    ) -> None:
+        """directory: a Path that all processes see, or an epath.Path on a store."""
         _hush()
-        self._directory, self._say = directory.absolute(), say
+        self._directory: Any = directory if "://" in str(directory) else Path(directory).absolute()
+        self._say, self._peers = say, peers or Peers()
         self._scores: dict[int, float] = {}
+        # The newest that was begun, and the newest that is whole for certain.
+        self._newest: int | None = None
+        self._whole: int | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(keep, self._scores),
             create=True,
@@ -53,7 +74,9 @@ class Checkpoints:
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
         with _disk_full(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        self._reader = ocp.StandardCheckpointHandler()
         for step in self.steps():
+            self._newest = self._whole = step
             try:
                 score = self._record(step)["score"]
             except _Damaged:
@@ -63,7 +86,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete steps, in order."""
-        return sorted(self._manager.all_steps())
+        found: list[int] = self._peers.share(sorted(self._manager.all_steps()))
+        return found
+
+    @property
+    def whole(self) -> int | None:
+        """The newest step that is complete on disk; one that is being written is not."""
+        if self._whole != self._newest and not self._manager.is_saving_in_progress():
+            self._whole = self._newest
+        return self._whole
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -93,6 +124,8 @@ class Checkpoints:
         items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave(record)}
         with _disk_full(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
+        # Saving waits for the one before.
+        self._whole, self._newest = self._newest, step
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that is whole, in the structure, shapes and placement of `like`; None where there is none.
@@ -131,15 +164,18 @@ class Checkpoints:
                 f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to begin anew"
             )
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        plain: Any = None
+        failed: Exception | None = None
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(targets)})
-            )
-            plain = restored[_STATE]
-            sums = dict(zip((path for path, _ in _paths(plain)), _sums(plain), strict=True))
+            # Not by the manager: it would wait for a process that met the damage, and has given up.
+            plain = self._reader.restore(self._place(step, _STATE), args=ocp.args.StandardRestore(targets))
         # Orbax and tensorstore raise many kinds for files that are missing, cut short or changed, plain Exception too.
         except Exception as error:
-            raise _Damaged(_reason(error)) from error
+            failed = error
+        # One process may find what another does not read.
+        if reason := next(filter(None, self._peers.gather(None if failed is None else _reason(failed))), None):
+            raise _Damaged(reason) from failed
+        sums = dict(zip((path for path, _ in _paths(plain)), _sums(plain), strict=True))
         wrong = sorted(path for path, array in record.items() if sums[path] != array["sums"])
         if wrong:
             raise _Damaged(f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} differ from what was saved")
@@ -161,25 +197,51 @@ class Checkpoints:
         finally:
             self._manager.close()
 
+    def _place(self, step: int, item: str) -> Any:
+        return self._manager.directory / str(step) / item
+
     def _record(self, step: int) -> dict[str, Any]:
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))
-            record: dict[str, Any] = restored[_RECORD]
-            written = record.pop("sha256")
-        except Exception as error:
-            raise _Damaged(_reason(error)) from error
-        # Before anything is made of it: a shape that was changed is not another configuration, nor a score a better.
-        if written != _digest(record):
-            raise _Damaged("its record differs from what was saved")
+        """What is known of a step's arrays, as the primary reads it."""
+        found = self._peers.share(self._read_record(step) if self._peers.primary else None)
+        if isinstance(found, str):
+            raise _Damaged(found)
+        record: dict[str, Any] = found
         return record
 
+    def _read_record(self, step: int) -> dict[str, Any] | str:
+        """The record, or what is wrong with it."""
+        try:
+            record = dict(ocp.JsonCheckpointHandler().restore(self._place(step, _RECORD)))
+            written = record.pop("sha256")
+        except Exception as error:
+            return _reason(error)
+        # Before anything is made of it: a shape that was changed is not another configuration, nor a score a better.
+        return record if written == _digest(record) else "its record differs from what was saved"
+
     def _put_aside(self, step: int) -> None:
-        place = self._directory.parent / "damaged"
-        place.mkdir(exist_ok=True)
-        number = sum(1 for _ in place.iterdir())
-        os.replace(self._directory / str(step), place / f"{step}-{number}")
+        if self._peers.primary:
+            place = self._directory.parent / "damaged"
+            place.mkdir(exist_ok=True)
+            number = sum(1 for _ in place.iterdir())
+            _move(self._directory / str(step), place / f"{step}-{number}")
+        self._peers.barrier("a damaged checkpoint")
         self._scores.pop(step, None)
         self._manager.reload()
+
+
+def _move(directory: Any, to: Any) -> None:
+    """Give a directory another name; on a store, which has no directories, file by file."""
+    if isinstance(directory, Path) and "://" not in str(directory):
+        os.replace(directory, to)
+        return
+    to.mkdir(exist_ok=True)
+    for path in directory.iterdir():
+        if path.is_dir():
+            _move(path, to / path.name)
+        else:
+            path.copy(to / path.name, overwrite=True)
+    with suppress(FileNotFoundError):
+        directory.rmtree()
 
 
 class _Kept(PreservationPolicy):
@@ -215,12 +277,16 @@ def _sums(plain: Any) -> list[list[int]]:
     Each value is weighted by an odd number that its place gives. Modulo 2^32 a changed bit always changes a sum, and
     the order of adding changes nothing.
     """
-    return [[int(part) for part in pair] for pair in jax.device_get(_sum_leaves(jax.tree.leaves(plain)))]
+    leaves = jax.tree.leaves(plain)
+    shardings = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    summed = _sum_leaves(NamedSharding(shardings[0].mesh, PartitionSpec()) if shardings else None)(leaves)
+    return [[int(part) for part in pair] for pair in jax.device_get(summed)]
 
 
-@jax.jit
-def _sum_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_sum(leaf) for leaf in leaves]
+@lru_cache
+def _sum_leaves(everywhere: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    # On a mesh, where each process can read them.
+    return jax.jit(lambda leaves: [_sum(leaf) for leaf in leaves], out_shardings=everywhere)
 
 
 def _sum(leaf: jax.Array) -> jax.Array:

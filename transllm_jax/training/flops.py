@@ -51,14 +51,8 @@ def train_flops_per_token(
     Attention is counted at its causal half, as MaxText counts it (PaLM's formula takes the whole square), and at the
     keys that a sliding window leaves.
     """
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layers = config.num_hidden_layers
-    sizes = dict(zip(TARGETS, ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)), strict=True))
-    kernels = layers * sum(size_in * size_out for size_in, size_out in sizes.values())
-    adapters = 0
-    if lora is not None:
-        adapters = layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets)
+    kernels, adapters = _weights(config, lora)
+    d = config.hidden_size
     base, new = config.vocab_size * d, new_rows * d
     # Forward and gradient of the input, by all weights; gradient of the weights, by those that train.
     used = kernels + adapters + base + new
@@ -67,5 +61,27 @@ def train_flops_per_token(
     window = min(config.sliding_window or length, length)
     keys = window * (1 - window / (2 * length))
     # Scores and sums of values, and for each two products backward.
-    attention = layers * 2 * 3 * 2 * keys * q
+    attention = config.num_hidden_layers * 2 * 3 * 2 * keys * config.num_attention_heads * config.head_dim
     return 4.0 * used + 2.0 * trained + attention
+
+
+def forward_flops_per_token(
+    config: LlamaConfig, lora: LoraConfig | None, new_rows: int, keys: float, *, logits: float = 1.0
+) -> float:
+    """FLOPs a token of reading or generating, which attends to so many keys; of `logits` of the tokens the output."""
+    output = (config.vocab_size + new_rows) * config.hidden_size
+    attention = config.num_hidden_layers * 2 * 2 * keys * config.num_attention_heads * config.head_dim
+    return 2.0 * (sum(_weights(config, lora)) + logits * output) + attention
+
+
+def _weights(config: LlamaConfig, lora: LoraConfig | None) -> tuple[int, int]:
+    """The number of values in the layers' kernels, and in their adapters."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layers = config.num_hidden_layers
+    sizes = dict(zip(TARGETS, ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)), strict=True))
+    kernels = layers * sum(size_in * size_out for size_in, size_out in sizes.values())
+    adapters = 0
+    if lora is not None:
+        adapters = layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets)
+    return kernels, adapters

@@ -111,6 +111,13 @@ class Ledger:
         finally:
             self._leave()
 
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """All that is known is written, and nothing more while this lasts, so that the file can be copied."""
+        with self._lock:
+            self._flush()
+            yield
+
     def mark(self, step: int) -> None:
         """The current stage has reached this step. To be called with the step that it goes on from, before the first.
 

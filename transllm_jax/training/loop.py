@@ -10,25 +10,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from transllm_jax.data.batches import Ahead, Batch
+from transllm_jax.distributed.agreement import Agreement
+from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.devices import Devices
 from transllm_jax.training.ledger import Ledger
 from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
+from transllm_jax.training.placement import Placement, used_memory
 from transllm_jax.training.reporting import Reporter, Speed
-from transllm_jax.training.step import Step, TrainState, initial_state, make_step
+from transllm_jax.training.step import GATHER_AHEAD, Step, TrainState, initial_state, make_step
+from transllm_jax.training.trace import Trace
 
 
 class BatchSource(Protocol):
     """Batch k is a pure function of k; see transllm_jax.data.batches."""
 
-    def __getitem__(self, k: int) -> Batch: ...
+    batch_size: int
+
+    def of_rows(self, k: int, places: np.ndarray) -> Batch: ...
 
     def places(self, k: int) -> list[str]: ...
 
@@ -51,6 +58,20 @@ class LoopConfig:
     speed: Speed = field(default_factory=Speed)
     # Batches that are made ahead of their steps.
     ahead: int = 2
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a training has around it, by default nothing: it is one process's, on a directory of this host.
+
+    checkpoints: where they lie, if not with the rest; all processes see them. saving: called before a checkpoint is
+    written, when all that is told of its steps is. profile: steps that are traced.
+    """
+
+    peers: Peers = field(default_factory=Peers)
+    checkpoints: Any = None
+    saving: Callable[[], None] = lambda: None
+    profile: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,11 +98,13 @@ class Outcome:
     last_loss: float = field(default=math.nan)
 
 
-def step_of(config: LoopConfig, structure: Any, devices: Devices) -> Step:
-    """The step that the loop runs, for a model of this structure."""
+def step_of(config: LoopConfig, split: Split) -> Step:
+    """The step that the loop runs on a model (or on one of shapes)."""
+    optimizer, placement = make_optimizer(config.optimizer), Placement(split.layout)
+    state = placement.shapes(partial(initial_state, optimizer=optimizer), split.trainable)
     return make_step(
-        structure,
-        make_optimizer(config.optimizer),
+        split.structure,
+        optimizer,
         schedule(config.optimizer),
         seed=config.seed,
         dropout=config.dropout,
@@ -89,7 +112,8 @@ def step_of(config: LoopConfig, structure: Any, devices: Devices) -> Step:
         accumulate=config.accumulate,
         z_loss=config.z_loss,
         sources=len(config.sources),
-        parts=devices.parts,
+        shardings=None if placement.metrics is None else (placement.shardings(state), placement.metrics),
+        options=GATHER_AHEAD if split.layout.platform == "tpu" and split.layout.size() > 1 else None,
     )
 
 
@@ -102,39 +126,46 @@ def train(
     interrupt: Interrupt,
     ledger: Ledger,
     watch: Watch | None = None,
+    around: Around | None = None,
 ) -> Outcome:
-    """Train the split's trainable arrays for `config.optimizer.steps` steps, going on from `directory`'s checkpoint.
+    """Train the split's trainable arrays for `config.optimizer.steps` steps, going on from the last checkpoint.
 
-    The arrays are given away: they are the training's own from then on.
+    directory: where this process tells of it; of several processes each has its own, of the same name, and what the
+    primary's holds counts. The arrays are given away: they are the training's own from then on.
     Every key and batch is a function of (seed, step): a run that was killed ends with the bytes of one that was not.
     Raises Preempted after saving, when asked to stop; Diverged where too many updates in a row had to be skipped;
     UserError for checkpoints that are all damaged, of another shape, or past the last step.
     """
-    devices = Devices()
+    around = around or Around()
+    peers, name = around.peers, directory.name
+    placement = Placement(split.layout, config.accumulate)
+    size, places = batches.batch_size, placement.places(batches.batch_size)
     with ledger.spend("init"):
+        step = step_of(config, split)
         optimizer, rate = make_optimizer(config.optimizer), schedule(config.optimizer)
-        checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, say=_teller(progress))
+        where = around.checkpoints or directory / "checkpoints"
+        checkpoints = Checkpoints(where, keep=config.keep, say=_teller(progress), peers=peers)
         # Placed alike, a fresh state and a restored one run the same compiled program.
-        shapes: TrainState = devices.shapes(partial(initial_state, optimizer=optimizer), split.trainable)
+        make = partial(initial_state, optimizer=optimizer)
+        shapes = placement.shapes(make, split.trainable)
         restored = checkpoints.restore(shapes)
         if restored is not None:
             # What the stage began with would stand beside it to the end.
             for array in split.trainable.values():
                 array.delete()
-        state: TrainState = restored or devices.replicate(initial_state(split.trainable, optimizer))
-        frozen = devices.replicate(split.frozen)
+        state: TrainState = restored or placement.initial(make, split.trainable)
+        frozen = split.frozen
     first, steps = int(state.step), config.optimizer.steps
     if done := len(read_rows(directory / "metrics.jsonl")):
         lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
         progress.say(f"  goes on from step {first:,}{lost}", markup=False)
     if first > steps:
         raise UserError(
-            f"{directory.name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise "
-            f"{directory.name}.steps, or begin the stage anew with --force {directory.name}"
+            f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
+            f"begin the stage anew with --force {name}"
         )
     ledger.mark(first)
-    step = step_of(config, split.structure, devices)
-    bar = progress.task(directory.name, total=steps, done=first, unit="step")
+    bar = progress.task(name, total=steps, done=first, unit="step")
     reporter = Reporter(
         directory,
         first=first,
@@ -146,12 +177,14 @@ def train(
         speed=config.speed,
         rate=rate,
         places=batches.places,
-        memory=devices.memory,
+        memory=used_memory,
         bar=bar,
     )
-    found = [row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")]
+    found = peers.share([row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")])
     history = [math.inf if value is None else value for value in found]
-    ahead = Ahead(batches.__getitem__, steps, config.ahead)
+    agreement = Agreement(peers)
+    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}", markup=False))
+    ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
     try:
         for number in range(first, steps):
             if watch is not None and _exhausted(history, watch.patience):
@@ -164,9 +197,13 @@ def train(
             last = done == steps
             validates = watch is not None and (last or done % watch.every == 0)
             with ledger.spend("compile" if number == first else "step"):
-                state, metrics = step(state, frozen, devices.cut(batch))
-                reporter.add(number, metrics, batch, waited)
-                saves = last or validates or done % config.checkpoint_every == 0 or interrupt.requested
+                with trace.step(number):
+                    state, metrics = step(state, frozen, placement.cut(batch, size))
+                # Asked once a step: what is decided by it is decided alike, here and in all processes.
+                stop = agreement.tell(done, interrupt.requested)
+                trace.dispatched(metrics)
+                reporter.add(number, metrics, size * batch["tokens"].shape[1], waited)
+                saves = last or validates or done % config.checkpoint_every == 0 or stop
                 if saves or number == first:
                     reporter.flush()
             score = None
@@ -179,10 +216,13 @@ def train(
                 history.append(math.inf if score is None else score)
             if saves:
                 with ledger.spend("save"):
+                    around.saving()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            if interrupt.requested and not last:
-                raise Preempted(f"{directory.name}: stopped at step {done} of {steps}, saved")
+            if checkpoints.whole is not None:
+                peers.stands = f"{name}: the checkpoint of step {checkpoints.whole} stands"
+            if stop and not last:
+                raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
         # Nothing was left to do for a stage that was killed just before it was noted as done.
         loss = reporter.loss if math.isfinite(reporter.loss) else _last_loss(directory)
         speed, reached, skipped = reporter.tokens_per_second, int(state.step), int(state.skipped)
@@ -194,6 +234,7 @@ def train(
                 state = checkpoints.read(best, shapes)
     finally:
         ahead.close()
+        trace.close()
         bar.close()
         reporter.close()
         with ledger.spend("save"):

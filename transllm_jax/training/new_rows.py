@@ -19,6 +19,7 @@ from transllm_jax.data.packing import pack
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import Split
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.arrays import on_host
 from transllm_jax.training.step import hidden_states
 
 # What a new token is raised by, in nats, where the text is of the target language: over its pieces, which stay.
@@ -81,7 +82,7 @@ def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) ->
     for first in range(0, min(len(rows), STATES // LENGTH), BATCH):
         batch = rows.batch(first, BATCH)
         states = hidden_states(split.structure, split.trainable, split.frozen, batch)
-        found.append(np.asarray(states)[batch["segment_ids"] > 0])
+        found.append(on_host(states)[batch["segment_ids"] > 0])
     return np.concatenate(found)
 
 

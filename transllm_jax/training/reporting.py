@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Reporter:
         self._skipped = MetricsLog(directory / "skipped.jsonl", step=first)
         self._validations = MetricsLog(directory / "validation.jsonl", step=first)
         self._board = Board(directory / "tensorboard", step=first)
-        self._waiting: tuple[int, Metrics, Mapping[str, np.ndarray]] | None = None
+        self._waiting: tuple[int, Metrics, int] | None = None
         self._first, self._began = first, 0.0
         # Since the last line of speed.jsonl; and in all, for the bar and the summary.
         self._since, self._tokens, self._waited = 0.0, 0, 0.0
@@ -72,33 +72,35 @@ class Reporter:
         elapsed = time.perf_counter() - self._began
         return self._all_tokens / elapsed if self._all_tokens else 0.0
 
-    def add(self, number: int, metrics: Metrics, batch: Mapping[str, np.ndarray], waited: float) -> None:
-        """Step `number`, counted from 0, was begun; tells of the one before. waited: seconds for its batch.
+    def add(self, number: int, metrics: Metrics, size: int, waited: float) -> None:
+        """Step `number`, counted from 0, was begun; tells of the one before.
+
+        size: places for tokens in the batch, of all processes. waited: seconds for it.
 
         Raises Diverged where too many updates in a row were skipped.
         """
         self.flush()
-        self._waiting = (number, metrics, batch)
+        self._waiting = (number, metrics, size)
         self._waited += waited
 
     def flush(self) -> None:
         """Wait for the last step, and tell of it. Raises as `add` does."""
         if self._waiting is None:
             return
-        (number, metrics, batch), self._waiting = self._waiting, None
+        (number, metrics, size), self._waiting = self._waiting, None
         finite = bool(metrics.finite)
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         self.loss = loss if finite else self.loss
         if number == self._first:
             self._began = self._since = time.perf_counter()
         else:
-            self._tokens += batch["tokens"].size
-            self._all_tokens += batch["tokens"].size
+            self._tokens += size
+            self._all_tokens += size
         done = number + 1
         if not finite:
             self._skip(done, loss, norm)
         if done % self._log_every == 0 or done == self._steps or not finite:
-            self._log(done, finite, loss, norm, metrics, batch)
+            self._log(done, finite, loss, norm, metrics, size)
         speed = f"  {self.tokens_per_second:,.0f} tokens/s" if self._all_tokens else ""
         self._bar.update(done, f"loss {loss:.3f}{speed}")
         self._in_a_row = 0 if finite else self._in_a_row + 1
@@ -120,9 +122,7 @@ class Reporter:
         for log in (self._metrics, self._speeds, self._skipped, self._validations, self._board):
             log.close()
 
-    def _log(
-        self, done: int, finite: bool, loss: float, norm: float, metrics: Metrics, batch: Mapping[str, np.ndarray]
-    ) -> None:
+    def _log(self, done: int, finite: bool, loss: float, norm: float, metrics: Metrics, size: int) -> None:
         sums, weights = np.asarray(metrics.source_loss), np.asarray(metrics.source_tokens)
         by_source = {
             name: float(sums[place] / weights[place])
@@ -136,7 +136,7 @@ class Reporter:
             "learning_rate": float(self._rate(done - 1)),
             "gradient_norm": norm if finite else None,
             "trained_tokens": int(metrics.tokens) if math.isfinite(metrics.tokens) else None,
-            "padded_fraction": float((batch["segment_ids"] == 0).mean()),
+            "padded_fraction": int(metrics.padding) / size,
         }
         self._metrics.write(row)
         now = time.perf_counter()

@@ -24,6 +24,16 @@ _FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights", "sources")
 _BASE_TABLES = ("vocabulary.base", "vocabulary.output_base", *BASE_ROWS)
 
 
+# For a TPU's compiler: a layer's weights are gathered while the one before it computes, on every generation of chips.
+GATHER_AHEAD: dict[str, str | bool] = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+
+
 class TrainState(NamedTuple):
     """All that training changes, and all that a checkpoint holds.
 
@@ -41,13 +51,14 @@ class Metrics(NamedTuple):
     """What a step says of its batch.
 
     loss: mean nats a trained token, without z-loss; tokens: the sum of the weights; gradient_norm: before clipping;
-    finite: whether loss and norm are, without which nothing was updated; source_loss and source_tokens [S]: sums of
-    weighted nats and of weights, by source.
+    padding: the places without a token; finite: whether loss and norm are, without which nothing was updated;
+    source_loss and source_tokens [S]: sums of weighted nats and of weights, by source.
     """
 
     loss: jax.Array
     tokens: jax.Array
     gradient_norm: jax.Array
+    padding: jax.Array
     finite: jax.Array
     source_loss: jax.Array
     source_tokens: jax.Array
@@ -89,7 +100,7 @@ def batch_losses(
         adapters=adapters,
     )
     vocabulary = model.vocabulary
-    base, new = vocabulary.output_tables(adapters=adapters)
+    base, new = vocabulary.output_rows(adapters=adapters)
     copy = "_trained" if vocabulary.train_base and adapters else ""
     end = "" if vocabulary.tied else "output_"
     return cross_entropy(
@@ -103,6 +114,7 @@ def batch_losses(
         train_new=f"vocabulary.{end}new" in trainable,
         padding=vocabulary.padding,
         z_loss=z_loss,
+        layout=model.layout,
     )
 
 
@@ -150,15 +162,16 @@ def make_step(
     accumulate: int = 1,
     z_loss: float = 0.0,
     sources: int = 1,
-    parts: jax.sharding.Sharding | None = None,
+    shardings: tuple[TrainState, Metrics] | None = None,
+    options: dict[str, str | bool] | None = None,
 ) -> Step:
     """The compiled step (state, frozen, batch) -> (state, metrics).
 
     The state is donated; `frozen` is an argument that is neither donated nor differentiated. A batch of B rows is
     computed in `accumulate` parts of B / accumulate rows that follow one another, whose sums are divided once by the
-    batch's weight: the result is that of the whole batch. Raises ValueError where B does not divide.
-    A batch that is cut over devices wants `parts`, the placement of fields [accumulate, B / accumulate, ..]: rows of a
-    part stand side by side, so on some of the devices only, and the others would compute the same once more.
+    batch's weight: the result is that of the whole batch.
+    With `accumulate` > 1 the batch's fields are [accumulate, B / accumulate, ..]: so can each part be cut over devices.
+    `shardings` say where the next state and the metrics lie on a mesh; `options` are the compiler's.
     The dropout key is a function of (seed, step, part), so a resumed run drops what the undisturbed one did.
     Where loss or gradient norm is not finite, the arrays stay as they were, bit for bit, and the step counts; the
     optimizer, which is told by its argument `finite`, does the same with its moments.
@@ -181,23 +194,19 @@ def make_step(
 
         if accumulate == 1:
             return part_sums(trainable, frozen, batch, key_of(0))
-        rows = batch["tokens"].shape[0]
-        if rows % accumulate:
-            raise ValueError(f"a batch of {rows} rows does not divide into {accumulate} parts")
+        if batch["tokens"].ndim != 3 or len(batch["tokens"]) != accumulate:
+            raise ValueError(f"a batch of tokens {batch['tokens'].shape} is not in {accumulate} parts")
 
         def add(sums: _Sums, inputs: tuple[jax.Array, Batch]) -> tuple[_Sums, None]:
             number, part = inputs
             return jax.tree.map(jnp.add, sums, part_sums(trainable, frozen, part, key_of(number))), None
 
-        cut = {field: values.reshape(accumulate, -1, *values.shape[1:]) for field, values in batch.items()}
-        if parts is not None:
-            cut = jax.lax.with_sharding_constraint(cut, parts)
         # float32, whatever the parts are computed in.
         zeros = _Sums(
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable),
+            jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), trainable),
             *(jnp.zeros(sources, jnp.float32) for _ in range(2)),
         )
-        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))
+        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), batch))
         return sums
 
     def step(state: TrainState, frozen: Flat, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -228,9 +237,10 @@ def make_step(
             state.skipped + skipped,
             (state.skipped_in_a_row + 1) * skipped,
         )
-        return following, Metrics(loss, tokens, norm, finite, sums.losses, sums.weights)
+        empty = jnp.sum(batch["segment_ids"] == 0, dtype=jnp.int32)
+        return following, Metrics(loss, tokens, norm, empty, finite, sums.losses, sums.weights)
 
-    return jax.jit(step, donate_argnums=(0,))
+    return jax.jit(step, donate_argnums=(0,), out_shardings=shardings, compiler_options=options)
 
 
 def _by_source(values: jax.Array, source: jax.Array | None, count: int) -> jax.Array:

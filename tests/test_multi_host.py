@@ -1,0 +1,255 @@
+"""`transllm run` as several real processes, on one directory or with a mirror each of a store; and when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import EXAMPLES, tiny_run
+from multi_process import Ended, run_processes
+from reliability.harness import require_same, results
+from test_storage import Emulator, gcs  # noqa: F401
+
+from transllm_jax.training.metrics import read_rows
+
+pytestmark = pytest.mark.slow
+HOST = socket.gethostname()
+AGAIN = "run the same command on all hosts again to go on"
+STAGES = ("pretrain", "translate", "transfer")
+STEPS, EVERY = 8, 2
+UNTIL = ("--until", "pretrain")
+# What comes before the first training.
+BEFORE = ("base", "vocabulary", "evaluation/base", "evaluation/vocabulary")
+
+# `transllm ARGUMENTS`, which sends itself a signal when a step was dispatched.
+HARMED = """
+import os, sys
+from transllm_jax.distributed.agreement import Agreement
+
+tell = Agreement.tell
+
+def harmed(self, step, flag):
+    if step == {step}:
+        os.kill(os.getpid(), {signal})
+    return tell(self, step, flag)
+
+Agreement.tell = harmed
+from transllm_jax import cli
+sys.argv = ["transllm", *{arguments}]
+cli.main()
+"""
+# Which process gets which signal, at which step.
+Harm = tuple[int, signal.Signals, int]
+
+
+def start(
+    config: Path,
+    workdir: Path | str | Callable[[int], Path],
+    count: int,
+    *arguments: str | Callable[[int], str],
+    devices: int = 1,
+    harm: Harm | None = None,
+    **options: Any,
+) -> list[Ended]:
+    """Runs the command as `count` processes. What is a function gives each process its own."""
+
+    def command(number: int) -> Sequence[str] | str:
+        place = workdir(number) if callable(workdir) else workdir
+        more = [argument(number) if callable(argument) else argument for argument in arguments]
+        line = ["run", str(config), *more, "--workdir", str(place)]
+        if harm is not None and harm[0] == number:
+            return HARMED.format(step=harm[2], signal=int(harm[1]), arguments=line)
+        return ["-m", "transllm_jax.cli", *line]
+
+    return run_processes(count, command, devices=devices, timeout=300, **options)
+
+
+def said(ended: Sequence[Ended]) -> str:
+    return "\n".join(f"=== {one.code}\n{one.out[-3000:]}\n---\n{one.err[-3000:]}" for one in ended)
+
+
+def require_done(ended: Sequence[Ended]) -> None:
+    assert [one.code for one in ended] == [0] * len(ended), said(ended)
+    for one in ended:
+        assert not one.lines(), said(ended)
+    for one in ended[1:]:
+        # Gloo itself greets.
+        assert not [line for line in one.out.splitlines() if not line.startswith("[Gloo]")], said(ended)
+
+
+def losses(workdir: Path, stage: str) -> list[float]:
+    return [row["loss"] for row in read_rows(workdir / stage / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training on 1, 2 or 4 devices, with checkpoints and a validation in its midst."""
+    tree: dict[str, Any] = tiny_run(tiny_model, Path("never"))
+    for stage in STAGES:
+        tree[stage]["batch_size"] = 4
+    held_out = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "limit": 4000}, "every": 3, "rows": 3}
+    tree["pretrain"] |= {"steps": STEPS, "checkpoint_every": EVERY, "validation": held_out}
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a whole run of two processes with a device each."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    require_done(start(config, workdir, 2))
+    return workdir
+
+
+@pytest.fixture
+def prepared(whole: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a work directory with all that comes before the first training."""
+
+    def make(name: str) -> Path:
+        for part in BEFORE:
+            shutil.copytree(whole / part, tmp_path / name / part)
+        shutil.copy(whole / "evaluation" / "original_answers.json", tmp_path / name / "evaluation")
+        return tmp_path / name
+
+    return make
+
+
+def test_two_processes_are_one_with_two_devices(config: Path, whole: Path, tmp_path: Path) -> None:
+    require_done(start(config, tmp_path / "one", 1, devices=2))
+    # The compiled program is the same, and a sum of two numbers has one order: arrays, checkpoints, losses, answers.
+    require_same(results(whole), results(tmp_path / "one"))
+    # Nothing is left of the others, and no line stands twice.
+    here, there = ({str(p.relative_to(d)) for p in d.rglob("*")} for d in (whole, tmp_path / "one"))
+    # Names with a time, or of orbax's own making.
+    differ = {name for name in here ^ there if not any(own in name for own in ("tfevents", "checkpoints", "trainable"))}
+    assert not differ
+    assert [row["step"] for row in read_rows(whole / "pretrain" / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    sessions = {row["session"] for row in read_rows(whole / "ledger.jsonl")}
+    assert len(sessions) == 1
+
+
+def test_the_losses_are_those_of_one_device(config: Path, whole: Path, prepared: Callable[[str], Path]) -> None:
+    # A float32 sum over a batch in another order differs by about 1e-7 of it; 8 steps with a high rate make more of it.
+    tolerance = {"rtol": 2e-5}
+    alone = prepared("alone")
+    require_done(start(config, alone, 1, *UNTIL))
+    wanted = losses(alone, "pretrain")
+    assert len(wanted) == STEPS
+    np.testing.assert_allclose(losses(whole, "pretrain"), wanted, **tolerance)
+    four, one = prepared("four"), prepared("one")
+    require_done(start(config, four, 4, *UNTIL))
+    require_done(start(config, one, 1, *UNTIL, devices=4))
+    for place in (four, one):
+        np.testing.assert_allclose(losses(place, "pretrain"), wanted, **tolerance)
+    require_same(results(four, ["pretrain"]), results(one, ["pretrain"]))
+
+
+def test_one_is_lost_or_stopped_and_the_job_goes_on(config: Path, whole: Path, prepared: Callable[[str], Path]) -> None:
+    workdir = prepared("run")
+
+    def lost(number: int, step: int) -> str:
+        """The line of the other process, after this one was killed at a step."""
+        ended = start(config, workdir, 2, *UNTIL, harm=(number, signal.SIGKILL, step))
+        other = ended[1 - number]
+        assert (ended[number].code, other.code) == (-signal.SIGKILL, 1), said(ended)
+        assert len(other.lines()) == 1, said(ended)
+        assert other.seconds - ended[number].seconds < 60, said(ended)
+        return other.lines()[0]
+
+    line = lost(1, step=5)
+    assert line in [
+        f"error: process 1 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step {step} stands; {AGAIN}"
+        for step in (2, 3, 4)
+    ]
+    ended = start(config, workdir, 2, *UNTIL, harm=(1, signal.SIGTERM, 5))
+    assert [one.code for one in ended] == [75, 75], said(ended)
+    for one in ended:
+        # Told at step 5, known to all at the next.
+        assert "pretrain: stopped at step 6 of 8, saved; run the same command again to go on" in one.lines(), said(
+            ended
+        )
+    newest = max(int(path.name) for path in (workdir / "pretrain/checkpoints").iterdir() if path.name.isdigit())
+    assert newest == 6
+    # The first process, where all is written and the others meet.
+    line = lost(0, step=7)
+    assert line == f"error: process 0 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step 6 stands; {AGAIN}"
+    require_done(start(config, workdir, 2, *UNTIL))
+    require_same(results(workdir, ["pretrain"]), of_pretraining(whole))
+
+
+def of_pretraining(whole: Path) -> dict[str, Any]:
+    later = ("translate", "transfer", "recover")
+    found = results(whole, ["pretrain"])
+    return {name: value for name, value in found.items() if not name.removeprefix("evaluation/").startswith(later)}
+
+
+def test_processes_that_do_not_belong_together(config: Path, tmp_path: Path) -> None:
+    def own_seed(number: int) -> str:
+        return f"seed={number}"
+
+    ended = start(config, tmp_path / "run", 2, own_seed)
+    for one in ended:
+        assert one.code == 2 and len(one.lines()) == 1, said(ended)
+        assert one.lines()[0].startswith("error: the processes of this run differ: the config's hash is "), said(ended)
+    assert not (tmp_path / "run").exists()
+    ended = start(config, lambda number: tmp_path / str(number), 2)
+    for number, one in enumerate(ended):
+        assert one.code == 2, said(ended)
+        assert one.lines() == [
+            f"error: {tmp_path / '0'} on host {HOST} (process 1) is not the directory of that name on host {HOST}; "
+            "give a --workdir that all hosts share, or gs://BUCKET/PATH"
+        ], (number, said(ended))
+    # A file that one of them lacks is that one's error, and the end of all.
+    ended = start(tmp_path / "none.yaml", tmp_path / "run", 2)
+    for one in ended:
+        assert one.code == 2 and len(one.lines()) == 1 and "no such config file" in one.lines()[0], said(ended)
+
+
+def test_new_hosts_go_on_from_the_store(
+    config: Path,
+    whole: Path,
+    gcs: Emulator,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    url = f"gs://bucket/{tmp_path.name}"
+
+    def mirrors(name: str) -> Callable[[int], dict[str, str]]:
+        return lambda number: {"TRANSLLM_MIRROR": str(tmp_path / f"{name}-{number}")}
+
+    ended = start(config, url, 2, *UNTIL, env=mirrors("first"), harm=(1, signal.SIGKILL, 7))
+    assert [one.code for one in ended] == [1, -signal.SIGKILL], said(ended)
+    assert "pretrain: the checkpoint of step 6 stands" in ended[0].lines()[-1], said(ended)
+    ended = start(config, url, 2, *UNTIL, env=mirrors("second"))
+    require_done(ended)
+    assert "pretrain goes on" in ended[0].out and "goes on from step 6" in ended[0].out, said(ended)
+    # What each new host has now, the checkpoints aside, which lie in the store alone.
+    wanted = {name: value for name, value in of_pretraining(whole).items() if "checkpoint" not in name}
+    for number in (0, 1):
+        place = tmp_path / f"second-{number}"
+        assert not (place / "pretrain" / "checkpoints").exists()
+        found = arrays_and_files(place)
+        require_same(found, {name: value for name, value in wanted.items() if name in found})
+        assert found.keys() == wanted.keys()
+    assert os.environ["STORAGE_EMULATOR_HOST"] == gcs.url
+    assert json.loads((tmp_path / "second-1/pretrain/manifest.json").read_text())["state"] == "done"
+
+
+def arrays_and_files(workdir: Path) -> dict[str, Any]:
+    from reliability.harness import FILES
+
+    from transllm_jax.training.arrays import load_arrays
+
+    found: dict[str, Any] = {
+        f"pretrain {k}": v.tobytes() for k, v in load_arrays(workdir / "pretrain/trainable").items()
+    }
+    return found | {name: (workdir / name).read_bytes() for name in FILES if (workdir / name).exists()}

@@ -1,0 +1,139 @@
+"""`transllm preflight`: whether a run fits a slice of TPUs, and how fast it can be, with no TPU at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from transllm_jax.config import Config, Training
+from transllm_jax.distributed.chips import Topology, parse_topology, topology_devices
+from transllm_jax.distributed.mesh import make_layout, mesh_shape
+from transllm_jax.errors import UserError
+from transllm_jax.model.layout import AXES
+from transllm_jax.model.llama import Remat
+from transllm_jax.preflight.measure import Measured, measure
+from transllm_jax.preflight.programs import STAGES, TRAININGS, Model, Program, generation, model_of, training
+from transllm_jax.preflight.search import candidates
+from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology
+
+# Programs that a search compiles for each stage; guesses order them.
+TRIED = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; None is what the config says."""
+
+    topology: str
+    stages: Sequence[str] = ()
+    mesh: str | None = None
+    batch: int | None = None
+    accumulate: int | None = None
+    remat: Remat | None = None
+    full: bool = False
+    search: bool = False
+    json: Path | None = None
+
+
+def preflight(config: Config, workdir: Path, options: Options, console: Console) -> bool:
+    """Compile, measure and print; returns whether all fits.
+
+    Raises UserError for a slice, mesh or batch that cannot be, and where the model's shape is not known.
+    """
+    topology = parse_topology(options.topology)
+    model = model_of(config, workdir, full=options.full)
+    stages = _stages(options.stages)
+    devices = topology_devices(options.topology)
+    show_topology(console, topology)
+    found: list[Measured] = []
+    # Stages of equal batches are one program.
+    known: dict[tuple[str, float], Measured] = {}
+    for stage in stages:
+        if options.search and stage in TRAININGS:
+            found.append(_best(model, stage, topology, devices, options, console))
+            continue
+        for program in _programs(model, stage, devices, options):
+            key = program.about, program.model_flops
+            if key not in known:
+                console.print(f"[dim]{program.stage}: compiling[/dim]")
+                known[key] = measure(program, topology)
+            found.append(replace(known[key], program=program))
+    console.print()
+    show_table(console, found)
+    for one in found:
+        show(console, one)
+    show_assumptions(console, next((one for one in found if one.best is not None), found[0]))
+    if options.json is not None:
+        options.json.write_text(json.dumps([as_json(one) for one in found], indent=2) + "\n", encoding="utf-8")
+    return all(one.fits for one in found)
+
+
+def _stages(given: Sequence[str]) -> Sequence[str]:
+    wrong = [stage for stage in given if stage not in STAGES]
+    if wrong:
+        raise UserError(f"--stage {', '.join(wrong)}: no such stage; use {', '.join(STAGES)}")
+    return [stage for stage in STAGES if stage in given] if given else TRAININGS
+
+
+def _programs(model: Model, stage: str, devices: list[Any], options: Options) -> Iterable[Program]:
+    config = model.config
+    shape = _mesh(options.mesh, config, len(devices))
+    layout = make_layout(shape, config.attention, devices)
+    if stage == "generation":
+        size = options.batch or max(config.recover.batch_size, layout.batch_parts)
+        size = -(-size // layout.batch_parts) * layout.batch_parts
+        return generation(model, layout, batch_size=size, prompt=256, new_tokens=config.recover.max_new_tokens)
+    section: Training = getattr(config, stage)
+    program = training(
+        model,
+        stage,
+        layout,
+        remat=options.remat or section.remat,
+        batch_size=options.batch or section.batch_size,
+        accumulate=options.accumulate or section.accumulate,
+        length=section.length,
+    )
+    return [program]
+
+
+def _mesh(given: str | None, config: Config, devices: int) -> tuple[int, int, int]:
+    mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    if given is not None:
+        mesh = {"data": None, "fsdp": None, "tensor": 1}
+        for part in given.split(","):
+            if not (form := re.fullmatch(rf"({'|'.join(AXES)})=([1-9]\d*)", part.strip())):
+                raise UserError(
+                    f"--mesh {given}: write AXIS=NUMBER with commas, such as data=2,fsdp=8; axes: {', '.join(AXES)}"
+                )
+            mesh[form[1]] = int(form[2])
+    return mesh_shape(devices, mesh["data"], mesh["fsdp"], mesh["tensor"] or 1)
+
+
+def _best(
+    model: Model, stage: str, topology: Topology, devices: list[Any], options: Options, console: Console
+) -> Measured:
+    section: Training = getattr(model.config, stage)
+    size = options.batch or section.batch_size
+    tried: list[Measured] = []
+    guessed = candidates(model, stage, topology, devices, size, section.length)
+    if not guessed:
+        raise UserError(
+            f"{stage}: no mesh, batch or rematerialisation is guessed to fit {topology.name}; take a larger slice"
+        )
+    console.print(
+        f"[dim]{stage}: {len(guessed)} ways are guessed to fit; "
+        f"the {min(TRIED, len(guessed))} fastest are compiled[/dim]"
+    )
+    for candidate in guessed[:TRIED]:
+        one = measure(candidate.program, topology)
+        tried.append(one)
+    console.print(f"\n{stage}: tried")
+    show_table(console, tried)
+    # Where none fits, the nearest.
+    return max(tried, key=lambda one: (one.fits, one.tokens_per_second if one.best else -one.needed))

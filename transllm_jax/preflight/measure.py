@@ -1,0 +1,109 @@
+"""What a compiled program needs and does: memory by kind, work, traffic, and an estimate of its seconds."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+
+from transllm_jax.distributed.chips import Topology
+from transllm_jax.distributed.hlo import Counts, CustomCall, count_hlo
+from transllm_jax.distributed.roofline import Estimate, estimate_step
+from transllm_jax.model.splash import kernel_bytes, kernel_flops
+from transllm_jax.preflight.programs import Program
+
+# Of the peak: what the best published run implies, and what an ordinary one does; see distributed/roofline.py.
+BEST, ORDINARY = 0.93, 0.83
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A program on a slice. Bytes are on one device.
+
+    needed: arguments and what the program takes beside them, or what the compiler says that this would be where it does
+    not fit. counts and estimates (at the `BEST` and the `ORDINARY` share of the peak) are None where it does not fit.
+    """
+
+    program: Program
+    topology: Topology
+    needed: float
+    temporary: float
+    counts: Counts | None
+    best: Estimate | None
+    ordinary: Estimate | None
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory holds it."""
+        return self.counts is not None and self.needed <= self.topology.chip.usable_hbm_bytes
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what is kept for the backward pass."""
+        return sum(kept.bytes for kept in self.program.kept)
+
+    @property
+    def executed(self) -> float:
+        """Executed FLOPs over the model's."""
+        assert self.counts is not None
+        return self.counts.flops * self.program.layout.size() / self.program.model_flops
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole slice, at the best estimate."""
+        assert self.best is not None
+        return self.program.tokens / self.best.seconds
+
+    def buffers(self, number: int = 6) -> list[tuple[str, float]]:
+        """The largest single arrays that are known by name, on one device."""
+        found: list[tuple[str, float]] = list(self.program.buffers.items())
+        found += [(str(kept), kept.bytes) for kept in self.program.kept]
+        return sorted(found, key=lambda item: -item[1])[:number]
+
+
+def measure(program: Program, topology: Topology) -> Measured:
+    """Compile a program and count what it does. Minutes for a large model."""
+    started = time.monotonic()
+    arguments = float(sum(program.arguments.values()))
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _wanted(str(error))
+        if needed is None:
+            raise
+        temporary = max(needed - arguments, 0.0)
+        return Measured(program, topology, needed, temporary, None, None, None, time.monotonic() - started)
+    memory = compiled.memory_analysis()
+    # What is donated is an argument and a result at once.
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    counts = count_hlo(compiled.as_text(), _explain)
+    mesh = program.layout.mesh
+    assert mesh is not None
+    coordinates = [device.coords for device in mesh.devices.flat]
+    best, ordinary = (
+        estimate_step(counts, topology, dict(mesh.shape), coordinates, program.model_flops, efficiency=share)
+        for share in (BEST, ORDINARY)
+    )
+    spent = time.monotonic() - started
+    return Measured(program, topology, needed, memory.temp_size_in_bytes, counts, best, ordinary, spent)
+
+
+def _wanted(message: str) -> float | None:
+    """The bytes that a compiler says it lacks memory for; None where it says something else."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern in (r"HLO temporaries \(([\d.]+)([KMGT])\)", r"Used ([\d.]+)([KMGT]) of", r"([\d.]+)([KMGT])"):
+        if match := re.search(pattern, message):
+            return float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1))
+    return None
+
+
+def _explain(call: CustomCall) -> tuple[float, float | None] | None:
+    """FLOPs and bytes of a kernel of splash attention."""
+    shapes, name = [operand.dims for operand in call.operands], call.kernel or call.op_name
+    flops = kernel_flops(name, shapes)
+    return None if flops is None else (flops, kernel_bytes(name, shapes))

@@ -1,0 +1,187 @@
+"""What preflight prints: a table of programs, then for each what it needs, does and takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from transllm_jax.distributed.chips import Topology
+from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
+
+GIB = 2**30
+
+
+def mesh_of(found: Measured) -> str:
+    """`fsdp=16`: the mesh's axes that are no 1."""
+    mesh = found.program.layout.mesh
+    assert mesh is not None
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+
+
+def show_topology(console: Console, topology: Topology) -> None:
+    """A line on the slice."""
+    chip = topology.chip
+    console.print(
+        f"[bold]{topology.name}[/bold] ({topology.accelerator_type}): {topology.chips} chips on {topology.hosts} "
+        f"{'hosts' if topology.hosts > 1 else 'host'}, {chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16, "
+        f"{chip.usable_hbm_bytes / GIB:.2f} GiB and {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM a chip",
+        soft_wrap=True,
+    )
+
+
+def show_table(console: Console, found: Sequence[Measured]) -> None:
+    """A row a program."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    headings = ("", "mesh", "rows", "remat", "memory", "of", "step", "tokens/s/chip", "MFU", "executed", "bound")
+    for heading in headings:
+        table.add_column(
+            heading, justify="left" if heading in ("", "mesh", "remat", "bound") else "right", no_wrap=True
+        )
+    for one in found:
+        table.add_row(*row(one))
+    console.print(table)
+
+
+def row(found: Measured) -> tuple[str, ...]:
+    """The cells of a program's row."""
+    chip, about = found.topology.chip, found.program.about
+    remat = about.rpartition("remat ")[2] if "remat" in about else ""
+    start = (found.program.stage, mesh_of(found), about.split(",")[0].split(" tokens")[0], remat)
+    memory = (f"{found.needed / GIB:.2f}", f"{chip.usable_hbm_bytes / GIB:.2f} GiB")
+    if not found.fits or found.best is None or found.ordinary is None:
+        return (*start, f"[red]{memory[0]}[/red]", memory[1], "[red]does not fit[/red]", "", "", "", "")
+    a_chip = found.tokens_per_second / found.topology.chips
+    training = found.program.kept != []
+    return (
+        *start,
+        *memory,
+        _seconds(found.best.seconds),
+        f"{a_chip:,.0f}",
+        f"{found.best.mfu:.0%} ({found.ordinary.mfu:.0%})" if training else "",
+        f"{found.executed:.2f}x" if training else "",
+        found.best.bound,
+    )
+
+
+def show(console: Console, found: Measured) -> None:
+    """What a program needs on a device, does, and takes."""
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    program, chip = found.program, found.topology.chip
+    say(
+        f"\n[bold]{program.stage}[/bold]: {program.about}; mesh {mesh_of(found)} "
+        f"[dim]compiled in {found.seconds:.0f} s[/dim]"
+    )
+    kinds = {kind: size for kind, size in program.arguments.items() if size}
+    if found.kept:
+        kinds["kept for the backward pass"] = found.kept
+    # What is kept is a part of what the compiler calls temporary; where it finds a shorter way, not all of it.
+    kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
+    parts = ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items())
+    room = f"{found.needed / GIB:.2f} of {chip.usable_hbm_bytes / GIB:.2f} GiB"
+    say(f"  memory a chip  {room if found.fits else f'[red]{room}: it does not fit[/red]'}: {parts}")
+    if not found.fits:
+        for name, size in found.buffers():
+            say(f"    {_size(size):>10}  {name}")
+        return
+    counts, best, ordinary = found.counts, found.best, found.ordinary
+    assert counts is not None and best is not None and ordinary is not None
+    flops = program.model_flops / found.topology.devices
+    say(
+        f"  work a chip    {flops / 1e12:.1f} TFLOP of the model's, {counts.flops / 1e12:.1f} executed "
+        f"({found.executed:.2f} times), {counts.hbm_bytes / 1e9:.0f} GB of HBM"
+    )
+    kinds_of = ", ".join(
+        f"{kind} {link / 1e9:.2f} GB in {times:,}"
+        for kind, (times, _, link) in sorted(counts.by_kind().items())
+        if link > 1e6
+    )
+    say(f"  links a chip   {kinds_of or 'nothing'}")
+    network = ", ".join(f"{axes} {_seconds(seconds)}" for axes, seconds in best.network.items() if seconds > 1e-4)
+    say(
+        f"  step           {_seconds(best.seconds)} (bound by {best.bound}): compute {_seconds(best.compute)}, HBM "
+        f"{_seconds(best.memory)}, links {network or '0'}, of which nothing hides {_seconds(best.exposed)}"
+    )
+    if found.kept:
+        say(
+            f"  utilisation    MFU {best.mfu:.1%}, HFU {best.hfu:.1%} at {BEST:.0%} of the peak while products run; "
+            f"MFU {ordinary.mfu:.1%} at {ORDINARY:.0%}"
+        )
+    say(
+        f"  speed          {found.tokens_per_second:,.0f} tokens/s, "
+        f"{found.tokens_per_second / found.topology.chips:,.0f} a chip"
+    )
+    if program.budget:
+        seconds = [program.budget / (program.tokens / estimate.seconds) for estimate in (best, ordinary)]
+        hours = [found.topology.chips * second / 3600 for second in seconds]
+        say(
+            f"  budget         {program.budget / 1e9:,.2f}B tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
+            f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
+        )
+    if counts.unexplained:
+        say(f"  [yellow]not counted: {', '.join(counts.unexplained[:5])}")
+
+
+def show_assumptions(console: Console, found: Measured) -> None:
+    """What the estimate rests on."""
+    if found.best is None:
+        return
+    console.print("\n[bold]The estimate assumes[/bold]")
+    for line in found.best.assumptions:
+        console.print(f"  - {line}", soft_wrap=True)
+    console.print(
+        f"  - In brackets, and as the longer time: products run at {ORDINARY:.0%}, as in an ordinary published run.",
+        soft_wrap=True,
+    )
+
+
+def as_json(found: Measured) -> dict[str, Any]:
+    """A program's row with all its digits."""
+    best, ordinary, counts = found.best, found.ordinary, found.counts
+    mesh = found.program.layout.mesh
+    assert mesh is not None
+    return {
+        "stage": found.program.stage,
+        "topology": found.topology.name,
+        "mesh": dict(mesh.shape),
+        "about": found.program.about,
+        "fits": found.fits,
+        "needed_bytes": found.needed,
+        "temporary_bytes": found.temporary,
+        "kept_bytes": found.kept,
+        "argument_bytes": found.program.arguments,
+        "model_flops": found.program.model_flops,
+        "executed_ratio": found.executed if counts else None,
+        "hbm_bytes": counts.hbm_bytes if counts else None,
+        "collectives": {
+            kind: {"executions": times, "result_bytes": result, "link_bytes": link}
+            for kind, (times, result, link) in (counts.by_kind() if counts else {}).items()
+        },
+        "step_seconds": best.seconds if best else None,
+        "step_seconds_ordinary": ordinary.seconds if ordinary else None,
+        "mfu": best.mfu if best else None,
+        "mfu_ordinary": ordinary.mfu if ordinary else None,
+        "tokens_per_step": found.program.tokens,
+        "tokens_per_second": found.tokens_per_second if best else None,
+        "compile_seconds": found.seconds,
+    }
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 or not seconds else f"{seconds * 1e6:.0f} us"
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds >= 86400 else f"{math.ceil(seconds / 360) / 10:.1f} hours"
