@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,reference,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,reference,tpu,lint]'
 	@touch $@
 
 demo: $(VENV)/.installed

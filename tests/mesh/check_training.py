@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -14,18 +14,28 @@ import pytest
 from meshes import GROUPED, LORA, NEW, PLAIN, Case, Shape, Trained, factorisations, layout_of, train
 
 from transllm_jax.model.layout import AXES, SINGLE, partition
+from transllm_jax.model.llama import Remat
+from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS
+
+
+def _on(*targets: str) -> LoraConfig:
+    """LoRA on some layers: fewer are compiled sooner."""
+    return replace(LORA, targets=targets)
+
 
 CASES = {
     "new rows": Case(),
     "in parts": Case(accumulate=2, remat="none"),
-    "tied, grouped": Case(replace(GROUPED, tie_word_embeddings=True), accumulate=2, remat="full"),
-    "base rows": Case(train_base=True, remat="attention"),
+    "tied, grouped": Case(
+        replace(GROUPED, tie_word_embeddings=True), _on("k", "v", "o", "up"), accumulate=2, remat="full"
+    ),
+    "base rows": Case(lora=_on("o", "gate"), train_base=True, remat="attention"),
     "full": Case(
         replace(PLAIN, attention_bias=True, mlp_bias=True), None, accumulate=2, remat="feed_forward", full=True
     ),
-    "qwen2": Case(replace(PLAIN, model_type="qwen2", attention_bias=True, tie_word_embeddings=True)),
-    "qwen3": Case(replace(GROUPED, model_type="qwen3"), replace(LORA, targets=("q", "v", "down")), remat="full"),
+    "qwen2": Case(replace(PLAIN, model_type="qwen2", attention_bias=True, tie_word_embeddings=True), _on("q", "down")),
+    "qwen3": Case(replace(GROUPED, model_type="qwen3"), _on("q", "k", "gate", "up"), remat="full"),
 }
 # Each case meets each axis, and each mesh is met.
 MESHES: dict[str, list[Shape]] = {
@@ -40,6 +50,7 @@ MESHES: dict[str, list[Shape]] = {
 
 
 def test_every_mesh_is_tried_and_every_case_meets_every_axis() -> None:
+    assert {case.remat for case in CASES.values()} == set(get_args(Remat))
     tried = [shape for shapes in MESHES.values() for shape in shapes]
     assert sorted(tried) == sorted(shape for count in (1, 2, 4, 8) for shape in factorisations(count))
     assert MESHES.keys() == CASES.keys()

@@ -68,6 +68,9 @@ class Program:
     tokens: int
     budget: float | None
     about: str
+    # For a table: rows of a batch by their length, and the policy of rematerialisation.
+    rows: str
+    remat: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ def training(
         steps * batch_size * length if steps else _budget(section),
         f"{batch_size} x {length} tokens a step, {rows} x {length} at once on a device, "
         f"{accumulate} {'parts' if accumulate > 1 else 'part'}, remat {remat}",
+        f"{batch_size}x{length}",
+        remat,
     )
 
 
@@ -203,6 +208,7 @@ def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, ne
             batch_size * width,
             None,
             f"{batch_size} prompts of {width} tokens",
+            f"{batch_size}x{width}",
         ),
         Program(
             "generation: a token",
@@ -215,6 +221,7 @@ def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, ne
             batch_size,
             None,
             f"{batch_size} rows, up to {width + new_tokens} tokens each",
+            f"{batch_size}x{width + new_tokens}",
         ),
     ]
 

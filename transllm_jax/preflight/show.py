@@ -34,13 +34,11 @@ def show_topology(console: Console, topology: Topology) -> None:
 
 
 def show_table(console: Console, found: Sequence[Measured]) -> None:
-    """A row a program."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    headings = ("", "mesh", "rows", "remat", "memory", "of", "step", "tokens/s/chip", "MFU", "executed", "bound")
-    for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in ("", "mesh", "remat", "bound") else "right", no_wrap=True
-        )
+    """A row a program; within 80 columns, as what is piped has."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+    for heading in ("", "mesh", "rows", "remat", "memory", "step", "tok/s/chip", "MFU"):
+        left = heading in ("", "mesh", "rows", "remat")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "")
     for one in found:
         table.add_row(*row(one))
     console.print(table)
@@ -48,23 +46,14 @@ def show_table(console: Console, found: Sequence[Measured]) -> None:
 
 def row(found: Measured) -> tuple[str, ...]:
     """The cells of a program's row."""
-    chip, about = found.topology.chip, found.program.about
-    remat = about.rpartition("remat ")[2] if "remat" in about else ""
-    start = (found.program.stage, mesh_of(found), about.split(",")[0].split(" tokens")[0], remat)
-    memory = (f"{found.needed / GIB:.2f}", f"{chip.usable_hbm_bytes / GIB:.2f} GiB")
+    program = found.program
+    start = (program.stage, mesh_of(found), program.rows, program.remat)
+    memory = f"{found.needed / GIB:.2f} GiB"
     if not found.fits or found.best is None or found.ordinary is None:
-        return (*start, f"[red]{memory[0]}[/red]", memory[1], "[red]does not fit[/red]", "", "", "", "")
+        return (*start, f"[red]{memory}[/red]", "[red]no room[/red]", "", "")
     a_chip = found.tokens_per_second / found.topology.chips
-    training = found.program.kept != []
-    return (
-        *start,
-        *memory,
-        _seconds(found.best.seconds),
-        f"{a_chip:,.0f}",
-        f"{found.best.mfu:.0%} ({found.ordinary.mfu:.0%})" if training else "",
-        f"{found.executed:.2f}x" if training else "",
-        found.best.bound,
-    )
+    utilisation = f"{found.best.mfu:.0%} ({found.ordinary.mfu:.0%})" if program.kept else ""
+    return (*start, memory, _seconds(found.best.seconds), f"{a_chip:,.0f}", utilisation)
 
 
 def show(console: Console, found: Measured) -> None:
@@ -121,7 +110,7 @@ def show(console: Console, found: Measured) -> None:
         seconds = [program.budget / (program.tokens / estimate.seconds) for estimate in (best, ordinary)]
         hours = [found.topology.chips * second / 3600 for second in seconds]
         say(
-            f"  budget         {program.budget / 1e9:,.2f}B tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
+            f"  budget         {_count(program.budget)} tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
             f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
         )
     if counts.unexplained:
@@ -181,6 +170,10 @@ def _seconds(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 or not seconds else f"{seconds * 1e6:.0f} us"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e8 else f"{number:,.0f}"
 
 
 def _days(seconds: float) -> str:

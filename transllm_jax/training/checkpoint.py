@@ -143,6 +143,7 @@ class Checkpoints:
             for other, message in damaged.items():
                 self._put_aside(other)
                 self._say(f"{message}; it was put aside, step {step} is used")
+            self._newest = self._whole = step
             return state
         if damaged:
             # All stay where they are: the next run must not take the stage for one that has none.
