@@ -1,8 +1,8 @@
 """A training step with LoRA and a vocabulary that trains: ours beside torch + transformers + PEFT.
 
     python bench/training.py [--shape small|smollm2|both|llama2-7b] [--dtype float32|bfloat16]
-        [--remat none|projections|attention|feed_forward|full] [--embeddings new|all|both] [--rounds 5] [--batch 4]
-        [--length 512] [--rank 64] [--patience 0] [--apart] [--without-torch]
+        [--remat none|projections|queries|feed_forward|attention|full] [--embeddings new|all|both] [--rounds 5]
+        [--batch 4] [--length 512] [--rank 64] [--patience 0] [--apart] [--without-torch]
 
 One Hugging Face directory of random weights, which both load; the same LoRA matrices on all seven projections, the same
 tokens, AdamW with the same rates, betas and clipping, no dropout. 8,000 of the tokens are new. Ours trains only their
@@ -412,7 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both", help="both: small and smollm2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    remats = ["none", "projections", "attention", "feed_forward", "full"]
+    remats = ["none", "projections", "queries", "feed_forward", "attention", "full"]
     parser.add_argument("--remat", choices=remats, default="none")
     parser.add_argument("--embeddings", choices=[*OURS, "both"], default="both")
     for option, default in (("rounds", 5), ("batch", 4), ("length", 512), ("rank", 64)):

@@ -204,10 +204,10 @@ def test_what_follows_begins_from_what_was_made(
     assert begun == [name for name in pipeline.NAMES if name not in ("base", "vocabulary")]
 
 
-@pytest.mark.parametrize("option", ["--until", "--force"])
+@pytest.mark.parametrize("option", ["--until=pretrain", "--force=pretrain", "--profile=3"])
 def test_an_option_that_means_nothing_is_refused(tiny_config_file: Path, transllm: Command, option: str) -> None:
-    code, printed = transllm("run", tiny_config_file, "--dry-run", option, "pretrain")
-    assert code == 2 and "--dry-run trains nothing; leave --until and --force out" in printed
+    code, printed = transllm("run", tiny_config_file, "--dry-run", option)
+    assert code == 2 and "--dry-run trains nothing; leave --until, --force and --profile out" in printed
     assert not (tiny_config_file.parent / "run").exists()
 
 

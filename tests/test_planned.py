@@ -287,6 +287,8 @@ class FakeRun:
         bar = SimpleNamespace(update=lambda done, note: None)
         self.progress = SimpleNamespace(say=self.said.append, task=lambda *_, **__: nullcontext(bar))
         self.interrupt = SimpleNamespace(check=self.check)
+        # Of one process, whose disk is its own.
+        self.site, self.tokens_are_shared = SimpleNamespace(mirrored=False, place=None), False
 
     def check(self, where: str) -> None:
         if self.stopped:

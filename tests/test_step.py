@@ -476,9 +476,9 @@ def test_what_each_remat_computes_again() -> None:
     # Attention keeps no weights: its own backward pass makes them again, whatever else is kept.
     assert len(some) == len(none)
     assert len(full) > len(none) + 10
-    # Those of the feed-forward part, gate and up; q, k and v; what down gives nobody needs. Each with its adapter's
-    # second product, for the first is kept.
-    attention, feed_forward = products(split, "attention"), products(split, "feed_forward")
+    # Those of gate and up; of q, k and v; of q. What down gives nobody needs. Each with its adapter's second product,
+    # for the first is kept.
+    attention, feed_forward, queries = (products(split, remat) for remat in ("attention", "feed_forward", "queries"))
     of = ROWS * LENGTH
 
     def again(found: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -486,6 +486,7 @@ def test_what_each_remat_computes_again() -> None:
 
     assert again(attention) == 4 * [(of, 80)]
     assert again(feed_forward) == 4 * [(of, 32)] + 2 * [(of, 64)]
+    assert again(queries) == 2 * [(of, 64)]
 
 
 # --- full fine-tuning -----------------------------------------------------------------------------------------------

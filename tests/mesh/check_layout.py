@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_weights
 from jax.sharding import Mesh, NamedSharding
-from meshes import GROUPED, LORA, NEW, PLAIN, VOCAB, Case, Shape, batch_of, layout_of, train
+from meshes import GROUPED, LORA, NEW, PLAIN, RATES, VOCAB, Case, Shape, batch_of, layout_of, train
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.distributed.mesh import make_layout
@@ -22,8 +25,10 @@ from transllm_jax.generation.engine import Engine
 from transllm_jax.model.layout import SINGLE, Index, Layout
 from transllm_jax.model.parameters import abstract, assemble, load_frozen, read_frozen
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.checkpoint import Checkpoints
+from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
-from transllm_jax.training.step import batch_losses
+from transllm_jax.training.step import TrainState, batch_losses, initial_state
 
 # --- parameters -----------------------------------------------------------------------------------------------------
 
@@ -55,10 +60,10 @@ def test_what_is_placed_is_a_copy_and_rounded_on_the_way() -> None:
     given = np.linspace(0, 1, 8 * 32, dtype=np.float32).reshape(8, 32)
     for layout in (SINGLE, layout_of((1, 2, 2))):
         kept = layout.place("vocabulary.new", given)
-        rounded = layout.place("vocabulary.new", given, jax.numpy.bfloat16)
-        assert kept.dtype == np.float32 and rounded.dtype == jax.numpy.bfloat16
+        rounded = layout.place("vocabulary.new", given, jnp.bfloat16)
+        assert kept.dtype == np.float32 and rounded.dtype == jnp.bfloat16
         np.testing.assert_array_equal(kept, given)
-        np.testing.assert_array_equal(rounded, given.astype(jax.numpy.bfloat16))
+        np.testing.assert_array_equal(rounded, given.astype(jnp.bfloat16))
         # Training gives it away.
         again = layout.place("vocabulary.new", kept)
         kept.delete()
@@ -170,6 +175,37 @@ def test_the_rows_of_all_processes_are_the_batch(
     # Nobody reads what another reads, but where a row's devices belong to several.
     shared = max(1, processes // placement.layout.batch_parts)
     assert sorted(np.concatenate(held)) == sorted(list(range(size)) * shared)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [None, (2, 2, 2)], ids=["one device", "a mesh"])
+def test_what_one_mesh_saved_another_reads_to_where_it_lies(tmp_path: Path, saved: Shape | None) -> None:
+    def state_of(shape: Shape | None) -> tuple[TrainState, TrainState]:
+        """A fresh state, and its shapes."""
+        layout = SINGLE if shape is None else layout_of(shape)
+        placement, make = Placement(layout), partial(initial_state, optimizer=make_optimizer(RATES))
+        split = Case().split(layout)
+        return placement.initial(make, split.trainable), placement.shapes(make, split.trainable)
+
+    state, _ = state_of(saved)
+    # Moments that are not all the same.
+    state = state._replace(
+        optimizer=jax.tree.map(
+            lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), state.optimizer
+        )
+    )
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state)
+    for shape in (None, (1, 1, 1), (1, 4, 2), (1, 8, 1), (2, 2, 2)):
+        _, like = state_of(shape)
+        with closing(Checkpoints(tmp_path)) as checkpoints:
+            found = checkpoints.restore(like)
+        assert found is not None
+        for ours, wanted, where in zip(*map(jax.tree.leaves, (found, state, like)), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+            assert ours.dtype == wanted.dtype and ours.sharding == where.sharding
 
 
 # --- attention, generation and evaluation ---------------------------------------------------------------------------

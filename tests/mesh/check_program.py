@@ -15,7 +15,6 @@ from meshes import LORA, NEW, PLAIN, VOCAB, Case, Shape, layout_of, prepare
 
 from transllm_jax.distributed.hlo import Counts, count_hlo
 from transllm_jax.distributed.hlo_text import parse_hlo
-from transllm_jax.model import layout as layout_module
 from transllm_jax.model.layout import SINGLE, sum_scattered
 from transllm_jax.model.parameters import abstract, count
 from transllm_jax.training.loss import CHUNK
@@ -132,11 +131,8 @@ def test_a_device_computes_its_part_and_no_more() -> None:
     [((1, devices, 1), ("fsdp",)) for devices in range(2, 9)]
     + [((2, 2, 2), ("fsdp", "tensor")), ((1, 2, 4), ("fsdp", "tensor")), ((2, 3, 1), ("data", "fsdp"))],
 )
-@pytest.mark.parametrize("unrolled", [True, False], ids=["round by round", "a loop"])
-def test_sums_by_a_ring_are_those_of_psum_scatter(
-    monkeypatch: pytest.MonkeyPatch, shape: Shape, axes: tuple[str, ...], unrolled: bool
-) -> None:
-    monkeypatch.setattr(layout_module, "_UNROLLED", 8 if unrolled else 0)
+@pytest.mark.parametrize("unroll", [True, False], ids=["round by round", "a loop"])
+def test_sums_by_a_ring_are_those_of_psum_scatter(shape: Shape, axes: tuple[str, ...], unroll: bool) -> None:
     layout = layout_of(shape)
     devices, everyone = layout.size(*axes), int(np.prod(shape))
     rng = np.random.default_rng(0)
@@ -148,7 +144,7 @@ def test_sums_by_a_ring_are_those_of_psum_scatter(
     def both(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         arrays = [array[0] for array in arrays]
         wanted = [jax.lax.psum_scatter(array, axes) for array in arrays]
-        return [sum_scattered(array, axes)[None] for array in arrays], [own[None] for own in wanted]
+        return [sum_scattered(array, axes, unroll=unroll)[None] for array in arrays], [own[None] for own in wanted]
 
     each = PartitionSpec(("data", "fsdp", "tensor"))
     run = jax.shard_map(both, mesh=layout.mesh, in_specs=each, out_specs=each, check_vma=False)

@@ -34,7 +34,11 @@ CASES = {
     "full": Case(
         replace(PLAIN, attention_bias=True, mlp_bias=True), None, accumulate=2, remat="feed_forward", full=True
     ),
-    "qwen2": Case(replace(PLAIN, model_type="qwen2", attention_bias=True, tie_word_embeddings=True), _on("q", "down")),
+    "qwen2": Case(
+        replace(PLAIN, model_type="qwen2", attention_bias=True, tie_word_embeddings=True),
+        _on("q", "down"),
+        remat="queries",
+    ),
     "qwen3": Case(replace(GROUPED, model_type="qwen3"), _on("q", "k", "gate", "up"), remat="full"),
 }
 # Each case meets each axis, and each mesh is met.

@@ -189,7 +189,10 @@ def test_another_layout_of_devices_goes_on(tiny_model: Path, tmp_path: Path) -> 
     assert one.code == 0, one.errors
     workdir = copied(prepared, tmp_path / "moved")
     stop = {"kind": "batch", "number": 4, "do": "term"}
-    moved = [run(config, workdir, *UNTIL, harm=stop, devices=8), run(config, workdir, *UNTIL, harm=stop, devices=4)]
+    # One axis after the other, and all at once.
+    mesh = ("mesh.data=2", "mesh.tensor=2")
+    moved = [run(config, workdir, *mesh, *UNTIL, harm=stop, devices=8)]
+    moved.append(run(config, workdir, *UNTIL, harm=stop, devices=4))
     assert [ended.code for ended in moved] == [75, 75], [ended.errors for ended in moved]
     moved.append(run(config, workdir, *UNTIL))
     assert moved[-1].code == 0, moved[-1].errors

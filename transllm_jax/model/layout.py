@@ -129,6 +129,11 @@ class Layout:
         """What it runs on: cpu, gpu, tpu."""
         return str(jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform)
 
+    @property
+    def device_kind(self) -> str:
+        """The name that JAX gives the devices, such as TPU v5 lite."""
+        return str((jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]).device_kind)
+
     def size(self, *axes: str) -> int:
         """The number of devices along mesh axes; along all without any."""
         if self.mesh is None:
@@ -284,16 +289,13 @@ def _moved_backward(there: NamedSharding, back: NamedSharding, _: None, g: jax.A
 _moved.defvjp(_moved_forward, _moved_backward)
 
 
-# Devices of a ring whose rounds stand one by one in a program, so that a compiler can lay other work beside them.
-_UNROLLED = 16
-
-
-def sum_scattered(parts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def sum_scattered(parts: jax.Array, axes: tuple[str, ...], *, unroll: bool = False) -> jax.Array:
     """Inside of a shard_map: of an array in parts [devices, n, ..], the sum over the devices of mesh axes.
 
     Each device gets the sum of its own part, [n, ..], as from `jax.lax.psum_scatter`, but by a ring in both directions.
     A TPU's compiler makes of that one a sum of everything on every device, which takes twice the traffic, and memory
     for it all; or a loop around the product before it, which reads its operands in every round.
+    unroll: the rounds stand one by one, so that a compiler can lay other work beside them, and keep more at once.
     """
     devices, me = parts.shape[0], jax.lax.axis_index(axes)
     half = parts.shape[1] // 2
@@ -313,4 +315,4 @@ def sum_scattered(parts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         )
         return tuple(half + mine for half, mine in zip(passed, own(number), strict=True))
 
-    return jnp.concatenate(jax.lax.fori_loop(1, devices, add, own(0), unroll=devices <= _UNROLLED))
+    return jnp.concatenate(jax.lax.fori_loop(1, devices, add, own(0), unroll=unroll))

@@ -33,6 +33,9 @@ class NewRows(nnx.Param):
     """Embedding or output rows that train, in float32: of new tokens, and trained copies of the base's rows."""
 
 
+# Devices of a ring whose rounds stand one by one in a program; more of them are a loop.
+_UNROLLED = 16
+
 # Every linear layer of a block.
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -100,7 +103,8 @@ class _Adapted(NamedTuple):
             parts += [layout.parts(b.T, outer) for b, outer in zip(to_b, outers, strict=True)]
             # As one: a ring has many rounds.
             ends = np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
-            summed = jax.lax.psum(sum_scattered(jnp.concatenate(parts, axis=1), ("fsdp",)), "data")
+            together = jnp.concatenate(parts, axis=1)
+            summed = jax.lax.psum(sum_scattered(together, ("fsdp",), unroll=len(together) <= _UNROLLED), "data")
             sums = jnp.split(summed, ends)
             return tuple(sums[: len(to_a)]), tuple(own.T for own in sums[len(to_a) :])
 

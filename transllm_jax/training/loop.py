@@ -26,7 +26,7 @@ from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.placement import Placement, used_memory
 from transllm_jax.training.reporting import Reporter, Speed
-from transllm_jax.training.step import GATHER_AHEAD, Step, TrainState, initial_state, make_step
+from transllm_jax.training.step import Step, TrainState, compiler_options, initial_state, make_step
 from transllm_jax.training.trace import Trace
 
 
@@ -113,7 +113,7 @@ def step_of(config: LoopConfig, split: Split) -> Step:
         z_loss=config.z_loss,
         sources=len(config.sources),
         shardings=None if placement.metrics is None else (placement.shardings(state), placement.metrics),
-        options=GATHER_AHEAD if split.layout.platform == "tpu" and split.layout.size() > 1 else None,
+        options=compiler_options(split.layout),
     )
 
 
@@ -165,6 +165,7 @@ def train(
             f"begin the stage anew with --force {name}"
         )
     ledger.mark(first)
+    peers.stands = _standing(name, checkpoints)
     bar = progress.task(name, total=steps, done=first, unit="step")
     reporter = Reporter(
         directory,
@@ -219,8 +220,7 @@ def train(
                     around.saving()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            if checkpoints.whole is not None:
-                peers.stands = f"{name}: the checkpoint of step {checkpoints.whole} stands"
+            peers.stands = _standing(name, checkpoints)
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
         # Nothing was left to do for a stage that was killed just before it was noted as done.
@@ -240,6 +240,12 @@ def train(
         with ledger.spend("save"):
             checkpoints.close()
     return Outcome(state.trainable, reached, skipped, best, speed, loss)
+
+
+def _standing(name: str, checkpoints: Checkpoints) -> str:
+    """What is said where a process is lost."""
+    step = checkpoints.whole
+    return f"{name} has no checkpoint yet" if step is None else f"{name}: the checkpoint of step {step} stands"
 
 
 def _teller(progress: Progress) -> Callable[[str], None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from transllm_jax.model.layout import Layout
 from transllm_jax.model.parameters import Flat
@@ -36,6 +36,9 @@ class Placement:
         return state
 
     def _sharding(self, path: Any, leaf: Any) -> Sharding | None:
+        if self.layout.mesh is None:
+            # Said, so that what a mesh has saved can be read to here.
+            return SingleDeviceSharding(jax.local_devices()[0])
         # A scalar beside a parameter, such as a count, is no moment of it.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)] if leaf.ndim else []
         return self.layout.sharding(names[-1]) if names else self.layout.everywhere
