@@ -18,9 +18,10 @@ import pytest
 import yaml
 from conftest import EXAMPLES, tiny_run
 from multi_process import Ended, run_processes
-from reliability.harness import require_same, results
+from reliability.harness import FILES, require_same, results
 from test_storage import Emulator, gcs  # noqa: F401
 
+from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.metrics import read_rows
 
 pytestmark = pytest.mark.slow
@@ -82,10 +83,15 @@ def said(ended: Sequence[Ended]) -> str:
 def require_done(ended: Sequence[Ended]) -> None:
     assert [one.code for one in ended] == [0] * len(ended), said(ended)
     for one in ended:
-        assert not one.lines(), said(ended)
+        assert not own_lines(one), said(ended)
     for one in ended[1:]:
         # Gloo itself greets.
         assert not [line for line in one.out.splitlines() if not line.startswith("[Gloo]")], said(ended)
+
+
+def own_lines(ended: Ended) -> list[str]:
+    """What it wrote on stderr; tensorstore looks for credentials, of which an emulator needs none."""
+    return [line for line in ended.lines() if "google_auth_provider" not in line]
 
 
 def losses(workdir: Path, stage: str) -> list[float]:
@@ -288,12 +294,14 @@ def test_new_hosts_go_on_from_the_store(config: Path, whole: Path, tmp_path: Pat
 
     ended = start(config, url, 2, *UNTIL, env=mirrors("first"), harm=(1, signal.SIGKILL, 7))
     assert [one.code for one in ended] == [1, -signal.SIGKILL], said(ended)
-    assert "pretrain: the checkpoint of step 6 stands" in ended[0].lines()[-1], said(ended)
+    # That of step 6 may have been at work.
+    (line,) = own_lines(ended[0])
+    (stood,) = [step for step in (4, 6) if f"pretrain: the checkpoint of step {step} stands" in line]
     ended = start(config, url, 2, *UNTIL, env=mirrors("second"))
     require_done(ended)
-    assert "pretrain goes on" in ended[0].out and "goes on from step 6" in ended[0].out, said(ended)
+    assert "pretrain goes on" in ended[0].out and f"goes on from step {stood}" in ended[0].out, said(ended)
     # What each new host has now, the checkpoints aside, which lie in the store alone.
-    wanted = {name: value for name, value in of_pretraining(whole).items() if "checkpoint" not in name}
+    wanted = {name: value for name, value in of_pretraining(whole).items() if "checkpoint" not in name and value}
     for number in (0, 1):
         place = tmp_path / f"second-{number}"
         assert not (place / "pretrain" / "checkpoints").exists()
@@ -304,10 +312,6 @@ def test_new_hosts_go_on_from_the_store(config: Path, whole: Path, tmp_path: Pat
 
 
 def arrays_and_files(workdir: Path) -> dict[str, Any]:
-    from reliability.harness import FILES
-
-    from transllm_jax.training.arrays import load_arrays
-
     found: dict[str, Any] = {
         f"pretrain {k}": v.tobytes() for k, v in load_arrays(workdir / "pretrain/trainable").items()
     }

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,7 +60,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Run", Kept)
-        assert execute(config)
+        # Traced, which changes nothing: other tests compare with runs that are not.
+        assert execute(config, profile=1)
     return config, here / "run", made[0]
 
 
@@ -93,6 +95,29 @@ def test_a_run_leaves_what_is_promised(finished: tuple[Path, Path, Run]) -> None
     assert len(results["losses"]["pretrain"]) == 4
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "tiny to Thai" in page and f"{results['metrics']['bits_per_byte']['transfer']:.3f}" in page
+
+
+def test_a_trace_of_each_training_is_left_where_asked_for(finished: tuple[Path, Path, Run]) -> None:
+    _, workdir, _ = finished
+    for point in TRAINED:
+        (trace,) = (workdir / point / "profile").glob("plugins/profile/*/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        events = [event for plane in planes for line in plane.lines for event in line.events]
+        # The third step of a session, counted from 0; the viewers go by its name and number.
+        steps = {dict(event.stats).get("step_num") for event in events if event.name == "train"}
+        assert steps == {2}, point
+
+
+def test_a_second_sigterm_means_nothing_new(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interrupt() as interrupt:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested
+        # Ctrl-C, once with the cluster's signal and once by a hand that does not want to wait.
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("stopping after the piece of work at hand") == 1
 
 
 def test_each_stage_trains_and_hands_on(finished: tuple[Path, Path, Run]) -> None:

@@ -380,3 +380,10 @@ def test_the_tpu_compiler_takes_it_and_its_kernels_can_be_told_apart() -> None:
         assert len(calls) == len(by_phase)
         forward, backward = splash_flops(2, 4, length, size)
         assert by_phase.pop("fwd") == forward and sum(by_phase.values()) == backward
+
+
+def test_a_batch_of_one_row_costs_what_it_does_with_an_axis_of_its_own() -> None:
+    name, tables = "splash_mha_fwd_segmented_residuals", [(1, 1, 1), (1, 1, 1)]
+    many = [*tables, (1, 8, 512, 128), (1, 4, 512, 128), (1, 4, 512, 128), (1, 512, 128)]
+    one = [*tables, (8, 512, 128), (4, 512, 128), (4, 512, 128), (512, 128)]
+    assert kernel_flops(name, one) == kernel_flops(name, many) != 0

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -430,6 +431,51 @@ def test_a_lease_that_goes_on_as_another_clock_has_it_is_taken_for_stale_by_watc
     with lease(pod), pytest.raises(UserError, match="took over"):
         held._sign()
         held.check()
+
+
+def test_the_lease_of_a_process_that_died_here_is_taken_at_once(pod: Pod) -> None:
+    died = subprocess.Popen([sys.executable, "-c", "pass"])
+    died.wait()
+    first, second = lease(pod, stale=180.0), lease(pod, stale=180.0, watch=False)
+    first._me["pid"] = died.pid
+    with first, second:
+        pass
+    # A number of another machine, or of another container, says nothing.
+    first, second = lease(pod, stale=180.0), lease(pod, stale=180.0, watch=False)
+    first._me |= {"pid": died.pid, "boot": "another"}
+    with first, pytest.raises(UserError, match="another run is at work here"), second:
+        pass
+
+
+def test_a_lease_is_given_back_before_an_end_by_force(pod: Pod) -> None:
+    host = pod.host("first")
+    with host.lease():
+        host.release()
+        with pod.host("second").lease(watch=False):
+            pass
+    host.release()
+
+
+def test_files_that_never_change_come_and_go_in_their_order(pod: Pod) -> None:
+    first, second = pod.host("first"), pod.host("second")
+    write(first.local / "tokens", {"a.records": "1", "a": "2", "b.records": "3", "b": "4"})
+    first.add("tokens", ["a.records", "b.records"], ["a", "b"])
+    assert read(pod.store / "tokens") == read(first.local / "tokens")
+    write(second.local / "tokens", {"b.records": "own"})
+    second.fetch("tokens", ["a.records", "b.records", "c.records"], ["a", "c"])
+    # What is here stays, what nobody has is passed over, what is not asked for does not come.
+    assert read(second.local / "tokens") == {"a.records": "1", "a": "2", "b.records": "own"}
+    write(second.local / "tokens", {"a": "other", "d": "5"})
+    second.add("tokens", ["a"], ["d"])
+    assert read(pod.store / "tokens") == read(first.local / "tokens") | {"d": "5"}
+    # A killed one never leaves what says that a shard is whole without the shard.
+    for moment in range(2):
+        write(first.local / "tokens", {f"{moment}.records": "1", f"{moment}": "2"})
+        dying = pod.host("first")
+        kill_at(dying, moment)
+        with pytest.raises(Killed):
+            dying.add("tokens", [f"{moment}.records"], [f"{moment}"])
+        assert not (pod.store / "tokens" / f"{moment}").exists()
 
 
 def test_of_many_at_once_one_gets_a_stale_lease(pod: Pod) -> None:

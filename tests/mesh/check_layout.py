@@ -198,7 +198,7 @@ def test_what_one_mesh_saved_another_reads_to_where_it_lies(tmp_path: Path, save
     )
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(state)
-    for shape in (None, (1, 1, 1), (1, 4, 2), (1, 8, 1), (2, 2, 2)):
+    for shape in (None, (1, 4, 2), (2, 2, 2)):
         _, like = state_of(shape)
         with closing(Checkpoints(tmp_path)) as checkpoints:
             found = checkpoints.restore(like)

@@ -241,7 +241,9 @@ def _cost_of(name: str, operands: Sequence[Sequence[int]], window: int | None, i
     if match is None:
         return None
     # Tables of blocks come before, of rank 3: q and k are the first two of rank 4.
-    q, k = [shape for shape in operands if len(shape) == 4][:2]
+    vectors = [shape for shape in operands if len(shape) == 4]
+    # A batch of one row is no axis of its own; then they stand behind the two tables.
+    q, k = vectors[:2] if vectors else [(1, *shape) for shape in operands if len(shape) == 3][2:4]
     return _cost(match[1], _Shape(q[0], q[1], k[1], q[2], q[3], itemsize), window, residuals=match[2] is None)
 
 
