@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,12 @@ import yaml
 from conftest import EXAMPLES, tiny_run
 from multi_process import Ended, run_processes
 from reliability.harness import FILES, require_same, results
+from rich.console import Console
 from test_storage import Emulator, gcs  # noqa: F401
 
+from transllm_jax.chat import open_session
+from transllm_jax.status import status_table
+from transllm_jax.storage.store import Store
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.metrics import read_rows
 
@@ -286,7 +291,9 @@ def store(threads: None, gcs: Emulator) -> Iterator[Emulator]:  # noqa: F811
 
 
 @pytest.mark.usefixtures("store")
-def test_new_hosts_go_on_from_the_store(config: Path, whole: Path, tmp_path: Path) -> None:
+def test_new_hosts_go_on_from_the_store(
+    config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"gs://bucket/{tmp_path.name}"
 
     def mirrors(name: str) -> Callable[[int], dict[str, str]]:
@@ -294,12 +301,24 @@ def test_new_hosts_go_on_from_the_store(config: Path, whole: Path, tmp_path: Pat
 
     ended = start(config, url, 2, *UNTIL, env=mirrors("first"), harm=(1, signal.SIGKILL, 7))
     assert [one.code for one in ended] == [1, -signal.SIGKILL], said(ended)
-    # That of step 6 may have been at work.
+    # That of step 6 may have been at work, and complete a moment later.
     (line,) = own_lines(ended[0])
-    (stood,) = [step for step in (4, 6) if f"pretrain: the checkpoint of step {step} stands" in line]
+    assert any(f"pretrain: the checkpoint of step {step} stands" in line for step in (4, 6)), line
+    # The newest one is damaged, in a part that the second process wrote; the one before it is used.
+    store = Store(f"{url}/pretrain/checkpoints")
+    files = store.files()
+    whole_ones = [found[1] for name in files if (found := re.fullmatch(r"(\d+)/commit_success.txt", name))]
+    before, newest = sorted(map(int, whole_ones))[-2:]
+    parts = [name for name in files if name.startswith(f"{newest}/state/ocdbt.process_1/d/")]
+    largest = max(parts, key=lambda name: files[name].size)
+    content = bytearray(store.read(largest) or b"")
+    content[len(content) // 2] ^= 4
+    store.write(largest, bytes(content))
     ended = start(config, url, 2, *UNTIL, env=mirrors("second"))
     require_done(ended)
-    assert "pretrain goes on" in ended[0].out and f"goes on from step {stood}" in ended[0].out, said(ended)
+    assert "pretrain goes on" in ended[0].out and f"goes on from step {before}" in ended[0].out, said(ended)
+    assert f"{newest} is damaged (" in ended[0].out and f"put aside, step {before} is used" in ended[0].out, said(ended)
+    assert f"{newest}-0/{largest.removeprefix(f'{newest}/')}" in Store(f"{url}/pretrain/damaged").files()
     # What each new host has now, the checkpoints aside, which lie in the store alone.
     wanted = {name: value for name, value in of_pretraining(whole).items() if "checkpoint" not in name and value}
     for number in (0, 1):
@@ -308,7 +327,16 @@ def test_new_hosts_go_on_from_the_store(config: Path, whole: Path, tmp_path: Pat
         found = arrays_and_files(place)
         require_same(found, {name: value for name, value in wanted.items() if name in found})
         assert found.keys() == wanted.keys()
-    assert json.loads((tmp_path / "second-1/pretrain/manifest.json").read_text())["state"] == "done"
+    # A third host asks how it stands, and talks to the model.
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status_table(url))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(
+        any(line.startswith(step) and "done" in line for line in told.splitlines()) for step in ("base", "pretrain")
+    )
+    monkeypatch.setenv("TRANSLLM_MIRROR", str(tmp_path / "third"))
+    answers = [list(open_session(run, max_new_tokens=4).ask("ฝนตกไหม"))[-1].raw for run in (url, tmp_path / "second-0")]
+    assert answers[0] == answers[1]
 
 
 def arrays_and_files(workdir: Path) -> dict[str, Any]:

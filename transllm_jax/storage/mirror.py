@@ -24,6 +24,8 @@ from transllm_jax.storage.store import Entry, Store
 
 MANIFEST, INDEX, CHECKPOINTS = "manifest.json", ".mirror.json", "checkpoints"
 
+# Of a step, what its training keeps on the store alone: checkpoints, and those that were found damaged.
+_THERE_ALONE = (CHECKPOINTS, "damaged")
 _SAME = "same"  # as it is on the store, when last looked
 _AHEAD = "ahead"  # here newer: a push began
 _BEHIND = "behind"  # here in parts: a pull began
@@ -278,8 +280,8 @@ class Mirror:
     def _files_here(self, directory: Path) -> dict[str, Path]:
         found = {}
         for folder, folders, files in os.walk(directory, followlinks=True):
-            if Path(folder) == directory and CHECKPOINTS in folders:
-                folders.remove(CHECKPOINTS)
+            if Path(folder) == directory:
+                folders[:] = [name for name in folders if name not in _THERE_ALONE]
             for file in files:
                 path = Path(folder, file)
                 if not file.endswith(_UNFINISHED) and file != INDEX:
@@ -288,7 +290,7 @@ class Mirror:
 
     def _files_there(self, name: str) -> dict[str, Entry]:
         found = self.store.files(name)
-        return {file: entry for file, entry in found.items() if not file.startswith(f"{CHECKPOINTS}/")}
+        return {file: entry for file, entry in found.items() if file.partition("/")[0] not in _THERE_ALONE}
 
     def _index(self, name: str, there: dict[str, Entry]) -> dict[str, dict[str, Any]]:
         content = self.store.read(f"{name}/{INDEX}") if INDEX in there else None

@@ -8,7 +8,9 @@ there yet.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,14 +85,12 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small object; it is there whole or not at all."""
-        self._put("write", lambda: self._fs.pipe_file(self._path(name), content))
+        self._put("write", lambda: self._place(name, content, "overwrite"))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small object where there is none, and say whether that was so; one of two at once succeeds."""
-        if self._local:
-            self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
         try:
-            self._put("write", lambda: self._fs.pipe_file(self._path(name), content, mode="create"))
+            self._put("write", lambda: self._place(name, content, "create"))
         except FileExistsError:
             # Ours, when an answer was lost and the library asked twice.
             return self.read(name) == content
@@ -112,6 +112,20 @@ class Store:
         """Remove an object, if it is there."""
         with suppress(FileNotFoundError):
             self._do("delete", lambda: self._fs.rm_file(self._path(name)))
+
+    def _place(self, name: str, content: bytes, mode: str) -> None:
+        if not self._local:
+            self._fs.pipe_file(self._path(name), content, mode=mode)
+            return
+        # fsspec looks whether a local file is there, and then writes it: two could, and a reader could see it empty.
+        path, part = Path(self._path(name)), Path(f"{self.root}.parts", secrets.token_hex(8))
+        for directory in (path.parent, part.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        try:
+            (os.replace if mode == "overwrite" else os.link)(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

@@ -223,7 +223,8 @@ class Checkpoints:
         if self._peers.primary:
             place = self._directory.parent / "damaged"
             place.mkdir(exist_ok=True)
-            number = sum(1 for _ in place.iterdir())
+            # A store has no empty directory.
+            number = sum(1 for _ in place.iterdir()) if place.exists() else 0
             _move(self._directory / str(step), place / f"{step}-{number}")
         self._peers.barrier("a damaged checkpoint")
         self._scores.pop(step, None)
