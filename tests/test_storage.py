@@ -544,16 +544,17 @@ def failing(store: Store, method: str, errors: list[Exception]) -> None:
 
 def test_what_passes_is_tried_again_and_what_does_not_is_not(tmp_path: Path) -> None:
     waited: list[float] = []
+    (tmp_path / "file").write_bytes(b"x")
     for error in (HttpError(503), HttpError(429), ConnectionResetError(), TimeoutError()):
         store = Store(str(tmp_path), wait=waited.append)
-        failing(store, "pipe_file", [error] * 4)
+        failing(store, "put_file", [error] * 4)
         waited.clear()
-        store.write("a", b"x")
+        store.upload(tmp_path / "file", "a")
         assert store.read("a") == b"x" and len(waited) == 4
         assert all(0.5 * 2**k <= wait <= 1.5 * 2**k for k, wait in enumerate(waited))
-        failing(store, "pipe_file", [error] * 5)
+        failing(store, "put_file", [error] * 5)
         with pytest.raises(type(error)):
-            store.write("a", b"y")
+            store.upload(tmp_path / "file", "a")
     waited.clear()
     full = OSError(28, "No space left on device")
     for error in (full, HttpError(400)):
