@@ -216,8 +216,11 @@ def chat(
         if text == "/new":
             session.history.clear()
         elif text:
+            forgotten = session.forgotten
             try:
                 show(console, session.ask(text), show_chain=show_chain)
+                if session.forgotten > forgotten:
+                    console.print("the context is full: the oldest turns are forgotten", style="dim")
             except UserError as error:
                 console.print(f"[red]{error}[/red]")
             except KeyboardInterrupt:
