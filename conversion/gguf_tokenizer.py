@@ -77,6 +77,15 @@ def special_ids(fields: dict[str, Any]) -> dict[str, int]:
     return ids
 
 
+def end_ids(fields: dict[str, Any]) -> list[int]:
+    """The ids that end an answer, eos first: a file may name an end of turn and an end of message beside it."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    found = [fields[key] for key in keys if key in fields]
+    if wrong := [value for value in found if not isinstance(value, int)]:
+        raise UserError(f"the GGUF file's end tokens are {wrong}, not whole numbers; use another file")
+    return list(dict.fromkeys(map(int, found)))
+
+
 def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 

@@ -16,7 +16,7 @@ import numpy as np
 from conversion.directories import fingerprint_of, new_directory, read_json, sha256_of, write_json
 from conversion.export_hf import copy_generation_config, copy_notices
 from conversion.fetch import Fetched, fetch
-from conversion.gguf_tokenizer import special_ids, write_tokenizer
+from conversion.gguf_tokenizer import end_ids, special_ids, write_tokenizer
 from conversion.gguf_weights import open_gguf
 from conversion.hf import HFModel, parse_config, require_all_finite, write_config
 from conversion.names import Tensor, collapse, tensors
@@ -122,7 +122,10 @@ def _import_gguf(fetched: Fetched, directory: Path, options: _Options) -> dict[s
     write_tokenizer(model.fields, directory, fetched.path)
     narrow = _Narrowed(model)
     ids.pop("unk_token_id", None)  # not a field of a model's config
-    write_config(directory, {**model.config.to_hf(), **ids}, widest(map(narrow.dtype, tensors(model.config))).name)
+    ends = end_ids(model.fields)
+    generation = {**ids, "eos_token_id": ends} if len(ends) > 1 else None
+    named = widest(map(narrow.dtype, tensors(model.config))).name
+    write_config(directory, {**model.config.to_hf(), **ids}, named, generation)
     _write(narrow, directory, options)
     return {"kind": "gguf", "source_sha256": fetched.sha256 or sha256_of(fetched.path)}
 

@@ -13,10 +13,11 @@ import pytest
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.examples import (
-    conversation_example,
     conversation_examples,
+    conversation_rows,
     document_example,
     document_examples,
+    make_example,
     pair_examples,
     translation_examples,
 )
@@ -267,9 +268,9 @@ def trained_text(tokenizer: Tokenizer, example: object) -> str:
 
 
 def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer) -> None:
-    example, outcome = conversation_example(tokenizer, conversation("one", "first.", "two", "second."), 500)
-    assert outcome == "kept" and example is not None
-    assert trained_text(tokenizer, example) == "first.<|im_end|>second.<|im_end|>"
+    [row], outcome = conversation_rows(tokenizer, conversation("one", "first.", "two", "second."), 500)
+    assert outcome == "kept" and row.size == len("first.second.")
+    assert trained_text(tokenizer, make_example(row.ids, row.mask)) == "first.<|im_end|>second.<|im_end|>"
 
 
 def test_long_conversations_are_cut_at_a_turn_and_counted(tokenizer: Tokenizer) -> None:

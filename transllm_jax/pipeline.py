@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json
+import yaml
+
+from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json, write_text
 from transllm_jax.config import Config
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
@@ -168,7 +171,9 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
         run.progress.say(message, markup=False)
 
     with site.held(tell):
-        site.pull(HASHES, LEDGER)
+        site.pull(RUN, HASHES, LEDGER)
+        day = run.peers.lead("the date", partial(_began_on, run))
+        run.config = run.config.model_copy(update={"date": date.fromisoformat(str(day))})
         # Every step's inputs first: a path that does not exist is found before an hour of training, not after. The
         # primary's hashes are the others', too, of files that all see.
         inputs = run.peers.in_turn("inputs", partial(_looked_at, run))
@@ -193,6 +198,21 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
                 site.push(HASHES, LEDGER)
             raise
         site.push(HASHES, LEDGER)
+
+
+def _began_on(run: Run) -> str:
+    """The day that the run is told it is: the config's, else that on which it began, which run.yaml keeps."""
+    path = run.workdir / RUN
+    if run.config.date is not None or not path.exists():
+        return run.today.isoformat()
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")).get("date")
+        return date.fromisoformat(str(found or run.today)).isoformat()
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); give date=YYYY-MM-DD, the day on which the run "
+            "began, and remove the file"
+        ) from None
 
 
 def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
@@ -233,6 +253,7 @@ def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, St
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
     def look() -> None:
+        base.check(run)
         for check in dict.fromkeys(step.check for step in steps):
             if check is not None:
                 check(run)
@@ -302,6 +323,5 @@ def _end(until: str | None) -> int:
 
 
 def _write_run_file(workdir: Path, config: Config) -> None:
-    path = workdir / RUN
-    path.write_text(f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}", encoding="utf-8")
+    write_text(workdir / RUN, f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}")
     write_json(workdir / VERSIONS, {name: version(name) for name in report.VERSIONS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 import yaml
@@ -29,6 +30,9 @@ class Config(Section):
     title: str
     workdir: str
     seed: int = Field(default=0, ge=0, lt=2**31)
+    # The day that a chat template which writes the date is told, YYYY-MM-DD. By default the day on which the run began:
+    # it is kept in run.yaml, and a run that goes on later uses it still.
+    date: datetime.date | None = None
     language: Language = Language()
     markers: Markers = Markers()
     model: Model

@@ -18,6 +18,7 @@ from transllm_jax.model.parameters import Split
 from transllm_jax.progress import Bar
 from transllm_jax.tokenizer.chain import Markers, visible
 from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.expand import tokens_per_character
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -138,5 +139,5 @@ def _translate(
         )
         for text in texts
     ]
-    generated = engine.generate(asked, max_new_tokens=config.max_new_tokens, stop=[point.tokenizer.eos_id])
+    generated = engine.generate(asked, max_new_tokens=config.max_new_tokens, stop=end_ids(point.tokenizer))
     return [visible(point.tokenizer.decode(ids), markers) for ids in generated]

@@ -9,6 +9,7 @@ from transllm_jax.data.sources import read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 Direction = Literal["to_target", "to_english"]
@@ -66,7 +67,7 @@ class ModelTranslator:
         if direction == "to_english":
             first, second = second, first
         prompts = [[*tokenizer.bos_ids, *tokenizer.encode(f"{first}{text.strip()}{second}")] for text in texts]
-        ends = {tokenizer.document_end_id, tokenizer.eos_id}
+        ends = {tokenizer.document_end_id, *end_ids(tokenizer)}
         ends |= {token for marker in markers.in_order() if (token := tokenizer.token_id(marker)) is not None}
         answers = self._engine.generate(
             prompts, max_new_tokens=self._max_new_tokens, stop=sorted(ends), on_tokens=self._on_tokens

@@ -15,6 +15,7 @@ from transllm_jax.evaluation.point import HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 
 # Beside the results: the original model's answers, for the evaluations of all points.
 ORIGINAL = "original_answers.json"
@@ -29,6 +30,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "prompts": run.config.prompts.model_dump(),
         "language": run.config.language.model_dump(),
         "markers": run.config.markers.model_dump(),
+        "date": run.today.isoformat(),
         **run.source_hashes([section.text]),
         **run.hashes([section.pairs, section.instructions]),
     }
@@ -145,10 +147,10 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
     tokenizer, section = run.tokenizer("base"), run.config.evaluation
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
     engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
-    generated = engine.generate(prompts, max_new_tokens=section.max_new_tokens, stop=[tokenizer.eos_id])
+    generated = engine.generate(prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer))
     rows: list[dict[str, Any]] = []
     for question, prompt, ids in zip(questions, prompts, generated, strict=True):
-        ended = [tokenizer.eos_id] if len(ids) < section.max_new_tokens else []
+        ended = [answer_end_id(tokenizer)] if len(ids) < section.max_new_tokens else []
         rows.append({"question": question, "text": tokenizer.decode(ids), "prompt": prompt, "answer": ids + ended})
     if run.primary:
         write_json(path, {"of": wanted, "rows": rows})

@@ -22,6 +22,7 @@ from transllm_jax.generation.translate import FileTranslator, ModelTranslator
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.training.metrics import read_rows
 
 # Seconds between two copies of the answers to a store.
@@ -34,6 +35,7 @@ def inputs(run: Run) -> dict[str, Any]:
     files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
     return {
         "recover": section.model_dump(),
+        "date": run.today.isoformat(),
         **run.hashes(file for file in files if file is not None),
         **contamination_inputs(run, section.contamination),
     }
@@ -150,7 +152,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str,
             generated = engine.generate(
                 prompts,
                 max_new_tokens=section.max_new_tokens,
-                stop=[tokenizer.eos_id],
+                stop=end_ids(tokenizer),
                 on_tokens=bar.tokens,
             )
             for text, ids in zip(batch, generated, strict=True):

@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,8 +78,14 @@ class Run:
         self.interrupt = interrupt
         # The original model with its answers to held-out questions; made by the first evaluation, used by all.
         self.teacher: Teacher | None = None
+        self._today = date.today()
         self._tokenizers: dict[str, Tokenizer] = {}
         self._checked: set[str] = set()
+
+    @property
+    def today(self) -> date:
+        """The day that chat templates are told: the config's, which the pipeline fills in when the run begins."""
+        return self.config.date or self._today
 
     @property
     def peers(self) -> Peers:
@@ -157,7 +164,7 @@ class Run:
         """The tokenizer at a point: the base's own, or the expanded one."""
         name = "base" if point == "base" else "vocabulary"
         if name not in self._tokenizers:
-            self._tokenizers[name] = Tokenizer.load(self.workdir / name)
+            self._tokenizers[name] = Tokenizer.load(self.workdir / name, model=self.base, today=self.today)
         return self._tokenizers[name]
 
     def split(self, point: str) -> Split:

@@ -40,6 +40,7 @@ def inputs(run: Run) -> dict[str, Any]:
     return {
         **training_inputs(run, "transfer"),
         "prompts": config.prompts.model_dump(),
+        "date": run.today.isoformat(),
         **run.source_hashes([config.transfer.pairs]),
         **contamination_inputs(run, config.transfer.contamination),
     }

@@ -25,6 +25,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.run import Run, token_ids, tokenless
+from transllm_jax.tokenizer.chat import without_thinking
 from transllm_jax.tokenizer.expand import (
     Expansion,
     expand,
@@ -125,7 +126,7 @@ def _written(
         for tensor in tensors(base.config):
             if tensor.path in ROWS_OF.values() and f"{tensor.path}_trained" not in trainable:
                 trainable[f"{tensor.path}_trained"] = base.read(tensor).astype(np.float32)
-    save_expanded(tokenizer, run.base, directory)
+    save_expanded(without_thinking(tokenizer), run.base, directory)
     save_arrays(directory / "trainable", trainable)
     trained = {path: array for path, array in trainable.items() if run.trains(path)}
     counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.frozen)}
@@ -216,12 +217,10 @@ def _expansion(run: Run, documents: list[str]) -> Expansion:
 def _given_expansion(run: Run) -> Expansion:
     """That of the tokenizer that the config names. Raises UserError where it is not one of the base."""
     assert run.config.vocabulary.tokenizer is not None
-    expanded = Tokenizer.load(run.config.vocabulary.tokenizer)
+    base, found = run.tokenizer("base"), Tokenizer.load(run.config.vocabulary.tokenizer)
     # The conversation's form is the model's, whatever the tokenizer was expanded with.
-    expanded = Tokenizer(
-        expanded.backend, run.tokenizer("base").config, run.tokenizer("base").chat_template, expanded.source
-    )
-    return expansion_of(run.tokenizer("base"), expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
+    expanded = base.derived(found.backend, source=found.source)
+    return expansion_of(base, expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
 
 
 def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:

@@ -7,7 +7,6 @@ ids; decoding gives the text back; a marker is one id; the same corpus gives the
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sized
@@ -274,7 +273,7 @@ def _count_runs(
 
 def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    return Tokenizer(backend, copy.deepcopy(base.config), base.chat_template, source)
+    return base.derived(backend, source=source)
 
 
 def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:

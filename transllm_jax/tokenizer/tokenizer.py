@@ -6,10 +6,12 @@ needed: a saved directory is one that plain `AutoTokenizer` loads with the same 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import tokenizers
 from transllm_jax.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What ends a document in the pre-training of chat models, whose eos ends an answer: ChatML's and Llama 3's.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 _IN_TOKENIZER_JSON = {
     "added_tokens_decoder",
     "additional_special_tokens",
@@ -41,18 +45,31 @@ class Tokenizer:
         config: dict[str, Any],
         chat_template: str | None,
         source: str = "tokenizer",
+        *,
+        model_ends: Iterable[int] = (),
+        today: date | None = None,
     ) -> None:
-        """`config` is the content of tokenizer_config.json, `source` the name that error messages use."""
+        """`config` is the content of tokenizer_config.json, `source` the name that error messages use.
+
+        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `today`: the date that a
+        chat template is told; by default that of this moment, which then stays.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.config = config
         self.chat_template = chat_template
         self.source = source
+        self.model_ends = tuple(model_ends)
+        self.today = today or date.today()
 
     @classmethod
-    def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads a Hugging Face tokenizer directory. Raises UserError for a missing or unreadable file."""
+    def load(cls, directory: str | Path, *, model: str | Path | None = None, today: date | None = None) -> Tokenizer:
+        """Reads a Hugging Face tokenizer directory.
+
+        model: the directory of the model, where that is another one; its generation_config.json and config.json name
+        tokens that end an answer. today: see `Tokenizer`. Raises UserError for a missing or unreadable file.
+        """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -65,7 +82,27 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
-        return cls(backend, config, _read_template(directory, config), str(directory))
+        ends = _model_ends(directory if model is None else Path(model))
+        template = _read_template(directory, config)
+        return cls(backend, config, template, str(directory), model_ends=ends, today=today)
+
+    def derived(
+        self,
+        backend: tokenizers.Tokenizer | None = None,
+        *,
+        source: str | None = None,
+        config: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> Tokenizer:
+        """A copy with another backend, name, config or chat template; all else is this one's."""
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self.backend.to_str()) if backend is None else backend,
+            copy.deepcopy(self.config if config is None else config),
+            self.chat_template if chat_template is None else chat_template,
+            self.source if source is None else source,
+            model_ends=self.model_ends,
+            today=self.today,
+        )
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
@@ -181,7 +218,10 @@ class Tokenizer:
 
     @cached_property
     def eos_id(self) -> int:
-        """The token that ends an answer. Raises UserError where tokenizer_config.json names none."""
+        """The token that tokenizer_config.json names as eos. What ends an answer, `tokenizer.ends` says.
+
+        Raises UserError where it names none.
+        """
         found = self._role_id("eos_token")
         if found is None:
             raise UserError(f"{self.source}: tokenizer_config.json names no eos_token: add the one of the chat model")
@@ -195,9 +235,14 @@ class Tokenizer:
 
     @cached_property
     def document_end_id(self) -> int:
-        """The token that ends a document of plain text: `<|endoftext|>` if there is one, else eos."""
-        found = self.token_id("<|endoftext|>")
+        """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, or else eos."""
+        found = next((token for name in _DOCUMENT_ENDS if (token := self.token_id(name)) is not None), None)
         return self.eos_id if found is None else found
+
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template writes the date of the day."""
+        return "strftime_now" in (self.chat_template or "")
 
     @cached_property
     def bos_ids(self) -> list[int]:
@@ -219,13 +264,37 @@ class Tokenizer:
         found = self._special_pattern.search(text)
         return found.group() if found else None
 
+    def without_specials(self, text: str) -> str:
+        """A text without special tokens, and without spaces at its ends."""
+        while self.find_special(text):
+            text = self._special_pattern.sub("", text)
+        return text.strip()
+
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template."""
+        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template.
+
+        Of a template that writes the date, over the date too: on another day it makes other tokens of a conversation.
+        """
         content = json.loads(self.backend.to_str())
         roles = {name: self.role(name) for name in ROLES}
-        canonical = json.dumps([content, roles, self.chat_template], sort_keys=True, ensure_ascii=False)
+        known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.dated else [])]
+        canonical = json.dumps(known, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _model_ends(directory: Path) -> list[int]:
+    """The ids that a model's generation_config.json and config.json name as eos, in order; none where neither is."""
+    found: list[int] = []
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        named = _read_json(path).get("eos_token_id") if path.is_file() else None
+        for token in named if isinstance(named, list) else [named]:
+            if token is None or token in found:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise UserError(f"{path}: eos_token_id is {named!r}; make it a token id or a list of them")
+            found.append(token)
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
