@@ -78,7 +78,7 @@ def start(
             return HARMED.format(step=harm[2], signal=int(harm[1]), arguments=line)
         return ["-m", "transllm_jax.cli", *line]
 
-    return run_processes(count, command, devices=devices, timeout=300, **options)
+    return run_processes(count, command, devices=devices, **options)
 
 
 def said(ended: Sequence[Ended]) -> str:
