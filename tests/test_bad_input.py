@@ -175,7 +175,12 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["pretrain.zzz=1"], ("pretrain.zzz: unknown key", "the keys here are steps, epochs, batch_size")),
         (["translate.sources=[{path: a, wieght: 1}]"], ("translate.sources.0.wieght", "did you mean 'weight'?")),
         (["vocabulary.corpus=[{path: a, formt: text}]"], ("vocabulary.corpus.0.formt", "did you mean 'format'?")),
-        (["transfer.pairs.limits=3"], ("transfer.pairs.limits", "did you mean 'limit'?")),
+        (["transfer.pairs.max_itms=3"], ("transfer.pairs.max_itms", "did you mean 'max_items'?")),
+        # A key of before, whose unit depended on the format.
+        (["pretrain.sources=[{path: a, limit: 9}]"], ("pretrain.sources.0: limit counted bytes of text", "max_bytes")),
+        (["transfer.pairs={path: a, format: pairs, limit: 9}"], ("transfer.pairs: limit counted pairs", "max_items")),
+        (["transfer.pairs={path: a, format: pairs, max_bytes: 9}"], ("max_bytes is for text", "max_items")),
+        (["recover.limit=9"], ("recover: limit counted instructions", "max_instructions")),
         # Missing, and of another type or size.
         (["model={}"], ("model.source: missing; add it",)),
         (["pretrain.steps=many"], ("pretrain.steps: Input should be a valid integer", "'many'")),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from transllm_jax import config as config_module
 from transllm_jax.config import Config, Section, load_config
@@ -322,3 +323,13 @@ def test_every_training_instruction_has_its_translations() -> None:
     assert all(row["translation"].strip() for row in rows)
     answers = _records("answers.train.jsonl")
     assert len(answers) == len({row["source"] for row in answers}) >= 100
+
+
+def test_run_yaml_of_before_has_limits_of_null(tmp_path: Path) -> None:
+    """Run directories that were made before `max_bytes` and `max_items` can be opened."""
+    tree = yaml.safe_load(load_config(DEMO).to_yaml())
+    for section in (*tree["pretrain"]["sources"], tree["transfer"]["pairs"], tree["recover"]):
+        section["limit"] = None
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load_config(path) == load_config(DEMO)

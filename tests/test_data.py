@@ -60,11 +60,11 @@ def test_compressed_files_globs_and_byte_order_marks(tmp_path: Path) -> None:
 
 def test_a_byte_limit_takes_lines_from_the_start(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "aaaa\nbbbb\n\ncccc\ndddd\n")
-    assert read_documents(path, limit=13) == ["aaaa\nbbbb", "cccc"]
-    assert read_documents(path, limit=13).report.bytes == 13
-    assert read_documents(path, limit=12) == ["aaaa\nbbbb"]
-    assert read_documents(path, limit=1) == ["aaaa"]
-    assert read_documents(path, limit=10**9) == read_documents(path) == ["aaaa\nbbbb", "cccc\ndddd"]
+    assert read_documents(path, max_bytes=13) == ["aaaa\nbbbb", "cccc"]
+    assert read_documents(path, max_bytes=13).report.bytes == 13
+    assert read_documents(path, max_bytes=12) == ["aaaa\nbbbb"]
+    assert read_documents(path, max_bytes=1) == ["aaaa"]
+    assert read_documents(path, max_bytes=10**9) == read_documents(path) == ["aaaa\nbbbb", "cccc\ndddd"]
 
 
 def test_text_is_made_nfc_and_counted(tmp_path: Path) -> None:

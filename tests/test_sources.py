@@ -181,7 +181,7 @@ def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
     assert [shard.size for shard in found] == [7, 7, 7] and len({shard.key for shard in found}) == 3
     assert items(reading) == ["a1", "a2", "b1", "b2", "c1", "c2"]
     assert places(reading)[1] == f"{tmp_path}/a.txt:3"
-    (limited,) = shards(Reading(reading.path, limit=6), hash_of)
+    (limited,) = shards(Reading(reading.path, max_bytes=6), hash_of)
     assert limited.size == 21 and "/" not in limited.name
     assert [item for item, _ in limited.items(Collector("refuse"))] == ["a1", "a2", "b1"]
     again = pickle.loads(pickle.dumps(limited))
@@ -190,17 +190,21 @@ def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
 
 def test_limits(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", [{"text": "aaaa"}, {"text": "กก"}, {"text": "c"}]))
-    assert [items(Reading(path, limit=limit)) for limit in (1, 9, 10, 11)] == [
+    assert [items(Reading(path, max_bytes=size)) for size in (1, 9, 10, 11)] == [
         ["aaaa"],
         ["aaaa"],
         ["aaaa", "กก"],
         ["aaaa", "กก", "c"],
     ]
+    assert items(Reading(path, max_items=2)) == ["aaaa", "กก"]
+    assert items(Reading(path, max_bytes=11, max_items=1)) == items(Reading(path, max_bytes=1, max_items=2)) == ["aaaa"]
+    text = str(write(tmp_path / "a.txt", "a\n\nb\n\nc\n"))
+    assert items(Reading(text, max_items=2)) == ["a", "b"]
     # What stands behind the limit is not read.
     tsv = write(tmp_path / "a.tsv", "a\tb\nc\td\nbad\n")
-    assert items(Reading(str(tsv), "pairs", limit=2)) == [("a", "b"), ("c", "d")]
+    assert items(Reading(str(tsv), "pairs", max_items=2)) == [("a", "b"), ("c", "d")]
     chat = str(jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}, {"messages": CHAT}, {"bad": 1}]))
-    assert len(items(Reading(chat, "conversations", limit=2))) == 2
+    assert len(items(Reading(chat, "conversations", max_items=2))) == 2
 
 
 def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
@@ -220,8 +224,9 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         key(pairs),
         key(Reading(str(path), separator="line")),
         key(Reading(str(path), controls="remove")),
-        key(Reading(str(path), limit=5)),
-        key(Reading(str(path), limit=6)),
+        key(Reading(str(path), max_bytes=5)),
+        key(Reading(str(path), max_bytes=6)),
+        key(Reading(str(path), max_items=5)),
         key(Reading(str(path), "pairs", target_path=str(target))),
         key(Reading(str(write(tmp_path / "a.txt.gz", "a\tb\n")))),
         key(Reading(str(record))),
@@ -252,8 +257,9 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         (Reading("a.txt", "pairs", separator="line"), "separator is for text in lines"),
         (Reading("a.txt", split="test"), "split and data_dir are for datasets and tfds"),
         (Reading("a.jsonl", data_dir="x"), "split and data_dir are for datasets and tfds"),
-        (Reading("a.txt", limit=0), "limit is 0"),
-        (Reading("a.txt", limit=0, fields=("a",)), "remove fields; limit is 0"),
+        (Reading("a.txt", max_bytes=0), "max_bytes is 0"),
+        (Reading("a.txt", max_items=0, fields=("a",)), "remove fields; max_items is 0"),
+        (Reading("a.txt", "pairs", max_bytes=9), "max_bytes is for text: set max_items"),
         (Reading("a.*"), r"several kinds, a\.jsonl \(jsonl\), a\.txt \(lines\): .* set container"),
         (Reading("none.txt"), "no file matches none.txt"),
         (Reading("."), "is a directory"),
@@ -480,7 +486,7 @@ def test_a_local_dataset(tmp_path: Path, datasets: Any) -> None:
     again = pickle.loads(pickle.dumps(found[1]))
     assert [str(place) for _, place in again.items(Collector("refuse"))][1].endswith("(train, shard 2 of 3):record 2")
     assert [item for item, _ in again.items(Collector("refuse"))] == [f"{THAI} 1.{n}" for n in range(2)]
-    (limited,) = shards(Reading(str(root), container="datasets", limit=1), hash_of)
+    (limited,) = shards(Reading(str(root), container="datasets", max_bytes=1), hash_of)
     assert len(list(limited.items(Collector("refuse")))) == 1
     # The split's own files are what counts.
     before = keys(found)
@@ -636,7 +642,7 @@ def test_tfds(prepared: Path) -> None:
     options: dict[str, Any] = {"container": "tfds", "data_dir": str(prepared)}
     part = Reading("tiny_thai:1.0.0", split="train[1:5]", **options)
     assert items(part) == texts[1:5] and not set(keys(shards(part, hash_of))) & set(keys(found))
-    assert items(Reading("tiny_thai", limit=1, **options)) == texts[:1]
+    assert items(Reading("tiny_thai", max_bytes=1, **options)) == texts[:1]
     pairs = items(Reading("tiny_thai", "pairs", fields=("translation.en", "translation.th"), **options))
     assert ("text 3", "ข้อความ 3") in pairs and len(pairs) == 6
     assert items(Reading("tiny_thai", "conversations", **options)) == [CHAT] * 6

@@ -105,7 +105,7 @@ def test_bytes_of_a_document_are_shared_out_over_its_pieces(tmp_path: Path, toke
 
 def test_places_are_files_and_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
     first, second = write(tmp_path / "a.txt", ["one\nmore", "two"]), write(tmp_path / "b.txt", ["three"])
-    [both] = shards_of(tmp_path / "*.txt", limit=1000)  # a limit makes one shard of all files
+    [both] = shards_of(tmp_path / "*.txt", max_bytes=1000)  # a limit makes one shard of all files
     tokens = written(tmp_path, both, TEXT, tokenizer)
     assert tokens.places([0, 1, 2]) == [f"{first}:1", f"{first}:4", f"{second}:1"]
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -43,7 +43,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     # A file of its own, so that a test may change it.
     text = here / "text.txt"
     shutil.copy(EXAMPLES / "text.train.txt", text)
-    return undisturbed(here, tiny_model, sources=[{"path": str(text), "limit": 20000}])
+    return undisturbed(here, tiny_model, sources=[{"path": str(text), "max_bytes": 20000}])
 
 
 def everything(workdir: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -54,14 +54,30 @@ class Source(Section):
     controls: Literal["refuse", "remove"] = "refuse"
     # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.
     weight: float | None = Field(default=None, gt=0)
-    # Read only so much from the start: bytes of text, or pairs or conversations.
-    limit: Positive | None = None
+    # Read only so much from the start: at most so many UTF-8 bytes of a text's documents (the first line or record is
+    # always taken), or so many documents, pairs or conversations.
+    max_bytes: Positive | None = None
+    max_items: Positive | None = None
     # Train on at most so many tokens: items are chosen at random, by the run's seed.
     tokens: Positive | None = None
     cleaning: Cleaning = Cleaning()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_limit(cls, given: Any) -> Any:
+        """`limit` meant bytes of text and a number of anything else, so it was taken for what it was not."""
+        if not isinstance(given, dict) or "limit" not in given:
+            return given
+        if given["limit"] is None:  # as run.yaml of an older run has it
+            return {key: value for key, value in given.items() if key != "limit"}
+        kind = given.get("format", "text")
+        text = "bytes of text: name it max_bytes (or max_items, to count documents)"
+        raise ValueError(f"limit counted {text if kind == 'text' else f'{kind}: name it max_items'}")
+
     @model_validator(mode="after")
     def _has_no_idle_key(self) -> Source:
+        if self.format != "text" and self.max_bytes is not None:
+            raise ValueError(f"max_bytes is for text; of {self.format}, max_items are taken from the start")
         if self.format != "text" and self.separator != "blank line":
             raise ValueError("separator is for text; pairs and conversations stand one a line, so remove it")
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,6 +38,7 @@ class Mesh(Section):
 class Vocabulary(Section):
     """Stage 1: the tokens that are added, the markers aside. They are learned, or come with an adapter."""
 
+    # New tokens.
     size: Positive | None = None
     # Text in the target language; of pairs, the target side is read.
     corpus: list[WholeSource] = []
@@ -45,6 +46,7 @@ class Vocabulary(Section):
     tokenizer: str | None = None
     # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
     adapter: str | None = None
+    # How often the corpus must contain each new token.
     min_count: Positive = 2
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
@@ -135,15 +137,26 @@ class Recover(Section):
 
     # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
     instructions: str
-    limit: Positive | None = None
+    # Read only so many from the start.
+    max_instructions: Positive | None = None
     # Leave out instructions that hold at least half of some text of the evaluation sets.
     contamination: bool = True
     max_new_tokens: Positive = 256
+    # Answers that are generated at once.
     batch_size: Positive = 32
     # Train on answers that max_new_tokens cut off, too.
     keep_unfinished: bool = False
     translate_instructions: Translation = Translation()
     translate_answers: Translation = Translation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_limit(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "limit" not in given:
+            return given
+        if given["limit"] is None:  # as run.yaml of an older run has it
+            return {key: value for key, value in given.items() if key != "limit"}
+        raise ValueError("limit counted instructions: name it max_instructions")
 
 
 class Prompts(Section):
@@ -175,7 +188,9 @@ class Evaluation(Section):
     max_chats: Positive = 30
     max_new_tokens: Positive = 96
     max_chain_tokens: Positive = 256
+    # Texts that are measured, or answers that are generated, at once.
     batch_size: Positive = 32
+    # Tokens of a document that are measured together.
     length: Annotated[int, Field(ge=16)] = 256
     # Other evaluation sets, which are not measured here but must not be trained on either: text, or pairs or jsonl.
     others: list[WholeSource] = []

@@ -27,7 +27,7 @@ Content = Literal["text", "pairs", "conversations"]
 Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
 Item = str | tuple[str, str] | list[Message]
 
-_FORMAT = 1  # of the items: raised when the same files come to give other items
+_FORMAT = 2  # of the items: raised when the same files come to give other items
 _CONTAINERS: dict[str, Container] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 
@@ -40,8 +40,8 @@ class Reading:
     NAME[/CONFIG][:VERSION]. container: by the files' suffix where None (.jsonl and .json, .parquet, else lines).
     fields: of records, the field of a text ("text" by default), or the two of a pair, English first; dots reach into
     objects. target_path: makes pairs of two files of lines, English in `path` and the target language here. separator:
-    of text in lines, what stands between documents. limit: read only so much from the start: bytes of text (at least
-    one line or record), or pairs or conversations. split, data_dir: of `datasets` and `tfds`.
+    of text in lines, what stands between documents. max_bytes, max_items: read only so much from the start, UTF-8 bytes
+    of text (at least one line or record), or items of any content. split, data_dir: of `datasets` and `tfds`.
     """
 
     path: str
@@ -51,7 +51,8 @@ class Reading:
     target_path: str | None = None
     separator: Separator = "blank line"
     controls: Controls = "refuse"
-    limit: int | None = None
+    max_bytes: int | None = None
+    max_items: int | None = None
     split: str = "train"
     data_dir: str | None = None
 
@@ -82,7 +83,7 @@ class Shard(Protocol):
 def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
     """The shards of a source: one a file, in the order of their names, or one of a dataset's shards.
 
-    With a limit there is one, as the limit is from the start of the source. hash_of: a file's SHA-256.
+    With max_bytes or max_items there is one, as these count from the start of the source. hash_of: a file's SHA-256.
     Raises UserError for settings that do not go together, for files that are not there, and for those of `datasets`
     and TFDS that cannot be opened.
     """
@@ -97,7 +98,7 @@ def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
             break
     # What an empty shard of somebody else's dataset lacks nobody can mend.
     may_be_empty = reading.container == "datasets" and len(parts) > 1
-    groups = [[part] for part in parts] if reading.limit is None else [parts]
+    groups = [[part] for part in parts] if reading.max_bytes is None and reading.max_items is None else [parts]
     return [_Shard.of(reading, group, form, may_be_empty and len(group) == 1) for group in groups]
 
 
@@ -162,7 +163,8 @@ class _Shard:
 
     @staticmethod
     def of(reading: Reading, parts: Sequence[_Part], form: Form | None, may_be_empty: bool) -> _Shard:
-        options: list[Any] = [_FORMAT, reading.content, reading.container, reading.controls, reading.limit]
+        options: list[Any] = [_FORMAT, reading.content, reading.container, reading.controls]
+        options += [reading.max_bytes, reading.max_items]
         # A setting that changes nothing is not in the key: separator of records, say, is refused.
         options += [reading.separator, *reading.fields, *(part.key for part in parts)]
         name = parts[0].name if len(parts) == 1 else f"{parts[0].name}+{len(parts) - 1}"
@@ -186,17 +188,24 @@ class _Shard:
 
     def _raw(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
         """The items before they are made NFC."""
+        return islice(self._all(collector), self.reading.max_items)
+
+    def _all(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
+        """Those of all files, but of text no more than `max_bytes`."""
         reading = self.reading
         files = [origin for origin in self.origins if isinstance(origin, _LineFile)]
         if files and reading.content == "text":
             paths = [Path(file.path) for file in files]
-            for text, place in iter_documents(paths, collector, separator=reading.separator, limit=reading.limit):
+            for text, place in iter_documents(
+                paths, collector, separator=reading.separator, max_bytes=reading.max_bytes
+            ):
                 yield text or "", place
         elif files:
-            yield from islice((pair for file in files for pair in file.items(reading, collector)), reading.limit)
+            for file in files:
+                yield from file.items(reading, collector)
         else:
             found = self._of_records(collector)
-            yield from _first_bytes(found, reading.limit) if reading.content == "text" else islice(found, reading.limit)
+            yield from found if reading.max_bytes is None else _first_bytes(found, reading.max_bytes)
 
     def _of_records(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
         fields, form = self.reading.fields, self.form
@@ -213,9 +222,9 @@ class _Shard:
                     yield conversation(record, form, place, collector), place
 
 
-def _first_bytes(found: Iterator[tuple[Item, Place]], limit: int | None) -> Iterator[tuple[Item, Place]]:
-    """Whole texts of at most `limit` bytes together, or the first one."""
-    room, given = limit if limit is not None else float("inf"), False
+def _first_bytes(found: Iterator[tuple[Item, Place]], max_bytes: int) -> Iterator[tuple[Item, Place]]:
+    """Whole texts of at most `max_bytes` together, or the first one."""
+    room, given = max_bytes, False
     for text, place in found:
         assert isinstance(text, str)
         room -= len(text.encode())
@@ -246,7 +255,11 @@ def resolved(reading: Reading) -> Reading:
         "split and data_dir are for datasets and tfds: remove them": (
             container not in ("datasets", "tfds") and (reading.split != "train" or reading.data_dir is not None)
         ),
-        f"limit is {reading.limit}: it must be at least 1": reading.limit is not None and reading.limit < 1,
+        "max_bytes is for text: set max_items": reading.max_bytes is not None and reading.content != "text",
+        **{
+            f"{name} is {value}: it must be at least 1": value is not None and value < 1
+            for name, value in (("max_bytes", reading.max_bytes), ("max_items", reading.max_items))
+        },
     }
     if found := [fault for fault, is_one in faults.items() if is_one]:
         raise UserError(f"{reading.path}: {'; '.join(found)}")

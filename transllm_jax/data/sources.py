@@ -20,7 +20,7 @@ from transllm_jax.errors import UserError
 def read_documents(
     path: str | Path,
     *,
-    limit: int | None = None,
+    max_bytes: int | None = None,
     separator: Separator = "blank line",
     controls: Controls = "refuse",
 ) -> Loaded[str]:
@@ -28,13 +28,13 @@ def read_documents(
 
     path: a file (.xz, .gz and .zst are decompressed) or a glob; a document never runs over the end of its file.
     separator: what stands between documents; with a blank line, the line ends inside a document are kept.
-    limit: at most this many UTF-8 bytes from the start, cut at a line end (at least one line is taken).
+    max_bytes: at most this many UTF-8 bytes from the start, cut at a line end (at least one line is taken).
     controls: control characters other than tab and line feed are refused, or removed and counted. Texts are
     normalised to NFC and counted. Raises UserError with file and line for an empty file, bytes that are not
     UTF-8, control characters, and a path without a file.
     """
     collector = Collector(controls)
-    for text, place in iter_documents(path, collector, separator=separator, limit=limit):
+    for text, place in iter_documents(path, collector, separator=separator, max_bytes=max_bytes):
         collector.add(text, place)
     return collector.finish(path, "documents")
 
@@ -44,7 +44,7 @@ def iter_documents(
     collector: Collector,
     *,
     separator: Separator = "blank line",
-    limit: int | None = None,
+    max_bytes: int | None = None,
     longest: int | None = None,
     at: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str | None, Place]]:
@@ -58,7 +58,7 @@ def iter_documents(
         raise UserError(f"separator is {separator!r}: it must be 'blank line' or 'line'")
     lines: list[str] = []
     size, given, start = 0, False, Place("", 0)
-    room = limit if limit is not None else float("inf")
+    room = max_bytes if max_bytes is not None else float("inf")
     for line, place in read_lines(path, collector, at):
         blank = not line.strip()
         if size and (blank or separator == "line" or place.path != start.path):

@@ -117,7 +117,7 @@ def _printable(text: str) -> str:
 def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     """The instructions, each with its input where it has one, and where each stands."""
     section = run.config.recover
-    loaded = read_jsonl(section.instructions, limit=section.limit)
+    loaded = read_jsonl(section.instructions, limit=section.max_instructions)
     check_no_special(loaded, run.find_special)
     texts = []
     for row, place in zip(loaded, loaded.places, strict=True):

@@ -346,7 +346,8 @@ def reading(source: Source) -> Reading:
         target_path=source.target_path,
         separator=source.separator,
         controls=source.controls,
-        limit=source.limit,
+        max_bytes=source.max_bytes,
+        max_items=source.max_items,
         split=source.split,
         data_dir=source.data_dir,
     )
