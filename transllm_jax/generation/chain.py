@@ -44,16 +44,20 @@ class ChainChat:
         *,
         fallback: bool = True,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The next answer in each conversation. With `fallback`, a broken chain is continued once."""
+        """The next answer in each conversation. With `fallback`, a broken chain is continued once.
+
+        on_tokens, between: as in `Engine.generate`.
+        """
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
-        generated = self._generate(prompts, on_tokens)
+        generated = self._generate(prompts, on_tokens, between)
         texts = [self._tokenizer.decode(ids) for ids in generated]
         answers = [_answer(text, self._markers, False) for text in texts]
         broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
         if broken:
             longer = [[*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken]
-            for row, ids in zip(broken, self._generate(longer, on_tokens), strict=True):
+            for row, ids in zip(broken, self._generate(longer, on_tokens, between), strict=True):
                 text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
                 answers[row] = _answer(text, self._markers, True)
         return answers
@@ -78,13 +82,16 @@ class ChainChat:
     def _appended(self, text: str) -> list[int]:
         return self._tokenizer.encode(missing_marker(text, self._markers) or "")
 
-    def _generate(self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None]) -> list[list[int]]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None], between: Callable[[], None]
+    ) -> list[list[int]]:
         return self._engine.generate(
             prompts,
             max_new_tokens=self._max_new_tokens,
             stop=[self._tokenizer.eos_id],
             mode=self._mode,
             on_tokens=on_tokens,
+            between=between,
         )
 
     def _stream(self, prompt: Sequence[int]) -> Iterator[list[int]]:
