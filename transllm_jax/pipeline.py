@@ -39,8 +39,8 @@ class Step:
 
     `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
     A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
-    be others when it goes on. `alone`: the primary does the work, which needs no devices. `beside`: files that it
-    writes outside of its directory.
+    be others when it goes on; `short`: what it had is little, and where any of its inputs changed it is begun anew.
+    `alone`: the primary does the work, which needs no devices. `beside`: files that it writes outside of its directory.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Step:
     check: Check | None = None
     resumable: bool = False
     may_change: tuple[str, ...] = ()
+    short: bool = False
     alone: bool = False
     beside: tuple[str, ...] = ()
 
@@ -67,6 +68,8 @@ def _evaluation(point: str) -> Step:
         partial(_evaluate, point=point),
         after,
         evaluate.check,
+        resumable=True,
+        short=True,
         beside=(f"evaluation/{evaluate.ORIGINAL}",),
     )
 
@@ -228,8 +231,14 @@ def _hashes(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _states(run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]) -> dict[str, State]:
-    stay = [step for step in STEPS if step.name not in gone]
-    return {step.name: artifact(run.workdir, step.name).state(inputs[step.name], step.may_change) for step in stay}
+    def state(step: Step) -> State:
+        place, given = artifact(run.workdir, step.name), inputs[step.name]
+        manifest = place.manifest()
+        if step.short and manifest is not None and manifest["state"] == "running" and place.changes(given):
+            return "absent"
+        return place.state(given, step.may_change)
+
+    return {step.name: state(step) for step in STEPS if step.name not in gone}
 
 
 def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, State], until: str | None) -> bool:

@@ -29,6 +29,7 @@ UNTIL = ("--until", "pretrain")
 FILES = (
     *(f"{stage}/{name}.jsonl" for stage in TRAINED for name in ("metrics", "validation", "skipped")),
     "recover/answers.jsonl",
+    "recover/translations.jsonl",
     "recover/chains.jsonl",
     "base/model.safetensors",
     "vocabulary/tokenizer.json",

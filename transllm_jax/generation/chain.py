@@ -45,20 +45,23 @@ class ChainChat:
         *,
         fallback: bool = True,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
         """The next answer in each conversation.
 
         With `fallback`, a broken chain is continued once, if the model's context has room for as much again.
+
+        on_tokens, between: as in `Engine.generate`.
         """
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
-        generated = self._generate(prompts, on_tokens)
+        generated = self._generate(prompts, on_tokens, between)
         texts = [self._tokenizer.decode(ids) for ids in generated]
         answers = [_answer(text, self._markers, False) for text in texts]
         broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
         longer = {row: [*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken}
         longer = {row: prompt for row, prompt in longer.items() if self._has_room(prompt)}
         if longer:
-            for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens), strict=True):
+            for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens, between), strict=True):
                 text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
                 answers[row] = _answer(text, self._markers, True)
         return answers
@@ -90,13 +93,16 @@ class ChainChat:
     def _appended(self, text: str) -> list[int]:
         return self._tokenizer.encode(missing_marker(text, self._markers) or "")
 
-    def _generate(self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None]) -> list[list[int]]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None], between: Callable[[], None]
+    ) -> list[list[int]]:
         return self._engine.generate(
             prompts,
             max_new_tokens=self._max_new_tokens,
             stop=end_ids(self._tokenizer),
             mode=self._mode,
             on_tokens=on_tokens,
+            between=between,
         )
 
     def _stream(self, prompt: Sequence[int]) -> Iterator[list[int]]:

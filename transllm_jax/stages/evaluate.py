@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conversion.import_base import base_fingerprint
 from transllm_jax.artifacts import read_json, write_json
 from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs
-from transllm_jax.errors import UserError
+from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.evaluation.point import HeldOut, Point, evaluate
+from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
@@ -19,6 +20,8 @@ from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 
 # Beside the results: the original model's answers, for the evaluations of all points.
 ORIGINAL = "original_answers.json"
+# What the parts of an evaluation that is not done found.
+SO_FAR = "so_far.json"
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -93,29 +96,66 @@ def check(run: Run) -> None:
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
-    """Measure a point; writes results.json."""
-    config = run.config
+    """Measure a point; writes results.json. What its parts found is kept as they come, for a run that is cut off.
+
+    Raises Preempted between two batches when asked to stop.
+    """
+    config, path = run.config, directory / SO_FAR
     base = run.split("base")
     here = Point(point, base if point == "base" else run.split(point), run.tokenizer(point), run.model_config)
-    with run.progress.task(f"evaluation of {point}", total=6, unit="part") as bar:
-        held_out = _held_out(run)
-        bar.update(1)
-        if run.teacher is None:
-            asked = [question for question, _ in held_out.questions]
-            answers = _original_answers(run, directory.parent / ORIGINAL, asked)
-            run.teacher = Teacher(base, answers, batch_size=4)
-        results = evaluate(
-            here, run.teacher, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
-        )
+    found: dict[str, Any] = (
+        run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
+    )
+
+    with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:
+
+        def part(name: str, make: Callable[[], Any]) -> Any:
+            if name not in found:
+                bar.update(1 + len(found), name)
+                found[name] = make()
+                if run.primary:
+                    write_json(path, found)
+                _look(run)
+            return found[name]
+
+        try:
+            held_out = _held_out(run)
+            if run.teacher is None:
+                asked = [question for question, _ in held_out.questions]
+                answers = _original_answers(run, directory.parent / ORIGINAL, asked)
+                run.teacher = Teacher(base, answers, batch_size=4, between=partial(_look, run))
+            results = evaluate(
+                here,
+                run.teacher,
+                held_out,
+                config.evaluation,
+                config.prompts,
+                run.markers,
+                config.language.name,
+                part,
+                partial(_look, run),
+            )
+        except Preempted:
+            run.keep(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
+            told = f"{len(found)} of {PARTS} parts: stopped, what is done is saved"
+            raise Preempted(f"evaluation/{point}: {told}") from None
+        bar.update(PARTS + 1)
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})
+        path.unlink(missing_ok=True)
     metrics = results["metrics"]
     return {
         "text": f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
         f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
         f"{metrics['well_formed_chains']:.0%} well-formed chains"
     }
+
+
+def _look(run: Run) -> None:
+    """Raise Preempted, in all processes, if one of them was asked to stop."""
+    if run.peers.any(run.interrupt.requested):
+        raise Preempted("evaluation: stopped, what is done is saved")
 
 
 def _held_out(run: Run) -> HeldOut:
@@ -147,7 +187,9 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
     tokenizer, section = run.tokenizer("base"), run.config.evaluation
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
     engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
-    generated = engine.generate(prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer))
+    generated = engine.generate(
+        prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_look, run)
+    )
     rows: list[dict[str, Any]] = []
     for question, prompt, ids in zip(questions, prompts, generated, strict=True):
         ended = [answer_end_id(tokenizer)] if len(ids) < section.max_new_tokens else []

@@ -1,32 +1,33 @@
 """Stage 4, first half: Recovery KD (TransLLM, arXiv 2405.13923).
 
 The original chat model, which is the base weights with the adapters off, answers English instructions; instructions
-and answers are translated. What it wrote is kept answer by answer, so a run that is cut off goes on where it was.
+and answers are translated. What it wrote is kept batch by batch, so a run that is cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
-import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from transllm_jax.artifacts import write_text
 from transllm_jax.config import Translation
 from transllm_jax.data.files import Place
 from transllm_jax.data.sources import check_no_special, read_jsonl
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
-from transllm_jax.generation.translate import FileTranslator, ModelTranslator
+from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt
+from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
-from transllm_jax.training.metrics import read_rows
 
-# Seconds between two copies of the answers to a store.
-KEEP_EVERY = 60.0
+# What is translated.
+Kind = Literal["instructions", "answers"]
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def check(run: Run) -> None:
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Write answers.jsonl (of the original model) and chains.jsonl (with their translations)."""
+    """Write answers.jsonl (of the original model), translations.jsonl (of the model itself), and chains.jsonl."""
     section = run.config.recover
     texts, _ = _instructions(run)
     if section.contamination:
@@ -70,10 +71,11 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
     answers = _answer(run, directory / "answers.jsonl", instructions)
     whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
-    questions, by_question = _translate(
-        run, [r["instruction"] for r in whole], section.translate_instructions, "instructions"
-    )
-    translated, by_answer = _translate(run, [r["answer"] for r in whole], section.translate_answers, "answers")
+    texts_of: dict[Kind, list[str]] = {
+        "instructions": [row["instruction"] for row in whole],
+        "answers": [row["answer"] for row in whole],
+    }
+    translated, by = _translate(run, directory / "translations.jsonl", texts_of)
     chains = [
         {
             "question": question,
@@ -83,7 +85,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
             "translated_by": {"question": how_question, "answer": how_answer},
         }
         for row, question, how_question, answer, how_answer in zip(
-            whole, questions, by_question, translated, by_answer, strict=True
+            whole, translated["instructions"], by["instructions"], translated["answers"], by["answers"], strict=True
         )
         if _usable(run, question) and _usable(run, row["answer"]) and _usable(run, answer)
     ]
@@ -91,9 +93,9 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
     if run.primary:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
-        (directory / "chains.jsonl").write_text(text, encoding="utf-8")
+        write_text(directory / "chains.jsonl", text)
     unfinished = len(answers) - len(whole)
-    counts = {how: by_answer.count(how) for how in ("file", "model", "none")}
+    counts = {how: by["answers"].count(how) for how in ("file", "model", "none")}
     return {
         "text": f"{len(answers)} answers of the original model ({unfinished} cut off or empty, left out), "
         f"{len(chains)} chains; answers translated by file {counts['file']}, by the model {counts['model']}",
@@ -128,50 +130,34 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     return texts, loaded.places
 
 
-def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
+def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not asked again."""
     section = run.config.recover
-    rows: list[dict[str, Any]] = run.peers.share(read_rows(path)[: len(instructions)] if run.primary else None)
-    path = run.own(path.parent) / path.name
-    # Whole batches only, so that a resumed run asks in the same batches as an undisturbed one.
-    if len(rows) < len(instructions):
-        rows = rows[: len(rows) // section.batch_size * section.batch_size]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if len(rows) == len(instructions):
-        return rows
     tokenizer = run.tokenizer("base")
-    engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
-    kept = time.monotonic()
-    with (
-        path.open("a", encoding="utf-8") as file,
-        run.progress.task("answers", total=len(instructions), done=len(rows), unit="answer") as bar,
-    ):
-        while len(rows) < len(instructions):
-            batch = instructions[len(rows) : len(rows) + section.batch_size]
-            prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in batch]
-            generated = engine.generate(
-                prompts,
-                max_new_tokens=section.max_new_tokens,
-                stop=end_ids(tokenizer),
-                on_tokens=bar.tokens,
-            )
-            for text, ids in zip(batch, generated, strict=True):
-                row = {
-                    "instruction": text,
-                    "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
-                    "finished": len(ids) < section.max_new_tokens,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                rows.append(row)
-            file.flush()
-            bar.update(len(rows))
-            if time.monotonic() - kept > KEEP_EVERY:
-                run.keep("recover")
-                kept = time.monotonic()
-            if len(rows) < len(instructions) and run.peers.any(run.interrupt.requested):
-                run.keep("recover")
-                raise Preempted(f"recover: {len(rows)} of {len(instructions)} answers: stopped, what is done is saved")
-    return rows
+    engine = cache(lambda: Engine(run.split("base"), run.model_config, batch_size=section.batch_size))
+
+    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
+        texts = [instructions[number] for number in batch]
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        generated = engine().generate(
+            prompts,
+            max_new_tokens=section.max_new_tokens,
+            stop=end_ids(tokenizer),
+            on_tokens=on_tokens,
+        )
+        return [
+            {
+                "instruction": text,
+                "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
+                "finished": len(ids) < section.max_new_tokens,
+            }
+            for text, ids in zip(texts, generated, strict=True)
+        ]
+
+    known = [{"instruction": text} for text in instructions]
+    return generated_rows(
+        run, path, known, make, stage="recover", what="answers", unit="answer", batch_size=section.batch_size
+    )
 
 
 def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str | None]:
@@ -188,23 +174,54 @@ def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str
     return found
 
 
-def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -> tuple[list[str | None], list[str]]:
-    """Translations of English texts, and who made each: `file`, `model` or `none`."""
-    found = _from_file(texts, config, what)
-    by = ["none" if text is None else "file" for text in found]
-    missing = [place for place, text in enumerate(found) if text is None]
-    if missing and config.missing == "model":
-        engine = Engine(run.split("translate"), run.model_config, batch_size=run.config.recover.batch_size)
-        with run.progress.task(f"translations of {what}", total=len(missing), unit="text") as bar:
-            translator = ModelTranslator(
-                engine,
-                run.tokenizer("vocabulary"),
-                run.markers,
-                max_new_tokens=run.config.recover.max_new_tokens,
-                on_tokens=bar.tokens,
-            )
-            for place, text in zip(
-                missing, translator.translate([texts[place] for place in missing], "to_target"), strict=True
-            ):
-                found[place], by[place] = (None, "none") if text is None else (_printable(text), "model")
+def _translate(
+    run: Run, path: Path, texts: Mapping[Kind, Sequence[str]]
+) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]]]:
+    """Translations of English texts by kind, and who made each: `file`, `model` or `none`.
+
+    Those of the model stand in `path`, and are not asked for again.
+    """
+    section = run.config.recover
+    configs = {"instructions": section.translate_instructions, "answers": section.translate_answers}
+    # Before any is made: a file may have to have them all.
+    found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
+    by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
+    tokenizer, context = run.tokenizer("vocabulary"), run.model_config.context
+    lengths = {
+        (kind, place): len(translation_prompt(tokenizer, run.markers, texts[kind][place], "to_target"))
+        for kind, given in found.items()
+        if configs[kind].missing == "model"
+        for place, text in enumerate(given)
+        if text is None
+    }
+    # Of like length, so that a batch has little padding.
+    missing = sorted((length, *key) for key, length in lengths.items() if length + section.max_new_tokens <= context)
+    wanted = [(kind, place) for _, kind, place in missing]
+    if len(wanted) < len(lengths):
+        run.progress.say(
+            f"  [yellow]recover: {len(lengths) - len(wanted)} texts leave no room in the context of {context} for a "
+            f"translation of {section.max_new_tokens} tokens, left out"
+        )
+
+    @cache
+    def engine() -> Engine:
+        return Engine(run.split("translate"), run.model_config, batch_size=section.batch_size)
+
+    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
+        translator = ModelTranslator(
+            engine(), tokenizer, run.markers, max_new_tokens=section.max_new_tokens, on_tokens=on_tokens
+        )
+        made = translator.translate([known[number]["source"] for number in batch], "to_target")
+        return [
+            {**known[number], "translation": None if text is None else _printable(text)}
+            for number, text in zip(batch, made, strict=True)
+        ]
+
+    known = [{"of": kind, "source": texts[kind][place]} for kind, place in wanted]
+    rows = generated_rows(
+        run, path, known, make, stage="recover", what="translations", unit="text", batch_size=section.batch_size
+    )
+    for (kind, place), row in zip(wanted, rows, strict=True):
+        if row["translation"] is not None:
+            found[kind][place], by[kind][place] = row["translation"], "model"
     return found, by
