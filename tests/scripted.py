@@ -39,6 +39,7 @@ class Script:
         prompts: Sequence[Sequence[int]],
         *,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> list[list[int]]:
         self.calls.append([list(prompt) for prompt in prompts])

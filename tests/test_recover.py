@@ -31,7 +31,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose model translates instructions and answers, with the least of an evaluation."""
     here = tmp_path_factory.mktemp("recover")
     tree: dict[str, Any] = tiny_run(tiny_model, here / "run")
-    tree["recover"] |= {"limit": LIMIT, "batch_size": BATCH, "translate_instructions": {}}
+    tree["recover"] |= {"max_instructions": LIMIT, "batch_size": BATCH, "translate_instructions": {}}
     tree["evaluation"] |= {"max_documents": 1, "max_pairs": 3, "max_chats": 3, "max_new_tokens": 4, "batch_size": 2}
     (here / "config.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return here / "config.yaml"

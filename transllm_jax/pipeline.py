@@ -15,10 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json, write_text
 from transllm_jax.config import Config
+from transllm_jax.config.load import recorded_date
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -206,16 +205,8 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
 def _began_on(run: Run) -> str:
     """The day that the run is told it is: the config's, else that on which it began, which run.yaml keeps."""
     path = run.workdir / RUN
-    if run.config.date is not None or not path.exists():
-        return run.today.isoformat()
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")).get("date")
-        return date.fromisoformat(str(found or run.today)).isoformat()
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())}); give date=YYYY-MM-DD, the day on which the run "
-            "began, and remove the file"
-        ) from None
+    kept = recorded_date(path) if run.config.date is None and path.exists() else None
+    return (kept or run.today).isoformat()
 
 
 def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
