@@ -24,7 +24,7 @@ from transllm_jax.progress import Progress
 from transllm_jax.site import Site
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.run import HASHES, Run
-from transllm_jax.stages.training import MAY_CHANGE
+from transllm_jax.stages.training import HOW, MAY_CHANGE
 from transllm_jax.training.ledger import LEDGER
 
 Inputs = Callable[[Run], dict[str, Any]]
@@ -39,6 +39,7 @@ class Step:
     `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
     A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
     be others when it goes on; `short`: what it had is little, and where any of its inputs changed it is begun anew.
+    `stays`: config keys that may be others when it is done: it stays as it was made.
     `alone`: the primary does the work, which needs no devices. `beside`: files that it writes outside of its directory.
     """
 
@@ -49,14 +50,17 @@ class Step:
     check: Check | None = None
     resumable: bool = False
     may_change: tuple[str, ...] = ()
+    stays: tuple[str, ...] = ()
     short: bool = False
     alone: bool = False
     beside: tuple[str, ...] = ()
 
 
 def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
-    may_change = tuple(f"{name}.{key}" for key in MAY_CHANGE)
-    return Step(name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change)
+    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, HOW))
+    return Step(
+        name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change, stays=stays
+    )
 
 
 def _evaluation(point: str) -> Step:
@@ -185,7 +189,7 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
             if step.name not in gone:
                 site.pull(directory_of(step.name), *step.beside)
         # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        states: dict[str, State] = run.peers.lead("states", partial(_states, run, inputs, gone)) or {}
+        inputs, states = run.peers.lead("states", partial(_looked_up, run, inputs, gone)) or ({}, {})
         if run.primary:
             _forget(run, gone)
             _write_run_file(run.workdir, run.config)
@@ -219,6 +223,28 @@ def _hashes(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What of the inputs each host reads by itself: the hashes of files."""
     found = {key: value for of_step in inputs.values() for key, value in of_step.items() if " " in key}
     return {key: str(value) for key, value in found.items() if not key.startswith("after ")}
+
+
+def _looked_up(
+    run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, State]]:
+    """The steps' inputs, of those that are done as they were made, and the states of the steps that stay."""
+    settled: dict[str, dict[str, Any]] = {}
+    for step in STEPS:
+        given = settled[step.name] = {**inputs[step.name], **_before(step, settled)}
+        place = artifact(run.workdir, step.name)
+        manifest = place.manifest()
+        if step.stays and step.name not in gone and manifest is not None and manifest["state"] == "done":
+            for key, (old, new) in place.changes(given).items():
+                if key in step.stays:
+                    given[key] = old
+                    run.progress.say(f"  [yellow]{step.name} is done, and stays as made: {key} {old}, not {new}")
+    return settled, _states(run, settled, gone)
+
+
+def _before(step: Step, inputs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The fingerprints of the steps that a step reads."""
+    return {f"after {name}": fingerprint(inputs[name]) for name in step.after}
 
 
 def _states(run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]) -> dict[str, State]:
@@ -293,7 +319,7 @@ def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
     inputs: dict[str, dict[str, Any]] = {}
     for step in STEPS:
         own = {k: v for key, value in step.inputs(run).items() for k, v in flatten(key, value).items()}
-        inputs[step.name] = {**own, **{f"after {name}": fingerprint(inputs[name]) for name in step.after}}
+        inputs[step.name] = {**own, **_before(step, inputs)}
     return inputs
 
 

@@ -15,7 +15,7 @@ from transllm_jax.evaluation.report import time_sentence
 from transllm_jax.pipeline import NAMES, RUN, artifact, directory_of
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.ledger import LEDGER, summarise
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.metrics import read_rows, read_validations
 
 MANIFEST, METRICS, VALIDATION, SKIPPED = "manifest.json", "metrics.jsonl", "validation.jsonl", "skipped.jsonl"
 
@@ -66,7 +66,7 @@ def _so_far(directory: Path) -> str:
     if losses:
         loss = number(losses[-1].get("loss"))
         told.append(f"step {losses[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
-    found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_rows(directory / VALIDATION)]
+    found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_validations(directory / VALIDATION)]
     measured = [(bits, -step) for bits, step in found if bits is not None]
     if measured:
         # Of equal ones the last, as the stage itself chooses.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,12 @@ from transllm_jax.training.reporting import Speed
 
 # Keys of a training section that no result depends on.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
-# Keys of one that may change where the stage was cut off: it goes on with the new ones. Rounding may differ.
-MAY_CHANGE = ("steps", "epochs", "remat", "accumulate", "max_skipped", "validation")
+# Keys that say how a result is computed, not which: rounding may differ, and what dropout draws. They may change where
+# the stage was cut off, and where it is done, which then stays as it was made.
+HOW = ("remat", "accumulate", "max_skipped")
+# Keys that may change where the stage was cut off: it goes on with the new ones. With other rows of validation, or
+# another source, the best checkpoint is sought anew among those to come.
+MAY_CHANGE = ("steps", "epochs", "validation", *HOW)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ def section_of(run: Run, name: str) -> Training:
 def training_inputs(run: Run, name: str) -> dict[str, Any]:
     """What a training stage's result depends on, of the config's section and its sources."""
     section = section_of(run, name)
-    sources = [*getattr(section, "sources", []), *([section.validation.source] if section.validation else [])]
+    sources = getattr(section, "sources", [])
+    measured = run.source_hashes([section.validation.source] if section.validation else [])
     return {
         name: section.model_dump(mode="json", exclude=set(NEUTRAL)),
         "seed": run.config.seed,
         **run.source_hashes(sources),
+        # Named as keys of the validation, so that they may change with it.
+        **{f"{name}.validation.{key}": digest for key, digest in measured.items()},
         **contamination_inputs(run, any(source.cleaning.contamination for source in sources)),
     }
 
@@ -253,6 +261,9 @@ def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None
     rows = validation_rows(run, name, validation.source, section.length)
     number, size = min(validation.rows, len(rows)), max(section.batch_size // section.accumulate, 1)
     read = [rows.row(row) for row in range(number)]
+    content = hashlib.sha256()
+    for values in (row[key] for row in read for key in sorted(row)):
+        content.update(np.ascontiguousarray(values).tobytes())
     # Padding fills the last batch, so that all have one shape.
     empty = {field: np.zeros_like(values) for field, values in read[0].items()}
     read += [empty] * (-number % size)
@@ -266,7 +277,7 @@ def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None
         total = sum(float(nats(split.structure, trainable, split.frozen, batch)) for batch in found)
         return total / math.log(2) / size_in_bytes
 
-    return Watch(measure, validation.every, validation.patience)
+    return Watch(measure, validation.every, validation.patience, content.hexdigest()[:16])
 
 
 def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
