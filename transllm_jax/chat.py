@@ -111,12 +111,12 @@ def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> No
     for answer in answers:
         text = answer.raw if show_chain else _steady(answer)
         if text.startswith(printed):
-            console.print(text[len(printed) :], end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(text[len(printed) :], end="", soft_wrap=True)
             printed = text
     if answer is not None and not show_chain and answer.visible != printed:
         # A model that gives no chain shows at the end what it said.
         rest = answer.visible[len(printed) :] if answer.visible.startswith(printed) else answer.visible
-        console.print(rest, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(rest, end="", soft_wrap=True)
     console.print()
 
 

@@ -65,7 +65,8 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         texts = run.uncontaminated(texts, "recover: instructions")
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
-        run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
+        twice = len(texts) - len(instructions)
+        run.progress.say(f"  recover: {twice} instructions stand twice, read once", style="yellow")
     answers = _answer(run, directory / "answers.jsonl", instructions)
     whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
     questions, by_question = _translate(

@@ -318,7 +318,7 @@ class Run:
         kept = [item for item in items if self.evaluation_texts.found_in(text_of(item)) is None]
         if len(kept) < len(items):
             self.progress.say(
-                f"  [yellow]{what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out"
+                f"  {what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out", style="yellow"
             )
         return kept
 

@@ -157,7 +157,7 @@ def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mappin
     """Say what of a source is not trained on, and why; nothing where all is."""
     if left_out:
         what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        run.progress.say(f"  [yellow]{stage}: of {items:,} items of {source}: {what}")
+        run.progress.say(f"  {stage}: of {items:,} items of {source}: {what}", style="yellow")
 
 
 def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:

@@ -158,7 +158,7 @@ def train(
     first, steps = int(state.step), config.optimizer.steps
     if done := len(read_rows(directory / "metrics.jsonl")):
         lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
-        progress.say(f"  goes on from step {first:,}{lost}", markup=False)
+        progress.say(f"  goes on from step {first:,}{lost}")
     if first > steps:
         raise UserError(
             f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
@@ -184,7 +184,7 @@ def train(
     found = peers.share([row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")])
     history = [math.inf if value is None else value for value in found]
     agreement = Agreement(peers)
-    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}", markup=False))
+    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}"))
     ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
     try:
         for number in range(first, steps):
@@ -249,7 +249,7 @@ def _standing(name: str, checkpoints: Checkpoints) -> str:
 
 
 def _teller(progress: Progress) -> Callable[[str], None]:
-    return lambda message: progress.say(f"  warning: {message}", markup=False)
+    return lambda message: progress.say(f"  warning: {message}")
 
 
 def _exhausted(history: list[float], patience: int | None) -> bool:
