@@ -7,6 +7,7 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -51,6 +52,12 @@ T = TypeVar("T", bound=Item)
 POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
 
 
+def seed_for(seed: int, purpose: str) -> int:
+    """31 bits that are a function of both, the same in every process: Python's own hash of a text is not."""
+    digest = hashlib.sha256(json.dumps([seed, purpose]).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
 class Run:
     """One run of the pipeline. The frozen weights are read once and shared by the models of all points."""
 
@@ -89,6 +96,13 @@ class Run:
     def primary(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.site.peers.primary
+
+    def seed_for(self, purpose: str) -> int:
+        """The seed of one purpose, such as a stage's name: a hash of it and of the run's seed.
+
+        No two purposes share one, nor do neighbouring seeds of the config.
+        """
+        return seed_for(self.config.seed, purpose)
 
     def own(self, directory: Path) -> Path:
         """Where this process writes what it tells of a step: the step's directory, or one that nobody reads."""

@@ -166,7 +166,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     The stage's order of batches and dropout depend on the run's seed and the stage's name alone.
     """
     section = section_of(run, name)
-    seed = run.config.seed + sum(map(ord, name))
+    seed = run.seed_for(name)
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
