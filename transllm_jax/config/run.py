@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from transllm_jax.config.section import Section
+from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
     Evaluation,
     Export,
@@ -27,7 +27,7 @@ class Config(Section):
     """A whole run."""
 
     title: str
-    workdir: str
+    workdir: Location
     seed: int = Field(default=0, ge=0, lt=2**31)
     language: Language = Language()
     markers: Markers = Markers()
@@ -51,7 +51,7 @@ class Config(Section):
     # it can be.
     attention: Literal["auto", "plain", "splash"] = "auto"
     # Where tokenised text is kept, for this run and others; by default in the work directory.
-    token_cache: str | None = None
+    token_cache: Location | None = None
 
     @field_validator("lora", mode="before")
     @classmethod
