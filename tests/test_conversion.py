@@ -709,6 +709,27 @@ def test_sources_that_are_refused(source: str, said: str, monkeypatch: pytest.Mo
         fetch(source)
 
 
+@pytest.mark.parametrize("name", ["models/tiny", "models/a.safetensors", "org/model.gguf.zst", "org/text.jsonl"])
+def test_a_mistyped_path_never_reaches_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: (asked.append(name), str(tmp_path))[1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    told = "there is a directory models here, and no .* write models/.*@main" if name[0] == "m" else "no such file here"
+    with pytest.raises(UserError, match=rf"{name!r} does not exist: .*{told}"):
+        fetch(name)
+    # A revision says that the hub is meant, whatever is here.
+    fetch("models/tiny@main")
+    # So does a name of which nothing is here; a number behind a point is no file's.
+    said: list[str] = []
+    fetch("meta-llama/Llama-3.1-8B", say=said.append)
+    assert (
+        asked == ["models/tiny", "meta-llama/Llama-3.1-8B"] and "no directory meta-llama/Llama-3.1-8B here" in said[0]
+    )
+
+
 def test_local_sources(tmp_path: Path) -> None:
     assert fetch(str(tmp_path)).kind == "directory"
     (tmp_path / "m.gguf").write_bytes(CONTENT)
@@ -744,6 +765,9 @@ def test_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("cannot reach the hub\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(cannot reach the hub\); check") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"no such directory here, and it cannot be fetched from the hub \(cannot reach the hub\); check",
+    ) as caught:
         import_base("org/name", tmp_path / "other")
     assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()

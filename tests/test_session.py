@@ -6,11 +6,11 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 from scripted import Script, asked, chain_tokenizer, chat_of
 
 from transllm_jax.chat import Session, show
 from transllm_jax.generation.chain import Answer
+from transllm_jax.progress import plain_console
 from transllm_jax.tokenizer.chain import parse, visible
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -73,6 +73,6 @@ def test_an_answer_is_shown_whole_though_a_burst_ends_inside_a_character(show_ch
     data = raw.encode()
     bursts = [data[:size].decode(errors="replace") for size in range(0, len(data) + 1)]
     answers = [Answer(text, parse(text), visible(text), False) for text in bursts]
-    console = Console(file=io.StringIO(), width=40)
+    console = plain_console(file=io.StringIO(), width=40)
     show(console, iter(answers), show_chain=show_chain)
     assert console.file.getvalue() == (raw if show_chain else "หมา\ufffd") + "\n"  # type: ignore[attr-defined]

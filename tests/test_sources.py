@@ -266,6 +266,11 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         (Reading("a.txt", "pairs", target_path="*"), r"a\.txt means 1 files and \* 2"),
         (Reading("none/", container="datasets"), "neither a directory nor a name on the hub"),
         (Reading("json", container="datasets"), "neither a directory nor a name on the hub"),
+        (Reading("here/none", container="datasets"), "there is a directory here here, and no none in it"),
+        (Reading("here/none/v2", container="datasets"), "there is a directory here here, and no none/v2 in it"),
+        (Reading("org/a.parquet", container="datasets"), "there is no such file here"),
+        # The tests are offline.
+        (Reading("org/none", container="datasets"), "there is no such directory here, and on the hub it cannot be"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -274,6 +279,7 @@ def test_settings_that_do_not_go_together(
     monkeypatch.chdir(tmp_path)
     write(Path("a.txt"), "a\n")
     write(Path("a.jsonl"), '{"text": "a"}\n')
+    Path("here").mkdir()
     with pytest.raises(UserError, match=message) as caught:
         shards(reading, hash_of)
     assert "\n" not in str(caught.value)

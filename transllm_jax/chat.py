@@ -120,7 +120,7 @@ def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> No
     def print_more(text: str) -> None:
         nonlocal printed
         if text.startswith(printed):
-            console.print(text[len(printed) :], end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
+            console.print(text[len(printed) :], end="", soft_wrap=True)
             printed = text
 
     answer = None

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json, write_text
 from transllm_jax.config import Config
 from transllm_jax.config.load import recorded_date
@@ -174,7 +176,7 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
     site = run.site
 
     def tell(message: str) -> None:
-        run.progress.say(message, markup=False)
+        run.progress.say(message)
 
     with site.held(tell):
         site.pull(RUN, HASHES, LEDGER)
@@ -238,7 +240,8 @@ def _looked_up(
             for key, (old, new) in place.changes(given).items():
                 if key in step.stays:
                     given[key] = old
-                    run.progress.say(f"  [yellow]{step.name} is done, and stays as made: {key} {old}, not {new}")
+                    stays = f"  {step.name} is done, and stays as made: {key} {old}, not {new}"
+                    run.progress.say(stays, style="yellow")
     return settled, _states(run, settled, gone)
 
 
@@ -289,9 +292,9 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
 
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
     place, name = artifact(run.workdir, step.name), directory_of(step.name)
-    run.progress.say(f"[bold]{step.name}[/bold]{' goes on' if resume else ''}")
+    run.progress.say(Text.assemble((step.name, "bold"), " goes on" if resume else ""))
     for key, (old, new) in (place.changes(inputs) if resume else {}).items():
-        run.progress.say(f"  [yellow]goes on with another {key}: {old} -> {new}")
+        run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
             run.site.place.remove(name)
@@ -311,7 +314,7 @@ def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
         place.finish(inputs, {**(summary or {}), "seconds": seconds})
     run.keep()
     run.site.publish(*step.beside, name)
-    run.progress.say(f"  {(summary or {})['text']}  [dim]{seconds:.0f} s[/dim]")
+    run.progress.say(Text.assemble(f"  {(summary or {})['text']}  ", (f"{seconds:.0f} s", "dim")))
 
 
 def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:

@@ -49,12 +49,12 @@ def _table(workdir: Path, name: str) -> RenderableType:
         place = artifact(workdir, name)
         manifest = place.manifest()
         if manifest is None:
-            table.add_row(name, "[dim]to do[/dim]", "", "")
+            table.add_row(name, Text("to do", "dim"), "", "")
         elif manifest["state"] == "done":
             summary = manifest["summary"]
-            table.add_row(name, "[green]done[/green]", f"{summary['seconds']:.0f} s", Text(summary["text"]))
+            table.add_row(name, Text("done", "green"), f"{summary['seconds']:.0f} s", Text(summary["text"]))
         else:
-            table.add_row(name, "[yellow]begun[/yellow]", "", Text(_so_far(place.directory)))
+            table.add_row(name, Text("begun", "yellow"), "", Text(_so_far(place.directory)))
     spent = time_sentence(summarise(workdir / LEDGER))
     return Group(table, Text(f"\n{spent}")) if spent else table
 

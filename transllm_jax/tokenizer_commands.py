@@ -168,7 +168,7 @@ def report_costs(
             ]
         )
     )
-    progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}", markup=False)
+    progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}")
     if out is not None:
         vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
         points = {
@@ -178,14 +178,14 @@ def report_costs(
             for path, found in measured.items()
         }
         cost_plot(out, points)
-        progress.say(f"plot    {out}", markup=False)
+        progress.say(f"plot    {out}")
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
 def _say(progress: Progress) -> Callable[[str], None]:
-    return lambda line: progress.say(line, markup=False)
+    return lambda line: progress.say(line)
 
 
 def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
@@ -300,7 +300,7 @@ def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
             found = str(workdir / "base")
     if not isinstance(found, str) or not Path(found).expanduser().exists():
         return None
-    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)", markup=False)
+    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)")
     return found
 
 
@@ -332,7 +332,7 @@ def _say_expansion(
             f"some characters share their first bytes with {', '.join(others)}: ids of such text can change, too"
         )
     for line in lines:
-        progress.say(line, markup=False)
+        progress.say(line)
 
 
 def _say_english(counted: dict[str, dict[str, int]], script: Script, progress: Progress) -> None:
@@ -342,11 +342,9 @@ def _say_english(counted: dict[str, dict[str, int]], script: Script, progress: P
         progress.say(
             f"English  {path}: {found['changed']:,} of {found['texts']:,} texts have other ids"
             + (f" ({found['more_tokens']:+,} tokens)" if found["changed"] else ""),
-            markup=False,
         )
     if script.latin:
         progress.say(
             "The Latin script is that of English, too: not all English ids can stay."
             + ("" if counted else " --english FILE counts which texts change."),
-            markup=False,
         )

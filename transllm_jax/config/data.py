@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from transllm_jax.config.section import Positive, Section, Share
+from transllm_jax.config.section import Location, Positive, Section, Share
 
 
 class Cleaning(Section):
@@ -35,7 +35,7 @@ class Source(Section):
 
     # A file or a glob (.gz, .xz and .zst are read as they are); for `datasets` a local directory or a hub name; for
     # `tfds` NAME, NAME/CONFIG or NAME:VERSION.
-    path: str
+    path: Location
     # What is in it. pairs: English and the target language.
     format: Literal["text", "pairs", "conversations"] = "text"
     # How it is stored; by default what the file's suffix says: .jsonl, .parquet, else lines.
@@ -44,7 +44,7 @@ class Source(Section):
     # Conversations are known by their form: `conversations`, `messages`, or `instruction`, `input` and `output`.
     fields: list[str] = []
     # Of pairs in two files, line by line: the target language's; `path` is then the English one.
-    target_path: str | None = None
+    target_path: Location | None = None
     # Of `datasets` and `tfds`.
     split: str = "train"
     data_dir: str | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from transllm_jax.config.data import Source, WholeSource
-from transllm_jax.config.section import Positive, Section
+from transllm_jax.config.section import Location, Positive, Section
 
 
 class Model(Section):
@@ -19,7 +19,7 @@ class Model(Section):
     sha256: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Its config.json, for `transllm preflight` to know its shape before the model itself is there.
-    shape: str | None = None
+    shape: Location | None = None
 
 
 class Mesh(Section):
@@ -43,9 +43,9 @@ class Vocabulary(Section):
     # Text in the target language; of pairs, the target side is read.
     corpus: list[WholeSource] = []
     # In place of a size: a directory of `transllm tokenizer expand`. A corpus is then what rows are made by.
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
-    adapter: str | None = None
+    adapter: Location | None = None
     # How often the corpus must contain each new token.
     min_count: Positive = 2
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
@@ -56,7 +56,7 @@ class Vocabulary(Section):
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     english: WholeSource | None = None
     # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.
-    rows_from: str | None = None
+    rows_from: Location | None = None
     # New rows are made a multiple of this, for a mesh that cuts the table. Those behind the last token stay 0, get no
     # probability and are never produced.
     pad_to_multiple_of: Positive = 1
@@ -117,7 +117,7 @@ class Translation(Section):
     """Where translations come from: a file of another system's, the model's own of stage `translate`, or both."""
 
     # jsonl of English texts with their translations, as a machine translation system would provide.
-    file: str | None = None
+    file: Location | None = None
     # The names of the two fields: the English text, and its translation.
     fields: tuple[str, str] = ("source", "target")
     # What to do with a text that the file lacks (all of them, without a file).
@@ -136,7 +136,7 @@ class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
 
     # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
-    instructions: str
+    instructions: Location
     # Read only so many from the start.
     max_instructions: Positive | None = None
     # Leave out instructions that hold at least half of some text of the evaluation sets.
@@ -179,8 +179,8 @@ class Evaluation(Section):
     """Held-out files, which no stage reads, and how much of each is used."""
 
     text: WholeSource
-    pairs: str
-    instructions: str
+    pairs: Location
+    instructions: Location
     # The fields of an instruction in English and in the target language.
     instruction_fields: tuple[str, str] = ("instruction", "translation")
     max_documents: Positive = 50

@@ -28,15 +28,12 @@ def check(run: Run) -> None:
         run.progress.say(
             f"  the chat template ends an answer with {end}, which no file of the model names as eos: generation stops "
             "there too, and the export names it",
-            markup=False,
         )
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `base/`, a Hugging Face directory."""
     model = run.config.model
-    import_base(
-        model.source, directory, sha256=model.sha256, say=lambda line: run.progress.say(f"  {line}", markup=False)
-    )
+    import_base(model.source, directory, sha256=model.sha256, say=lambda line: run.progress.say(f"  {line}"))
     config = run.model_config
     return {"text": f"{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}"}

@@ -68,7 +68,8 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         texts = run.uncontaminated(texts, "recover: instructions")
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
-        run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
+        twice = len(texts) - len(instructions)
+        run.progress.say(f"  recover: {twice} instructions stand twice, read once", style="yellow")
     answers = _answer(run, directory / "answers.jsonl", instructions)
     whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
     texts_of: dict[Kind, list[str]] = {
@@ -199,8 +200,9 @@ def _translate(
     wanted = [(kind, place) for _, kind, place in missing]
     if len(wanted) < len(lengths):
         run.progress.say(
-            f"  [yellow]recover: {len(lengths) - len(wanted)} texts leave no room in the context of {context} for a "
-            f"translation of {section.max_new_tokens} tokens, left out"
+            f"  recover: {len(lengths) - len(wanted)} texts leave no room in the context of {context} for a "
+            f"translation of {section.max_new_tokens} tokens, left out",
+            style="yellow",
         )
 
     @cache

@@ -7,6 +7,7 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -50,6 +51,12 @@ from transllm_jax.training.ledger import LEDGER, Ledger
 T = TypeVar("T", bound=Item)
 
 POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """31 bits that are a function of both, the same in every process: Python's own hash of a text is not."""
+    digest = hashlib.sha256(json.dumps([seed, purpose]).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 class Run:
@@ -96,6 +103,13 @@ class Run:
     def primary(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.site.peers.primary
+
+    def seed_for(self, purpose: str) -> int:
+        """The seed of one purpose, such as a stage's name: a hash of it and of the run's seed.
+
+        No two purposes share one, nor do neighbouring seeds of the config.
+        """
+        return seed_for(self.config.seed, purpose)
 
     def own(self, directory: Path) -> Path:
         """Where this process writes what it tells of a step: the step's directory, or one that nobody reads."""
@@ -325,7 +339,7 @@ class Run:
         kept = [item for item in items if self.evaluation_texts.found_in(text_of(item)) is None]
         if len(kept) < len(items):
             self.progress.say(
-                f"  [yellow]{what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out"
+                f"  {what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out", style="yellow"
             )
         return kept
 

@@ -41,8 +41,9 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
     rows = _rows(run, stage, source, transform)
     if unchecked := rows.counts.get("unchecked"):
         run.progress.say(
-            f"  [yellow]{stage}: {unchecked:,} items of {source.path} have a part in common with very many others and "
-            "were not compared with all of them; they are kept"
+            f"  {stage}: {unchecked:,} items of {source.path} have a part in common with very many others and "
+            "were not compared with all of them; they are kept",
+            style="yellow",
         )
     return rows
 

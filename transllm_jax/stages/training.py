@@ -165,7 +165,7 @@ def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mappin
     """Say what of a source is not trained on, and why; nothing where all is."""
     if left_out:
         what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        run.progress.say(f"  [yellow]{stage}: of {items:,} items of {source}: {what}")
+        run.progress.say(f"  {stage}: of {items:,} items of {source}: {what}", style="yellow")
 
 
 def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
@@ -174,7 +174,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     The stage's order of batches and dropout depend on the run's seed and the stage's name alone.
     """
     section = section_of(run, name)
-    seed = run.config.seed + sum(map(ord, name))
+    seed = run.seed_for(name)
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):

@@ -233,7 +233,7 @@ def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], docu
         if config.initial_rows == "weighted":
             trainable[path] = weighted_rows(table, pieces, counts)
         elif config.initial_rows == "random":
-            trainable[path] = random_rows(table[token_ids(base)], len(pieces), run.config.seed, number)
+            trainable[path] = random_rows(table[token_ids(base)], len(pieces), run.seed_for("new rows"), number)
         else:
             trainable[path] = mean_rows(table, pieces)
     if config.initial_rows == "copy":

@@ -162,7 +162,7 @@ def train(
     first, steps = int(state.step), config.optimizer.steps
     if done := len(read_rows(directory / "metrics.jsonl")):
         lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
-        progress.say(f"  goes on from step {first:,}{lost}", markup=False)
+        progress.say(f"  goes on from step {first:,}{lost}")
     if first > steps:
         raise UserError(
             f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
@@ -187,7 +187,7 @@ def train(
     )
     history = [] if watch is None else _history(peers, directory, watch, checkpoints, progress)
     agreement = Agreement(peers)
-    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}", markup=False))
+    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}"))
     ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
     try:
         for number in range(first, steps):
@@ -252,7 +252,7 @@ def _standing(name: str, checkpoints: Checkpoints) -> str:
 
 
 def _teller(progress: Progress) -> Callable[[str], None]:
-    return lambda message: progress.say(f"  warning: {message}", markup=False)
+    return lambda message: progress.say(f"  warning: {message}")
 
 
 def _history(peers: Peers, directory: Path, watch: Watch, checkpoints: Checkpoints, progress: Progress) -> list[float]:
@@ -263,7 +263,6 @@ def _history(peers: Peers, directory: Path, watch: Watch, checkpoints: Checkpoin
         progress.say(
             f"  validations up to step {max(row['step'] for row in found if row not in alike)} were of other rows; the "
             "best checkpoint is sought among those that are measured on the rows of now",
-            markup=False,
         )
     checkpoints.compare(row["step"] for row in alike)
     return [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in alike]
