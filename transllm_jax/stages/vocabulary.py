@@ -33,6 +33,7 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.metadata import extended_config
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -218,10 +219,10 @@ def _given_expansion(run: Run) -> Expansion:
     assert run.config.vocabulary.tokenizer is not None
     expanded = Tokenizer.load(run.config.vocabulary.tokenizer)
     # The conversation's form is the model's, whatever the tokenizer was expanded with.
-    expanded = Tokenizer(
-        expanded.backend, run.tokenizer("base").config, run.tokenizer("base").chat_template, expanded.source
-    )
-    return expansion_of(run.tokenizer("base"), expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
+    base = run.tokenizer("base")
+    config = extended_config(base.config, base.backend, expanded.backend)
+    expanded = Tokenizer(expanded.backend, config, base.chat_template, expanded.source)
+    return expansion_of(base, expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
 
 
 def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:

@@ -7,7 +7,6 @@ ids; decoding gives the text back; a marker is one id; the same corpus gives the
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sized
@@ -19,6 +18,7 @@ import tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, made_of_text, piece_growth, with_base_tokens
+from transllm_jax.tokenizer.metadata import extended_config
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import kind_of
 from transllm_jax.tokenizer.scripts import language_name, script_of
@@ -274,7 +274,7 @@ def _count_runs(
 
 def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    return Tokenizer(backend, copy.deepcopy(base.config), base.chat_template, source)
+    return Tokenizer(backend, extended_config(base.config, base.backend, backend), base.chat_template, source)
 
 
 def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:
