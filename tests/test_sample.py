@@ -6,12 +6,16 @@ import gzip
 import lzma
 import os
 import random
+import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait_for
 
 from transllm_jax.data import files
 from transllm_jax.data import sample as sample_module
@@ -224,6 +228,60 @@ def test_progress_is_told_in_bytes_of_the_files(corpus: list[Path], monkeypatch:
         done = [a for a, _ in told]
         assert {b for _, b in told} == {total} and done[0] == 0 and done[-1] == total
         assert done == sorted(done) and len(told) > 2
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+# Its processes import it, too: each reads what is no file, notes its number, and reads on for ever or is killed.
+PARENT = """
+import os, signal, sys, time
+from pathlib import Path
+from transllm_jax.data import sample
+from transllm_jax.data.files import Place
+from transllm_jax.errors import UserError
+
+def endless(path, collector, *, at, **options):
+    Path(path + ".note").write_text(str(os.getpid()))
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(0.05)
+        at(0)
+        yield "a text", Place(path, 1)
+
+sample.iter_documents = endless
+if __name__ == "__main__":
+    try:
+        sample.sample_documents(["a.txt", "b.txt"], max_bytes=1000, processes=2)
+    except UserError as error:
+        sys.exit(str(error))
+"""
+
+
+def parent(directory: Path, what: str, **options: Any) -> subprocess.Popen[str]:
+    for name in ("a.txt", "b.txt"):
+        write(directory / name, ["a text"])
+    (directory / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "parent.py", what], cwd=directory, env=environment, text=True, **options)
+
+
+def test_no_process_outlives_one_that_was_killed(tmp_path: Path) -> None:
+    asking = parent(tmp_path, "slow")
+    notes = [tmp_path / "a.txt.note", tmp_path / "b.txt.note"]
+    wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
+    workers = [int(note.read_text()) for note in notes]
+    assert asking.poll() is None and asking.pid not in workers and all(map(alive, workers))
+    asking.send_signal(signal.SIGKILL)
+    asking.wait()
+    wait_for(lambda: not any(map(alive, workers)))
+
+
+def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
+    asking = parent(tmp_path, "killed", stderr=subprocess.PIPE)
+    errors = asking.communicate(timeout=60)[1]
+    assert "a process was killed, most likely as memory ran out: run again, with more memory" in errors
+    assert "Traceback" not in errors
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -14,19 +14,17 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.files import Collector, Controls, Separator, resolve
+from transllm_jax.data.pool import count, share_out
 from transllm_jax.data.sources import iter_documents
 from transllm_jax.errors import UserError
 
@@ -34,7 +32,6 @@ _FORMAT = 1  # of the files in the cache
 _MARGIN = 4  # a file may give so many times its part of the corpus
 _LEAST = 1 << 20  # bytes that a file may give in any case
 _WORTH = 16 << 20  # bytes of files below which starting processes takes longer than reading
-_POLL = 0.2  # seconds between two looks at how far the processes are
 
 OnProgress = Callable[[int, int], None]
 
@@ -258,50 +255,26 @@ def _read_all(
             _read_file(job, parts[job], tell)
             done += job.size
         return
-    # Spawned: a process with threads (of jax, of tokenizers) must not be forked.
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(
-        min(processes, len(todo)), mp_context=context, initializer=_begin_process, initargs=(counter, stop)
-    )
-    try:
+    share_out(
+        _read_in_process,
         # The largest first, so that the last one does not keep one core busy alone.
-        waiting = {pool.submit(_read_in_process, job, parts[job]) for job in sorted(todo, key=lambda job: -job.size)}
-        while waiting:
-            ready, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
-            for future in ready:
-                future.result()
-            tell(counter.value)
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        sorted(todo, key=lambda job: -job.size),
+        min(processes, len(todo)),
+        given=(parts,),
+        tell=lambda _, read: tell(read),
+        lost="run again, with more memory, or with a smaller sample",
+    )
 
 
-class _Stopped(Exception):
-    """The process that asked for the sample has ended its work."""
-
-
-_shared: dict[str, Any] = {}  # of a process of the pool
-
-
-def _begin_process(counter: Any, stop: Any) -> None:
-    # Ctrl-C reaches all processes of a terminal; the first one tells the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _shared.update(counter=counter, stop=stop)
-
-
-def _read_in_process(job: _Job, part: Path) -> None:
+def _read_in_process(job: _Job, parts: dict[_Job, Path]) -> None:
     told = 0
 
     def at(read: int) -> None:
         nonlocal told
-        if _shared["stop"].is_set():
-            raise _Stopped
-        with _shared["counter"].get_lock():
-            _shared["counter"].value += read - told
+        count(read - told)
         told = read
 
-    _read_file(job, part, at)
+    _read_file(job, parts[job], at)
     at(job.size)
 
 

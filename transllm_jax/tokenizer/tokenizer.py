@@ -19,21 +19,11 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What ends a document in the pre-training of chat models, whose eos ends an answer: ChatML's and Llama 3's.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-_IN_TOKENIZER_JSON = {
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "auto_map",
-    "tokenizer_file",
-    "name_or_path",
-    "add_prefix_space",
-    "add_bos_token",
-    "add_eos_token",
-}
 
 
 class Tokenizer:
@@ -77,14 +67,14 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json: give a Hugging Face directory that has one "
                 f"(AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes it for any tokenizer)"
             )
-        config = _read_json(directory / "tokenizer_config.json")
+        config = read_config(directory)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
         ends = _model_ends(directory if model is None else Path(model))
         template = _read_template(directory, config)
-        return cls(backend, config, template, str(directory), model_ends=ends, today=today)
+        return cls(backend, completed(config, backend), template, str(directory), model_ends=ends, today=today)
 
     def derived(
         self,
@@ -94,10 +84,15 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> Tokenizer:
-        """A copy with another backend, name, config or chat template; all else is this one's."""
+        """A copy with another backend, name, config or chat template; all else is this one's.
+
+        Without a config it says of the new special tokens of a backend what this one's says of its own.
+        """
+        if config is None:
+            config = self.config if backend is None else extended_config(self.config, self.backend, backend)
         return Tokenizer(
             tokenizers.Tokenizer.from_str(self.backend.to_str()) if backend is None else backend,
-            copy.deepcopy(self.config if config is None else config),
+            copy.deepcopy(config),
             self.chat_template if chat_template is None else chat_template,
             self.source if source is None else source,
             model_ends=self.model_ends,
@@ -112,13 +107,12 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True) + "\n", encoding="utf-8")
-        # A named class such as GPT2Tokenizer rebuilds its own pre-tokenizer when transformers 5 loads it and
-        # so loses ours; the generic class takes tokenizer.json as it is, which the dropped keys only repeat.
-        config = {key: value for key, value in self.config.items() if key not in _IN_TOKENIZER_JSON}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config["clean_up_tokenization_spaces"] = False
-        config.pop("chat_template", None)
-        if self.chat_template is not None:
+        config = config_to_write(self.config)
+        named = self.config.get("chat_template")
+        if isinstance(named, list):  # for tools, say, beside the default; a file would hide them
+            changed = [{**t, "template": self.chat_template} if t["name"] == "default" else t for t in named]
+            config["chat_template"] = changed
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -246,7 +240,11 @@ class Tokenizer:
 
     @cached_property
     def bos_ids(self) -> list[int]:
-        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2."""
+        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2.
+
+        The post-processor in tokenizer.json says it. `add_bos_token` in tokenizer_config.json does not: beside a
+        tokenizer.json transformers 5 reads past it, so that DeepSeek's files, which say true, give no such token.
+        """
         plain = list(self.backend.encode("a", add_special_tokens=False).ids)
         whole = list(self.backend.encode("a", add_special_tokens=True).ids)
         for start in range(len(whole) - len(plain) + 1):
@@ -287,7 +285,7 @@ def _model_ends(directory: Path) -> list[int]:
     """The ids that a model's generation_config.json and config.json name as eos, in order; none where neither is."""
     found: list[int] = []
     for path in (directory / "generation_config.json", directory / "config.json"):
-        named = _read_json(path).get("eos_token_id") if path.is_file() else None
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
         for token in named if isinstance(named, list) else [named]:
             if token is None or token in found:
                 continue
@@ -297,25 +295,13 @@ def _model_ends(directory: Path) -> list[int]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: it names the end token and the chat template; copy it from the model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return value
-
-
 def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
     """The chat template from where transformers looks: chat_template.jinja, then .json, then the config."""
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     value: Any = config.get("chat_template")
     if (directory / "chat_template.json").is_file():
-        value = _read_json(directory / "chat_template.json").get("chat_template")
+        value = read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):  # several named templates
         value = {t["name"]: t["template"] for t in value}.get("default")
     return None if value is None else str(value)
