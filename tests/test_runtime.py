@@ -16,7 +16,7 @@ from multi_process import ROOT, Ended, Kill, free_port, run_processes
 from transllm_jax.distributed.agreement import Agreement
 from transllm_jax.distributed.connection import Connection, Options, connection_from
 from transllm_jax.distributed.runtime import Peers, connect
-from transllm_jax.distributed.watch import IDLE, INTERVAL, PROBES, watched
+from transllm_jax.distributed.wire import IDLE, INTERVAL, PROBES, watched
 from transllm_jax.errors import UserError
 
 HOST = socket.gethostname()
