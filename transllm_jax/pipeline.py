@@ -197,6 +197,7 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
 
 def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
     vocabulary.require_language(run)
+    vocabulary.require_corpus(run)
     evaluate.require_held_out(run)
     return _all_inputs(run)
 
