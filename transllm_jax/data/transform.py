@@ -22,9 +22,10 @@ from transllm_jax.data.near_duplicates import exact_key, signature
 from transllm_jax.data.shards import Content, Item
 from transllm_jax.data.sources import refuse_special
 from transllm_jax.tokenizer.chain import MARKERS, Markers
+from transllm_jax.tokenizer.chat import is_trained
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_FORMAT = 1  # of what `examples_of` gives
+_FORMAT = 2  # of what `examples_of` gives
 
 
 class Made(NamedTuple):
@@ -125,7 +126,9 @@ class Transform:
             counts["longer than a row"] += 1
             return Made([], [])
         counts["cut at a turn"] += outcome == "cut"
-        answers = "".join(message["content"] for message in item if message["role"] == "assistant")
+        # One that was cut has fewer: each is a stretch of the mask, with a question before it.
+        kept = np.count_nonzero(np.diff(example.mask.astype(np.int8), prepend=0) == 1)
+        answers = "".join([message["content"] for message in item if is_trained(message)][:kept])
         return Made([example], [len(answers.encode())])
 
     def keys(self, item: Item) -> tuple[int, np.ndarray | None]:

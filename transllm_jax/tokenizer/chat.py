@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict
 
 import jinja2
 import jinja2.ext
@@ -22,10 +22,14 @@ from transllm_jax.tokenizer.tokenizer import ROLES, Tokenizer
 
 
 class Message(TypedDict):
-    """One message of a conversation; `role` is `system`, `user` or `assistant`."""
+    """One message of a conversation; `role` is `system`, `user` or `assistant`.
+
+    train: False makes an answer context alone; every other answer is trained on.
+    """
 
     role: str
     content: str
+    train: NotRequired[bool]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -162,23 +166,30 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iter
         before = text or before
 
 
+def is_trained(message: Message) -> bool:
+    """Whether a message is an answer that is trained on."""
+    return message["role"] == "assistant" and message.get("train", True)
+
+
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[str] = MARKERS.in_order()
 ) -> tuple[list[int], list[int]]:
     """A conversation to train on: (ids, mask), of equal lengths.
 
     The mask is 1 on every token of every answer, its end token included, and 0 on everything else: system and
-    user messages, headers, what the template puts after an end token. Each answer's ids follow the ids that
-    `encode_prompt` gives for what precedes it, so training sees what generation will see.
-    Raises UserError as `encode_prompt` does, and where there is no answer.
+    user messages, headers, what the template puts after an end token, answers with `train` False. Each answer's ids
+    follow the ids that `encode_prompt` gives for what precedes it, so training sees what generation will see.
+    Raises UserError as `encode_prompt` does, and where there is no answer to train on.
     """
-    if not any(m["role"] == "assistant" for m in messages):
+    if not any(map(is_trained, messages)):
         raise UserError("a conversation without an assistant message has nothing to train on: drop it")
+    trained = [is_trained(m) for m in messages if m["role"] == "assistant"]
+    answers = iter(trained)
     ids: list[int] = []
     mask: list[int] = []
     for piece, is_answer in _encoded(tokenizer, _segments(tokenizer, messages, markers, generate=False)):
         ids += piece
-        mask += [int(is_answer)] * len(piece)
+        mask += [int(is_answer and next(answers))] * len(piece)
     return ids, mask
 
 
@@ -191,12 +202,15 @@ def cut_conversation(
     """Makes a conversation fit into `max_length` tokens by dropping whole turns from its end.
 
     Returns (messages that fit, turns cut); a turn is a user message with its answer. (None, all turns) where
-    not even the first turn fits. A user message left without an answer at the end is dropped with its turn.
+    not even the first turn fits, or no answer that fits is trained on. A user message left without an answer at the
+    end is dropped with its turn.
     """
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     turns = sum(m["role"] == "user" for m in messages)
     for last in reversed(answers):
         kept = list(messages[: last + 1])
+        if not any(map(is_trained, kept)):
+            break
         if len(encode_conversation(tokenizer, kept, markers)[0]) <= max_length:
             return kept, turns - sum(m["role"] == "user" for m in kept)
     return None, turns
