@@ -205,6 +205,8 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["transfer.pairs.format=text"], ("transfer.pairs: pairs are needed here", "format: pairs")),
         (["transfer.pairs.weight=2"], ("transfer.pairs: weight means nothing here", "remove it")),
         (["evaluation.text.weight=2"], ("evaluation.text: weight means nothing here",)),
+        (["vocabulary.corpus=[{path: a, format: conversations}]"], ("vocabulary.corpus.0: text or pairs are needed",)),
+        (["evaluation.text={path: a, format: conversations}"], ("evaluation.text: text or pairs are needed here",)),
         (["vocabulary.corpus=[{path: a, weight: 2}]"], ("vocabulary.corpus.0: weight means nothing here",)),
         (["transfer.pairs.separator=line"], ("transfer.pairs: separator is for text", "remove it")),
         (
@@ -279,7 +281,7 @@ RECORDS, QUESTIONS = "recover.instructions=FILE", "evaluation.instructions=FILE"
         (TEXT, "a.txt", b"one\ntwo <TH> three\n", ("a.txt:2", "<TH>", "remove it")),
         (TEXT, "a.txt", b"one <|im_end|>\n", ("a.txt:1", "<|im_end|>", "remove it")),
         (TEXT, "a.txt.gz", b"no gzip", ("a.txt.gz:1 cannot be decompressed", "again")),
-        ("vocabulary.corpus=[{path: FILE}]", "a.txt", b"one <EN> two\n", ("a.txt:1", "<EN>", "remove it")),
+        ("vocabulary.corpus=[{path: FILE}]", "a.txt", b"one <EN> two" * 20, ("a.txt:1", "<EN>", "remove it")),
         # Pairs, of stages `translate` and `transfer`.
         (
             PAIRS,
@@ -392,10 +394,35 @@ def test_a_corpus_that_gives_no_vocabulary(refused: Refused, begun: Path) -> Non
     english = f"vocabulary.corpus=[{{path: {EXAMPLES / 'english.train.txt'}}}]"
     holds(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
     holds(
-        refused(*command, "vocabulary.size=50000"), "the corpus supports", "new tokens, not 50,000", "at most that many"
+        refused(*command, "vocabulary.size=9000"), "the corpus supports", "new tokens, not 9,000", "at most that many"
     )
     holds(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for at least 103")
     assert not lost(before, begun)
+
+
+def test_a_corpus_that_is_too_small_is_found_before_the_model_is_read(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    message = refused("run", config, "vocabulary.size=50000")
+    holds(message, "vocabulary.corpus gives", "50,000 tokens, each 2 times, need 50,000 at the very least", "max_bytes")
+    assert not (tmp_path / "run" / "base").exists()
+
+
+def test_a_corpus_that_gives_too_few_tokens_is_found_before_the_first_evaluation(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    holds(refused("run", config, "vocabulary.size=9000"), "vocabulary: the corpus supports", "not 9,000")
+    assert (tmp_path / "run" / "base" / "manifest.json").exists() and not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_held_out_text_behind_what_is_measured_is_looked_at_before_the_first_evaluation(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    """All of it is compared with what is trained on, though an evaluation measures its beginning."""
+    pairs = tmp_path / "a.tsv"
+    pairs.write_text("a\tก\n" * 20 + "b\t\n", encoding="utf-8")
+    holds(refused("run", config, f"evaluation.pairs={pairs}"), "a.tsv:21 has an empty target-language side")
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 # The model

@@ -118,6 +118,25 @@ def test_training_sees_what_generation_sees(tiny: Tokenizer, template: str, syst
         assert tokenizer.eos_id not in answer[:-1]
 
 
+@pytest.mark.parametrize("template", ["chatml", "llama2"])
+def test_an_answer_that_is_context_alone_is_not_trained_on(tiny: Tokenizer, template: str) -> None:
+    tokenizer = tiny if template == "chatml" else with_template(tiny, LLAMA2)
+    messages = conversation("a", "WRONG", "b", "right", "c", "also right")
+    messages[1]["train"] = False
+    messages[3]["train"] = True
+    [(ids, mask, _)] = encode_conversation(tokenizer, messages)
+    assert ids == encode_conversation(tokenizer, conversation("a", "WRONG", "b", "right", "c", "also right"))[0].ids
+    assert [answer.strip() for answer in answers_of(tokenizer, ids, mask)] == [
+        f"{text}{' ' if template == 'llama2' else ''}<|im_end|>" for text in ("right", "also right")
+    ]
+    # What is left of a conversation that is cut has an answer to train on, or nothing is left.
+    first = len(encode_conversation(tokenizer, conversation("a", "WRONG"))[0].ids)
+    assert fitting_rows(tokenizer, messages, len(ids) - 1) == (encode_conversation(tokenizer, messages[:4]), 1)
+    assert fitting_rows(tokenizer, messages, first) == ([], 3)
+    with pytest.raises(UserError, match="nothing to train on"):
+        encode_conversation(tokenizer, messages[:2])
+
+
 def test_an_answer_is_encoded_alone_after_its_prompt(tiny: Tokenizer) -> None:
     messages = conversation("Hi", "<EN> a <RESPONSE> b <TH> ไทย")
     expected = encode_prompt(tiny, messages[:1]) + tiny.encode(messages[1]["content"] + "<|im_end|>")

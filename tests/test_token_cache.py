@@ -31,6 +31,7 @@ from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message, encode_conversation
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 TEXT = Transform("text", 32)
@@ -92,6 +93,22 @@ def test_records_are_the_examples(
     assert tokens.column("exact").tolist() == [exact for exact, _ in keys]
     assert (tokens.column("near") == np.stack([near for _, near in keys if near is not None])).all()
     assert +Counter(tokens.counts) == +counts
+
+
+def test_bytes_of_a_conversation_are_those_of_the_answers_that_are_trained(tokenizer: Tokenizer) -> None:
+    def turn(question: str, answer: str, **more: bool) -> list[Message]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]  # type: ignore[list-item,typeddict-item]
+
+    first, second, third = turn("a", "WRONG", train=False), turn("b", "right"), turn("c", "ใช่ " * 30)
+    two = len(encode_conversation(tokenizer, [*first, *second])[0])
+    for length, messages, size in (
+        (512, [*first, *second], 5),
+        (512, [*second, *first, *third], 5 + len(third[1]["content"].encode())),
+        (two, [*first, *second, *third], 5),  # cut at a turn
+    ):
+        counts = Counter[str]()
+        ((examples, sizes),) = Transform("conversations", length).made(tokenizer, [messages], counts)
+        assert len(examples) == 1 and sizes == [size] and counts["cut at a turn"] == (length == two)
 
 
 def test_bytes_of_a_document_are_shared_out_over_its_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -217,6 +217,7 @@ def _began_on(run: Run) -> str:
 
 def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
     vocabulary.require_language(run)
+    vocabulary.require_corpus(run)
     evaluate.require_held_out(run)
     return _all_inputs(run)
 

@@ -109,5 +109,12 @@ def _pairs(source: Source) -> Source:
     return source
 
 
+def _texts(source: Source) -> Source:
+    if source.format == "conversations":
+        raise ValueError("text or pairs are needed here, not conversations")
+    return source
+
+
 WholeSource = Annotated[Source, AfterValidator(_unweighted)]
 PairSource = Annotated[WholeSource, AfterValidator(_pairs)]
+TextSource = Annotated[WholeSource, AfterValidator(_texts)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from transllm_jax.config.data import Source, WholeSource
+from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.section import Location, Positive, Section
 
 
@@ -41,7 +41,7 @@ class Vocabulary(Section):
     # New tokens.
     size: Positive | None = None
     # Text in the target language; of pairs, the target side is read.
-    corpus: list[WholeSource] = []
+    corpus: list[TextSource] = []
     # In place of a size: a directory of `transllm tokenizer expand`. A corpus is then what rows are made by.
     tokenizer: Location | None = None
     # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
@@ -54,7 +54,7 @@ class Vocabulary(Section):
     # another model that has the same tokens (`copy`; the tokens that it lacks start from the mean). See
     # training/new_rows.py.
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
-    english: WholeSource | None = None
+    english: TextSource | None = None
     # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.
     rows_from: Location | None = None
     # New rows are made a multiple of this, for a mesh that cuts the table. Those behind the last token stay 0, get no
@@ -178,7 +178,7 @@ class Prompts(Section):
 class Evaluation(Section):
     """Held-out files, which no stage reads, and how much of each is used."""
 
-    text: WholeSource
+    text: TextSource
     pairs: Location
     instructions: Location
     # The fields of an instruction in English and in the target language.

@@ -9,6 +9,7 @@ import lzma
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +72,14 @@ class Loaded(list[T]):
         self.report = report
 
 
+class BadRow(UserError):
+    """What is wrong with one row of a source, and with nothing else of it. reason: short, one of few, to count by."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Collector:
     """Checks texts, normalises them to NFC and counts: one `take` for each item, or one `add`, which keeps it too."""
 
@@ -82,6 +91,8 @@ class Collector:
         self.places: list[Place] = []
         self.documents = 0
         self.characters = self.bytes = self.normalised = self.removed = 0
+        # Fields of records that nobody reads -> in how many records.
+        self.ignored: Counter[str] = Counter()
 
     def check(self, text: str, place: Place) -> str:
         """The text without control characters: refused or removed, as was asked for."""
@@ -96,7 +107,7 @@ class Collector:
         what = "a carriage return (U+000D)" if code == 0x0D else f"the control character U+{code:04X}"
         mend = "save the file with Unix line ends" if code == 0x0D else "remove it"
         mend += ", or have it removed (controls: remove; --remove-controls)"
-        raise UserError(f"{place} has {what} at column {found.start() + 1}: {mend}")
+        raise BadRow(f"{place} has {what} at column {found.start() + 1}: {mend}", "control character")
 
     def take(self, item: T) -> T:
         """The item in NFC, counted and not kept."""

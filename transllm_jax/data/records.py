@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Place, read_lines, texts_of
+from transllm_jax.data.files import BadRow, Collector, Place, read_lines, texts_of
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -28,9 +28,10 @@ def parse_object(text: str, place: Place, fields: Sequence[str] = (), first_line
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of very many digits is a ValueError, too
-        raise UserError(f"{place} is not JSON ({error}): write one complete object a line") from error
+        raise BadRow(f"{place} is not JSON ({error}): write one complete object a line", "not JSON") from error
     if not isinstance(record, dict):
-        raise UserError(f"{place} is JSON but not an object: write {{{', '.join(f'{f!r}: ...' for f in fields)}}}")
+        wanted = ", ".join(f"{field!r}: ..." for field in fields)
+        raise BadRow(f"{place} is JSON but not an object: write {{{wanted}}}", "not an object")
     return record
 
 
@@ -38,7 +39,10 @@ def check_surrogates(item: Any, place: Place) -> None:
     """Refuse halves of surrogate pairs, which JSON can spell and UTF-8 cannot. Raises UserError."""
     for text in texts_of(item):
         if not text.isascii() and _SURROGATE.search(text):
-            raise UserError(f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character")
+            raise BadRow(
+                f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character",
+                "half a surrogate pair",
+            )
 
 
 def require(record: Record, name: str, kind: type, place: Place) -> Any:
@@ -48,10 +52,11 @@ def require(record: Record, name: str, kind: type, place: Place) -> Any:
     return of_kind(record[name], name, kind, place)
 
 
-def missing_field(record: Iterable[str], name: str, place: Place | str) -> UserError:
+def missing_field(record: Iterable[str], name: str, place: Place | str) -> BadRow:
     """The error for a field that is not among those of a record (or of a table)."""
     there = ", ".join(map(str, record)) or "none"
-    return UserError(f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there")
+    message = f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there"
+    return BadRow(message, "missing field")
 
 
 def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
@@ -60,9 +65,9 @@ def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = _TYPE_NAMES.get(kind, kind.__name__)
         shown = json.dumps(value, default=str)[:40]
-        raise UserError(f"{place}: field {name!r} must be {wanted}, not {shown}")
+        raise BadRow(f"{place}: field {name!r} must be {wanted}, not {shown}", "field of another type")
     if (isinstance(value, str) and not value.strip()) or value in ([], {}):
-        raise UserError(f"{place}: field {name!r} is empty: fill it in or remove the {place.unit}")
+        raise BadRow(f"{place}: field {name!r} is empty: fill it in or remove the {place.unit}", "empty field")
     return value
 
 

@@ -236,6 +236,11 @@ class Run:
         found = list(self.items(source, collector))
         return Loaded([item for item, _ in found], [place for _, place in found], collector.report)
 
+    def target_texts(self, source: Source) -> Iterator[str]:
+        """Texts in the target language one at a time: documents, or of pairs that side."""
+        for item, _ in self.items(source, Collector(source.controls)):
+            yield str(item[1] if source.format == "pairs" else item)
+
     def read_target(self, source: Source) -> list[str]:
         """Texts in the target language: documents, or of pairs that side."""
         loaded = self.read(source)

@@ -127,8 +127,11 @@ def check_training(run: Run, name: str) -> None:
             f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
             f"or begin the stage anew with --force {name}"
         )
-    for source in getattr(section, "sources", []):
+    sources = getattr(section, "sources", [])
+    for source in sources:
         run.check(source)
+    if any(source.cleaning.contamination for source in sources):
+        _ = run.evaluation_texts  # whole files: of an evaluation, no more than it measures is looked at
     if section.validation is not None:
         run.check(section.validation.source)
 

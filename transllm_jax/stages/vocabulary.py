@@ -34,11 +34,15 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
 from transllm_jax.training.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
+
+# Bytes of a corpus a wanted token up to which it may be too small for them; to learn from so much takes seconds.
+TRIED = 200
 
 # How rows were made -> how many of them.
 Ways = dict[str, int]
@@ -79,6 +83,54 @@ def require_language(run: Run) -> None:
         raise UserError(f"language.code: {error}") from None
 
 
+def require_corpus(run: Run) -> None:
+    """Refuse a corpus that is too small for the tokens that are wanted, whatever the base. Raises UserError.
+
+    A new token is a character that the base lacks, or what a merge made: it has at least one byte of the text, and
+    stands in it `min_count` times. Characters are counted before merges are, so a byte may count for one of each.
+    """
+    section = run.config.vocabulary
+    if section.size is None:
+        return
+    least = -(-section.size * section.min_count // 2)
+    texts = _first_texts(run, least)
+    if texts is not None and (found := sum(map(_size, texts))) < least:
+        raise UserError(
+            f"vocabulary.corpus gives {found:,} bytes of text: {section.size:,} tokens, each {section.min_count} times,"
+            f" need {least:,} at the very least, and many times that for good ones; raise max_bytes or add "
+            "text, or lower vocabulary.size"
+        )
+
+
+def _first_texts(run: Run, budget: int) -> list[str] | None:
+    """All texts of the corpus in the target language; None where they have more than `budget` bytes."""
+    texts: list[str] = []
+    for source in run.config.vocabulary.corpus:
+        for text in run.target_texts(source):
+            texts.append(text)
+            budget -= _size(text)
+            if budget < 0:
+                return None
+    return texts
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _check_corpus(run: Run) -> None:
+    """Learn the tokens of a small corpus, for what it cannot give to be known now; a large one gives them."""
+    size = run.config.vocabulary.size
+    if size is None:
+        return
+    documents = _first_texts(run, TRIED * size)
+    if documents is not None:
+        try:
+            _learn(run, documents)
+        except UserError as error:
+            raise UserError(f"vocabulary: {error}") from None
+
+
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
     base = run.tokenizer("base")
@@ -98,6 +150,7 @@ def check(run: Run) -> None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
     for source in run.config.vocabulary.sources:
         run.check(source)
+    _check_corpus(run)
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
@@ -198,20 +251,29 @@ def _expansion(run: Run, documents: list[str]) -> Expansion:
                 expansion.report.update(tokens_per_character_before=before, tokens_per_character_after=after)
             return expansion
         with Phases(run.progress) as tell:
-            return expand(
-                base,
-                documents,
-                size=config.vocabulary.size,
-                language=config.language.code,
-                scripts=config.language.scripts,
-                markers=list(run.markers.in_order()),
-                min_count=config.vocabulary.min_count,
-                first_id=run.model_config.vocab_size,
-                english=None if english is None else run.read_english(english),
-                on_progress=tell,
-            )
+            return _learn(run, documents, None if english is None else run.read_english(english), tell)
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
+
+
+def _learn(
+    run: Run, documents: list[str], english: list[str] | None = None, tell: OnProgress | None = None
+) -> Expansion:
+    """As many tokens as the config wants, learned from the corpus. Raises UserError."""
+    config = run.config
+    assert config.vocabulary.size is not None
+    return expand(
+        run.tokenizer("base"),
+        documents,
+        size=config.vocabulary.size,
+        language=config.language.code,
+        scripts=config.language.scripts,
+        markers=list(run.markers.in_order()),
+        min_count=config.vocabulary.min_count,
+        first_id=run.model_config.vocab_size,
+        english=english,
+        on_progress=tell,
+    )
 
 
 def _given_expansion(run: Run) -> Expansion:

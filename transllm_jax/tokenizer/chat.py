@@ -190,7 +190,8 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _trained(message: Message) -> bool:
+def is_trained(message: Message) -> bool:
+    """Whether a message is an answer that is trained on."""
     return message["role"] == "assistant" and message.get("train", True)
 
 
@@ -205,7 +206,7 @@ def _segments(tokenizer: Tokenizer, messages: Sequence[Message], generate: bool)
         turn = _turn(tokenizer, messages, number)
         if not turn.prompt.startswith(done):
             return None
-        segments += [(turn.prompt[len(done) :], False), (turn.answer, _trained(messages[number]))]
+        segments += [(turn.prompt[len(done) :], False), (turn.answer, is_trained(messages[number]))]
         done = turn.prompt + turn.answer
     last = render(tokenizer, messages, add_generation_prompt=generate)
     return [*segments, (last[len(done) :], False)] if last.startswith(done) else None
@@ -231,10 +232,10 @@ def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str
 def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iterator[tuple[list[int], bool]]:
     """The segments' ids, each as it stands behind the one before it."""
     before = ""
-    for text, is_trained in segments:
+    for text, trained in segments:
         # Behind a special token a text begins anew, as it does where the whole is encoded at once.
         continuing = before != "" and not any(before.endswith(token) for token in tokenizer.special_tokens)
-        yield tokenizer.encode(text, continuing=continuing), is_trained
+        yield tokenizer.encode(text, continuing=continuing), trained
         before = text or before
 
 
@@ -249,15 +250,15 @@ def encode_conversation(
     Raises UserError as `encode_prompt` does, where there is no answer that is trained, and for a template that answers
     cannot be told apart in.
     """
-    if not any(_trained(message) for message in messages):
+    if not any(map(is_trained, messages)):
         raise UserError("a conversation without an assistant message has nothing to train on: drop it")
     _check(tokenizer, messages, markers)
     whole = _segments(tokenizer, messages, generate=False)
     if whole is not None:
-        return [_row(tokenizer, whole, [message for message in messages if _trained(message)])]
+        return [_row(tokenizer, whole, [message for message in messages if is_trained(message)])]
     rows = []
     for number in _answers(messages):
-        if _trained(messages[number]):
+        if is_trained(messages[number]):
             context = [(text, False) for text, _ in _prompt(tokenizer, messages[:number])]
             answer = _turn(tokenizer, messages, number).answer
             rows.append(_row(tokenizer, [*context, (answer, True)], [messages[number]]))
@@ -267,9 +268,9 @@ def encode_conversation(
 def _row(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]], trained: Sequence[Message]) -> Row:
     ids: list[int] = []
     mask: list[int] = []
-    for piece, is_trained in _encoded(tokenizer, segments):
+    for piece, trained in _encoded(tokenizer, segments):
         ids += piece
-        mask += [int(is_trained)] * len(piece)
+        mask += [int(trained)] * len(piece)
     return Row(ids, mask, sum(len(message["content"].encode()) for message in trained))
 
 
@@ -293,7 +294,7 @@ def fitting_rows(
         return kept_rows, len(rows) - len(kept_rows) + (messages[-1]["role"] == "user")
     for last in reversed(answers):
         kept = messages[: last + 1]
-        if not any(_trained(message) for message in kept):
+        if not any(map(is_trained, kept)):
             break
         if last + 1 < len(messages):
             rows = encode_conversation(tokenizer, kept, markers)
