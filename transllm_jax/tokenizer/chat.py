@@ -268,9 +268,9 @@ def encode_conversation(
 def _row(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]], trained: Sequence[Message]) -> Row:
     ids: list[int] = []
     mask: list[int] = []
-    for piece, trained in _encoded(tokenizer, segments):
+    for piece, counts in _encoded(tokenizer, segments):
         ids += piece
-        mask += [int(trained)] * len(piece)
+        mask += [int(counts)] * len(piece)
     return Row(ids, mask, sum(len(message["content"].encode()) for message in trained))
 
 
