@@ -176,16 +176,18 @@ def _held_out(run: Run) -> HeldOut:
 
 def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
     """The original model's answers to the English questions as (prompt ids, answer ids with the end token)."""
+    tokenizer, section = run.tokenizer("base"), run.config.evaluation
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
+    # The prompts, not the questions: a template may write the date.
     wanted = {
-        "questions": questions,
+        "prompts": prompts,
+        "ends": list(end_ids(tokenizer)),
         "weights": base_fingerprint(run.base),
-        "max_new_tokens": run.config.evaluation.max_new_tokens,
+        "max_new_tokens": section.max_new_tokens,
     }
     known = run.peers.share(read_json(path) if run.primary and path.exists() else None)
     if known is not None and known["of"] == wanted:
         return [(row["prompt"], row["answer"]) for row in known["rows"]]
-    tokenizer, section = run.tokenizer("base"), run.config.evaluation
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
     engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
     generated = engine.generate(
         prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_look, run)
