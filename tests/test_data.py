@@ -154,6 +154,15 @@ def test_records_keep_their_other_fields(tmp_path: Path) -> None:
     assert read_jsonl(path) == records
     assert read_jsonl(path, {"id": int, "instruction": str}, limit=1) == records[:1]
     assert read_jsonl(path, ()).report.documents == 2
+    # The same records in other containers, which sources are read from, too.
+    listed = write(tmp_path / "a.json", json.dumps(records, indent=1))
+    assert read_jsonl(listed) == records and read_jsonl(listed, limit=1) == records[:1]
+    table = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), table)
+    assert [{k: v for k, v in row.items() if v is not None} for row in read_jsonl(table)] == records
+    assert str(read_jsonl(table).places[1]) == f"{table}:row 2"
+    with pytest.raises(UserError, match=r"a.parquet has no field 'answer'"):
+        read_jsonl(table, ("answer",))
 
 
 @pytest.mark.parametrize(

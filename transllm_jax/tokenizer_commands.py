@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from conversion.fetch import cache_directory
 from transllm_jax.artifacts import write_json
 from transllm_jax.data.files import Controls, Separator, resolve
 from transllm_jax.data.sample import Sample, sample_documents
+from transllm_jax.data.shards import text_files
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.plots import cost_plot
 from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of
@@ -33,8 +34,8 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Learning:
-    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator` and `controls` are those of
-    `data.sources.read_documents`; `scripts` are names in place of the language's usual scripts."""
+    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator`, `controls` and `field` are
+    those of `data.shards.text_files`; `scripts` are names in place of the language's usual scripts."""
 
     corpus: Sequence[str]
     language: str
@@ -45,6 +46,7 @@ class Learning:
     seed: int = 0
     separator: Separator = "blank line"
     controls: Controls = "refuse"
+    field: str | None = None
 
 
 def expand_vocabulary(
@@ -61,9 +63,10 @@ def expand_vocabulary(
     """Write a tokenizer directory: the base `source` with `size` new tokens, and report.json beside its files.
 
     english: files of which is counted how many texts change. held_out: files whose cost before and after is measured
-    (the training text where there are none). Raises UserError for what is wrong with any of these; then, and after a
-    kill, nothing is at `dst`.
+    (the training text where there are none). Of records the texts are those of `learning.field`. Raises UserError for
+    what is wrong with any of these; then, and after a kill, nothing is at `dst`.
     """
+    _check_idle([*learning.corpus, *english, *held_out], learning.separator, learning.field)
     reads = [file for path in (*learning.corpus, *english, *held_out) for file in resolve(path)]
     check_destination(dst, overwrite=force, reads=[*reads, *(p for p in [Path(source).expanduser()] if p.exists())])
     with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
@@ -73,13 +76,17 @@ def expand_vocabulary(
         expansion = _learn(base, sample.documents, size, learning, progress)
         new = expansion.tokenizer
         files = save_expanded(new, base.directory, directory)
-        measured = {path: costs([base.tokenizer, new], texts_of(path, learning.controls)) for path in held_out}
-        texts = _first(sample.documents)
+
+        def texts(path: str) -> Iterator[str]:
+            return texts_of(path, learning.controls, learning.field)
+
+        measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
+        shown = _first(sample.documents)
         if not measured:
-            measured = {"the training text": costs([base.tokenizer, new], texts)}
-        frequent = example_words(script, texts, _CANDIDATES)
+            measured = {"the training text": costs([base.tokenizer, new], shown)}
+        frequent = example_words(script, shown, _CANDIDATES)
         words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
-        counted = {path: changed(base.tokenizer, new, texts_of(path, learning.controls)) for path in english}
+        counted = {path: changed(base.tokenizer, new, texts(path)) for path in english}
         report = {
             **expansion.report,
             "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
@@ -121,6 +128,7 @@ def report_costs(
     curve: Sequence[int] = (),
     learning: Learning | None = None,
     controls: Controls = "refuse",
+    field: str | None = None,
     out: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -128,7 +136,8 @@ def report_costs(
 
     base: what the others are compared with; by default the one that the first of `sources` was expanded from, if that
     is known and there, or else the first of `sources`. curve: numbers of new tokens that the base is expanded by, with
-    `learning`. out: a .png, .svg or .pdf file. Raises UserError for what is wrong with any of these.
+    `learning`. field: of records, the one of the text. out: a .png, .svg or .pdf file. Raises UserError for what is
+    wrong with any of these.
     """
     if out is not None:
         if out.suffix not in _PLOTS:
@@ -137,7 +146,9 @@ def report_costs(
             raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
         if not out.absolute().parent.is_dir():
             raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
-    _check_texts(files, controls)
+    corpus = [] if learning is None else learning.corpus
+    _check_idle([*files, *corpus], "blank line" if learning is None else learning.separator, field)
+    _check_texts(files, controls, field)
     with tempfile.TemporaryDirectory() as scratch:
         named = [
             (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
@@ -157,7 +168,7 @@ def report_costs(
             expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
             rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
         tokenizers = [tokenizer for _, tokenizer in rows]
-        measured = {path: costs(tokenizers, texts_of(path, controls)) for path in files}
+        measured = {path: costs(tokenizers, texts_of(path, controls, field)) for path in files}
     texts, names = _short_names(files), _short_names([name for name, _ in rows])
     progress.say(
         cost_table(
@@ -198,15 +209,24 @@ def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Seq
         raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count begin at 1")
     for path in learning.corpus:
         resolve(path)
-    _check_texts(files, learning.controls)
+    _check_texts(files, learning.controls, learning.field)
     return script
 
 
-def _check_texts(files: Sequence[str], controls: Controls) -> None:
+def _check_texts(files: Sequence[str], controls: Controls, field: str | None) -> None:
     """Raises UserError for texts that cannot be measured on, before the hours that learning may take."""
     for path in files:
-        for _ in texts_of(path, controls):
+        for _ in texts_of(path, controls, field):
             pass
+
+
+def _check_idle(files: Sequence[str], separator: Separator, field: str | None) -> None:
+    """Raises UserError for an option that none of the files has a use for."""
+    kinds = {reading.container for path in files for reading in text_files(path).values()}
+    if field is not None and kinds == {"lines"}:
+        raise UserError(f"--field {field} is of records (.jsonl, .json, .parquet), and no file is one: leave it out")
+    if separator == "line" and "lines" not in kinds:
+        raise UserError("--lines is of text in lines, and all files are records: leave it out")
 
 
 def _read(learning: Learning, progress: Progress) -> Sample:
@@ -226,6 +246,7 @@ def _read(learning: Learning, progress: Progress) -> Sample:
             seed=learning.seed,
             separator=learning.separator,
             controls=learning.controls,
+            field=learning.field,
             cache=cache_directory() / "samples" if total >= _KEPT_SAMPLES else None,
             on_progress=tell,
         )

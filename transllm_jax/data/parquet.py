@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ _BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def iter_rows(
-    file: Path, fields: Sequence[str], optional: Sequence[str] = ()
+    file: Path, fields: Sequence[str], optional: Sequence[str] | None = (), at: Callable[[int], None] | None = None
 ) -> Iterator[tuple[dict[str, Any], Place]]:
     """The rows of a parquet file as records, with their numbers; only the columns of the fields are read.
 
     fields: all of these must be there; a name with dots is a column of that name, or reaches into a column. optional:
-    read where they are there. Raises UserError with file and row; one that lacks a field names all of them.
+    read where they are there, None for all. at: is told now and then how many bytes of the file have been read, as if
+    its rows were of one size. Raises UserError with file and row; one that lacks a field names all of them.
     """
     try:
         import pyarrow as pa
@@ -40,12 +41,15 @@ def iter_rows(
                 if column not in names:
                     raise missing_field(names, field, str(file))
                 columns[column] = None
-            columns |= dict.fromkeys(name for name in optional if name in names)
+            columns |= dict.fromkeys(name for name in (names if optional is None else optional) if name in names)
             place = Place(str(file), 1, "row")
+            size, rows = file.stat().st_size, table.metadata.num_rows
             for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
                     yield row, place
                     place = place._replace(line=place.line + 1)
+                if at is not None:
+                    at(size * (place.line - 1) // rows)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{place} cannot be read ({_first_line(error)}): the file is damaged, fetch it again"

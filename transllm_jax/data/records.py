@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,21 @@ def checked(value: Any, name: str, place: Place, collector: Collector) -> str:
     return text
 
 
-def iter_json(file: Path, collector: Collector) -> Iterator[tuple[dict[str, Any], Place]]:
+def iter_json(
+    file: Path, collector: Collector, at: Callable[[int], None] | None = None, fields: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, Any], Place]]:
     """The objects of a file, one a line (blank lines are passed over), or in one list over as many lines as it likes.
 
-    Only one object at a time is in memory. Raises UserError with file and line.
+    Only one object at a time is in memory. at: see `files.read_lines`. fields: see `parse_object`. Raises UserError
+    with file and line.
     """
     begun = False
-    lines = read_lines([file], collector)
+    lines = read_lines([file], collector, at)
     for line, place in lines:
         if not begun and line.lstrip().startswith("["):
             yield from _in_list(line, place, lines)
         elif line.strip():
-            yield parse_object(line, place), place
+            yield parse_object(line, place, fields), place
         begun = begun or bool(line.strip())
 
 

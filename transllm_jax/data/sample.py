@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Controls, Separator, resolve
+from transllm_jax.data.files import Collector, Controls, Separator
 from transllm_jax.data.pool import count, share_out
-from transllm_jax.data.sources import iter_documents
+from transllm_jax.data.shards import Reading, iter_texts, text_files
 from transllm_jax.errors import UserError
 
-_FORMAT = 1  # of the files in the cache
+_FORMAT = 2  # of the files in the cache
 _MARGIN = 4  # a file may give so many times its part of the corpus
 _LEAST = 1 << 20  # bytes that a file may give in any case
 _WORTH = 16 << 20  # bytes of files below which starting processes takes longer than reading
@@ -72,8 +72,7 @@ class _Job:
     seed: int
     max_bytes: int
     limit: int
-    separator: Separator
-    controls: Controls
+    reading: Reading
 
     @property
     def key(self) -> str:
@@ -88,23 +87,29 @@ def sample_documents(
     seed: int = 0,
     separator: Separator = "blank line",
     controls: Controls = "refuse",
+    field: str | None = None,
     cache: Path | None = None,
     processes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Sample:
-    """A sample of at most `max_bytes` UTF-8 bytes of the documents of files and globs; all of them where they fit.
+    """A sample of at most `max_bytes` UTF-8 bytes of the texts of files and globs; all of them where they fit.
 
-    It depends on the files' names and content, `max_bytes`, `seed`, `separator` and `controls` (as of
-    `data.sources.read_documents`), and on nothing else. Texts are normalised to NFC. cache: a directory where what a
+    It depends on the files' names and content, `max_bytes`, `seed`, and `separator`, `controls` and `field` (as of
+    `data.shards.text_files`), and on nothing else. Texts are normalised to NFC. cache: a directory where what a
     file gave is kept until the sample is complete, and then the sample; None keeps nothing. processes: as many as
     there are cores by default. on_progress: is told (bytes read, bytes of all files), on disk, now and then.
 
-    In memory are at most `max_bytes` of text for each process and a document. Raises UserError as `read_documents`
-    does, and where the files have no document or none that fits.
+    In memory are at most `max_bytes` of text for each process and a document. Raises UserError as the readers
+    do, and where the files have no document or none that fits.
     """
     if max_bytes < 1:
         raise UserError(f"a sample of {max_bytes} bytes holds nothing: ask for at least 1")
-    files = sorted({str(file.absolute()): None for path in paths for file in resolve(path)})
+    readings = {
+        str(file.absolute()): replace(reading, path=str(file.absolute()))
+        for path in paths
+        for file, reading in text_files(path, separator=separator, controls=controls, field=field).items()
+    }
+    files = sorted(readings)
     stats = [os.stat(file) for file in files]
     total = sum(stat.st_size for stat in stats)
     jobs = [
@@ -115,8 +120,7 @@ def sample_documents(
             seed,
             max_bytes,
             min(max_bytes, _LEAST + _MARGIN * max_bytes * stat.st_size // max(total, 1)),
-            separator,
-            controls,
+            readings[file],
         )
         for file, stat in zip(files, stats, strict=True)
     ]
@@ -184,11 +188,11 @@ def _priority(seed: int, name: str, line: int, text: bytes) -> int:
 
 def _read_file(job: _Job, part: Path, at: Callable[[int], None]) -> None:
     """Write what a file gives, in the order of priorities, behind a line with its counts."""
-    collector = Collector(job.controls)
+    collector = Collector(job.reading.controls)
     lowest = _Lowest(job.limit)
     name = Path(job.path).name
     documents = size = normalised = too_long = 0
-    for found, place in iter_documents(job.path, collector, separator=job.separator, longest=job.max_bytes, at=at):
+    for found, place in iter_texts(Path(job.path), job.reading, collector, longest=job.max_bytes, at=at):
         documents += 1
         if found is None:
             too_long += 1

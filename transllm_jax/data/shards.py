@@ -125,8 +125,8 @@ class _LineFile:
 class _JsonFile:
     path: str
 
-    def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]:
-        return iter_json(Path(self.path), collector)
+    def records(self, collector: Collector, at: Callable[[int], None] | None = None) -> Iterator[tuple[Record, Place]]:
+        return iter_json(Path(self.path), collector, at)
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class _ParquetFile:
     fields: tuple[str, ...]
     optional: tuple[str, ...]
 
-    def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]:
-        return iter_rows(Path(self.path), self.fields, self.optional)
+    def records(self, collector: Collector, at: Callable[[int], None] | None = None) -> Iterator[tuple[Record, Place]]:
+        return iter_rows(Path(self.path), self.fields, self.optional, at)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _parts(reading: Reading, hash_of: Callable[[Path], str]) -> list[_Part]:
     return parts
 
 
-def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFile | _Records:
+def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFile | _JsonFile | _ParquetFile:
     if reading.container == "lines":
         return _LineFile(str(file), None if target is None else str(target))
     if reading.container == "jsonl":
@@ -311,3 +311,45 @@ def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFi
     if _suffixes(file)[1]:
         raise UserError(f"{file}: parquet is compressed inside; decompress the file")
     return _ParquetFile(str(file), reading.fields, FIELDS if reading.content == "conversations" else ())
+
+
+# --- files on a command line ----------------------------------------------------------------------------------------
+
+
+def text_files(
+    path: str | Path, *, separator: Separator = "blank line", controls: Controls = "refuse", field: str | None = None
+) -> dict[Path, Reading]:
+    """The files of text that a path or glob means, and how each is read: `separator` is for lines, `field` for records.
+
+    Raises UserError for a path that means none.
+    """
+    found = {}
+    for file in resolve(path):
+        lines = _container([file]) == "lines"
+        fields = () if lines or field is None else (field,)
+        separated: Separator = separator if lines else "blank line"
+        found[file] = resolved(Reading(str(file), fields=fields, separator=separated, controls=controls))
+    return found
+
+
+def iter_texts(
+    file: Path,
+    reading: Reading,
+    collector: Collector,
+    *,
+    longest: int | None = None,
+    at: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str | None, Place]]:
+    """The texts of one of `text_files` one at a time, with their places, not normalised and not counted.
+
+    longest: a text of more UTF-8 bytes is given as None; a document of lines is then never in memory whole. at: is told
+    now and then how many bytes of the file have been read. Raises UserError as a shard's `items`, but not for a file
+    without texts.
+    """
+    origin = _origin(reading, file)
+    if isinstance(origin, _LineFile):
+        yield from iter_documents([file], collector, separator=reading.separator, longest=longest, at=at)
+        return
+    for record, place in origin.records(collector, at):
+        text = text_at(record, reading.fields[0], place, collector)
+        yield (None if longest is not None and len(text.encode()) > longest else text), place

@@ -12,8 +12,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Controls, Loaded, Place, Separator, map_texts, read_lines, texts_of
-from transllm_jax.data.records import check_surrogates, parse_object, require
+from transllm_jax.data.files import (
+    Collector,
+    Controls,
+    Loaded,
+    Place,
+    Separator,
+    map_texts,
+    read_lines,
+    resolve,
+    texts_of,
+)
+from transllm_jax.data.parquet import iter_rows
+from transllm_jax.data.records import check_surrogates, iter_json, require
 from transllm_jax.errors import UserError
 
 
@@ -138,7 +149,7 @@ def read_jsonl(
     limit: int | None = None,
     controls: Controls = "refuse",
 ) -> Loaded[dict[str, Any]]:
-    """Records, one JSON object a line (blank lines are passed over); other fields than `required` are kept.
+    """Records, of JSON (an object a line, or one list of them) or of parquet; other fields than `required` are kept.
 
     required: names of fields that must hold a non-empty string, or name -> type for other types (a list must
     not be empty either). limit: at most this many records from the start. controls: as in `read_documents`.
@@ -147,22 +158,22 @@ def read_jsonl(
     """
     fields = required if isinstance(required, Mapping) else dict.fromkeys(required, str)
     collector = Collector(controls)
-    for line, place in read_lines(path, collector):
+    for record, place in _records(path, tuple(fields), collector):
         if limit is not None and len(collector.items) >= limit:
             break
-        if not line.strip():
-            continue
-        record = _record(line, fields, place)
+        for name, kind in fields.items():
+            require(record, name, kind, place)
+        check_surrogates(record, place)
         collector.add(map_texts(record, partial(collector.check, place=place)), place)
     return collector.finish(path, "records")
 
 
-def _record(line: str, fields: Mapping[str, type], place: Place) -> dict[str, Any]:
-    record = parse_object(line, place, tuple(fields))
-    for name, kind in fields.items():
-        require(record, name, kind, place)
-    check_surrogates(record, place)
-    return record
+def _records(path: str | Path, fields: tuple[str, ...], collector: Collector) -> Iterator[tuple[dict[str, Any], Place]]:
+    for file in resolve(path):
+        if file.suffix == ".parquet":
+            yield from iter_rows(file, fields, None)
+        else:
+            yield from iter_json(file, collector, fields=fields)
 
 
 def check_no_special(
