@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,23 @@ Scripts = Annotated[
     typer.Option("--script", help="A script by Unicode's name in place of the language's; repeatable."),
 ]
 Markers = Annotated[list[str] | None, typer.Option("--marker", help="A special token to add, <EN>; repeatable.")]
+
+
+class Cuts(StrEnum):
+    """Where a byte-level base's text is cut before it merges."""
+
+    whole = "whole"
+    base = "base"
+
+
+CutsOption = Annotated[
+    Cuts | None,
+    typer.Option(
+        "--cuts",
+        help="Of a byte-level base: keep runs of the script whole, or cut text as the base does, which takes more "
+        "tokens, and which llama.cpp reads, too (whole; base where the script is Latin).",
+    ),
+]
 MinCount = Annotated[int, typer.Option(help="How often the corpus must contain a new token.")]
 Sample = Annotated[str, typer.Option(help="How much of the corpus is learned from, in bytes of text.")]
 Seed = Annotated[int, typer.Option(help="Of the sample.")]
@@ -50,6 +68,7 @@ def expand(
     script: Scripts = None,
     marker: Markers = None,
     min_count: MinCount = 2,
+    cuts: CutsOption = None,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
@@ -73,6 +92,7 @@ def expand(
             scripts=script or (),
             markers=marker or (),
             min_count=min_count,
+            cuts=None if cuts is None else cuts.value,
             sample=parse_size(sample),
             seed=seed,
             separator="line" if lines else "blank line",
@@ -103,6 +123,7 @@ def report(
     language: Annotated[str | None, typer.Option(help="Of --curve: th, vi, zh-Hant, sr-Latn.")] = None,
     script: Scripts = None,
     min_count: MinCount = 2,
+    cuts: CutsOption = None,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
@@ -129,6 +150,7 @@ def report(
                 language,
                 scripts=script or (),
                 min_count=min_count,
+                cuts=None if cuts is None else cuts.value,
                 sample=parse_size(sample),
                 seed=seed,
                 separator="line" if lines else "blank line",

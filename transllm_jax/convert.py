@@ -33,6 +33,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
 from transllm_jax.sizes import parse_size
+from transllm_jax.tokenizer.llama_cpp import not_for_llama_cpp, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
@@ -85,7 +86,7 @@ def to_hf(
 
     def also(directory: Path) -> None:
         if found.about is not None:
-            write_json(directory / "transllm.json", found.about)
+            write_json(directory / "transllm.json", {**found.about, "readers": readers_of(directory)})
         if not merge and isinstance(model, Merged) and found.lora is not None:
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
@@ -104,6 +105,8 @@ def to_hf(
         )
     written = open_hf(dst)
     progress.say(f"{dst}: {describe(written)}")
+    if warning := not_for_llama_cpp(dst):
+        progress.say(warning)
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")
     elif isinstance(model, Merged) and (model.full or found.lora is not None):

@@ -20,8 +20,9 @@ from transllm_jax.evaluation.plots import cost_plot
 from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of
 from transllm_jax.open_tokenizer import OpenedTokenizer, open_tokenizer
 from transllm_jax.progress import Phases, Progress
-from transllm_jax.tokenizer.expand import Expansion, changed, expand, save_expanded
+from transllm_jax.tokenizer.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growth import check_markers
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -29,19 +30,23 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 _KEPT_SAMPLES = 64 << 20  # bytes of a corpus from which on its sample is kept in the cache
 _SHOWN_TEXT = 4_000_000  # characters of the training text that costs and examples are measured on
 _EXAMPLES, _CANDIDATES = 6, 500  # words that are shown, of the most frequent ones that the base cuts
+_WITHOUT_SCORES = (
+    "transformers and vLLM read the ids; llama.cpp takes the order of merges from tokenizer.model, which the base lacks"
+)
 _PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class Learning:
     """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator`, `controls` and `field` are
-    those of `data.shards.text_files`; `scripts` are names in place of the language's usual scripts."""
+    those of `data.shards.text_files`, `cuts` those of `expand`; `scripts` are names in place of the usual scripts."""
 
     corpus: Sequence[str]
     language: str
     scripts: Sequence[str] = ()
     markers: Sequence[str] = ()
     min_count: int = 2
+    cuts: Cuts | None = None
     sample: int = 100_000_000
     seed: int = 0
     separator: Separator = "blank line"
@@ -265,6 +270,7 @@ def _learn(
             scripts=list(learning.scripts),
             markers=list(learning.markers),
             min_count=learning.min_count,
+            cuts=learning.cuts,
             # Behind the rows of the model's embedding, where those are more than its tokens.
             first_id=base.rows if base.rows is not None and base.rows > tokens else None,
             on_progress=tell,
@@ -289,6 +295,26 @@ def _use(report: dict[str, Any]) -> str:
         f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
         "bytes of characters that the base cannot begin"
     )
+
+
+def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Who reads the new ids. SentencePiece's pieces have scores in tokenizer.model, which tokenizer.json has not."""
+    everyone = "transformers, vLLM and llama.cpp read the ids"
+    if report["kind"] == "sentencepiece":
+        return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
+    if report["readers"]["llama.cpp"] == AS_TRAINED:
+        lines = [f"{everyone}: text is cut where the base cuts it"]
+    else:
+        lines = [
+            "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base "
+            "learns tokens that it reads, too, and a text takes more of them)"
+        ]
+    if not report["passes_for_base"]:
+        lines.append(
+            "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "
+            "(get_vocab_base_pre) that this one has the base's pre-tokenizer"
+        )
+    return lines
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -339,6 +365,7 @@ def _say_expansion(
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
         f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
     ]
+    lines += _readers(report, files)
     if read.documents == 1:
         lines.append("it is one document: without blank lines between documents, --lines makes each line one")
     if read.too_long:

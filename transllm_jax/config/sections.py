@@ -48,6 +48,11 @@ class Vocabulary(Section):
     adapter: Location | None = None
     # How often the corpus must contain each new token.
     min_count: Positive = 2
+    # Of a byte-level base: where text is cut before it merges; no new token crosses a cut. `whole`: nowhere in a run of
+    # the language's script, by a pre-tokenizer of its own in tokenizer.json. `base`: where the base cuts, which takes
+    # more tokens, and which llama.cpp does, too (a GGUF file has no place for a pre-tokenizer of its own). By default
+    # `base` where the script is Latin, `whole` elsewhere.
+    cuts: Literal["whole", "base"] | None = None
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
     # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of
@@ -82,6 +87,8 @@ class Vocabulary(Section):
     def _has_tokens(self) -> Vocabulary:
         if self.tokenizer is not None and self.size is not None:
             raise ValueError("a tokenizer brings its tokens; leave size out")
+        if self.cuts is not None and self.size is None:
+            raise ValueError("cuts are where new tokens are learned; with a tokenizer or an adapter, leave them out")
         if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):
             raise ValueError("size and corpus are needed (or a tokenizer or an adapter, which brings its tokens)")
         if self.tokenizer is not None and self.initial_rows in ("weighted", "calibrated") and not self.corpus:

@@ -34,6 +34,7 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
@@ -190,6 +191,8 @@ def _written(
     if "tokens_per_character_after" in report:
         before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
+    if report.get("readers", {}).get("llama.cpp") == OTHER_IDS:
+        text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if given is not None:
         text += f" and adapters of {given}"
     if copied := report["initial_rows"].get("copy"):
@@ -270,6 +273,7 @@ def _learn(
         scripts=config.language.scripts,
         markers=list(run.markers.in_order()),
         min_count=config.vocabulary.min_count,
+        cuts=config.vocabulary.cuts,
         first_id=run.model_config.vocab_size,
         english=english,
         on_progress=tell,

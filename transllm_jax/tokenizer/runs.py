@@ -139,13 +139,19 @@ class RunFinder:
             text = self._normalizer.normalize_str(text)
         return self._pattern.findall(text)
 
+    def learnable(self, text: str) -> bool:
+        """Whether new tokens may hold this: a run has nothing else."""
+        return True
+
 
 class WordFinder:
-    """Finds the words of letters of a script in a text as the base's own pre-tokenizer cuts them."""
+    """Finds the words with characters of a script in a text as the base's own pre-tokenizer cuts them."""
 
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
         self._letter = re.compile(f"[{script.character_class}]")
+        # Of English's own script anything may be learned; of another, nothing that text without it could hold.
+        self._learnable = None if script.latin else re.compile(f" | ?[{script.character_class}]+")
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
 
@@ -155,3 +161,7 @@ class WordFinder:
             text = self._normalizer.normalize_str(text)
         words = (text[first:last] for _, (first, last) in self._pre_tokenizer.pre_tokenize_str(text))
         return [word for word in words if self._letter.search(word)]
+
+    def learnable(self, text: str) -> bool:
+        """Whether new tokens may hold this stretch of a word."""
+        return self._learnable is None or self._learnable.fullmatch(text) is not None
