@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ _BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def iter_rows(
-    file: Path, fields: Sequence[str], optional: Sequence[str] = ()
+    file: Path, fields: Sequence[str], optional: Sequence[str] = (), ignored: Counter[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Place]]:
     """The rows of a parquet file as records, with their numbers; only the columns of the fields are read.
 
     fields: all of these must be there; a name with dots is a column of that name, or reaches into a column. optional:
-    read where they are there. Raises UserError with file and row; one that lacks a field names all of them.
+    read where they are there. ignored: counts the rows by the names of columns that are not read. Raises UserError with
+    file and row; one that lacks a field names all of them.
     """
     try:
         import pyarrow as pa
@@ -41,9 +43,12 @@ def iter_rows(
                     raise missing_field(names, field, str(file))
                 columns[column] = None
             columns |= dict.fromkeys(name for name in optional if name in names)
+            others = [name for name in names if name not in columns]
             place = Place(str(file), 1, "row")
             for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
+                    if ignored is not None:
+                        ignored.update(others)
                     yield row, place
                     place = place._replace(line=place.line + 1)
     except (pa.ArrowException, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.array_file import sweep
-from transllm_jax.data.files import Controls
+from transllm_jax.data.files import Controls, OnBadRows
 from transllm_jax.data.shards import Shard
 from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.transform import Transform
@@ -36,11 +36,13 @@ def tokenise(
     *,
     tell: OnProgress = lambda done, items: None,
     processes: int | None = None,
+    on_bad_rows: OnBadRows = "refuse",
 ) -> list[ShardTokens]:
     """The tokens of every shard, in their order; what `directory` holds already is not made again.
 
     Several shards go to several processes, by default to as many as there are cores; one shard is encoded on all cores.
-    `tell` may raise to stop the work: whole shards stay. Raises UserError for what a shard's reader refuses.
+    `tell` may raise to stop the work: whole shards stay. controls, on_bad_rows: as the shards' reading has them. Raises
+    UserError for what a shard's reader refuses.
     """
     paths = {shard: shard_path(directory, shard, transform, tokenizer.fingerprint) for shard in shards}
     # Of files that are equal in name and content, one.
@@ -63,18 +65,18 @@ def tokenise(
 
     if processes <= 1:
         for shard in todo:
-            write_shard(paths[shard], shard, transform, tokenizer, controls, more)
+            write_shard(paths[shard], shard, transform, tokenizer, controls, more, on_bad_rows)
             done += shard.size
             tell(done, items)
     else:
-        _in_processes(todo, paths, (transform, tokenizer, controls), done, tell, processes, cores)
+        _in_processes(todo, paths, (transform, tokenizer, controls, on_bad_rows), done, tell, processes, cores)
     return [ShardTokens(paths[shard], shard.name) for shard in shards]
 
 
 def _in_processes(
     todo: Sequence[Shard],
     paths: dict[Shard, Path],
-    given: tuple[Transform, Tokenizer, Controls],
+    given: tuple[Transform, Tokenizer, Controls, OnBadRows],
     done: int,
     tell: OnProgress,
     processes: int,
@@ -116,14 +118,21 @@ _shared: dict[str, Any] = {}  # of a process of the pool
 
 
 def _begin_process(
-    counter: Any, stop: Any, threads: int, transform: Transform, tokenizer: Tokenizer, controls: Controls
+    counter: Any,
+    stop: Any,
+    threads: int,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    controls: Controls,
+    on_bad_rows: OnBadRows,
 ) -> None:
     # Ctrl-C reaches all processes of a terminal; the first one tells the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    _shared.update(counter=counter, stop=stop, transform=transform, tokenizer=tokenizer, controls=controls)
+    _shared.update(counter=counter, stop=stop, transform=transform, tokenizer=tokenizer)
+    _shared.update(controls=controls, on_bad_rows=on_bad_rows)
 
 
 def _end_with_parent() -> None:
@@ -141,4 +150,5 @@ def _write_in_process(shard: Shard, path: Path) -> None:
         with _shared["counter"].get_lock():
             _shared["counter"].value += count
 
-    write_shard(path, shard, _shared["transform"], _shared["tokenizer"], _shared["controls"], more)
+    transform, tokenizer = _shared["transform"], _shared["tokenizer"]
+    write_shard(path, shard, transform, tokenizer, _shared["controls"], more, _shared["on_bad_rows"])
