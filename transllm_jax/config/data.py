@@ -41,7 +41,9 @@ class Source(Section):
     # How it is stored; by default what the file's suffix says: .jsonl, .parquet, else lines.
     container: Literal["lines", "jsonl", "parquet", "datasets", "tfds"] | None = None
     # Of records: the field of a text (`text` by default), or the two of a pair, English first. `a.b` is b inside of a.
-    # Conversations are known by their form: `conversations`, `messages`, or `instruction`, `input` and `output`.
+    # What else a record has is not read. Conversations are known by their form: `conversations`, `messages`, or
+    # `instruction`, `input` and `output`; fields beside these are read, refused or, where they say nothing of the
+    # training, counted by name.
     fields: list[str] = []
     # Of pairs in two files, line by line: the target language's; `path` is then the English one.
     target_path: Location | None = None
@@ -52,6 +54,11 @@ class Source(Section):
     separator: Literal["blank line", "line"] = "blank line"
     # Control characters: refused with their place, or removed and counted.
     controls: Literal["refuse", "remove"] = "refuse"
+    # A row that cannot be read (an empty side, a third column, two questions in a row, a special token in it) stops the
+    # run, or is left out, counted and written to bad_rows.jsonl in the stage's directory.
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    # At most this share of a source's rows may be skipped; ten may be in any case, for small files.
+    max_bad_share: Share = 0.01
     # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.
     weight: float | None = Field(default=None, gt=0)
     # Read only so much from the start: at most so many UTF-8 bytes of a text's documents (the first line or record is
@@ -87,6 +94,8 @@ class Source(Section):
                 raise ValueError("target_path is for pairs in two files; name both fields")
         elif self.data_dir is not None or self.split != "train":
             raise ValueError("split and data_dir are for container: datasets or tfds; remove them")
+        if self.on_bad_rows == "refuse" and self.max_bad_share != 0.01:
+            raise ValueError("max_bad_share is for on_bad_rows: skip; add that, or remove it")
         wanted = {"text": (0, 1), "pairs": (0, 2), "conversations": (0,)}[self.format]
         if len(self.fields) not in wanted:
             raise ValueError(f"{self.format} has {' or '.join(map(str, wanted))} fields, not {len(self.fields)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ _BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def iter_rows(
-    file: Path, fields: Sequence[str], optional: Sequence[str] | None = (), at: Callable[[int], None] | None = None
+    file: Path,
+    fields: Sequence[str],
+    optional: Sequence[str] | None = (),
+    at: Callable[[int], None] | None = None,
+    ignored: Counter[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Place]]:
     """The rows of a parquet file as records, with their numbers; only the columns of the fields are read.
 
     fields: all of these must be there; a name with dots is a column of that name, or reaches into a column. optional:
     read where they are there, None for all. at: is told now and then how many bytes of the file have been read, as if
-    its rows were of one size. Raises UserError with file and row; one that lacks a field names all of them.
+    its rows were of one size. ignored: counts the rows by the names of columns that are not read. Raises UserError with
+    file and row; one that lacks a field names all of them.
     """
     try:
         import pyarrow as pa
@@ -42,10 +48,13 @@ def iter_rows(
                     raise missing_field(names, field, str(file))
                 columns[column] = None
             columns |= dict.fromkeys(name for name in (names if optional is None else optional) if name in names)
+            others = [name for name in names if name not in columns]
             place = Place(str(file), 1, "row")
             size, rows = file.stat().st_size, table.metadata.num_rows
             for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
+                    if ignored is not None:
+                        ignored.update(others)
                     yield row, place
                     place = place._replace(line=place.line + 1)
                 if at is not None:

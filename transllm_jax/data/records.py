@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import BadRow, Collector, Place, read_lines, texts_of
+from transllm_jax.data.files import BadRow, Collector, Place, attempt, read_lines, refusing, texts_of
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -96,23 +96,27 @@ def checked(value: Any, name: str, place: Place, collector: Collector) -> str:
 
 def iter_json(
     file: Path, collector: Collector, at: Callable[[int], None] | None = None, fields: Sequence[str] = ()
-) -> Iterator[tuple[dict[str, Any], Place]]:
+) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
     """The objects of a file, one a line (blank lines are passed over), or in one list over as many lines as it likes.
 
-    Only one object at a time is in memory. at: see `files.read_lines`. fields: see `parse_object`. Raises UserError
-    with file and line.
+    In place of a bad one what is wrong with it is given. Only one object at a time is in memory. at: see
+    `files.read_lines`. fields: see `parse_object`. Raises UserError with file and line for a list that is not whole.
     """
     begun = False
     lines = read_lines([file], collector, at)
     for line, place in lines:
-        if not begun and line.lstrip().startswith("["):
-            yield from _in_list(line, place, lines)
+        if isinstance(line, BadRow):
+            yield line, place
+        elif not begun and line.lstrip().startswith("["):
+            yield from _in_list(line, place, refusing(lines))
         elif line.strip():
-            yield parse_object(line, place, fields), place
-        begun = begun or bool(line.strip())
+            yield attempt(parse_object, line, place, fields), place
+        begun = begun or isinstance(line, BadRow) or bool(line.strip())
 
 
-def _in_list(line: str, place: Place, lines: Iterator[tuple[str, Place]]) -> Iterator[tuple[dict[str, Any], Place]]:
+def _in_list(
+    line: str, place: Place, lines: Iterator[tuple[str, Place]]
+) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
     """The objects of a JSON list that begins on this line. They are told apart by their brackets, then parsed."""
     depth, size = 0, 0
     between = ""  # what stands outside objects, since the last one
@@ -137,7 +141,7 @@ def _in_list(line: str, place: Place, lines: Iterator[tuple[str, Place]]) -> Ite
                 if depth == 1:
                     parts.append(line[cut : found.end()])
                     cut = found.end()
-                    yield _parse_item("\n".join(parts), start), start
+                    yield attempt(_parse_item, "\n".join(parts), start), start
         if depth > 1:
             parts.append(line[cut:])
             size += len(line) - cut
@@ -174,5 +178,5 @@ def _parse_item(text: str, start: Place) -> dict[str, Any]:
         if isinstance(cause, json.JSONDecodeError):
             # Where the fault is, not where the object begins.
             place = start._replace(line=start.line + cause.lineno - 1)
-            raise UserError(f"{place} is not JSON ({cause.msg} at column {cause.colno}): mend it") from cause
+            raise BadRow(f"{place} is not JSON ({cause.msg} at column {cause.colno}): mend it", "not JSON") from cause
         raise

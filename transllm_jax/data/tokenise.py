@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transllm_jax.data.array_file import sweep
-from transllm_jax.data.files import Controls
+from transllm_jax.data.files import Controls, OnBadRows
 from transllm_jax.data.pool import count, share_out
 from transllm_jax.data.shards import Shard
 from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
@@ -29,11 +29,13 @@ def tokenise(
     *,
     tell: OnProgress = lambda done, items: None,
     processes: int | None = None,
+    on_bad_rows: OnBadRows = "refuse",
 ) -> list[ShardTokens]:
     """The tokens of every shard, in their order; what `directory` holds already is not made again.
 
     Several shards go to several processes, by default to as many as there are cores; one shard is encoded on all cores.
-    `tell` may raise to stop the work: whole shards stay. Raises UserError for what a shard's reader refuses.
+    `tell` may raise to stop the work: whole shards stay. controls, on_bad_rows: as the shards' reading has them. Raises
+    UserError for what a shard's reader refuses.
     """
     paths = {shard: shard_path(directory, shard, transform, tokenizer.fingerprint) for shard in shards}
     # Of files that are equal in name and content, one.
@@ -56,18 +58,18 @@ def tokenise(
 
     if processes <= 1:
         for shard in todo:
-            write_shard(paths[shard], shard, transform, tokenizer, controls, more)
+            write_shard(paths[shard], shard, transform, tokenizer, controls, more, on_bad_rows)
             done += shard.size
             tell(done, items)
     else:
-        _in_processes(todo, paths, (transform, tokenizer, controls), done, tell, processes, cores)
+        _in_processes(todo, paths, (transform, tokenizer, controls, on_bad_rows), done, tell, processes, cores)
     return [ShardTokens(paths[shard], shard.name) for shard in shards]
 
 
 def _in_processes(
     todo: Sequence[Shard],
     paths: dict[Shard, Path],
-    given: tuple[Transform, Tokenizer, Controls],
+    given: tuple[Transform, Tokenizer, Controls, OnBadRows],
     done: int,
     tell: OnProgress,
     processes: int,
@@ -91,6 +93,11 @@ def _in_processes(
 
 
 def _write_in_process(
-    shard: Shard, paths: dict[Shard, Path], transform: Transform, tokenizer: Tokenizer, controls: Controls
+    shard: Shard,
+    paths: dict[Shard, Path],
+    transform: Transform,
+    tokenizer: Tokenizer,
+    controls: Controls,
+    on_bad_rows: OnBadRows,
 ) -> None:
-    write_shard(paths[shard], shard, transform, tokenizer, controls, count)
+    write_shard(paths[shard], shard, transform, tokenizer, controls, count, on_bad_rows)

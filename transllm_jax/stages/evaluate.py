@@ -160,7 +160,7 @@ def _look(run: Run) -> None:
 
 def _held_out(run: Run) -> HeldOut:
     section = run.config.evaluation
-    documents = run.read_target(section.text)
+    documents = run.read_target(section.text, "evaluation")
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
     english, target = section.instruction_fields
     rows = read_jsonl(section.instructions, required=(english, target), limit=section.max_chats)

@@ -22,8 +22,9 @@ from transllm_jax.model.layout import Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.model.splash import splash_supports
+from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.sources import left_out, planned_rows, validation_rows
+from transllm_jax.stages.sources import fields_not_read, left_out, planned_rows, validation_rows
 from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
 from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
@@ -45,7 +46,8 @@ MAY_CHANGE = ("steps", "epochs", "validation", *HOW)
 class Part:
     """A source of rows in a mixture: its name, its rows, and its share (None: by its size).
 
-    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason.
+    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason, and
+    bad rows. fields_not_read: of its records, and how many have them.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Part:
     weight: float | None
     items: int | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    fields_not_read: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class Part:
         return {
             "items": self.items,
             "left_out": dict(self.left_out),
+            **({"fields_not_read": dict(self.fields_not_read)} if self.fields_not_read else {}),
             "rows": len(self.rows),
             "tokens": self.rows.token_count,
             "padded_fraction": self.rows.padded_fraction,
@@ -158,16 +162,18 @@ def source_parts(run: Run, name: str) -> list[Part]:
     for number, source in enumerate(getattr(section, "sources", [])):
         rows = planned_rows(run, name, source, section.length)
         gone = left_out(rows)
-        part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight, rows.counts["items"], gone)
+        label = f"{number + 1} {Path(source.path).name}"
+        part = Part(label, rows, source.weight, rows.counts["items"], gone, fields_not_read(rows))
         say_left_out(run, name, source.path, rows.counts["items"], gone)
         parts.append(part)
     return parts
 
 
 def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mapping[str, int]) -> None:
-    """Say what of a source is not trained on, and why; nothing where all is."""
-    if left_out:
-        what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    """Say what of a source is not trained on, and why; nothing where all is. Of bad rows it was said already."""
+    said = {reason: count for reason, count in left_out.items() if not reason.startswith(BAD_ROWS)}
+    if said:
+        what = ", ".join(f"{count:,} {reason}" for reason, count in said.items())
         run.progress.say(f"  {stage}: of {items:,} items of {source}: {what}", style="yellow")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transllm_jax.data.examples import conversation_examples
 from transllm_jax.data.packing import pack
-from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.data.sources import read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import (
@@ -74,6 +74,8 @@ def _parts(run: Run, made: Sequence[tuple[str, Callable[[Run], list[Conversation
             if not examples:
                 raise UserError(f"transfer: source {name} gave no example to train on; give it more, or shorter, text")
             counts = {"cut at a turn": report.cut, "longer than a row": report.dropped}
+            if make is _translations:
+                counts |= run.bad_rows.counts("transfer", [run.config.transfer.pairs])
             gone = {reason: count for reason, count in counts.items() if count}
             say_left_out(run, "transfer", name, len(conversations), gone)
             found.append(Part(name, pack(examples, length), weight, len(conversations), gone))
@@ -108,9 +110,7 @@ def _english(run: Run) -> list[Conversation]:
 
 def _translations(run: Run) -> list[Conversation]:
     prompts, markers, language = run.config.prompts, run.markers, run.config.language.name
-    loaded = run.read(run.config.transfer.pairs)
-    check_no_special(loaded, run.tokenizer("vocabulary").find_special)
-    pairs = list(loaded)
+    pairs = list(run.read(run.config.transfer.pairs, "transfer", run.tokenizer("vocabulary").find_special))
     if run.config.transfer.contamination:
         pairs = run.uncontaminated(pairs, "transfer: pairs")
     conversations = []

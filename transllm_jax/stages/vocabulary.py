@@ -197,7 +197,8 @@ def _written(
         text += f" and adapters of {given}"
     if copied := report["initial_rows"].get("copy"):
         text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
-    return {"text": text, "new_tokens": new_tokens, **counts}
+    skipped = run.bad_rows.counts("vocabulary", run.config.vocabulary.sources)
+    return {"text": text, "new_tokens": new_tokens, **counts, **({"left_out": skipped} if skipped else {})}
 
 
 def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
@@ -234,7 +235,7 @@ def _tables(run: Run) -> dict[str, np.ndarray]:
 def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]]:
     """Tokens learned from the corpus; their rows, and fresh adapters."""
     config = run.config
-    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
+    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source, "vocabulary")]
     expansion = _expansion(run, documents)
     trainable = {} if run.lora is None else initial_adapters(run.model_config, run.lora, config.seed)
     ways = _rows(run, expansion, trainable, documents)
@@ -254,7 +255,7 @@ def _expansion(run: Run, documents: list[str]) -> Expansion:
                 expansion.report.update(tokens_per_character_before=before, tokens_per_character_after=after)
             return expansion
         with Phases(run.progress) as tell:
-            return _learn(run, documents, None if english is None else run.read_english(english), tell)
+            return _learn(run, documents, None if english is None else run.read_english(english, "vocabulary"), tell)
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
 
@@ -401,7 +402,7 @@ def _calibrate(
         trainable[path],
         counts,
         text_states(split, tokenizer, documents),
-        text_states(split, tokenizer, run.read_english(english)),
+        text_states(split, tokenizer, run.read_english(english, "vocabulary")),
         _tables(run)[path][token_ids(run.tokenizer("base"))],
     )
     return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}

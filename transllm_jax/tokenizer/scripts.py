@@ -114,6 +114,11 @@ def language_name(language: str) -> str | None:
     return names.get(whole) or names.get(code)
 
 
+def is_language_name(word: str) -> bool:
+    """Whether this is the English name of a language, such as Thai."""
+    return word.strip().casefold() in _names()
+
+
 _TAG = re.compile(r"^(?P<language>[A-Za-z]{2,3})(-(?P<script>[A-Za-z]{4}))?(-(?P<region>[A-Za-z]{2}|\d{3}))?$")
 
 
@@ -144,6 +149,11 @@ def _current(code: str) -> str:
 @cache
 def _english_names() -> dict[str, str]:
     return {str(code): str(name) for code, name in Locale("en").languages.items()}
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(name.casefold() for name in _english_names().values())
 
 
 def _unknown(language: str) -> str:
