@@ -5,7 +5,8 @@ Keeping runs whole is the pre-tokenizer of an expanded byte-level BPE tokenizer.
 The usual patterns cut a Thai word at every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and
 a merge cannot cross a cut. So runs of the script, with a space before, are isolated first; every stretch
 between them is then cut exactly as the base cuts it when it stands alone. Text without the script has no
-runs and keeps its cuts, hence its ids.
+runs and keeps its cuts, hence its ids. A joiner (U+200C, U+200D), which also stands in emoji, is part of a run
+between two of the script's characters alone.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
 
     A `Digits` step stays in front: the script's own digits stay single where the base's digits do.
     """
-    run = f" ?[{script.character_class}]+"
+    run = f" ?{script.stretch()}"
 
     def split(pattern: str) -> dict[str, Any]:
         return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -124,11 +125,11 @@ class RunFinder:
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
         inside, numerals = script.character_class, script.numerals
-        pattern = f" ?[{inside}]+"
+        pattern = f" ?{script.stretch()}"
         for step in _steps(state):
             if step["type"] == "Digits" and numerals:  # digits are cut off first, all of them or one by one
                 many = "" if step["individual_digits"] else "+"
-                pattern = f"[{numerals}]{many}| ?(?:(?![{numerals}])[{inside}])+"
+                pattern = f"[{numerals}]{many}| ?" + script.stretch(f"(?:(?![{numerals}])[{inside}])")
         self._pattern = re.compile(pattern)
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer = backend.normalizer

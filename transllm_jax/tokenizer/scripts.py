@@ -24,6 +24,8 @@ from transllm_jax.errors import UserError
 
 Range = tuple[int, int]
 
+# ZERO WIDTH NON-JOINER and JOINER: of no script, and part of the spelling of words in many (Sinhala, Persian, Bengali).
+JOINERS = "\u200c\u200d"
 _NO_SCRIPT = frozenset({"Zyyy", "Zinh", "Zzzz"})  # common, inherited, unassigned
 _UNASSIGNED = "Zzzz"
 _LATIN = "Latn"
@@ -77,6 +79,14 @@ class Script:
     def character_class(self) -> str:
         """The inside of a regular expression's `[...]` that matches the script's characters."""
         return "".join(f"{chr(first)}-{chr(last)}" for first, last in self.blocks)
+
+    def stretch(self, characters: str | None = None) -> str:
+        """A regular expression of the script's characters in a row, with single joiners between two of them.
+
+        characters: another expression of one of them.
+        """
+        one = characters or f"[{self.character_class}]"
+        return f"{one}+(?:[{JOINERS}]{one}+)*"
 
     @property
     def numerals(self) -> str:
