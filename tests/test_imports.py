@@ -138,7 +138,7 @@ def test_conversion_imports_model_tokenizer_and_errors_only() -> None:
 
 
 def test_a_stage_never_imports_another_stage() -> None:
-    shared = tuple(f"transllm_jax.stages.{name}" for name in ("run", "sources", "trained", "training"))
+    shared = tuple(f"transllm_jax.stages.{name}" for name in ("generated", "run", "sources", "trained", "training"))
     stages = [module for module in MODULES if within(module, ["transllm_jax.stages"])]
     wrong = [
         f"{module} imports {name}"

@@ -201,6 +201,18 @@ def test_a_row_that_does_not_belong_there_is_named_and_nothing_is_lost(
         run_recover()
 
 
+def test_an_answer_too_long_to_be_translated_is_left_out(config: Path, translated: Path, tmp_path: Path) -> None:
+    # What an answer's tokens say may need more tokens when it is read.
+    run = Run(load_config(config), translated, Progress(quiet=True), Interrupt())
+    texts: dict[recover.Kind, list[str]] = {
+        "instructions": ["Say hello.", "Say more."],
+        "answers": ["Hello.", "hello there " * 300],
+    }
+    found, by = recover._translate(run, tmp_path / TRANSLATIONS, texts)
+    assert found["answers"][1] is None and by["answers"][1] == "none"
+    assert by["instructions"] == ["model", "model"] and by["answers"][0] == "model"
+
+
 # An evaluation
 
 

@@ -133,7 +133,8 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
 
-    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
+    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form). What
+    # has a system prompt, earlier turns, or an input under another name is refused.
     instructions: str
     limit: Positive | None = None
     # Leave out instructions that hold at least half of some text of the evaluation sets.
