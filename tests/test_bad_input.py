@@ -25,7 +25,9 @@ from conversion.hf import read_config, write_model
 from conversion.names import weight_shapes
 from transllm_jax import artifacts, cli
 from transllm_jax.config import load_config
+from transllm_jax.data.files import Place
 from transllm_jax.errors import UserError
+from transllm_jax.generation.translate import translation_prompt
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import recover
@@ -313,6 +315,20 @@ RECORDS, QUESTIONS = "recover.instructions=FILE", "evaluation.instructions=FILE"
             ("a.jsonl:1: field 'input'", "3"),
         ),
         (RECORDS, "a.jsonl", b'{"instruction": "say <EN>"}\n', ("a.jsonl:1", "<EN>", "remove it")),
+        # What would change the answer, and has no place in a chain.
+        (
+            RECORDS,
+            "a.jsonl",
+            b'{"instruction": "a", "system": ""}\n{"instruction": "a", "system": "Speak like a pirate."}\n',
+            ("a.jsonl:2: field 'system' is not read", "Speak like a pirate", "put its text into 'instruction'"),
+        ),
+        (
+            RECORDS,
+            "a.jsonl",
+            b'{"instruction": "a", "history": []}\n{"instruction": "b", "history": [["a", "b"]]}\n',
+            ("a.jsonl:2: field 'history' is not read",),
+        ),
+        (RECORDS, "a.jsonl", b'{"instruction": "a", "context": "b"}\n', ("field 'context' is not read", "'input'")),
         (
             "recover.translate_instructions={file: FILE, missing: error}",
             "a.jsonl",
@@ -546,6 +562,50 @@ def test_an_instruction_longer_than_the_models_context(refused: Refused, begun: 
     overrides = (f"recover.instructions={path}", "recover.translate_instructions={}")
     message = refused("run", begun / "config.yaml", "--workdir", begun, *overrides)
     holds(message, "long.jsonl:2: a prompt of", "recover.max_new_tokens 6", "shorten the text")
+
+
+def test_a_question_that_leaves_no_room_for_a_chain(refused: Refused, config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"instruction": "Hi.", "translation": "hello there " * 20}) + "\n", encoding="utf-8")
+    message = refused("run", config, f"evaluation.instructions={path}", "evaluation.max_chain_tokens=500")
+    holds(message, "questions.jsonl:1: a prompt of", "evaluation.max_chain_tokens 500", "context of 512")
+    # It would have done for a plain answer.
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_a_text_that_leaves_no_room_for_its_translation(expanded: Path) -> None:
+    run = Run(load_config(expanded / "config.yaml"), expanded, Progress(quiet=True), Interrupt())
+    text, place = "Read this, " * 20, Place("a.jsonl", 7)
+    needed = len(translation_prompt(run.tokenizer("vocabulary"), run.markers, text, "to_target"))
+    room = run.model_config.context - needed
+    run.check_room([(text, place)], "recover.max_new_tokens", room, chat=False)
+    with pytest.raises(UserError, match=rf"a.jsonl:7: a prompt of {needed} tokens and recover.max_new_tokens"):
+        run.check_room([(text, place)], "recover.max_new_tokens", room + 1, chat=False)
+
+
+def test_a_chain_needs_more_than_the_template(refused: Refused, begun: Path) -> None:
+    message = refused("run", begun / "config.yaml", "--workdir", begun, "transfer.length=16")
+    holds(message, "transfer.length is 16", "the shortest chain has", "raise transfer.length")
+
+
+def test_instructions_and_pairs_that_are_all_held_out(refused: Refused, begun: Path, tmp_path: Path) -> None:
+    held = [json.loads(line) for line in (EXAMPLES / "instructions.heldout.jsonl").open(encoding="utf-8")]
+    records, pairs = tmp_path / "all.jsonl", tmp_path / "all.tsv"
+    records.write_text(json.dumps({"instruction": held[0]["instruction"] + " "}) + "\n", encoding="utf-8")
+    pairs.write_text(f"{held[0]['instruction']}\t{held[0]['translation']}\n", encoding="utf-8")
+    command = ("run", begun / "config.yaml", "--workdir", begun)
+    message = refused(*command, f"recover.instructions={records}", "recover.translate_instructions={}")
+    holds(message, "all.jsonl: all of it holds evaluation texts", "recover.contamination")
+    message = refused(*command, f"transfer.pairs={{path: {pairs}, format: pairs}}")
+    holds(message, "all.tsv: all of it holds evaluation texts", "transfer.contamination")
+
+
+def test_a_file_of_translations_of_other_instructions(refused: Refused, begun: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"source": "Something else.", "target": "x"}\n', encoding="utf-8")
+    drop = f"recover.translate_instructions={{file: {other}, missing: drop}}"
+    message = refused("run", begun / "config.yaml", "--workdir", begun, drop)
+    holds(message, "other.jsonl: it has no translation of any of the instructions", "missing to model")
 
 
 # A run's directory

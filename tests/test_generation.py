@@ -138,6 +138,30 @@ def test_nothing_is_computed_past_the_last_stop_token(engine: Engine, unstopped:
         assert answers == [unstopped[0][:end]] * BATCH and sum(told) == BATCH * (end + 1)
 
 
+def test_an_end_in_the_last_place_is_an_end(engine: Engine, unstopped: list[list[int]]) -> None:
+    """An answer is shorter than max_new_tokens exactly where the model ended it: stage `recover` goes by that."""
+    answer = unstopped[0]
+    end = next(at for at in range(1, ROOM) if answer[at] not in answer[:at])
+    for room, length in ((end + 1, end), (end, end), (end + 2, end)):
+        stop = [answer[end], *NEVER]
+        (found,) = engine.generate([PROMPTS[0]], max_new_tokens=room, stop=stop)
+        assert found == answer[:length] and (len(found) < room) == (room > end)
+
+
+def test_work_ends_between_two_batches(engine: Engine) -> None:
+    told: list[int] = []
+
+    def between() -> None:
+        if len(told) == 2:
+            raise KeyboardInterrupt
+        told.append(1)
+
+    assert len(engine.generate(PROMPTS[:BATCH], max_new_tokens=1, stop=NEVER, between=between)) == BATCH
+    assert not told
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS * 2, max_new_tokens=1, stop=NEVER, between=between)
+
+
 def test_the_number_of_new_tokens_is_kept(engine: Engine, unstopped: list[list[int]]) -> None:
     answers = engine.generate(PROMPTS[3:], max_new_tokens=1, stop=NEVER)
     assert answers == [answer[:1] for answer in unstopped[3:]]

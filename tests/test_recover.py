@@ -14,12 +14,15 @@ from conftest import tiny_run
 
 from transllm_jax import pipeline
 from transllm_jax.config import load_config
+from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.site import Site
 from transllm_jax.stages import evaluate, recover
 from transllm_jax.stages.run import Run
+from transllm_jax.storage import Workdir
 
 ANSWERS, TRANSLATIONS, CHAINS = "answers.jsonl", "translations.jsonl", "chains.jsonl"
 FILES = (ANSWERS, TRANSLATIONS, CHAINS)
@@ -199,6 +202,44 @@ def test_a_row_that_does_not_belong_there_is_named_and_nothing_is_lost(
     (directory / name).write_bytes(b"".join([*lines, lines[0]]))
     with pytest.raises(UserError, match=rf"{name}:{len(lines) + 1} is not the row"):
         run_recover()
+
+
+def test_of_several_processes_one_writes_and_all_stop(config: Path, translated: Path, tmp_path: Path) -> None:
+    class Other(Peers):
+        """A process that is not the primary; another one is asked to stop when it has asked `stop_at` times."""
+
+        def __init__(self, stop_at: int) -> None:
+            super().__init__()
+            self.number, self.left = 1, stop_at
+
+        def any(self, flag: bool) -> bool:
+            assert not flag
+            self.left -= 1
+            return self.left == 0
+
+    run = Run(load_config(config), Site(Workdir(translated), Other(2)), Progress(quiet=True), Interrupt())
+    with pytest.raises(Preempted, match=rf"8 of {LIMIT} answers"):
+        recover.run_stage(run, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Preempted, match="evaluation/translate: 0 of 5 parts"):
+        evaluate.run_evaluation(
+            Run(load_config(config), Site(Workdir(translated), Other(1)), Progress(quiet=True), Interrupt()),
+            tmp_path / "translate",
+            "translate",
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_too_long_to_be_translated_is_left_out(config: Path, translated: Path, tmp_path: Path) -> None:
+    # What an answer's tokens say may need more tokens when it is read.
+    run = Run(load_config(config), translated, Progress(quiet=True), Interrupt())
+    texts: dict[recover.Kind, list[str]] = {
+        "instructions": ["Say hello.", "Say more."],
+        "answers": ["Hello.", "hello there " * 300],
+    }
+    found, by = recover._translate(run, tmp_path / TRANSLATIONS, texts)
+    assert found["answers"][1] is None and by["answers"][1] == "none"
+    assert by["instructions"] == ["model", "model"] and by["answers"][0] == "model"
 
 
 # An evaluation

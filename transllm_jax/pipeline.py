@@ -236,8 +236,8 @@ def _looked_up(
     for step in STEPS:
         given = settled[step.name] = {**inputs[step.name], **_before(step, settled)}
         place = artifact(run.workdir, step.name)
-        manifest = place.manifest()
-        if step.stays and step.name not in gone and manifest is not None and manifest["state"] == "done":
+        manifest = place.manifest() if step.stays and step.name not in gone else None
+        if manifest is not None and manifest["state"] == "done":
             for key, (old, new) in place.changes(given).items():
                 if key in step.stays:
                     given[key] = old

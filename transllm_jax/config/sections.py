@@ -142,7 +142,8 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
 
-    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
+    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form). What
+    # has a system prompt, earlier turns, or an input under another name is refused.
     instructions: Location
     # Read only so many from the start.
     max_instructions: Positive | None = None

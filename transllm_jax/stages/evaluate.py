@@ -87,12 +87,14 @@ def check(run: Run) -> None:
         for pair, place in zip(pairs, pairs.places, strict=True)
         for prompt, text in zip((prompts.to_target[0], prompts.to_english[0]), pair, strict=True)
     ]
-    asked += [
-        (row[field], place)
-        for row, place in zip(rows, rows.places, strict=True)
-        for field in section.instruction_fields
-    ]
-    run.check_room(asked, "evaluation.max_new_tokens", section.max_new_tokens)
+    english, target = section.instruction_fields
+    asked += [(row[english], place) for row, place in zip(rows, rows.places, strict=True)]
+    in_target = [(row[target], place) for row, place in zip(rows, rows.places, strict=True)]
+    sides = [(text, place) for pair, place in zip(pairs, pairs.places, strict=True) for text in pair]
+    run.check_room([*asked, *in_target], "evaluation.max_new_tokens", section.max_new_tokens)
+    # After stage `translate` as a pair is written, after stage `transfer` with the room of a chain.
+    run.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
+    run.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:

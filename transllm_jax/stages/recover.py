@@ -26,6 +26,18 @@ from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 
+# Fields of other people's instructions that would change the answer, and have no place here.
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
+_INPUT = ("context", "inputs")
+_OTHER = ("tools", "functions", "image", "images")
+_UNREAD = {
+    **dict.fromkeys(_SYSTEM, "put its text into 'instruction', or remove it"),
+    **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
+    **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
+    **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
+}
+
 # What is translated.
 Kind = Literal["instructions", "answers"]
 
@@ -56,8 +68,19 @@ def check(run: Run) -> None:
     for config in (section.translate_instructions, section.translate_answers):
         if config.file is not None:
             check_no_special(read_jsonl(config.file, required=config.fields), run.find_special)
-    _from_file(texts, section.translate_instructions, "instructions")
+    found = _from_file(texts, section.translate_instructions, "instructions")
     _from_file([], section.translate_answers, "answers")
+    if section.translate_instructions.missing == "model":
+        given = zip(texts, places, found, strict=True)
+        asked = [(text, place) for text, place, translation in given if translation is None]
+        run.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
+    elif not any(found):
+        raise UserError(
+            f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
+            f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
+        )
+    if section.contamination:
+        run.check_clean(texts, section.instructions, "recover.contamination")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
@@ -124,6 +147,9 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     check_no_special(loaded, run.find_special)
     texts = []
     for row, place in zip(loaded, loaded.places, strict=True):
+        for name in _UNREAD.keys() & row.keys():
+            if row[name] not in (None, "", [], {}):
+                raise UserError(f"{place}: field {name!r} is not read ({str(row[name])[:40]!r}): {_UNREAD[name]}")
         more = row.get("input") or ""
         if not isinstance(more, str):
             raise UserError(f"{place}: field 'input' must be a string, not {str(more)[:40]}; write it as one")

@@ -311,14 +311,19 @@ class Run:
         if length > context:
             raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
 
-    def check_room(self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int) -> None:
+    def check_room(
+        self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int, *, chat: bool = True
+    ) -> None:
         """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
 
-        Raises UserError that names its place and the config's key.
+        chat: it is asked in a conversation, not as a text to translate between two markers. The base's tokenizer
+        counts: the expanded one needs no more. Raises UserError that names its place and the config's key.
         """
         tokenizer, context = self.tokenizer("base"), self.model_config.context
 
         def length(text: str) -> int:
+            if not chat:
+                return len(tokenizer.bos_ids) + len(tokenizer.encode(text.strip())) + 2
             return len(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
 
         frame = length("a")
@@ -374,6 +379,11 @@ class Run:
                 (f"evaluation.others.{number}", text) for item in self.read(source, here) for text in texts_of(item)
             ]
         return EvaluationTexts(texts)
+
+    def check_clean(self, items: Iterable[Item], what: str, key: str) -> None:
+        """Refuse items that all hold an evaluation text. Raises UserError that names the config's key."""
+        if all(self.evaluation_texts.found_in(text_of(item)) is not None for item in items):
+            raise UserError(f"{what}: all of it holds evaluation texts; give other text, or set {key} to false")
 
     def uncontaminated(self, items: list[T], what: str) -> list[T]:
         """The items that hold no evaluation text; says how many were left out."""

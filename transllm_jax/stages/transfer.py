@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.examples import conversation_examples
+from transllm_jax.data.files import Collector
 from transllm_jax.data.packing import pack
 from transllm_jax.data.sources import read_jsonl
 from transllm_jax.errors import UserError
@@ -25,13 +26,14 @@ from transllm_jax.stages.training import (
     training_inputs,
 )
 from transllm_jax.tokenizer.chain import build_chain, build_english_answer, build_translation
-from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.chat import Message, encode_prompt
 
 Conversation = list[Message]
 
 
 # The point that the stage goes on from.
 START = "translate"
+_CLEAN = "transfer.contamination"
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -48,8 +50,18 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
+    section = run.config.transfer
     check_training(run, "transfer")
-    run.check(run.config.transfer.pairs)
+    run.check(section.pairs)
+    if section.translations and section.contamination:
+        run.check_clean((item for item, _ in run.items(section.pairs, Collector("remove"))), section.pairs.path, _CLEAN)
+    # A chain of three texts of a token each, with its markers and its end.
+    least = len(encode_prompt(run.tokenizer("base"), [{"role": "user", "content": "a"}])) + 7
+    if section.length < least:
+        raise UserError(
+            f"transfer.length is {section.length}: with the chat template the shortest chain has {least} tokens; "
+            "raise transfer.length"
+        )
 
 
 def parts(run: Run) -> list[Part]:
