@@ -178,7 +178,8 @@ def _from_hub(repository: str, revision: str | None, say: Callable[[str], None])
             repository,
             revision=revision,
             allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["*/*"],  # other formats and the original release lie in folders
+            # Other formats and the original release lie in folders; the latter has also been one file of all weights.
+            ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

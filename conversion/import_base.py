@@ -22,7 +22,7 @@ from conversion.hf import HFModel, parse_config, require_all_finite, write_confi
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
 from conversion.opened import Opened, size_of
-from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, SINGLE, weight_files, widest, write_tensors
+from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
 from conversion.store import write_store
 from conversion.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
 from transllm_jax.errors import UserError
@@ -160,6 +160,8 @@ class _Narrowed:
 def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> dict[str, Any]:
     src = fetched.path
     model = open_directory(src)
+    for note in model.notes if isinstance(model, HFModel) else ():
+        options.say(note)
     if options.layout == "store" and not has_tokenizer(src):
         options.say(f"{src} has no tokenizer; the weights alone are converted")
     else:
@@ -188,7 +190,7 @@ def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Opti
     require_all_finite(model, options.begin(size_of(model)))
     for file in files:
         _take(file, directory / file.name, link=fetched.kind == "hub")
-    if files[0].name != SINGLE:
+    if is_indexed(fetched.path, files):
         shutil.copyfile(fetched.path / INDEX, directory / INDEX)
     if options.sha256 is not None:
         require_sha256(fetched.path, [directory / file.name for file in files], options.sha256)
