@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.beside import completed
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _IN_TOKENIZER_JSON = {
@@ -65,6 +66,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
+        config = completed(directory, config, backend, ROLES)
         return cls(backend, config, _read_template(directory, config), str(directory))
 
     def save(self, directory: str | Path) -> None:
