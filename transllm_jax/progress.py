@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from types import TracebackType
 
@@ -66,11 +69,26 @@ class Bar:
         self.close()
 
 
+class _Voice(Console):
+    """A console whose reader may go away (`| head`, a `tee` that was killed): what it tells of goes on unheard.
+
+    By itself rich ends the process there, with exit code 1 and without a word or a checkpoint.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Tell the rest to nobody, and say so where errors go."""
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, sys.stdout.fileno())
+        os.close(nobody)
+        with contextlib.suppress(OSError):
+            os.write(2, b"nobody reads this output any more; the work goes on without it\n")
+
+
 class Progress:
     """The run's one voice: messages and bars on the console."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=False, quiet=quiet, highlight=False)
+        self.console = console or _Voice(stderr=False, quiet=quiet, highlight=False)
         self.live: RichProgress | None = None
         self.stopped = False
         if self.console.is_terminal and not quiet:
