@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import re
 import unicodedata
 import zlib
@@ -159,7 +160,8 @@ def map_texts(item: Any, function: Callable[[str], str]) -> Any:
 
 
 def resolve(path: str | Path) -> list[Path]:
-    """The files that a path or glob means, sorted by name. UserError for none and for a directory."""
+    """The files that a path or glob means, which may begin with ~, by name. UserError for none and for a directory."""
+    path = os.path.expanduser(path)
     exact = Path(path)
     if exact.is_file():
         return [exact]

@@ -102,13 +102,14 @@ class Workdir:
 def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
     """A run's directory from what `--workdir` says: a path, or gs://bucket/path.
 
+    A path may begin with ~: a shell expands it as a word of its own, but not in a config nor in --workdir=~/runs.
     The mirror of gs:// lies in `mirror`, `$TRANSLLM_MIRROR`, or in the user's cache directory under a hash of the url.
     Raises UserError for another scheme, a bucket that does not exist, no permission, or no gcsfs.
     """
     if re.match(r"gs:/[^/]", given):
         raise UserError(f"--workdir {given}: a bucket is written gs://BUCKET/PATH, with two slashes")
     if "://" not in given:
-        return Workdir(Path(given))
+        return Workdir(Path(given).expanduser())
     scheme, _, rest = given.partition("://")
     if scheme != "gs":
         # Orbax takes every other url for a relative path.
