@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,25 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     holds(done.stderr, "model.safetensors is truncated", "fetch it again")
+
+
+def test_a_device_that_is_not_there(config: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "transllm_jax.cli", "run", str(config)],
+        env={**os.environ, "JAX_PLATFORMS": "abacus"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    holds(done.stderr, "jax finds no device", "abacus", "correct JAX_PLATFORMS")
+    assert "Traceback" not in done.stderr
+
+
+def test_letters_that_the_terminal_lacks() -> None:
+    program = "from transllm_jax import cli; cli.app = lambda: print('ภาษาไทย: done'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"???????: done\n"
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:

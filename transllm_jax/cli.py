@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import sys
@@ -118,6 +119,7 @@ def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Seq
     )
     _prepare_jax()
     peers.start_jax()
+    _require_devices()
     if peers.count > 1:
         import jax
 
@@ -195,6 +197,7 @@ def chat(
 ) -> None:
     """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
     _prepare_jax()
+    _require_devices()
     from transllm_jax.chat import open_session, show
     from transllm_jax.generation.sampling import Sampling
 
@@ -237,8 +240,26 @@ def _prepare_jax() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+def _require_devices() -> None:
+    """Whether jax has a device. Raises UserError: there is none of the kind asked for, or another process holds it."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "there is none of that kind").splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"jax finds no device: {reason} (JAX_PLATFORMS={asked}); correct JAX_PLATFORMS, install the jax of this "
+            "hardware, or end the process that holds the device"
+        ) from error
+
+
 def main() -> None:
     """The entry point `transllm`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where the terminal's encoding lacks a letter: better "?" than an error in the midst of what works.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except UserError as error:
