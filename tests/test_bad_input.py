@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import EXAMPLES, random_weights, tiny_run, write_tiny_model
@@ -25,13 +27,15 @@ from conversion.hf import read_config, write_model
 from conversion.names import weight_shapes
 from transllm_jax import artifacts, cli
 from transllm_jax.config import load_config
-from transllm_jax.data.files import Place
+from transllm_jax.data.files import Place, resolve
 from transllm_jax.errors import UserError
 from transllm_jax.generation.translate import translation_prompt
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import recover
 from transllm_jax.stages.run import Run
+from transllm_jax.storage import open_workdir
+from transllm_jax.training.arrays import save_arrays
 from transllm_jax.training.metrics import read_rows
 
 THAI = "วันนี้ฝนตกที่บ้านของเรา"
@@ -161,6 +165,25 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     holds(done.stderr, "model.safetensors is truncated", "fetch it again")
+
+
+def test_a_device_that_is_not_there(config: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "transllm_jax.cli", "run", str(config)],
+        env={**os.environ, "JAX_PLATFORMS": "abacus"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    holds(done.stderr, "jax finds no device", "abacus", "correct JAX_PLATFORMS")
+    assert "Traceback" not in done.stderr
+
+
+def test_letters_that_the_terminal_lacks() -> None:
+    program = "from transllm_jax import cli; cli.app = lambda: print('ภาษาไทย: done'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"???????: done\n"
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
@@ -620,6 +643,32 @@ def test_a_work_directory_that_cannot_be_one(refused: Refused, config: Path, tmp
         refused("run", config, "--workdir", tmp_path / ("x" * 300)), "cannot be written to", "choose another --workdir"
     )
     assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a\\b"])
+def test_a_name_under_which_checkpoints_would_not_be_found_again(
+    refused: Refused, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    place = tmp_path / name
+    holds(refused("run", config, "--workdir", place), f"{place} has a", "in it", "choose another name")
+    assert not place.exists()
+    place.mkdir()
+    monkeypatch.chdir(place)
+    holds(refused("run", config, "--workdir", "run"), f"{place}/run has a")
+    with pytest.raises(UserError, match="could not be read again"):
+        save_arrays(place / "trainable", {"a": np.ones(1)})
+    assert not any(place.iterdir())
+
+
+def test_home_is_where_a_path_says_it_is(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert open_workdir("~/runs/a").local == tmp_path / "home" / "runs" / "a"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "a.txt").write_text("text", encoding="utf-8")
+    assert resolve("~/a.txt") == resolve("~/*.txt") == [tmp_path / "home" / "a.txt"]
+    cached = Run(load_config(config, ["token_cache=~/tokens"]), tmp_path / "run", Progress(quiet=True), Interrupt())
+    assert cached.token_cache == tmp_path / "home" / "tokens"
 
 
 def test_two_runs_on_one_work_directory(refused: Refused, begun: Path) -> None:

@@ -74,6 +74,17 @@ def test_whole_numbers_stay_whole() -> None:
     assert config.vocabulary.size == 100 and config.title == "2024"
 
 
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("0", 0), ("1_000", 1000), ("0x10", 16)])
+def test_whole_numbers_are_those_that_stand_there(text: str, value: int) -> None:
+    assert load_config(DEMO, [f"seed={text}"]).seed == value
+
+
+@pytest.mark.parametrize("text", ["1:30", "0b11", "0o10"])
+def test_what_only_older_yaml_takes_for_a_number(text: str) -> None:
+    with pytest.raises(UserError, match=r"pretrain\.steps"):
+        load_config(DEMO, [f"pretrain.steps={text}"])
+
+
 def test_overrides() -> None:
     config = load_config(
         DEMO,

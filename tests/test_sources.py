@@ -133,6 +133,16 @@ def test_zst_frames_that_hold_no_data_or_very_much(tmp_path: Path) -> None:
     assert [len(line) for line, _ in read_lines(path, Collector("refuse"))] == [5_000_000, 1]
 
 
+def test_no_stream_of_an_xz_file_is_left_out(tmp_path: Path) -> None:
+    first, second = lzma.compress(b"one\n\n"), lzma.compress(b"two\n")
+    # The format allows zeros between streams and behind the last.
+    path = write(tmp_path / "a.txt.xz", first + b"\0" * 8 + second + b"\0" * 4)
+    assert read_documents(path) == ["one", "two"]
+    for damaged in (first + b"\1" + second[1:], first + b"no stream", first + second[:20]):
+        with pytest.raises(UserError, match=r"a\.txt\.xz:\d+ cannot be decompressed .*damaged"):
+            read_documents(write(path, damaged))
+
+
 def test_texts_are_checked_made_nfc_and_counted(tmp_path: Path) -> None:
     decomposed = unicodedata.normalize("NFD", "café")
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"{decomposed}\r\nb"}, {"text": "ก", "unused": "\x00"}])

@@ -336,6 +336,15 @@ def test_moments_are_those_of_optax_or_stay() -> None:
         assert list(tree_bytes(state).values()) == list(tree_bytes(wanted_state).values())
 
 
+def test_weight_decay_leaves_scales_and_biases_alone() -> None:
+    paths = ["final_norm.scale", "blocks.attention.q.bias", "blocks.attention.q.kernel", "blocks.attention.q.a"]
+    arrays = {path: jnp.ones((2, 3)) for path in [*paths, "vocabulary.new"]}
+    optimizer = make_optimizer(replace(RATES, weight_decay=0.5, new_rows_multiplier=1.0))
+    update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, arrays), optimizer.init(arrays), arrays)
+    decayed = {path for path, change in update.items() if np.any(change)}
+    assert decayed == {"blocks.attention.q.kernel", "blocks.attention.q.a", "vocabulary.new"}
+
+
 def test_to_be_able_to_skip_copies_nothing() -> None:
     split = abstract(replace(tiny_config(VOCAB), num_hidden_layers=1), LORA, 5000)
     optimizer = make_optimizer(RATES)

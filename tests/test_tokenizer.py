@@ -139,6 +139,45 @@ def test_where_the_chat_template_is_found(directory: Path, tmp_path: Path) -> No
     assert Tokenizer.load(where).chat_template == "jinja"
 
 
+USER = {"content": "<|user|>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2": {"content": "<|im_end|>"}, "400": USER}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_start|>", "<|user|>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"user_token": "<|user|>"}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|user|>"]}),
+        ("added_tokens.json", {"<|user|>": 400}),
+    ],
+)
+def test_a_token_that_only_another_file_names_is_not_cut_as_text(
+    directory: Path, tmp_path: Path, file: str, content: dict[str, object]
+) -> None:
+    where = _edited(directory, tmp_path / "a", "tokenizer_config.json", **content if "config" in file else {})
+    if "config" not in file:
+        (where / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{file} names the token '<\|user\|>', which tokenizer.json lacks"):
+        Tokenizer.load(where)
+    transformers = pytest.importorskip("transformers")
+    # As the message has it mended.
+    transformers.AutoTokenizer.from_pretrained(where).save_pretrained(tmp_path / "b")
+    mended = Tokenizer.load(tmp_path / "b")
+    assert mended.encode("a<|user|>") == [*mended.encode("a"), 400]
+
+
+def test_a_role_that_only_the_special_tokens_map_gives(directory: Path, tmp_path: Path) -> None:
+    where = _edited(directory, tmp_path / "a", "tokenizer_config.json", bos_token=None, eos_token=None)
+    roles = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (where / "special_tokens_map.json").write_text(json.dumps(roles))
+    tokenizer = Tokenizer.load(where)
+    assert (tokenizer.role("bos_token"), tokenizer.eos_id) == ("<|im_start|>", 2)
+    assert tokenizer.pad_id == 2  # the config's own word stands
+    tokenizer.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").fingerprint == tokenizer.fingerprint
+
+
 def test_a_role_may_be_an_object(directory: Path, tmp_path: Path) -> None:
     role = {"content": "<|endoftext|>", "lstrip": False}
     where = _edited(directory, tmp_path / "x", "tokenizer_config.json", eos_token=role, pad_token=None)

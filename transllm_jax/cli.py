@@ -120,6 +120,7 @@ def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Seq
     )
     _prepare_jax()
     peers.start_jax()
+    _require_devices()
     if peers.count > 1:
         import jax
 
@@ -199,6 +200,7 @@ def chat(
 ) -> None:
     """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
     _prepare_jax()
+    _require_devices()
     from transllm_jax.chat import open_session, show
     from transllm_jax.generation.sampling import Sampling
     from transllm_jax.progress import plain_console
@@ -243,6 +245,21 @@ def _prepare_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     # Orbax logs the trace of every error before it raises it; what is wrong is said once, in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _require_devices() -> None:
+    """Whether jax has a device. Raises UserError: there is none of the kind asked for, or another process holds it."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "there is none of that kind").splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"jax finds no device: {reason} (JAX_PLATFORMS={asked}); correct JAX_PLATFORMS, install the jax of this "
+            "hardware, or end the process that holds the device"
+        ) from error
 
 
 def main() -> None:

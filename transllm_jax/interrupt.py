@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM, taken between two steps: what was begun is finished and saved, then the run stops."""
+"""SIGINT, SIGTERM and SIGHUP, taken between two steps: what was begun is finished and saved, then the run stops."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
@@ -13,16 +14,23 @@ from transllm_jax.errors import Preempted
 class Interrupt:
     """A context that turns the first signal into a request, and a second SIGINT into KeyboardInterrupt.
 
-    A second SIGTERM means nothing new: a cluster sends it to the job, and then to each of its processes.
+    A second SIGTERM means nothing new: a cluster sends it to the job, and then to each of its processes. SIGHUP comes
+    when the terminal is closed or its connection breaks; under `nohup`, where it is ignored, it stays so.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._by_hand = False
         self._previous: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # A terminal that is gone cannot be asked any more whether it was one.
+        self._terminals = [output for output in (1, 2) if os.isatty(output)]
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        for number in wanted:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -35,12 +43,23 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._by_hand:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         told, self.requested = self.requested, True
         self._by_hand = self._by_hand or number == signal.SIGINT
         if not told:
             # Not print: the handler may run within another print.
             more = b"once more" if self._by_hand else b"Ctrl-C twice"
-            os.write(2, b"\nstopping after the piece of work at hand, which is saved; " + more + b" to stop at once\n")
+            line = b"\nstopping after the piece of work at hand, which is saved; " + more + b" to stop at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, line)
+
+    def _leave_terminals(self) -> None:
+        """To write to a terminal that is gone is an error, which would end the work that is to be finished."""
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        for output in self._terminals:
+            os.dup2(nobody, output)
+        os.close(nobody)
 
     def check(self, where: str) -> None:
         """Raise Preempted if a stop was asked for; called where everything so far is on disk."""

@@ -27,6 +27,7 @@ from transllm_jax.site import Site
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.run import HASHES, Run
 from transllm_jax.stages.training import HOW, MAY_CHANGE
+from transllm_jax.training.arrays import check_place
 from transllm_jax.training.ledger import LEDGER
 
 Inputs = Callable[[Run], dict[str, Any]]
@@ -174,6 +175,8 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
     Gives the run, each step's inputs, and the states of the steps that stay.
     """
     site = run.site
+    for place in (run.workdir, site.place.name):
+        check_place(place)
 
     def tell(message: str) -> None:
         run.progress.say(message)

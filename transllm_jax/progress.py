@@ -5,6 +5,9 @@ All that is printed goes through the console made here, which takes every string
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -24,7 +27,22 @@ def plain_console(**options: Any) -> Console:
     Paths, titles and a model's words hold such things. A style is given beside the text: `print(text, style="bold")`,
     or `Text(text, "bold")`. options: of rich's Console.
     """
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    return _Voice(markup=False, emoji=False, highlight=False, **options)
+
+
+class _Voice(Console):
+    """A console whose reader may go away (`| head`, a `tee` that was killed): what it tells of goes on unheard.
+
+    By itself rich ends the process there, with exit code 1 and without a word or a checkpoint.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Tell the rest to nobody, and say so where errors go."""
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, sys.stdout.fileno())
+        os.close(nobody)
+        with contextlib.suppress(OSError):
+            os.write(2, b"nobody reads this output any more; the work goes on without it\n")
 
 
 class Bar:

@@ -17,7 +17,10 @@ from transllm_jax.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (PyYAML reads `1e-3` as text), and an error for a key that stands twice."""
+    """YAML 1.2 numbers, and an error for a key that stands twice.
+
+    PyYAML reads those of YAML 1.1: `1e-3` as text, `010` as 8 and `1:30` as 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -28,9 +31,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("int", "float")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$|^0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN)$"),

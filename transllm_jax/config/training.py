@@ -47,6 +47,7 @@ class Training(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     decay_ratio: Share = 0.1
     final_fraction: Share = 0.1
+    # AdamW's, of all that trains but the scales of norms and biases.
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     # Times the square of the log of the softmax's sum, added to the loss (PaLM, arXiv 2204.02311).

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import unicodedata
 import zlib
@@ -32,7 +33,7 @@ _LONGEST_LINE = 64 << 20  # bytes: a file without line ends must not fill the me
 _NOTED = 100_000  # bad rows of a shard that are kept to be written, and how much of each
 _NOTED_CHARACTERS = 2000
 _TOLD_LINES = 2000  # lines between two tellings of how far a file is read
-_ZST_BLOCK = 1 << 12  # bytes that are decompressed at a time
+_BLOCK = 1 << 12  # bytes that are decompressed at a time
 _ZST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes, as large corpora are
 COMPRESSED = (".gz", ".xz", ".zst")
 
@@ -218,7 +219,8 @@ def map_texts(item: Any, function: Callable[[str], str]) -> Any:
 
 
 def resolve(path: str | Path) -> list[Path]:
-    """The files that a path or glob means, sorted by name. UserError for none and for a directory."""
+    """The files that a path or glob means, which may begin with ~, by name. UserError for none and for a directory."""
+    path = os.path.expanduser(path)
     exact = Path(path)
     if exact.is_file():
         return [exact]
@@ -230,28 +232,36 @@ def resolve(path: str | Path) -> list[Path]:
     return found
 
 
-class _ZstReader(io.RawIOBase):
-    """The content of a .zst file of any number of frames. A frame that is cut off is an EOFError."""
+class _Frames(io.RawIOBase):
+    """The content of a compressed file of any number of frames, one behind the other. One cut off is an EOFError.
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+    begin: what decompresses the next frame. padding: the byte that may stand between two frames. Python's own reader of
+    .xz takes whatever does not begin as a frame for the end of the file: behind padding, which xz allows, or a damaged
+    byte the rest would be missing, and nobody told.
+    """
+
+    def __init__(self, stream: IO[bytes], begin: Callable[[], Any], padding: bytes = b"") -> None:
+        self._stream, self._begin, self._padding = stream, begin, padding
         self._rest = memoryview(b"")  # decompressed, and not read yet
         self._next = b""  # compressed, behind the end of a frame
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._frame: Any = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
-            data = self._next or self._stream.read(_ZST_BLOCK)
+            data, self._next = self._next or self._stream.read(_BLOCK), b""
             if not data and self._frame is None:
                 return 0
             if not data:
                 raise EOFError("it ends inside a frame")
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW).decompressobj()
-            self._rest, self._next = memoryview(self._frame.decompress(data)), b""
+                data = data.lstrip(self._padding)
+                if not data:
+                    continue
+                self._frame = self._begin()
+            self._rest = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._next, self._frame = self._frame.unused_data, None
         given = self._rest[: len(buffer)]
@@ -262,11 +272,12 @@ class _ZstReader(io.RawIOBase):
 
 def _open(stream: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile | io.BufferedReader:
     if suffix == ".xz":
-        return lzma.open(stream, "rb")
+        return io.BufferedReader(_Frames(stream, lzma.LZMADecompressor, padding=b"\0"), 1 << 17)
     if suffix == ".gz":
         return gzip.open(stream, "rb")
     if suffix == ".zst":
-        return io.BufferedReader(_ZstReader(stream), 1 << 17)
+        begin = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW).decompressobj
+        return io.BufferedReader(_Frames(stream, begin), 1 << 17)
     return stream
 
 

@@ -211,13 +211,14 @@ class Run:
     @property
     def token_cache(self) -> Path:
         """Where tokenised text is kept."""
-        return Path(self.config.token_cache) if self.config.token_cache else self.workdir / TOKENS
+        given = self.config.token_cache
+        return Path(given).expanduser() if given else self.workdir / TOKENS
 
     @cached_property
     def tokens_are_shared(self) -> bool:
         """Whether all processes see one cache of tokens. To be asked by all."""
         given = self.config.token_cache
-        return not self.site.mirrored if given is None else all(self.site.see(Path(given)))
+        return not self.site.mirrored if given is None else all(self.site.see(self.token_cache))
 
     @cached_property
     def hash_of(self) -> FileHashes:

@@ -102,6 +102,7 @@ class Workdir:
 def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
     """A run's directory from what `--workdir` says: a path, or gs://bucket/path.
 
+    A path may begin with ~: a shell expands it as a word of its own, but not in a config nor in --workdir=~/runs.
     The mirror of gs:// lies in `mirror`, `$TRANSLLM_MIRROR`, or in the user's cache directory under a hash of the url.
     Raises UserError for another scheme, a bucket that does not exist, no permission, or no gcsfs.
     """

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.beside import check_tokens
 from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -72,6 +73,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
+        check_tokens(directory, config, backend)
         ends = _model_ends(directory if model is None else Path(model))
         template = _read_template(directory, config)
         return cls(backend, completed(config, backend), template, str(directory), model_ends=ends, today=today)

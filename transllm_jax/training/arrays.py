@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -55,8 +56,21 @@ def _alone() -> dict[str, Any]:
     return {"multiprocessing_options": ocp.options.MultiprocessingOptions(me, {me}, f"alone-{me}")}
 
 
+def check_place(directory: Path | str) -> None:
+    """Whether arrays can be written below a directory. Raises UserError where they would not be found again.
+
+    Orbax looks for the parts that it wrote by a pattern that begins with the path, and takes a bracket or a backslash
+    in that for a part of the pattern: it then finds none, tells nobody, and leaves a checkpoint that cannot be read.
+    """
+    path = str(directory) if "://" in str(directory) else os.path.abspath(directory)
+    found = next((letter for letter in path if letter in "[\\"), None)
+    if found:
+        raise UserError(f"{path} has a {found} in it, where checkpoints could not be read again; choose another name")
+
+
 def save_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a flat dictionary of arrays: a stage's output, its adapters and new rows."""
+    """Write a flat dictionary of arrays: a stage's output, its adapters and new rows. UserError as `check_place`."""
+    check_place(directory)
     plain = {path: np.asarray(value) for path, value in arrays.items()}
     with ocp.StandardCheckpointer(**_alone()) as checkpointer:
         checkpointer.save(directory.absolute(), plain, force=True)

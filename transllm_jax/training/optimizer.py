@@ -81,6 +81,11 @@ def group(path: str) -> str:
     return "adapters" if path.endswith((".a", ".b")) else "weights"
 
 
+def _decays(tree: Mapping[str, Any]) -> dict[str, bool]:
+    """Which arrays weight decay shrinks: not the norms' scales, which are 1 in rest, nor biases."""
+    return {path: not path.endswith((".scale", ".bias")) for path in tree}
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW with global-norm clipping for a flat dictionary of trainable arrays (path -> array), before the rate.
 
@@ -100,7 +105,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         _adam(config.beta1, config.beta2),
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, mask=_decays),
         optax.partition(scales, labels),
     )
 
