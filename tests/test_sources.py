@@ -387,6 +387,14 @@ def test_empty_files(tmp_path: Path, name: str) -> None:
             items(Reading(str(write(tmp_path / name, "\n \n"))))
 
 
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([["a"], ["b"], [1], [2]], names=["text", "text", "n", "n"])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has the column 'text' twice"):
+        items(Reading(str(tmp_path / "a.parquet")))
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": None, "n": 3}])
     with pytest.raises(UserError, match=r"a\.parquet:row 3: field 'text' must be a string, not null"):

@@ -41,6 +41,8 @@ def iter_rows(
                     raise missing_field(names, field, str(file))
                 columns[column] = None
             columns |= dict.fromkeys(name for name in optional if name in names)
+            if twice := [column for column in columns if names.count(column) > 1]:
+                raise UserError(f"{file} has the column {twice[0]!r} twice: rename or remove one of them")
             place = Place(str(file), 1, "row")
             for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
