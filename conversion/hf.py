@@ -87,6 +87,7 @@ class HFModel:
     """A Hugging Face directory, opened (see `conversion.opened`). `raw` is its config.json.
 
     `dropped` are the tensors of the files that follow from others: the output rows of a tied model, RoPE's buffers.
+    `notes` are lines about what else is in the directory and is not read.
     """
 
     directory: Path
@@ -94,6 +95,7 @@ class HFModel:
     raw: dict[str, Any]
     entries: dict[str, Entry]
     dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -123,9 +125,9 @@ def open_hf(directory: str | Path) -> HFModel:
     directory = Path(directory)
     raw = read_json(directory / "config.json")
     config = parse_config(raw, directory)
-    found = open_checkpoint(directory)
+    found, notes = open_checkpoint(directory)
     entries = _match(directory, config, found)
-    return HFModel(directory, config, raw, entries, tuple(sorted(found.keys() - entries.keys())))
+    return HFModel(directory, config, raw, entries, tuple(sorted(found.keys() - entries.keys())), tuple(notes))
 
 
 def read_weights(directory: str | Path, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:

@@ -16,13 +16,13 @@ import numpy as np
 from conversion.directories import fingerprint_of, new_directory, read_json, sha256_of, write_json
 from conversion.export_hf import copy_generation_config, copy_notices
 from conversion.fetch import Fetched, fetch
-from conversion.gguf_tokenizer import special_ids, write_tokenizer
+from conversion.gguf_tokenizer import end_ids, special_ids, write_tokenizer
 from conversion.gguf_weights import open_gguf
 from conversion.hf import HFModel, parse_config, require_all_finite, write_config
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
 from conversion.opened import Opened, size_of
-from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, SINGLE, weight_files, widest, write_tensors
+from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
 from conversion.store import write_store
 from conversion.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
 from transllm_jax.errors import UserError
@@ -122,7 +122,10 @@ def _import_gguf(fetched: Fetched, directory: Path, options: _Options) -> dict[s
     write_tokenizer(model.fields, directory, fetched.path)
     narrow = _Narrowed(model)
     ids.pop("unk_token_id", None)  # not a field of a model's config
-    write_config(directory, {**model.config.to_hf(), **ids}, widest(map(narrow.dtype, tensors(model.config))).name)
+    ends = end_ids(model.fields)
+    generation = {**ids, "eos_token_id": ends} if len(ends) > 1 else None
+    named = widest(map(narrow.dtype, tensors(model.config))).name
+    write_config(directory, {**model.config.to_hf(), **ids}, named, generation)
     _write(narrow, directory, options)
     return {"kind": "gguf", "source_sha256": fetched.sha256 or sha256_of(fetched.path)}
 
@@ -157,6 +160,8 @@ class _Narrowed:
 def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> dict[str, Any]:
     src = fetched.path
     model = open_directory(src)
+    for note in model.notes if isinstance(model, HFModel) else ():
+        options.say(note)
     if options.layout == "store" and not has_tokenizer(src):
         options.say(f"{src} has no tokenizer; the weights alone are converted")
     else:
@@ -187,7 +192,7 @@ def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Opti
     require_all_finite(model, options.begin(size_of(model)))
     for file in files:
         _take(file, directory / file.name, link=fetched.kind == "hub")
-    if files[0].name != SINGLE:
+    if is_indexed(fetched.path, files):
         shutil.copyfile(fetched.path / INDEX, directory / INDEX)
     if options.sha256 is not None:
         require_sha256(fetched.path, [directory / file.name for file in files], options.sha256)

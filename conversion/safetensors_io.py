@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from conversion.directories import read_json, write_json
-from conversion.names import Tensor
+from conversion.names import Tensor, collapse
 from transllm_jax.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -67,14 +67,16 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: `model.safetensors`, or what the index names.
+    """The safetensors files of a model directory: what the index names, or `model.safetensors`.
 
-    If both are there `model.safetensors` is read, as transformers does. Raises UserError for a directory with
-    pickle files only, and for an index that names a missing file or one outside the directory.
+    The index says what the model is; one whose files are not all there is left over from another where there is
+    `model.safetensors`. Raises UserError for a directory with pickle files only, and for an index that names a file
+    outside the directory, or, alone, a missing one.
     """
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
+    single = (directory / SINGLE).is_file()
     if not (directory / INDEX).is_file():
+        if single:
+            return [directory / SINGLE]
         pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
         if pickles:
             raise UserError(
@@ -87,6 +89,8 @@ def weight_files(directory: Path) -> list[Path]:
     if outside:
         raise UserError(f"{directory / INDEX} names files outside the directory: {', '.join(outside)}; correct it")
     missing = [name for name in names if not (directory / name).is_file()]
+    if missing and single:
+        return [directory / SINGLE]
     if missing:
         raise UserError(f"{directory / INDEX} names missing files: {', '.join(missing)}; fetch them")
     return [directory / name for name in names]
@@ -99,25 +103,55 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return mapping
 
 
-def open_checkpoint(directory: Path) -> dict[str, Entry]:
-    """The tensors of a model directory by name, after checking every file's header against its size.
+def is_indexed(directory: Path, files: list[Path]) -> bool:
+    """Whether these `weight_files` are what the index names."""
+    return (directory / INDEX).is_file() and {file.name for file in files} == set(_weight_map(directory).values())
 
-    Raises UserError for a truncated or malformed file, for a tensor in two files, and for an index that
-    disagrees with its files.
+
+def open_checkpoint(directory: Path) -> tuple[dict[str, Entry], list[str]]:
+    """The tensors of a model directory by name, and what else is there and not read, a line for a person each.
+
+    Every file's header is checked against its size. Raises UserError for a truncated or malformed file, for a tensor in
+    two files of which the index names neither, and for an index that disagrees with its files.
     """
     entries: dict[str, Entry] = {}
     files = weight_files(directory)
+    indexed = is_indexed(directory, files)
+    mapping = _weight_map(directory) if indexed else {}
+    notes = _left_aside(directory, files, indexed)
     for file in files:
+        twice = []
         for name, entry in read_header(file).items():
-            if name in entries:
-                raise UserError(f"tensor {name} is in both {entries[name].file} and {file}; remove one of the files")
-            entries[name] = entry
-    if files[0].name != SINGLE:
-        mapping = _weight_map(directory)
+            if (other := entries.get(name)) is None:
+                entries[name] = entry
+                continue
+            meant = mapping.get(name)
+            if meant not in (other.file.name, file.name):
+                raise UserError(
+                    f"tensor {name} is in both {other.file} and {file}, and {INDEX} does not say which is meant; "
+                    "fetch the model again"
+                )
+            twice.append(name)
+            if meant == file.name:
+                entries[name] = entry
+        if twice:
+            notes.append(f"{file} and another file hold {collapse(twice)}; read from where {INDEX} says")
+    if indexed:
         wrong = sorted(name for name, file in mapping.items() if name not in entries or entries[name].file.name != file)
         if wrong:
             raise UserError(f"{directory / INDEX} and its files disagree about {', '.join(wrong)}; fetch them again")
-    return entries
+    return entries, notes
+
+
+def _left_aside(directory: Path, files: list[Path], indexed: bool) -> list[str]:
+    notes = []
+    if (directory / INDEX).is_file() and not indexed:
+        notes.append(f"{directory / INDEX} names files that are not there; {SINGLE} is read")
+    others = sorted({file.name for file in directory.glob("*.safetensors")} - {file.name for file in files})
+    if others:
+        read = f"what {INDEX} names" if indexed else SINGLE
+        notes.append(f"{directory}: {read} is read, and left aside: {', '.join(others)}")
+    return notes
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -33,13 +33,14 @@ def build_tokenizer(
     where: str | Path,
     *,
     bos: int | None,
+    eos: int | None = None,
     add_space_prefix: bool = True,
 ) -> Tokenizer:
     """The tokenizer of SentencePiece's pieces, the id of each its place in the list.
 
-    `types` are SentencePiece's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. `bos` is the id that
-    the tokenizer puts before every text, None for none. `where` is the file's path for messages. Control pieces and the
-    unknown piece are special tokens, and found in a text that spells them out.
+    `types` are SentencePiece's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. `bos` and `eos` are
+    the ids that the tokenizer puts before and behind every text, None for none. `where` is the file's path for
+    messages. Control pieces and the unknown piece are special tokens, and found in a text that spells them out.
 
     Raises UserError for lists that contradict each other, and for a model that this form cannot tell exactly.
     """
@@ -59,8 +60,9 @@ def build_tokenizer(
         raise UserError(f"{where}: its byte pieces are not <0x00> to <0xFF>; use another file of the model")
     if len(of_type[_UNKNOWN]) > 1 or not (of_type[_UNKNOWN] or of_type[_BYTE]):
         raise UserError(f"{where} has {len(of_type[_UNKNOWN])} unknown pieces; one is needed")
-    if bos is not None and not 0 <= bos < len(pieces):
-        raise UserError(f"{where}: the BOS id {bos} is outside of the vocabulary of {len(pieces)} pieces")
+    for name, number in (("BOS", bos), ("EOS", eos)):
+        if number is not None and not 0 <= number < len(pieces):
+            raise UserError(f"{where}: the {name} id {number} is outside of the vocabulary of {len(pieces)} pieces")
 
     tokenizer = Tokenizer(
         models.BPE(
@@ -80,21 +82,24 @@ def build_tokenizer(
     special = [*of_type[_UNKNOWN], *of_type[_CONTROL]]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in of_type[_USER_DEFINED]])
-    if bos is not None:
+    if bos is not None or eos is not None:
+        before, after = ([] if number is None else [pieces[number]] for number in (bos, eos))
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[pieces[bos], "$A"],
-            pair=[pieces[bos], "$A", f"{pieces[bos]}:1", "$B:1"],
-            special_tokens=[(pieces[bos], bos)],
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *(f"{piece}:1" for piece in before), "$B:1", *(f"{p}:1" for p in after)],
+            special_tokens=[(pieces[number], number) for number in (bos, eos) if number is not None],
         )
     return tokenizer
 
 
-def write_tokenizer_json(model_path: str | Path, directory: str | Path, *, add_bos: bool = True) -> None:
+def write_tokenizer_json(
+    model_path: str | Path, directory: str | Path, *, add_bos: bool = True, add_eos: bool = False
+) -> None:
     """Write `directory`/tokenizer.json from SentencePiece's `tokenizer.model`.
 
-    `add_bos`: whether the tokenizer puts the model's BOS piece before every text. Needs the extra
-    `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a SentencePiece model, for a
-    model that is not BPE, and for one whose text processing is not LLaMA's.
+    `add_bos`, `add_eos`: whether the tokenizer puts the model's BOS piece before every text, and its EOS piece behind.
+    Needs the extra `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a SentencePiece
+    model, for a model that is not BPE, and for one whose text processing is not LLaMA's.
     """
     message, model = read_model(model_path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -117,14 +122,17 @@ def write_tokenizer_json(model_path: str | Path, directory: str | Path, *, add_b
     if any(refused.values()):
         reasons = ", ".join(reason for reason, holds in refused.items() if holds)
         raise UserError(f"{model_path} has {reasons}, which is not supported; use a directory that has tokenizer.json")
-    if add_bos and trainer.bos_id < 0:
-        raise UserError(f"{model_path} has no BOS piece; import it without one")
+    for name, number in (("BOS", add_bos and trainer.bos_id), ("EOS", add_eos and trainer.eos_id)):
+        if number < 0:
+            key = f"add_{name.lower()}_token"
+            raise UserError(f"{model_path} has no {name} piece; say {key}: false in tokenizer_config.json")
     tokenizer = build_tokenizer(
         [piece.piece for piece in model.pieces],
         [piece.score for piece in model.pieces],
         types,
         model_path,
         bos=trainer.bos_id if add_bos else None,
+        eos=trainer.eos_id if add_eos else None,
         add_space_prefix=normalizer.add_dummy_prefix,
     )
     tokenizer.save(str(Path(directory) / "tokenizer.json"))

@@ -338,9 +338,12 @@ def open_store(directory: str | Path) -> Store:
 
 def _open(directory: Path, path: str, layout: Layout, *, create: bool) -> Any:
     """A future of the array. One that exists has to have exactly this layout, or tensorstore raises ValueError."""
+    place = str((directory / WEIGHTS / path).absolute())
+    if any("\ud800" <= letter <= "\udfff" for letter in place):
+        raise UserError(f"{directory}: the path is not UTF-8, as the library that keeps weights needs; choose another")
     spec: dict[str, Any] = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{(directory / WEIGHTS / path).absolute()}/"},
+        "kvstore": {"driver": "file", "path": f"{place}/"},
         "metadata": {
             "shape": layout.shape,
             "data_type": layout.dtype.name,

@@ -45,7 +45,12 @@ def bring_tokenizer(src: Path, dst: Path) -> None:
         raise UserError(f"{src} has no tokenizer.json, and added_tokens.json beside tokenizer.model; {mend}")
     if config.get("legacy") is False:
         raise UserError(f"{path} says legacy=false, and {src} has no tokenizer.json; {mend}")
-    write_tokenizer_json(src / "tokenizer.model", dst, add_bos=bool(config.get("add_bos_token", True)))
+    write_tokenizer_json(
+        src / "tokenizer.model",
+        dst,
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+    )
     for name in TOKENIZER_FILES:
         if (src / name).is_file():
             shutil.copyfile(src / name, dst / name)

@@ -95,6 +95,12 @@ for tool in srun scontrol transllm; do
   command -v "$tool" >/dev/null || fail "$tool is missing; put it on PATH before sbatch"
 done
 
+# By this the processes know each other; srun hands it to every task. Others on the cluster cannot know it.
+if [[ -z ${TRANSLLM_SECRET:-} && -r /proc/sys/kernel/random/uuid ]]; then
+  TRANSLLM_SECRET=$(</proc/sys/kernel/random/uuid)
+fi
+export TRANSLLM_SECRET=${TRANSLLM_SECRET:-}
+
 child='' stopping='' interrupted=''
 stop() {
   stopping=yes interrupted=yes

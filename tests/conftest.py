@@ -94,8 +94,8 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
         "checkpoint_every": 2,
         "warmup_ratio": 0.25,
     }
-    text = {"path": str(EXAMPLES / "text.train.txt"), "limit": 20000}
-    pairs = {"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "limit": 60}
+    text = {"path": str(EXAMPLES / "text.train.txt"), "max_bytes": 20000}
+    pairs = {"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "max_items": 60}
     config: dict[str, object] = {
         "title": "tiny to Thai",
         "workdir": str(workdir),
@@ -108,12 +108,12 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
             **training,
             "sources": [
                 {**pairs, "weight": 0.8},
-                {"path": str(EXAMPLES / "english.train.txt"), "limit": 4000, "weight": 0.2},
+                {"path": str(EXAMPLES / "english.train.txt"), "max_bytes": 4000, "weight": 0.2},
             ],
         },
         "recover": {
             "instructions": str(EXAMPLES / "instructions.train.jsonl"),
-            "limit": 6,
+            "max_instructions": 6,
             "max_new_tokens": 6,
             "batch_size": 4,
             "translate_instructions": {

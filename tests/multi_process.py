@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
+# The part of a core below which a process counts as one that waits. What waits in gloo, with the threads of jax and of
+# the hub, uses 0.003 of a core; what computes on a machine that is busy with twenty others has ten times this.
+WAITS = 0.02
 
 
 class Ended(NamedTuple):
@@ -54,7 +60,8 @@ def run_processes(
     devices: int = 1,
     env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None = None,
     kills: Sequence[Kill] = (),
-    timeout: float = 90,
+    still: float = 90,
+    total: float = 1800,
     cwd: Path = ROOT,
     start: Sequence[int] | None = None,
 ) -> list[Ended]:
@@ -62,8 +69,9 @@ def run_processes(
 
     `command`: Python code, or arguments of the interpreter, such as ["-m", "transllm_jax.cli", "run", ...]; of each
     process its own, if it is a function of the number. `devices`: virtual devices of each. `env`: added to this
-    process's environment. `start`: the numbers of those that are started (all). What still runs after `timeout` seconds
-    fails the test, with what all have written.
+    process's environment. `start`: the numbers of those that are started (all). When for `still` seconds none of them
+    computed, wrote or ended, they hang: that fails the test, with what all have written. On a slow machine they take
+    longer, and go on. `total` is for what hangs while it computes.
     """
     numbers = list(range(count)) if start is None else list(start)
     port = free_port()
@@ -73,6 +81,7 @@ def run_processes(
         ended: dict[int, tuple[int, float]] = {}
         waiting, killed = list(kills), None
         begin = time.monotonic()
+        progress = Progress(still)
         try:
             for number in numbers:
                 given = command(number) if callable(command) else command
@@ -100,9 +109,11 @@ def run_processes(
                     if (code := process.poll()) is not None:
                         ended[number] = code, time.monotonic() - begin
                         del running[number]
-                if running and now > timeout:
+                stands = progress.stands({n: process.pid for n, process in running.items()}, files)
+                if running and (stands or now > total):
                     said = {n: [file.read_text(errors="replace")[-2000:] for file in files[n]] for n in numbers}
-                    raise AssertionError(f"processes {sorted(running)} still run after {timeout} s: {said}")
+                    how = f"did nothing for {still} s" if stands else f"still run after {total} s"
+                    raise AssertionError(f"processes {sorted(running)} {how}: {said}")
                 time.sleep(0.01)
         finally:
             for process in running.values():
@@ -113,6 +124,41 @@ def run_processes(
         Ended(ended[n][0], texts[n][0], texts[n][1], ended[n][1], None if killed is None else ended[n][1] - killed)
         for n in numbers
     ]
+
+
+class Progress:
+    """Whether processes go on: one of them used the CPU, wrote something, or ended. The clock alone says nothing."""
+
+    def __init__(self, still: float) -> None:
+        """`still`: seconds without any of it that are too many."""
+        self._still = still
+        self._looked = self._since = time.monotonic()
+        self._used: dict[int, float] = {}
+        self._left: tuple[set[int], int] = set(), 0
+
+    def stands(self, running: Mapping[int, int], files: Mapping[int, Sequence[Path]]) -> bool:
+        """Whether it is time to give up on these processes (number -> pid). It looks ten times in `still` seconds."""
+        now = time.monotonic()
+        if now - self._looked < self._still / 10:
+            return False
+        self._looked = now
+        used = {number: seconds_used(pid) for number, pid in running.items()}
+        left = set(running), sum(file.stat().st_size for both in files.values() for file in both)
+        enough = WAITS * self._still
+        if left != self._left or any(seconds - self._used.get(n, 0) > enough for n, seconds in used.items()):
+            self._since, self._used, self._left = now, used, left
+        return now - self._since > self._still
+
+
+def seconds_used(pid: int) -> float:
+    """CPU time of a process and of those that it started, which still run or were waited for."""
+    seconds = 0.0
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                seconds += sum(process.cpu_times()[:4])
+    return seconds
 
 
 def place_of(number: int, count: int, port: int, devices: int) -> dict[str, str]:

@@ -27,8 +27,9 @@ from conversion.hf import read_config, write_model
 from conversion.names import weight_shapes
 from transllm_jax import artifacts, cli
 from transllm_jax.config import load_config
-from transllm_jax.data.files import resolve
+from transllm_jax.data.files import Place, resolve
 from transllm_jax.errors import UserError
+from transllm_jax.generation.translate import translation_prompt
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import recover
@@ -199,7 +200,12 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["pretrain.zzz=1"], ("pretrain.zzz: unknown key", "the keys here are steps, epochs, batch_size")),
         (["translate.sources=[{path: a, wieght: 1}]"], ("translate.sources.0.wieght", "did you mean 'weight'?")),
         (["vocabulary.corpus=[{path: a, formt: text}]"], ("vocabulary.corpus.0.formt", "did you mean 'format'?")),
-        (["transfer.pairs.limits=3"], ("transfer.pairs.limits", "did you mean 'limit'?")),
+        (["transfer.pairs.max_itms=3"], ("transfer.pairs.max_itms", "did you mean 'max_items'?")),
+        # A key of before, whose unit depended on the format.
+        (["pretrain.sources=[{path: a, limit: 9}]"], ("pretrain.sources.0: limit counted bytes of text", "max_bytes")),
+        (["transfer.pairs={path: a, format: pairs, limit: 9}"], ("transfer.pairs: limit counted pairs", "max_items")),
+        (["transfer.pairs={path: a, format: pairs, max_bytes: 9}"], ("max_bytes is for text", "max_items")),
+        (["recover.limit=9"], ("recover: limit counted instructions", "max_instructions")),
         # Missing, and of another type or size.
         (["model={}"], ("model.source: missing; add it",)),
         (["pretrain.steps=many"], ("pretrain.steps: Input should be a valid integer", "'many'")),
@@ -224,6 +230,8 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["transfer.pairs.format=text"], ("transfer.pairs: pairs are needed here", "format: pairs")),
         (["transfer.pairs.weight=2"], ("transfer.pairs: weight means nothing here", "remove it")),
         (["evaluation.text.weight=2"], ("evaluation.text: weight means nothing here",)),
+        (["vocabulary.corpus=[{path: a, format: conversations}]"], ("vocabulary.corpus.0: text or pairs are needed",)),
+        (["evaluation.text={path: a, format: conversations}"], ("evaluation.text: text or pairs are needed here",)),
         (["vocabulary.corpus=[{path: a, weight: 2}]"], ("vocabulary.corpus.0: weight means nothing here",)),
         (["transfer.pairs.separator=line"], ("transfer.pairs: separator is for text", "remove it")),
         (
@@ -298,7 +306,7 @@ RECORDS, QUESTIONS = "recover.instructions=FILE", "evaluation.instructions=FILE"
         (TEXT, "a.txt", b"one\ntwo <TH> three\n", ("a.txt:2", "<TH>", "remove it")),
         (TEXT, "a.txt", b"one <|im_end|>\n", ("a.txt:1", "<|im_end|>", "remove it")),
         (TEXT, "a.txt.gz", b"no gzip", ("a.txt.gz:1 cannot be decompressed", "again")),
-        ("vocabulary.corpus=[{path: FILE}]", "a.txt", b"one <EN> two\n", ("a.txt:1", "<EN>", "remove it")),
+        ("vocabulary.corpus=[{path: FILE}]", "a.txt", b"one <EN> two" * 20, ("a.txt:1", "<EN>", "remove it")),
         # Pairs, of stages `translate` and `transfer`.
         (
             PAIRS,
@@ -330,6 +338,20 @@ RECORDS, QUESTIONS = "recover.instructions=FILE", "evaluation.instructions=FILE"
             ("a.jsonl:1: field 'input'", "3"),
         ),
         (RECORDS, "a.jsonl", b'{"instruction": "say <EN>"}\n', ("a.jsonl:1", "<EN>", "remove it")),
+        # What would change the answer, and has no place in a chain.
+        (
+            RECORDS,
+            "a.jsonl",
+            b'{"instruction": "a", "system": ""}\n{"instruction": "a", "system": "Speak like a pirate."}\n',
+            ("a.jsonl:2: field 'system' is not read", "Speak like a pirate", "put its text into 'instruction'"),
+        ),
+        (
+            RECORDS,
+            "a.jsonl",
+            b'{"instruction": "a", "history": []}\n{"instruction": "b", "history": [["a", "b"]]}\n',
+            ("a.jsonl:2: field 'history' is not read",),
+        ),
+        (RECORDS, "a.jsonl", b'{"instruction": "a", "context": "b"}\n', ("field 'context' is not read", "'input'")),
         (
             "recover.translate_instructions={file: FILE, missing: error}",
             "a.jsonl",
@@ -411,10 +433,35 @@ def test_a_corpus_that_gives_no_vocabulary(refused: Refused, begun: Path) -> Non
     english = f"vocabulary.corpus=[{{path: {EXAMPLES / 'english.train.txt'}}}]"
     holds(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
     holds(
-        refused(*command, "vocabulary.size=50000"), "the corpus supports", "new tokens, not 50,000", "at most that many"
+        refused(*command, "vocabulary.size=9000"), "the corpus supports", "new tokens, not 9,000", "at most that many"
     )
     holds(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for at least 103")
     assert not lost(before, begun)
+
+
+def test_a_corpus_that_is_too_small_is_found_before_the_model_is_read(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    message = refused("run", config, "vocabulary.size=50000")
+    holds(message, "vocabulary.corpus gives", "50,000 tokens, each 2 times, need 50,000 at the very least", "max_bytes")
+    assert not (tmp_path / "run" / "base").exists()
+
+
+def test_a_corpus_that_gives_too_few_tokens_is_found_before_the_first_evaluation(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    holds(refused("run", config, "vocabulary.size=9000"), "vocabulary: the corpus supports", "not 9,000")
+    assert (tmp_path / "run" / "base" / "manifest.json").exists() and not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_held_out_text_behind_what_is_measured_is_looked_at_before_the_first_evaluation(
+    refused: Refused, config: Path, tmp_path: Path
+) -> None:
+    """All of it is compared with what is trained on, though an evaluation measures its beginning."""
+    pairs = tmp_path / "a.tsv"
+    pairs.write_text("a\tก\n" * 20 + "b\t\n", encoding="utf-8")
+    holds(refused("run", config, f"evaluation.pairs={pairs}"), "a.tsv:21 has an empty target-language side")
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 # The model
@@ -538,6 +585,50 @@ def test_an_instruction_longer_than_the_models_context(refused: Refused, begun: 
     overrides = (f"recover.instructions={path}", "recover.translate_instructions={}")
     message = refused("run", begun / "config.yaml", "--workdir", begun, *overrides)
     holds(message, "long.jsonl:2: a prompt of", "recover.max_new_tokens 6", "shorten the text")
+
+
+def test_a_question_that_leaves_no_room_for_a_chain(refused: Refused, config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"instruction": "Hi.", "translation": "hello there " * 20}) + "\n", encoding="utf-8")
+    message = refused("run", config, f"evaluation.instructions={path}", "evaluation.max_chain_tokens=500")
+    holds(message, "questions.jsonl:1: a prompt of", "evaluation.max_chain_tokens 500", "context of 512")
+    # It would have done for a plain answer.
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_a_text_that_leaves_no_room_for_its_translation(expanded: Path) -> None:
+    run = Run(load_config(expanded / "config.yaml"), expanded, Progress(quiet=True), Interrupt())
+    text, place = "Read this, " * 20, Place("a.jsonl", 7)
+    needed = len(translation_prompt(run.tokenizer("vocabulary"), run.markers, text, "to_target"))
+    room = run.model_config.context - needed
+    run.check_room([(text, place)], "recover.max_new_tokens", room, chat=False)
+    with pytest.raises(UserError, match=rf"a.jsonl:7: a prompt of {needed} tokens and recover.max_new_tokens"):
+        run.check_room([(text, place)], "recover.max_new_tokens", room + 1, chat=False)
+
+
+def test_a_chain_needs_more_than_the_template(refused: Refused, begun: Path) -> None:
+    message = refused("run", begun / "config.yaml", "--workdir", begun, "transfer.length=16")
+    holds(message, "transfer.length is 16", "the shortest chain has", "raise transfer.length")
+
+
+def test_instructions_and_pairs_that_are_all_held_out(refused: Refused, begun: Path, tmp_path: Path) -> None:
+    held = [json.loads(line) for line in (EXAMPLES / "instructions.heldout.jsonl").open(encoding="utf-8")]
+    records, pairs = tmp_path / "all.jsonl", tmp_path / "all.tsv"
+    records.write_text(json.dumps({"instruction": held[0]["instruction"] + " "}) + "\n", encoding="utf-8")
+    pairs.write_text(f"{held[0]['instruction']}\t{held[0]['translation']}\n", encoding="utf-8")
+    command = ("run", begun / "config.yaml", "--workdir", begun)
+    message = refused(*command, f"recover.instructions={records}", "recover.translate_instructions={}")
+    holds(message, "all.jsonl: all of it holds evaluation texts", "recover.contamination")
+    message = refused(*command, f"transfer.pairs={{path: {pairs}, format: pairs}}")
+    holds(message, "all.tsv: all of it holds evaluation texts", "transfer.contamination")
+
+
+def test_a_file_of_translations_of_other_instructions(refused: Refused, begun: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"source": "Something else.", "target": "x"}\n', encoding="utf-8")
+    drop = f"recover.translate_instructions={{file: {other}, missing: drop}}"
+    message = refused("run", begun / "config.yaml", "--workdir", begun, drop)
+    holds(message, "other.jsonl: it has no translation of any of the instructions", "missing to model")
 
 
 # A run's directory

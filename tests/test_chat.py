@@ -21,9 +21,9 @@ from transllm_jax.tokenizer.chain import (
 )
 from transllm_jax.tokenizer.chat import (
     Message,
-    cut_conversation,
     encode_conversation,
     encode_prompt,
+    fitting_rows,
     render,
 )
 from transllm_jax.tokenizer.expand import expand
@@ -85,7 +85,7 @@ def answers_of(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list[st
 
 
 def test_the_mask_is_on_the_answers_and_their_end_tokens_only(tiny: Tokenizer) -> None:
-    ids, mask = encode_conversation(tiny, TURNS)
+    [(ids, mask, _)] = encode_conversation(tiny, TURNS)
     assert set(mask) == {0, 1}
     # in decoded text a marker has no space before it
     assert answers_of(tiny, ids, mask) == [
@@ -105,7 +105,7 @@ def test_the_mask_is_on_the_answers_and_their_end_tokens_only(tiny: Tokenizer) -
 def test_training_sees_what_generation_sees(tiny: Tokenizer, template: str, system: str | None) -> None:
     tokenizer = tiny if template == "chatml" else with_template(tiny, LLAMA2)
     messages = conversation(*(m["content"] for m in TURNS), system=system)
-    ids, mask = encode_conversation(tokenizer, messages)
+    [(ids, mask, _)] = encode_conversation(tokenizer, messages)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -118,15 +118,34 @@ def test_training_sees_what_generation_sees(tiny: Tokenizer, template: str, syst
         assert tokenizer.eos_id not in answer[:-1]
 
 
+@pytest.mark.parametrize("template", ["chatml", "llama2"])
+def test_an_answer_that_is_context_alone_is_not_trained_on(tiny: Tokenizer, template: str) -> None:
+    tokenizer = tiny if template == "chatml" else with_template(tiny, LLAMA2)
+    messages = conversation("a", "WRONG", "b", "right", "c", "also right")
+    messages[1]["train"] = False
+    messages[3]["train"] = True
+    [(ids, mask, _)] = encode_conversation(tokenizer, messages)
+    assert ids == encode_conversation(tokenizer, conversation("a", "WRONG", "b", "right", "c", "also right"))[0].ids
+    assert [answer.strip() for answer in answers_of(tokenizer, ids, mask)] == [
+        f"{text}{' ' if template == 'llama2' else ''}<|im_end|>" for text in ("right", "also right")
+    ]
+    # What is left of a conversation that is cut has an answer to train on, or nothing is left.
+    first = len(encode_conversation(tokenizer, conversation("a", "WRONG"))[0].ids)
+    assert fitting_rows(tokenizer, messages, len(ids) - 1) == (encode_conversation(tokenizer, messages[:4]), 1)
+    assert fitting_rows(tokenizer, messages, first) == ([], 3)
+    with pytest.raises(UserError, match="nothing to train on"):
+        encode_conversation(tokenizer, messages[:2])
+
+
 def test_an_answer_is_encoded_alone_after_its_prompt(tiny: Tokenizer) -> None:
     messages = conversation("Hi", "<EN> a <RESPONSE> b <TH> ไทย")
     expected = encode_prompt(tiny, messages[:1]) + tiny.encode(messages[1]["content"] + "<|im_end|>")
-    assert encode_conversation(tiny, messages)[0] == expected + tiny.encode("\n")
+    assert encode_conversation(tiny, messages)[0].ids == expected + tiny.encode("\n")
 
 
 def test_llama2_template(tiny: Tokenizer) -> None:
     tokenizer = with_template(tiny, LLAMA2)
-    ids, mask = encode_conversation(tokenizer, conversation("Hi ", "Hello there", "Bye", "Bye"))
+    [(ids, mask, _)] = encode_conversation(tokenizer, conversation("Hi ", "Hello there", "Bye", "Bye"))
     assert answers_of(tokenizer, ids, mask) == [" Hello there <|im_end|>", " Bye <|im_end|>"]
     assert ids[0] == tokenizer.token_id("<|im_start|>")
     with pytest.raises(UserError, match="refuses the conversation: Conversation roles must alternate"):
@@ -155,10 +174,11 @@ def test_rendering_is_transformers_rendering(tiny: Tokenizer, template: str, tmp
 
 
 def test_templates_that_cannot_be_trained_on(tiny: Tokenizer) -> None:
+    assert len(encode_conversation(with_template(tiny, FORGETFUL), TURNS)) == 2
     with pytest.raises(UserError, match="no chat template"):
         render(with_template(tiny, None), TURNS)
-    with pytest.raises(UserError, match="the chat template of a tokenizer rewrites"):
-        encode_conversation(with_template(tiny, FORGETFUL), TURNS)
+    with pytest.raises(UserError, match="writes another text before an answer"):
+        encode_conversation(with_template(tiny, FORGETFUL.replace("prompt %}", "prompt %}Say: ")), TURNS)
     with pytest.raises(UserError, match="ends an answer without a special token"):
         plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
         encode_conversation(with_template(tiny, plain), TURNS[:2])
@@ -186,7 +206,7 @@ def test_templates_that_cannot_be_trained_on(tiny: Tokenizer) -> None:
 )
 def test_bad_conversations(tiny: Tokenizer, messages: list[Message], message: str | None) -> None:
     if message is None:  # removing the markers must not put a special token together
-        ids, mask = encode_conversation(tiny, messages)
+        [(ids, mask, _)] = encode_conversation(tiny, messages)
         assert sum(i == tiny.eos_id and kept for i, kept in zip(ids, mask, strict=True)) == 1
         return
     with pytest.raises(UserError, match=message):
@@ -202,13 +222,14 @@ def test_an_injected_special_token_never_reaches_the_prompt(tiny: Tokenizer) -> 
 
 def test_cutting_keeps_whole_turns_from_the_start(tiny: Tokenizer) -> None:
     messages = conversation("a", "b", "c d e", "f g h", "i", "j", system="s")
-    lengths = [len(encode_conversation(tiny, messages[:n])[0]) for n in (3, 5, 7)]
-    assert cut_conversation(tiny, messages, lengths[2]) == (messages, 0)
-    assert cut_conversation(tiny, messages, lengths[2] - 1) == (messages[:5], 1)
-    assert cut_conversation(tiny, messages, lengths[1]) == (messages[:5], 1)
-    assert cut_conversation(tiny, messages, lengths[0]) == (messages[:3], 2)
-    assert cut_conversation(tiny, messages, lengths[0] - 1) == (None, 3)
-    assert cut_conversation(tiny, messages[:6], 10**6) == (messages[:5], 1)
+    whole = {n: encode_conversation(tiny, messages[:n]) for n in (3, 5, 7)}
+    lengths = {n: len(rows[0].ids) for n, rows in whole.items()}
+    assert fitting_rows(tiny, messages, lengths[7]) == (whole[7], 0)
+    assert fitting_rows(tiny, messages, lengths[7] - 1) == (whole[5], 1)
+    assert fitting_rows(tiny, messages, lengths[5]) == (whole[5], 1)
+    assert fitting_rows(tiny, messages, lengths[3]) == (whole[3], 2)
+    assert fitting_rows(tiny, messages, lengths[3] - 1) == ([], 3)
+    assert fitting_rows(tiny, messages[:6], 10**6) == (whole[5], 1)
 
 
 # ---- the chain

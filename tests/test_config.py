@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from transllm_jax import config as config_module
-from transllm_jax.config import Config, Section, load_config
+from transllm_jax.config import Config, Section, Source, load_config
 from transllm_jax.data.contamination import EvaluationTexts
 from transllm_jax.data.sources import read_documents, read_jsonl, read_pairs
 from transllm_jax.errors import UserError
+from transllm_jax.storage import open_workdir
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -333,3 +335,23 @@ def test_every_training_instruction_has_its_translations() -> None:
     assert all(row["translation"].strip() for row in rows)
     answers = _records("answers.train.jsonl")
     assert len(answers) == len({row["source"] for row in answers}) >= 100
+
+
+def test_run_yaml_of_before_has_limits_of_null(tmp_path: Path) -> None:
+    """Run directories that were made before `max_bytes` and `max_items` can be opened."""
+    tree = yaml.safe_load(load_config(DEMO).to_yaml())
+    for section in (*tree["pretrain"]["sources"], tree["transfer"]["pairs"], tree["recover"]):
+        section["limit"] = None
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load_config(path) == load_config(DEMO)
+
+
+def test_home_is_written_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    places = ["workdir", "token_cache", "model.shape", "recover.instructions", "evaluation.pairs"]
+    found = load_config(DEMO, [f"{place}=~/x" for place in places])
+    got = [found.workdir, found.token_cache, found.model.shape, found.recover.instructions, found.evaluation.pairs]
+    assert got == ["/home/me/x"] * 5
+    assert Source(path="~/a/*.txt").path == "/home/me/a/*.txt"
+    assert open_workdir("~/run").local == Path("/home/me/run")

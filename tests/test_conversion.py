@@ -321,11 +321,46 @@ def test_damage_is_refused_by_reading_and_by_importing(tmp_path: Path, damage: A
     assert [path.name for path in tmp_path.iterdir()] == ["m"], "a failed import leaves something behind"
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    write_directory(tmp_path / "m", shards=2)
+def test_the_index_says_what_the_model_is(tmp_path: Path) -> None:
+    """Whatever else lies beside its files, and in them: nobody is asked to remove a part of the model."""
+    arrays = write_directory(tmp_path / "m", shards=2)
+    wanted = read_weights(tmp_path / "m")
     first, second = sorted((tmp_path / "m").glob("*.safetensors"))
-    save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(UserError, match="is in both"):
+    # Other numbers under a name that the index says is in the first file.
+    name = next(iter(load_file(first)))
+    save_file({name: arrays[name] + 1} | load_file(second), second)
+    for other in ("model.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"lora_A": np.ones(2, np.float32), name: arrays[name] + 1}, tmp_path / "m" / other)
+    (tmp_path / "m" / "optimizer.bin").touch()
+    assert all(np.array_equal(read, wanted[path]) for path, read in read_weights(tmp_path / "m").items())
+    for layout in ("hf", "store"):
+        said: list[str] = []
+        import_base(str(tmp_path / "m"), tmp_path / layout, layout=layout, say=said.append)  # type: ignore[arg-type]
+        aside = "left aside: adapter_model.safetensors, consolidated.safetensors, model.safetensors"
+        assert sum(aside in line for line in said) == 1
+        assert sum(f"hold {name}; read from where model.safetensors.index.json says" in line for line in said) == 1
+    assert sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors*")) == [
+        first.name,
+        second.name,
+        "model.safetensors.index.json",
+    ]
+    assert all(np.array_equal(read, wanted[path]) for path, read in read_weights(tmp_path / "hf").items())
+
+
+def test_an_index_left_over_from_another_model_is_told(tmp_path: Path) -> None:
+    write_directory(tmp_path / "m")
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    said: list[str] = []
+    import_base(str(tmp_path / "m"), tmp_path / "base", say=said.append)
+    assert any("names files that are not there; model.safetensors is read" in line for line in said)
+    assert not (tmp_path / "base/model.safetensors.index.json").exists()
+
+
+def test_a_tensor_in_two_shards_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+    write_directory(tmp_path / "m", shards=2)
+    for file in sorted((tmp_path / "m").glob("*.safetensors")):
+        save_file({"stray": np.ones(2, np.float32)} | load_file(file), file)
+    with pytest.raises(UserError, match=r"is in both .* does not say which is meant; fetch the model again"):
         read_weights(tmp_path / "m")
 
 
@@ -713,6 +748,27 @@ def test_sources_that_are_refused(source: str, said: str, monkeypatch: pytest.Mo
         fetch(source)
 
 
+@pytest.mark.parametrize("name", ["models/tiny", "models/a.safetensors", "org/model.gguf.zst", "org/text.jsonl"])
+def test_a_mistyped_path_never_reaches_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: (asked.append(name), str(tmp_path))[1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    told = "there is a directory models here, and no .* write models/.*@main" if name[0] == "m" else "no such file here"
+    with pytest.raises(UserError, match=rf"{name!r} does not exist: .*{told}"):
+        fetch(name)
+    # A revision says that the hub is meant, whatever is here.
+    fetch("models/tiny@main")
+    # So does a name of which nothing is here; a number behind a point is no file's.
+    said: list[str] = []
+    fetch("meta-llama/Llama-3.1-8B", say=said.append)
+    assert (
+        asked == ["models/tiny", "meta-llama/Llama-3.1-8B"] and "no directory meta-llama/Llama-3.1-8B here" in said[0]
+    )
+
+
 def test_local_sources(tmp_path: Path) -> None:
     assert fetch(str(tmp_path)).kind == "directory"
     (tmp_path / "m.gguf").write_bytes(CONTENT)
@@ -748,6 +804,9 @@ def test_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("cannot reach the hub\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(cannot reach the hub\); check") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"no such directory here, and it cannot be fetched from the hub \(cannot reach the hub\); check",
+    ) as caught:
         import_base("org/name", tmp_path / "other")
     assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()

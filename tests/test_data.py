@@ -13,10 +13,11 @@ import pytest
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.examples import (
-    conversation_example,
     conversation_examples,
+    conversation_rows,
     document_example,
     document_examples,
+    make_example,
     pair_examples,
     translation_examples,
 )
@@ -59,11 +60,11 @@ def test_compressed_files_globs_and_byte_order_marks(tmp_path: Path) -> None:
 
 def test_a_byte_limit_takes_lines_from_the_start(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "aaaa\nbbbb\n\ncccc\ndddd\n")
-    assert read_documents(path, limit=13) == ["aaaa\nbbbb", "cccc"]
-    assert read_documents(path, limit=13).report.bytes == 13
-    assert read_documents(path, limit=12) == ["aaaa\nbbbb"]
-    assert read_documents(path, limit=1) == ["aaaa"]
-    assert read_documents(path, limit=10**9) == read_documents(path) == ["aaaa\nbbbb", "cccc\ndddd"]
+    assert read_documents(path, max_bytes=13) == ["aaaa\nbbbb", "cccc"]
+    assert read_documents(path, max_bytes=13).report.bytes == 13
+    assert read_documents(path, max_bytes=12) == ["aaaa\nbbbb"]
+    assert read_documents(path, max_bytes=1) == ["aaaa"]
+    assert read_documents(path, max_bytes=10**9) == read_documents(path) == ["aaaa\nbbbb", "cccc\ndddd"]
 
 
 def test_text_is_made_nfc_and_counted(tmp_path: Path) -> None:
@@ -153,6 +154,15 @@ def test_records_keep_their_other_fields(tmp_path: Path) -> None:
     assert read_jsonl(path) == records
     assert read_jsonl(path, {"id": int, "instruction": str}, limit=1) == records[:1]
     assert read_jsonl(path, ()).report.documents == 2
+    # The same records in other containers, which sources are read from, too.
+    listed = write(tmp_path / "a.json", json.dumps(records, indent=1))
+    assert read_jsonl(listed) == records and read_jsonl(listed, limit=1) == records[:1]
+    table = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), table)
+    assert [{k: v for k, v in row.items() if v is not None} for row in read_jsonl(table)] == records
+    assert str(read_jsonl(table).places[1]) == f"{table}:row 2"
+    with pytest.raises(UserError, match=r"a.parquet has no field 'answer'"):
+        read_jsonl(table, ("answer",))
 
 
 @pytest.mark.parametrize(
@@ -267,9 +277,9 @@ def trained_text(tokenizer: Tokenizer, example: object) -> str:
 
 
 def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer) -> None:
-    example, outcome = conversation_example(tokenizer, conversation("one", "first.", "two", "second."), 500)
-    assert outcome == "kept" and example is not None
-    assert trained_text(tokenizer, example) == "first.<|im_end|>second.<|im_end|>"
+    [row], outcome = conversation_rows(tokenizer, conversation("one", "first.", "two", "second."), 500)
+    assert outcome == "kept" and row.size == len("first.second.")
+    assert trained_text(tokenizer, make_example(row.ids, row.mask)) == "first.<|im_end|>second.<|im_end|>"
 
 
 def test_long_conversations_are_cut_at_a_turn_and_counted(tokenizer: Tokenizer) -> None:

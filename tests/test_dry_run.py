@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import re
 from itertools import groupby
@@ -218,3 +219,32 @@ def test_bad_text_is_refused_with_its_place(tiny_config_file: Path, transllm: Co
     )
     assert code == 2 and "bad.txt:3" in printed and "U+0007" in printed
     assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_bad_rows_are_said_counted_and_written(tiny_model: Path, tmp_path: Path) -> None:
+    """In the corpus of stage 1, in a source of a training, and in the pairs of instructions."""
+    pairs = tmp_path / "pairs.tsv"
+    good = (EXAMPLES / "pairs.train.tsv").read_text(encoding="utf-8").splitlines()[:1500]
+    pairs.write_text(
+        "\n".join(["en\tth", *good[:9], "one\ttwo\tthree", *good[9:], "a <TH>\tก"]) + "\n", encoding="utf-8"
+    )
+    changes: Any = tiny_run(tiny_model, tmp_path / "run")
+    source = {"path": str(pairs), "format": "pairs", "on_bad_rows": "skip"}
+    changes["vocabulary"]["corpus"] = [source]
+    changes["translate"]["sources"] = [source]
+    changes["transfer"]["pairs"] = source
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(changes, allow_unicode=True), encoding="utf-8")
+    said = dry_run(config)
+    for stage in ("vocabulary", "translate", "transfer"):
+        path = tmp_path / "run" / stage / "bad_rows.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert [(row["place"], row["reason"]) for row in rows[:2]] == [
+            (f"{pairs}:1", "header line"),
+            (f"{pairs}:11", "not one tab"),
+        ]
+        # A marker of the chain is a word to the base's tokenizer, which is all that stage 1 has.
+        assert [row["reason"] for row in rows[2:]] == ([] if stage == "vocabulary" else ["special token"])
+        assert f"1 not one tab, the first: {pairs}:11 has 2 tabs" in said
+    manifest = json.loads((tmp_path / "run" / "vocabulary" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["summary"]["left_out"] == {"bad rows: header line": 1, "bad rows: not one tab": 1}

@@ -37,7 +37,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_latin(base: Tokenizer) -> None:
     expansion = expand(base, TURKISH, size=SIZE, language="tr", markers=MARKERS, english=TEXTS)
     new, report = expansion.tokenizer, expansion.report
-    assert report["whole_words"] is True
+    assert report["cuts"] == ("none" if json.loads(base.backend.to_str())["model"]["byte_fallback"] else "base")
     before, after = (json.loads(t.backend.to_str()) for t in (base, new))
     assert before["pre_tokenizer"] == after["pre_tokenizer"] and before["normalizer"] == after["normalizer"]
     assert [base.token(i) for i in range(base.vocab_size)] == [new.token(i) for i in range(base.vocab_size)]
@@ -69,11 +69,11 @@ def test_english_that_changes_is_counted(base: Tokenizer) -> None:
 
 def test_whole_words_can_be_asked_for_or_not(tmp_path: Path) -> None:
     base = made("smollm2")[0]
-    runs = expand(base, TURKISH, size=SIZE, language="tr", markers=MARKERS, whole_words=False)
-    assert runs.report["whole_words"] is False
+    runs = expand(base, TURKISH, size=SIZE, language="tr", markers=MARKERS, cuts="whole")
+    assert runs.report["cuts"] == "whole"
     assert runs.report["english_changed"] is None
     russian = ["сегодня хорошая погода", "погода сегодня хорошая, 12 градусов"] * 3
-    words = expand(base, russian, size=18, language="ru", markers=["<EN>", "<RU>"], whole_words=True, english=TEXTS)
+    words = expand(base, russian, size=18, language="ru", markers=["<EN>", "<RU>"], cuts="base", english=TEXTS)
     state = json.loads(words.tokenizer.backend.to_str())
     assert state["pre_tokenizer"] == json.loads(base.backend.to_str())["pre_tokenizer"]
     assert words.report["english_changed"]["changed"] == 0

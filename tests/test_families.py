@@ -220,6 +220,8 @@ def test_dynamic_scaling_of_a_row_does_not_depend_on_its_neighbours() -> None:
         ("mistral", {"attention_bias": True}, "not an option"),
         ("mistral", {"sliding_window": 0}, "sliding_window"),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "layer_types does not fit"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "layer_types does not fit"),
         ("qwen2", {"mlp_bias": True}, "not an option"),
         (
             "qwen2",
@@ -252,3 +254,22 @@ def test_fields_that_config_json_leaves_out_are_the_familys() -> None:
 def test_dynamic_scaling_lengthens_the_context() -> None:
     assert FAMILIES["llama-dynamic"].context == 64
     assert FAMILIES["llama-linear"].context == BASE.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless"),
+    [
+        # Rounding alone: products in two parts.
+        ("llama2", {"pretraining_tp": 2}),
+        ("llama2", {"hidden_act": "swish"}),
+        ("llama2", {"partial_rotary_factor": None}),
+        ("llama2", {"sliding_window": 0}),
+        ("mistral", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}),
+        ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": None}),
+        ("qwen2", {"attention_bias": True, "attention_dropout": 0.1, "layer_types": None}),
+    ],
+)
+def test_fields_that_change_nothing_are_read_over(name: str, harmless: dict[str, Any]) -> None:
+    raw = FAMILIES[name].to_hf()
+    window = {"sliding_window": harmless["sliding_window"]} if name == "mistral" else {}
+    assert LlamaConfig.from_hf(raw | harmless) == LlamaConfig.from_hf(raw | window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, combinations, pairwise
 from pathlib import Path
@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
-from tiny_tokenizer import build_tiny_tokenizer
+from scripted import MARKERS, WHOLE_CHAIN, Script, asked, chain_tokenizer, chat_of
 
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.chain import Answer, remembered
 from transllm_jax.generation.engine import BURST, ORIGINAL, PROMPT_MULTIPLE, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling, choose
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
 from transllm_jax.model.cache import decode, prefill
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, load_frozen, merge
-from transllm_jax.tokenizer.chain import Chain, Markers
+from transllm_jax.tokenizer.chain import Chain
 from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 VOCAB, NEW, ROOM = 61, 20, 20
@@ -135,6 +136,30 @@ def test_nothing_is_computed_past_the_last_stop_token(engine: Engine, unstopped:
         told: list[int] = []
         answers = engine.generate([PROMPTS[0]] * BATCH, max_new_tokens=ROOM, stop=stop, on_tokens=told.append)
         assert answers == [unstopped[0][:end]] * BATCH and sum(told) == BATCH * (end + 1)
+
+
+def test_an_end_in_the_last_place_is_an_end(engine: Engine, unstopped: list[list[int]]) -> None:
+    """An answer is shorter than max_new_tokens exactly where the model ended it: stage `recover` goes by that."""
+    answer = unstopped[0]
+    end = next(at for at in range(1, ROOM) if answer[at] not in answer[:at])
+    for room, length in ((end + 1, end), (end, end), (end + 2, end)):
+        stop = [answer[end], *NEVER]
+        (found,) = engine.generate([PROMPTS[0]], max_new_tokens=room, stop=stop)
+        assert found == answer[:length] and (len(found) < room) == (room > end)
+
+
+def test_work_ends_between_two_batches(engine: Engine) -> None:
+    told: list[int] = []
+
+    def between() -> None:
+        if len(told) == 2:
+            raise KeyboardInterrupt
+        told.append(1)
+
+    assert len(engine.generate(PROMPTS[:BATCH], max_new_tokens=1, stop=NEVER, between=between)) == BATCH
+    assert not told
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS * 2, max_new_tokens=1, stop=NEVER, between=between)
 
 
 def test_the_number_of_new_tokens_is_kept(engine: Engine, unstopped: list[list[int]]) -> None:
@@ -303,52 +328,11 @@ def test_sampled_answers_do_not_depend_on_the_batch(engine: Engine) -> None:
 
 # --- chains ---------------------------------------------------------------------------------------------------------
 
-MARKERS = Markers()
-WHOLE_CHAIN = "<EN>What is it?<RESPONSE>A fox.<TH>สุนัข"
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny tokenizer with the chain's markers as special tokens."""
-    made = Tokenizer.load(build_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    made.backend.add_special_tokens(list(MARKERS.in_order()))
-    return made
-
-
-class Script:
-    """In place of an engine: gives out texts in order, and keeps what it was asked."""
-
-    def __init__(self, tokenizer: Tokenizer, *texts: str) -> None:
-        self.tokenizer, self.texts = tokenizer, list(texts)
-        self.calls: list[list[list[int]]] = []
-        self.options: list[dict[str, Any]] = []
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        on_tokens: Callable[[int], None] = lambda count: None,
-        **options: Any,
-    ) -> list[list[int]]:
-        self.calls.append([list(prompt) for prompt in prompts])
-        self.options.append(options)
-        answers = [self.tokenizer.encode(self.texts.pop(0)) for _ in prompts]
-        on_tokens(sum(map(len, answers)))
-        return answers
-
-    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
-        (ids,) = self.generate([prompt], **options)
-        yield ids[: len(ids) // 2]
-        yield ids
-
-
-def chat_of(script: Script, **options: Any) -> ChainChat:
-    engine: Any = script
-    return ChainChat(engine, script.tokenizer, MARKERS, max_new_tokens=30, **options)
-
-
-def asked(question: str) -> list[Message]:
-    return [{"role": "user", "content": question}]
+    return chain_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_a_chain_that_breaks_off_is_continued_once_with_the_missing_marker(tokenizer: Tokenizer) -> None:
@@ -362,7 +346,7 @@ def test_a_chain_that_breaks_off_is_continued_once_with_the_missing_marker(token
     continued = [*prompts[1], *tokenizer.encode("<EN>Who is it?<RESPONSE>A dog."), marker]
     assert script.calls == [prompts, [continued]]
     for options in script.options:
-        assert options == {"max_new_tokens": 30, "stop": [tokenizer.eos_id], "mode": ORIGINAL}
+        assert options == {"max_new_tokens": 30, "stop": end_ids(tokenizer), "mode": ORIGINAL}
     assert len(told) == 2
     assert answers == [
         Answer(WHOLE_CHAIN, Chain("What is it?", "A fox.", "สุนัข"), "สุนัข", False),
@@ -414,7 +398,7 @@ def test_a_turn_is_remembered_in_english(tokenizer: Tokenizer) -> None:
     history: list[Message] = []
     for question in ("อะไร", "แปล: hello", "Really?"):
         (answer,) = chat.answers([[*history, *asked(question)]])
-        history += remembered(question, answer)
+        history += remembered(question, answer, tokenizer)
     assert history == [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A fox."},

@@ -636,6 +636,17 @@ def slurm(bench: Bench, *codes: int, restarts: int = 1, scontrol: str = "") -> t
     return done.returncode, [called for called in bench.calls if called[0] != "srun"]
 
 
+@pytest.mark.parametrize("given", [{}, {"TRANSLLM_SECRET": "mine"}])
+def test_slurm_gives_all_tasks_of_a_job_a_secret(bench: Bench, given: dict[str, str]) -> None:
+    bench.queue("codes", 1, 0)
+    bench.fake("srun", SRUN)
+    bench.fake("scontrol")
+    bench.fake("transllm", 'echo "$TRANSLLM_SECRET" >>"$HOME/secrets"; exit $(next codes)')
+    assert [bench.run("slurm.sh", *RIGHT["slurm.sh"], SLURM_JOB_ID="7", **given).returncode] == [0]
+    first, second = (bench.root / "secrets").read_text().splitlines()
+    assert first == second and (first == "mine" if given else len(first) == 36)
+
+
 def test_slurm_dry_run(bench: Bench) -> None:
     for tool in ("srun", "scontrol", "transllm"):
         bench.fake(tool)

@@ -78,7 +78,7 @@ def start(
             return HARMED.format(step=harm[2], signal=int(harm[1]), arguments=line)
         return ["-m", "transllm_jax.cli", *line]
 
-    return run_processes(count, command, devices=devices, timeout=300, **options)
+    return run_processes(count, command, devices=devices, **options)
 
 
 def said(ended: Sequence[Ended]) -> str:
@@ -109,7 +109,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree: dict[str, Any] = tiny_run(tiny_model, Path("never"))
     for stage in STAGES:
         tree[stage]["batch_size"] = 4
-    held_out = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "limit": 4000}, "every": 3, "rows": 3}
+    held_out = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 3, "rows": 3}
     tree["pretrain"] |= {"steps": STEPS, "checkpoint_every": EVERY, "validation": held_out}
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")

@@ -70,7 +70,7 @@ def test_a_run_calibrates_the_output_rows(tied: bool, tmp_path_factory: pytest.T
     found = {}
     for name in ("mean", "calibrated"):
         settings = tiny_run(here / "model", here / name)
-        english = {"path": str(EXAMPLES / "english.train.txt"), "limit": 4000}
+        english = {"path": str(EXAMPLES / "english.train.txt"), "max_bytes": 4000}
         settings["vocabulary"] |= {"initial_rows": name} | ({"english": english} if name == "calibrated" else {})  # type: ignore[operator]
         config = Config.model_validate(settings)
         pipeline.run_pipeline(config, here / name, Progress(quiet=True), Interrupt(), until="vocabulary")

@@ -34,6 +34,28 @@ from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
 
 TRAINED = ("pretrain", "translate", "transfer")
+# What must be the same, byte for byte, however often a run was cut off.
+FILES = (
+    *(f"recover/{name}.jsonl" for name in ("answers", "translations", "chains")),
+    *(f"evaluation/{point}/results.json" for point in POINTS),
+)
+
+
+class Soon(Interrupt):
+    """A stop is asked for just before the run looks for it the n-th time."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self._left = looks
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        assert not value
 
 
 def execute(config: Path, **options: Any) -> bool:
@@ -280,22 +302,24 @@ def test_stopped_on_request_it_goes_on(
     config, workdir, _ = finished
     config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
     settings = load_config(config)
-    stops = 0
-    for _ in range(40):
-        interrupt = Interrupt()
-        interrupt.requested = True  # as if Ctrl-C came at once: every resumption gets one piece of work done
+    stops: list[str] = []
+    looks = 1
+    for _ in range(100):
+        # Ctrl-C comes when the run looks for it for the first time; later, where nothing was whole by then.
         try:
-            pipeline.run_pipeline(settings, tmp_path / "run", Progress(quiet=True), interrupt)
+            pipeline.run_pipeline(settings, tmp_path / "run", Progress(quiet=True), Soon(looks))
             break
-        except Preempted:
-            stops += 1
-    assert stops > len(pipeline.NAMES)  # also within the training stages and within `recover`
+        except Preempted as stopped:
+            stops.append(str(stopped))
+            looks = looks + 1 if stops[-2:-1] == stops[-1:] else 1
+    for piece in ("of 5 parts", "answers:", "translations:", "stopped at step"):
+        assert any(piece in line for line in stops), piece
     for point in TRAINED:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         # The losses, too, and no step twice.
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
-    for name in ("answers.jsonl", "chains.jsonl"):
-        assert (workdir / "recover" / name).read_bytes() == (tmp_path / "run" / "recover" / name).read_bytes()
+    for name in FILES:
+        assert (workdir / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
 @pytest.mark.slow
@@ -307,7 +331,14 @@ def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_
     # first sign of each, other ones in every run of this test.
     moments = random.Random(os.getpid())
     kills = 0
-    signs = ("pretrain/metrics.jsonl", "translate/checkpoints", "recover/answers.jsonl", "transfer/metrics.jsonl")
+    signs = (
+        "evaluation/base/so_far.json",
+        "pretrain/metrics.jsonl",
+        "translate/checkpoints",
+        "recover/answers.jsonl",
+        "recover/translations.jsonl",
+        "transfer/metrics.jsonl",
+    )
     for sign in signs:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and not (tmp_path / "run" / sign).exists():
@@ -323,6 +354,8 @@ def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_
     for point in TRAINED:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
+    for name in FILES:
+        assert (workdir / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
 def test_one_run_at_a_time(tiny_config_file: Path) -> None:

@@ -26,6 +26,7 @@ from transllm_jax.data.tokenise import tokenise
 from transllm_jax.data.transform import Transform
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.stages import sources as stage_sources
+from transllm_jax.stages.bad_rows import BadRows
 from transllm_jax.stages.sources import left_out, planned_rows
 from transllm_jax.tokenizer.chain import MARKERS
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -287,6 +288,7 @@ class FakeRun:
         bar = SimpleNamespace(update=lambda done, note: None)
         self.progress = SimpleNamespace(say=self.said.append, task=lambda *_, **__: nullcontext(bar))
         self.interrupt = SimpleNamespace(check=self.check)
+        self.bad_rows = BadRows(lambda place: place, directory, self.said.append)
         # Of one process, whose disk is its own.
         self.site, self.tokens_are_shared = SimpleNamespace(mirrored=False, place=None), False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import pytest
 from conversion.directories import read_json
 from transllm_jax.config import Config, load_config
 from transllm_jax.distributed.chips import parse_topology, topology_devices
+from transllm_jax.distributed.hlo import CustomCall
+from transllm_jax.distributed.hlo_text import Shape
 from transllm_jax.distributed.mesh import make_layout, mesh_shape
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE
 from transllm_jax.model.parameters import abstract, count
-from transllm_jax.preflight.measure import BEST, Measured, measure
-from transllm_jax.preflight.programs import generation, model_of, training
+from transllm_jax.model.splash import kernel_bytes, splash_flops
+from transllm_jax.preflight.measure import BEST, Measured, _explain, measure
+from transllm_jax.preflight.programs import Model, generation, model_of, training
 from transllm_jax.preflight.search import candidates
 from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
 
@@ -227,6 +231,46 @@ def test_flops_of_reading_are_the_forward_third_of_training() -> None:
     step = train_flops_per_token(shape, None, 0, 512, train_new=False)
     attention = 32 * 2 * 3 * 2 * 256 * 4096
     assert step - attention == 2 * forward
+
+
+def with_window(small: Config, tmp_path: Path, window: int | None) -> Model:
+    model = model_of(small, tmp_path)
+    return replace(model, shape=replace(model.shape, sliding_window=window))
+
+
+def test_a_window_bounds_the_keys_of_training_and_of_generation(small: Config, tmp_path: Path) -> None:
+    """Of 3 layers of width 512, 2 FLOPs for each of scores and sums, a query and key; three times that in training."""
+    options: Any = {"remat": "full", "batch_size": 8, "accumulate": 1, "length": 256}
+
+    def work(window: int | None) -> tuple[float, ...]:
+        model = with_window(small, tmp_path, window)
+        prompts, token = generation(model, SINGLE, batch_size=8, prompt=128, new_tokens=64)
+        step = training(model, "pretrain", SINGLE, **options)
+        assert step.window == prompts.window == token.window == window
+        return step.model_flops, prompts.model_flops, token.model_flops
+
+    less = [whole - some for whole, some in zip(work(None), work(48), strict=True)]
+    # All but the first 48 queries see 48 keys, those half as many.
+    fewer = [256 * 128 - (208 * 48 + 48 * 24), 128 * 64 - (80 * 48 + 48 * 24), 128 + 64 - 48]
+    assert less == pytest.approx(
+        [3 * 2 * 2 * 512 * 8 * keys * passes for keys, passes in zip(fewer, (3, 1, 1), strict=True)]
+    )
+    # A window that no row reaches changes nothing.
+    assert work(256) == work(None)
+
+
+def test_a_kernels_work_is_that_of_the_window_and_of_its_numbers() -> None:
+    tables, name = [("s8", (1, 8, 8)), ("s32", (1, 8, 8))], "splash_mha_fwd_segmented_residuals.1"
+    for dtype, itemsize in (("bf16", 2), ("f32", 4)):
+        of = [*tables, *[(dtype, (2, 4, 4096, 128))] * 3]
+        call = CustomCall(name, "tpu_custom_call", name, "", tuple(Shape(kind, dims, 0) for kind, dims in of), (), "")
+        for window in (None, 600):
+            flops, size = _explain(window, call) or (0, 0)
+            assert flops == splash_flops(2, 4, 4096, 128, window, itemsize)[0]
+            dims = [dims for _, dims in of]
+            assert size == kernel_bytes(name, dims, window=window, itemsize=itemsize)
+    # 7 of the 10 blocks of 1,024 are seen.
+    assert 10 * splash_flops(2, 4, 4096, 128, 600)[0] == 7 * splash_flops(2, 4, 4096, 128)[0]
 
 
 @pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama2_70b"])

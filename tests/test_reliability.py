@@ -7,10 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import EXAMPLES
-from reliability.damage import check_damaged_cache, check_damaged_checkpoints, put, restored, save
+from reliability.damage import (
+    check_damaged_cache,
+    check_damaged_checkpoints,
+    check_other_arrays,
+    put,
+    restored,
+    save,
+    state_of,
+)
 from reliability.harness import UNTIL, Whole, copied, goes_on, run, undisturbed, where
 
 from transllm_jax.artifacts import file_hash
@@ -77,7 +86,12 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 # What tensorstore tells of a read that orbax gave up.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_damage_of_a_checkpoint_is_trained_on(tmp_path: Path) -> None:
-    check_damaged_checkpoints(tmp_path, places=1)
+    check_damaged_checkpoints(tmp_path, places=3)
+
+
+def test_an_array_that_is_not_the_one_saved_is_named(tmp_path: Path) -> None:
+    names = check_other_arrays(tmp_path)
+    assert len(set(names)) == len(names) == len(jax.tree.leaves(state_of(4)))
 
 
 def test_all_checkpoints_damaged_is_for_the_user_to_mend(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from multi_process import ROOT, Ended, Kill, free_port, run_processes
 from transllm_jax.distributed.agreement import Agreement
 from transllm_jax.distributed.connection import Connection, Options, connection_from
 from transllm_jax.distributed.runtime import Peers, connect
-from transllm_jax.distributed.watch import IDLE, INTERVAL, PROBES, watched
+from transllm_jax.distributed.wire import IDLE, INTERVAL, PROBES, watched
 from transllm_jax.errors import UserError
 
 HOST = socket.gethostname()
@@ -111,6 +111,11 @@ def test_the_place_of_a_process() -> None:
         ),
         ({"coordinator": "a", "processes": "2", "process": "0"}, "is HOST:PORT, such as 10.0.0.2:8482, not 'a'"),
         ({"coordinator": "a:0", "processes": "2", "process": "0"}, "is HOST:PORT"),
+        ({"coordinator": "::1:80", "processes": "2", "process": "0"}, "an IPv6 address stands in brackets"),
+        ({"coordinator": "[::1:80", "processes": "2", "process": "0"}, "an IPv6 address stands in brackets"),
+        ({"coordinator": "[::g]:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
+        ({"coordinator": "http://a:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
+        ({"coordinator": "a b:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
         ({"coordinator": ":80", "processes": "2", "process": "0"}, "is HOST:PORT"),
         ({"distributed": "yes"}, "can be 'auto' or left out, not 'yes'"),
         ({"distributed": "auto", "process": "0"}, "leave --process out"),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 import os
 import random
+import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait_for
 
 from transllm_jax.data import files
 from transllm_jax.data import sample as sample_module
 from transllm_jax.data.files import Collector
 from transllm_jax.data.sample import Sample, sample_documents
+from transllm_jax.data.shards import iter_texts
 from transllm_jax.data.sources import iter_documents, read_documents
 from transllm_jax.errors import UserError
 
@@ -150,6 +156,33 @@ def test_memory_is_bounded_by_the_sample(tmp_path: Path) -> None:
     assert peak < 900_000
 
 
+def test_records_are_documents(corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of JSON and of parquet, with their letters escaped or not: the texts and counts of plain text."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [*everything(corpus[:2]), "cafe\u0301", "l" * 5000]
+    plain = write(tmp_path / "a.txt", texts)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"data": {"text": text}}) + "\n" for text in texts))
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"data": {"text": text}} for text in texts]), table, compression="none")
+    monkeypatch.setattr(files, "_TOLD_LINES", 10)
+    wanted = sample_documents([plain], max_bytes=4000)
+    assert (wanted.report.too_long, wanted.report.normalised) == (1, 1)
+    for path in (lines, table):
+        told: list[tuple[int, int]] = []
+        asked: dict[str, Any] = {"max_bytes": 10**6, "field": "data.text"}
+        found = sample_documents([path], **asked, on_progress=lambda a, b: told.append((a, b)))  # noqa: B023
+        assert sorted(found.documents) == sorted(sample_documents([plain], max_bytes=10**6).documents)
+        done, size_of = [a for a, _ in told], path.stat().st_size
+        assert done == sorted(done) and {b for _, b in told} == {size_of} and done[-1] == size_of
+        assert path == table or 0 < done[1] < size_of
+        less = sample_documents([path], **asked | {"max_bytes": 4000})
+        counts = [(r.documents, r.bytes, r.too_long, r.normalised) for r in (less.report, wanted.report)]
+        assert counts[0] == counts[1] and 3000 < less.report.kept_bytes <= 4000
+        with pytest.raises(UserError, match="1 has no field 'text'" if path == lines else "has no field 'text'"):
+            sample_documents([path], max_bytes=4000)
+
+
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +193,9 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(path: Any, *arguments: Any, **options: Any) -> Any:
         names.append(Path(path).name)
-        return iter_documents(path, *arguments, **options)
+        return iter_texts(path, *arguments, **options)
 
-    monkeypatch.setattr(sample_module, "iter_documents", counting)
+    monkeypatch.setattr(sample_module, "iter_texts", counting)
     return names
 
 
@@ -224,6 +257,60 @@ def test_progress_is_told_in_bytes_of_the_files(corpus: list[Path], monkeypatch:
         done = [a for a, _ in told]
         assert {b for _, b in told} == {total} and done[0] == 0 and done[-1] == total
         assert done == sorted(done) and len(told) > 2
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+# Its processes import it, too: each reads what is no file, notes its number, and reads on for ever or is killed.
+PARENT = """
+import os, signal, sys, time
+from pathlib import Path
+from transllm_jax.data import sample
+from transllm_jax.data.files import Place
+from transllm_jax.errors import UserError
+
+def endless(path, reading, collector, *, at, **options):
+    Path(f"{path}.note").write_text(str(os.getpid()))
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(0.05)
+        at(0)
+        yield "a text", Place(str(path), 1)
+
+sample.iter_texts = endless
+if __name__ == "__main__":
+    try:
+        sample.sample_documents(["a.txt", "b.txt"], max_bytes=1000, processes=2)
+    except UserError as error:
+        sys.exit(str(error))
+"""
+
+
+def parent(directory: Path, what: str, **options: Any) -> subprocess.Popen[str]:
+    for name in ("a.txt", "b.txt"):
+        write(directory / name, ["a text"])
+    (directory / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "parent.py", what], cwd=directory, env=environment, text=True, **options)
+
+
+def test_no_process_outlives_one_that_was_killed(tmp_path: Path) -> None:
+    asking = parent(tmp_path, "slow")
+    notes = [tmp_path / "a.txt.note", tmp_path / "b.txt.note"]
+    wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
+    workers = [int(note.read_text()) for note in notes]
+    assert asking.poll() is None and asking.pid not in workers and all(map(alive, workers))
+    asking.send_signal(signal.SIGKILL)
+    asking.wait()
+    wait_for(lambda: not any(map(alive, workers)))
+
+
+def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
+    asking = parent(tmp_path, "killed", stderr=subprocess.PIPE)
+    errors = asking.communicate(timeout=60)[1]
+    assert "a process was killed, most likely as memory ran out: run again, with more memory" in errors
+    assert "Traceback" not in errors
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

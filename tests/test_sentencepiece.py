@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conversion.sentencepiece_tokenizer import build_tokenizer, write_tokenizer_json
+from conversion.tokenizer_files import bring_tokenizer
 from transllm_jax.errors import UserError
 
 spm = pytest.importorskip("sentencepiece")
@@ -156,6 +157,27 @@ def test_bos_and_special_tokens(tmp_path: Path) -> None:
     assert ours.encode("</s>the<unk>").ids == [1, 2, *theirs.encode("the"), 0]
     assert ours.decode([1, *theirs.encode("the cat"), 2]) == "the cat"
     assert ours.get_vocab_size() == theirs.get_piece_size()
+
+
+def test_what_the_config_puts_around_a_text(tmp_path: Path) -> None:
+    """A tokenizer.json that is made of a model carries it: beside one transformers 5 does not read these keys."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "src").mkdir()
+    train(tmp_path / "src")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    for bos, eos in ((True, True), (False, True), (True, False)):
+        config = {**names, "add_bos_token": bos, "add_eos_token": eos}
+        (tmp_path / "src/tokenizer_config.json").write_text(json.dumps(config))
+        out = tmp_path / f"out{bos}{eos}"
+        out.mkdir()
+        bring_tokenizer(tmp_path / "src", out)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "src")
+        ours = Tokenizer.from_file(str(out / "tokenizer.json"))
+        for pair in (("the cat",), ("the cat", "the")):
+            assert ours.encode(*pair).ids == theirs(*pair).input_ids, (config, pair)
+    with pytest.raises(UserError, match=r"no EOS piece; say add_eos_token: false"):
+        write_tokenizer_json(train(tmp_path, eos_id=-1), tmp_path, add_eos=True)
 
 
 def test_without_a_prefix(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 
 
 def test_a_conversation_in_parts_has_the_ids_of_the_whole(tokenizer: Tokenizer) -> None:
-    ids, mask = encode_conversation(tokenizer, TALK)
+    [(ids, mask, _)] = encode_conversation(tokenizer, TALK)
     assert ids == tokenizer.encode(render(tokenizer, TALK))
     prompt = encode_prompt(tokenizer, TALK[:1])
     assert prompt == tokenizer.encode(render(tokenizer, TALK[:1])) == ids[: len(prompt)]
@@ -74,4 +74,4 @@ def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -
     ]
     for talk in (TALK, chain):
         wanted = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
-        assert encode_conversation(ours, talk)[0] == wanted
+        assert encode_conversation(ours, talk)[0].ids == wanted

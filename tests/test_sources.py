@@ -191,7 +191,7 @@ def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
     assert [shard.size for shard in found] == [7, 7, 7] and len({shard.key for shard in found}) == 3
     assert items(reading) == ["a1", "a2", "b1", "b2", "c1", "c2"]
     assert places(reading)[1] == f"{tmp_path}/a.txt:3"
-    (limited,) = shards(Reading(reading.path, limit=6), hash_of)
+    (limited,) = shards(Reading(reading.path, max_bytes=6), hash_of)
     assert limited.size == 21 and "/" not in limited.name
     assert [item for item, _ in limited.items(Collector("refuse"))] == ["a1", "a2", "b1"]
     again = pickle.loads(pickle.dumps(limited))
@@ -200,17 +200,21 @@ def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
 
 def test_limits(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", [{"text": "aaaa"}, {"text": "กก"}, {"text": "c"}]))
-    assert [items(Reading(path, limit=limit)) for limit in (1, 9, 10, 11)] == [
+    assert [items(Reading(path, max_bytes=size)) for size in (1, 9, 10, 11)] == [
         ["aaaa"],
         ["aaaa"],
         ["aaaa", "กก"],
         ["aaaa", "กก", "c"],
     ]
+    assert items(Reading(path, max_items=2)) == ["aaaa", "กก"]
+    assert items(Reading(path, max_bytes=11, max_items=1)) == items(Reading(path, max_bytes=1, max_items=2)) == ["aaaa"]
+    text = str(write(tmp_path / "a.txt", "a\n\nb\n\nc\n"))
+    assert items(Reading(text, max_items=2)) == ["a", "b"]
     # What stands behind the limit is not read.
     tsv = write(tmp_path / "a.tsv", "a\tb\nc\td\nbad\n")
-    assert items(Reading(str(tsv), "pairs", limit=2)) == [("a", "b"), ("c", "d")]
+    assert items(Reading(str(tsv), "pairs", max_items=2)) == [("a", "b"), ("c", "d")]
     chat = str(jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}, {"messages": CHAT}, {"bad": 1}]))
-    assert len(items(Reading(chat, "conversations", limit=2))) == 2
+    assert len(items(Reading(chat, "conversations", max_items=2))) == 2
 
 
 def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
@@ -230,8 +234,9 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         key(pairs),
         key(Reading(str(path), separator="line")),
         key(Reading(str(path), controls="remove")),
-        key(Reading(str(path), limit=5)),
-        key(Reading(str(path), limit=6)),
+        key(Reading(str(path), max_bytes=5)),
+        key(Reading(str(path), max_bytes=6)),
+        key(Reading(str(path), max_items=5)),
         key(Reading(str(path), "pairs", target_path=str(target))),
         key(Reading(str(write(tmp_path / "a.txt.gz", "a\tb\n")))),
         key(Reading(str(record))),
@@ -262,14 +267,20 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         (Reading("a.txt", "pairs", separator="line"), "separator is for text in lines"),
         (Reading("a.txt", split="test"), "split and data_dir are for datasets and tfds"),
         (Reading("a.jsonl", data_dir="x"), "split and data_dir are for datasets and tfds"),
-        (Reading("a.txt", limit=0), "limit is 0"),
-        (Reading("a.txt", limit=0, fields=("a",)), "remove fields; limit is 0"),
+        (Reading("a.txt", max_bytes=0), "max_bytes is 0"),
+        (Reading("a.txt", max_items=0, fields=("a",)), "remove fields; max_items is 0"),
+        (Reading("a.txt", "pairs", max_bytes=9), "max_bytes is for text: set max_items"),
         (Reading("a.*"), r"several kinds, a\.jsonl \(jsonl\), a\.txt \(lines\): .* set container"),
         (Reading("none.txt"), "no file matches none.txt"),
         (Reading("."), "is a directory"),
         (Reading("a.txt", "pairs", target_path="*"), r"a\.txt means 1 files and \* 2"),
         (Reading("none/", container="datasets"), "neither a directory nor a name on the hub"),
         (Reading("json", container="datasets"), "neither a directory nor a name on the hub"),
+        (Reading("here/none", container="datasets"), "there is a directory here here, and no none in it"),
+        (Reading("here/none/v2", container="datasets"), "there is a directory here here, and no none/v2 in it"),
+        (Reading("org/a.parquet", container="datasets"), "there is no such file here"),
+        # The tests are offline.
+        (Reading("org/none", container="datasets"), "there is no such directory here, and on the hub it cannot be"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -278,6 +289,7 @@ def test_settings_that_do_not_go_together(
     monkeypatch.chdir(tmp_path)
     write(Path("a.txt"), "a\n")
     write(Path("a.jsonl"), '{"text": "a"}\n')
+    Path("here").mkdir()
     with pytest.raises(UserError, match=message) as caught:
         shards(reading, hash_of)
     assert "\n" not in str(caught.value)
@@ -416,6 +428,11 @@ def turns(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
 
+def flagged(**fields: object) -> dict[str, Any]:
+    """A question and an answer with these fields beside it."""
+    return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]}
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -439,7 +456,22 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": " "}]}, r"'messages.1.content' is empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"'messages.1.content' must be a string"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "has 'tool_calls', which is not supp"),
-        ({**turns("user", "assistant"), "system": "Be good"}, "has 'system', which is not supported"),
+        ({**turns("user", "assistant"), "system": 5}, "'system' must be a string, not 5"),
+        ({**turns("system", "user", "assistant"), "system": "Be good"}, "different system messages in system and the"),
+        ({**turns("user", "assistant"), "system": "a", "system_prompt": "b"}, "in system and system_prompt"),
+        ({**turns("user", "assistant"), "image": "0.jpg"}, "has 'image', which is not supported"),
+        ({**turns("user", "assistant"), "chosen": ["a"], "tools": "[]"}, "has 'tools', 'chosen', which is not supp"),
+        (flagged(reasoning_content="So."), "message 2 has 'reasoning_content', which is not supported"),
+        (flagged(refusal="No."), "message 2 has 'refusal'"),
+        (flagged(masked=False), "message 2 has 'masked', which is not read: say by `train: true`"),
+        (flagged(train_detail=[]), "message 2 has 'train_detail', which is not read"),
+        (flagged(weight=0.5), "message 2 has the weight 0.5: an answer is trained on .1. or is context alone .0."),
+        (flagged(weight=True), "message 2 has the weight True"),
+        (flagged(train="no"), "message 2 has 'no' in 'train': write true or false"),
+        (flagged(train=False, weight=1), "message 2 has the weight 1 and train false: leave one"),
+        (flagged(weight=0), "no answer to train on"),
+        (flagged(train=False), "no answer to train on"),
+        ({"messages": [{"role": "user", "content": "x", "train": True}]}, "message 1 is the user's and has train true"),
         ({"instruction": "a"}, "has no field 'output'"),
         ({"instruction": "a", "output": " "}, "'output' is empty"),
         ({"instruction": "a", "output": "b", "input": 5}, "'input' must be a string"),
@@ -472,6 +504,55 @@ def test_a_table_of_columns_is_a_list_of_messages(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
+def test_an_answer_can_be_context_alone(tmp_path: Path, form: str, flag: dict[str, Any]) -> None:
+    role, text, assistant = ("from", "value", "gpt") if form == "conversations" else ("role", "content", "assistant")
+    turns = [
+        # Exports give every message a weight.
+        {role: "user", text: "a", "weight": 1},
+        {role: assistant, text: "WRONG", **flag},
+        {role: "user", text: "b", "weight": 0, "train": None},
+        {role: assistant, text: "right", "weight": 1, "train": True},
+    ]
+    (found,) = items(Reading(str(jsonl(tmp_path / "a.jsonl", [{form: turns}])), "conversations"))
+    assert isinstance(found, list)
+    assert [message.get("train") for message in found] == [None, False, None, None]
+    assert [message["content"] for message in found] == ["a", "WRONG", "b", "right"]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_message_beside_a_conversation_is_its_first_message(tmp_path: Path, name: str) -> None:
+    shapes: list[dict[str, Any]] = [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a", "output": "b"},
+    ]
+    same = {"messages": [{"role": "system", "content": "Be brief. "}, *shapes[1]["messages"]]}
+    for record in (*shapes, same):
+        path = str(jsonl(tmp_path / "a.jsonl", [{**record, name: "Be brief."}, {**shapes[0], name: " "}][:1]))
+        (found,) = items(Reading(path, "conversations"))
+        assert [str(message["content"]).strip() for message in found if isinstance(message, dict)] == [
+            "Be brief.",
+            "a",
+            "b",
+        ]
+        assert isinstance(found[0], dict) and found[0]["role"] == "system"
+    path = str(jsonl(tmp_path / "a.jsonl", [{**shapes[0], name: " "}]))
+    assert len(items(Reading(path, "conversations"))[0]) == 2
+
+
+def test_fields_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    records = [
+        {**flagged(timestamp=5), "id": "1", "source": "here"},
+        {**flagged(timestamp=None, train=None), "id": "2", "source": None, "image": "", "tools": []},
+    ]
+    (shard,) = shards(Reading(str(jsonl(tmp_path / "a.jsonl", records)), "conversations"), hash_of)
+    collector = Collector("refuse")
+    assert len(list(shard.items(collector))) == 2
+    assert collector.ignored == {"id": 2, "source": 1, "messages.timestamp": 1}
+
+
 # ---- datasets of Hugging Face
 
 
@@ -498,7 +579,7 @@ def test_a_local_dataset(tmp_path: Path, datasets: Any) -> None:
     again = pickle.loads(pickle.dumps(found[1]))
     assert [str(place) for _, place in again.items(Collector("refuse"))][1].endswith("(train, shard 2 of 3):record 2")
     assert [item for item, _ in again.items(Collector("refuse"))] == [f"{THAI} 1.{n}" for n in range(2)]
-    (limited,) = shards(Reading(str(root), container="datasets", limit=1), hash_of)
+    (limited,) = shards(Reading(str(root), container="datasets", max_bytes=1), hash_of)
     assert len(list(limited.items(Collector("refuse")))) == 1
     # The split's own files are what counts.
     before = keys(found)
@@ -654,7 +735,7 @@ def test_tfds(prepared: Path) -> None:
     options: dict[str, Any] = {"container": "tfds", "data_dir": str(prepared)}
     part = Reading("tiny_thai:1.0.0", split="train[1:5]", **options)
     assert items(part) == texts[1:5] and not set(keys(shards(part, hash_of))) & set(keys(found))
-    assert items(Reading("tiny_thai", limit=1, **options)) == texts[:1]
+    assert items(Reading("tiny_thai", max_bytes=1, **options)) == texts[:1]
     pairs = items(Reading("tiny_thai", "pairs", fields=("translation.en", "translation.th"), **options))
     assert ("text 3", "ข้อความ 3") in pairs and len(pairs) == 6
     assert items(Reading("tiny_thai", "conversations", **options)) == [CHAT] * 6

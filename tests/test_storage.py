@@ -424,13 +424,57 @@ def test_a_stale_lease_is_taken_over_and_its_holder_stops(pod: Pod) -> None:
             pass
 
 
-def test_a_lease_that_goes_on_as_another_clock_has_it_is_taken_for_stale_by_watching(pod: Pod) -> None:
+@pytest.fixture(params=[-300.0, 300.0])
+def skewed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds by which the wall clock is wrong for this thread, and is not for those that renew a lease."""
+    right, us = time.time, threading.current_thread()
+    off = float(request.param)
+    monkeypatch.setattr(time, "time", lambda: right() + (off if threading.current_thread() is us else 0.0))
+    return off
+
+
+def test_a_lease_that_lives_is_never_taken_by_one_whose_clock_differs(pod: Pod, skewed: float) -> None:
+    with lease(pod, stale=180.0) as held:
+        # What the holder's first sign says, before its thread has given another, is of this thread.
+        held._store.write(held._name(1), json.dumps(json.loads(held._content()) | {"renewed": 0.0}).encode())
+        for watch in (False, True):
+            with pytest.raises(UserError, match=r"last seen at .* by its clock"), lease(pod, stale=180.0, watch=watch):
+                pass
+        held.check()
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["by the store's clock", "by watching"])
+def test_a_lease_of_the_dead_is_taken_by_one_whose_clock_differs(pod: Pod, skewed: float, tells: bool) -> None:
     held = dead(pod)
     path = next((pod.store / ".lease").iterdir())
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"renewed": time.time() + 3600}))
-    with lease(pod), pytest.raises(UserError, match="took over"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"renewed": time.time() - 2 * skewed}))
+    if tells:
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    asked: list[str] = []
+    taken = lease(pod, **({"stale": 180.0, "watch": False} if tells else {}))
+    for name in ("files", "read", "age"):
+        real = getattr(taken._store, name)
+        setattr(taken._store, name, lambda *given, name=name, real=real: (asked.append(name), real(*given))[1])
+    if not tells:
+        taken._store.age = lambda name: None  # type: ignore[method-assign]
+    with taken, pytest.raises(UserError, match="took over"):
         held._sign()
         held.check()
+    # To look and to take; to watch is dear, and done every third of a renewal only.
+    assert asked.count("age") <= 1 and (not tells or len(asked) <= 4)
+
+
+def test_a_watch_costs_few_requests(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a lease as it is by default, with a clock that runs as it is waited for."""
+    dead(pod)
+    clock, looks, one = [0.0], [0], Lease(Store(str(pod.store)))
+    monkeypatch.setattr("transllm_jax.storage.lease._now", lambda: clock[0])
+    monkeypatch.setattr(one._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    top = one._top
+    monkeypatch.setattr(one, "_top", lambda: (looks.__setitem__(0, looks[0] + 1), top())[1])
+    monkeypatch.setattr(one, "_keep", lambda: None)
+    with one:
+        assert 180 <= clock[0] < 200 and looks[0] <= 21
 
 
 def test_the_lease_of_a_process_that_died_here_is_taken_at_once(pod: Pod) -> None:
@@ -481,8 +525,7 @@ def test_files_that_never_change_come_and_go_in_their_order(pod: Pod) -> None:
 def test_of_many_at_once_one_gets_a_stale_lease(pod: Pod) -> None:
     held = dead(pod)
     # Of an hour ago; that of the one who gets it is not stale soon, however slow this machine is.
-    content = json.loads(held._content())
-    held._store.write(held._name(1), json.dumps({**content, "renewed": content["renewed"] - 3600}).encode())
+    os.utime(pod.store / held._name(1), (time.time() - 3600,) * 2)
     got: list[Lease] = []
     gate = threading.Barrier(8)
 
@@ -502,20 +545,20 @@ def test_of_many_at_once_one_gets_a_stale_lease(pod: Pod) -> None:
     got[0].__exit__(None, None, None)
 
 
-def test_a_run_that_lost_its_lease_pushes_nothing(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_lost_its_lease_pushes_nothing(pod: Pod) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     with host.lease():
         host.push("step")
         write(host.local / "step", AFTER)
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: 1e12)  # in the view of the other, hours later
-            with lease(pod, watch=False, stale=180.0):
-                host_lease = mirror_of(host).check.__self__  # type: ignore[attr-defined]
-                host_lease._sign()
-                for call in (host.push, host.remove):
-                    with pytest.raises(UserError, match="took over"):
-                        call("step")
+        held = next((pod.store / ".lease").iterdir())
+        os.utime(held, (time.time() - 3600,) * 2)  # as the store has it, an hour without a sign
+        with lease(pod, watch=False, stale=180.0):
+            host_lease = mirror_of(host).check.__self__  # type: ignore[attr-defined]
+            host_lease._sign()
+            for call in (host.push, host.remove):
+                with pytest.raises(UserError, match="took over"):
+                    call("step")
     assert read(pod.store / "step") == BEFORE
 
 
@@ -693,6 +736,30 @@ def test_a_run_on_gcs(on_gcs: Callable[[str], Workdir], tmp_path: Path) -> None:
 def test_of_two_that_create_on_gcs_one_does(on_gcs: Callable[[str], Workdir]) -> None:
     store = mirror_of(on_gcs("first")).store
     assert store.create("x", b"one") and not store.create("x", b"two") and store.read("x") == b"one"
+
+
+@pytest.mark.slow
+def test_gcs_tells_how_old_an_object_is(on_gcs: Callable[[str], Workdir], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = mirror_of(on_gcs("first")).store
+    store.write("x", b"one")
+    assert store.age("none") is None and store.age("x") is not None and 0 <= store.age("x") < 60
+    # Both times are the store's.
+    answer = json.dumps({"updated": "2026-01-02T03:04:05.678Z"}).encode()
+    for header, age in (({"Date": "Fri, 02 Jan 2026 03:14:05 GMT"}, 599.322), ({}, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(store._fs, "call", lambda *given, header=header: (header, answer))
+            assert store.age("x") == age
+
+
+@pytest.mark.slow
+def test_a_lease_on_gcs_and_clocks_that_differ(on_gcs: Callable[[str], Workdir], skewed: float) -> None:
+    store = mirror_of(on_gcs("first")).store
+    with Lease(store, renew=0.2) as held:
+        time.sleep(0.5)  # from now on its signs are of another thread
+        for watch in (False, True):
+            with pytest.raises(UserError, match="another run is at work here"), Lease(store, watch=watch, renew=0.2):
+                pass
+        held.check()
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message, encode_conversation
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 TEXT = Transform("text", 32)
@@ -94,6 +95,22 @@ def test_records_are_the_examples(
     assert +Counter(tokens.counts) == +counts
 
 
+def test_bytes_of_a_conversation_are_those_of_the_answers_that_are_trained(tokenizer: Tokenizer) -> None:
+    def turn(question: str, answer: str, **more: bool) -> list[Message]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]  # type: ignore[list-item,typeddict-item]
+
+    first, second, third = turn("a", "WRONG", train=False), turn("b", "right"), turn("c", "ใช่ " * 30)
+    two = len(encode_conversation(tokenizer, [*first, *second])[0])
+    for length, messages, size in (
+        (512, [*first, *second], 5),
+        (512, [*second, *first, *third], 5 + len(third[1]["content"].encode())),
+        (two, [*first, *second, *third], 5),  # cut at a turn
+    ):
+        counts = Counter[str]()
+        ((examples, sizes),) = Transform("conversations", length).made(tokenizer, [messages], counts)
+        assert len(examples) == 1 and sizes == [size] and counts["cut at a turn"] == (length == two)
+
+
 def test_bytes_of_a_document_are_shared_out_over_its_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = "สวัสดี the fox " * 40
     [shard] = shards_of(write(tmp_path / "a.txt", [text]))
@@ -105,7 +122,7 @@ def test_bytes_of_a_document_are_shared_out_over_its_pieces(tmp_path: Path, toke
 
 def test_places_are_files_and_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
     first, second = write(tmp_path / "a.txt", ["one\nmore", "two"]), write(tmp_path / "b.txt", ["three"])
-    [both] = shards_of(tmp_path / "*.txt", limit=1000)  # a limit makes one shard of all files
+    [both] = shards_of(tmp_path / "*.txt", max_bytes=1000)  # a limit makes one shard of all files
     tokens = written(tmp_path, both, TEXT, tokenizer)
     assert tokens.places([0, 1, 2]) == [f"{first}:1", f"{first}:4", f"{second}:1"]
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import alive, wait_for
 from tiny_shards import shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
@@ -205,18 +205,3 @@ def test_no_process_outlives_one_that_was_killed(tmp_path: Path, tokenizer: Toke
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_for(lambda: not any(map(alive, workers)))
-
-
-def alive(process: int) -> bool:
-    try:
-        # One that has ended and that nobody has asked after is a zombie.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(done: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.02)

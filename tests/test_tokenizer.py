@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_tokenizer
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.expand import with_markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -203,3 +204,147 @@ def test_bad_directories(directory: Path, tmp_path: Path) -> None:
     without = _edited(directory, tmp_path / "w", "tokenizer_config.json", eos_token=None)
     with pytest.raises(UserError, match="names no eos_token"):
         _ = Tokenizer.load(without).eos_id
+
+
+def _with_specials(directory: Path, where: Path, **config: object) -> Path:
+    """A copy with two more special tokens in tokenizer.json, as Qwen2.5 has them, and changes to the config."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    state = json.loads((directory / "tokenizer.json").read_text())
+    added = [{"id": 400 + i, "content": f"<|box_{name}|>", **flags} for i, name in enumerate(("start", "end"))]
+    where = _edited(directory, where, "tokenizer.json", added_tokens=state["added_tokens"] + added)
+    content = json.loads((where / "tokenizer_config.json").read_text()) | config
+    (where / "tokenizer_config.json").write_text(json.dumps(content))
+    return where
+
+
+_LISTED = ["<|im_start|>", "<|box_start|>", "<|box_end|>"]
+_MARKERS = ["<EN>", "<TH>"]
+_DECODER = {
+    "0": {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False},
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"additional_special_tokens": _LISTED},
+        {"extra_special_tokens": _LISTED},
+        {"additional_special_tokens": _LISTED, "extra_special_tokens": []},
+        {"additional_special_tokens": _LISTED, "extra_special_tokens": {"box_token": "<|box_start|>"}},
+        {"extra_special_tokens": {"box_token": "<|box_start|>"}},
+        {"additional_special_tokens": [{"__type": "AddedToken", "content": "<|box_end|>"}]},
+        {
+            "added_tokens_decoder": _DECODER,
+            "padding_side": "left",
+            "truncation_side": "left",
+            "add_prefix_space": False,
+        },
+        {"add_bos_token": True, "add_eos_token": True, "tokenizer_class": "LlamaTokenizerFast"},
+        {"add_bos_token": False, "bos_token": None, "tokenizer_class": "Qwen2Tokenizer", "split_special_tokens": False},
+        {"model_max_length": 7, "errors": "replace", "legacy": True, "sp_model_kwargs": {}},
+    ],
+)
+def test_metadata_comes_back_extended(directory: Path, tmp_path: Path, config: dict[str, object]) -> None:
+    """All that AutoTokenizer says of an expanded tokenizer is what it says of the base, and the markers."""
+    transformers = pytest.importorskip("transformers")
+    base = Tokenizer.load(_with_specials(directory, tmp_path / "base", **config))
+    new, _ = with_markers(base, _MARKERS)
+    new.save(tmp_path / "new")
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "new"))
+    assert after.all_special_tokens == before.all_special_tokens + _MARKERS
+    assert after.extra_special_tokens == before.extra_special_tokens + _MARKERS
+    same = ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "chat_template")
+    for name in (*same, "model_input_names", "split_special_tokens"):
+        assert getattr(after, name) == getattr(before, name), name
+    grown = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+    ours = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    saved = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    for key, value in (base.config | ours).items():
+        if key not in grown:
+            assert saved[key] == value, key
+        elif isinstance(value, list):
+            assert saved[key][: len(value)] == value, key
+        else:
+            assert saved[key].items() >= value.items(), key
+    if "added_tokens_decoder" in config:
+        assert [saved["added_tokens_decoder"][str(new.token_id(m))]["content"] for m in _MARKERS] == _MARKERS
+    for text in ("The weather is nice today.", " in 12 days\n\n it's", "a<|box_end|>\nb"):
+        assert after(text).input_ids == before(text).input_ids == base.bos_ids + base.encode(text), text
+        assert after(text + "<EN>").input_ids[-1] == new.token_id("<EN>")
+
+
+def test_a_bos_token_that_only_the_config_asks_for(directory: Path, tmp_path: Path) -> None:
+    """transformers 5 takes what stands around a text from tokenizer.json alone; a config that says more keeps it."""
+    transformers = pytest.importorskip("transformers")
+    where = _edited(directory, tmp_path / "base", "tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    for name, post in (("without", None), ("with", _TEMPLATE)):
+        state = json.loads((where / "tokenizer.json").read_text()) | {"post_processor": post}
+        (where / "tokenizer.json").write_text(json.dumps(state))
+        tokenizer = Tokenizer.load(where)
+        with_markers(tokenizer, _MARKERS)[0].save(tmp_path / name)
+        both = [
+            transformers.AutoTokenizer.from_pretrained(place)("hello").input_ids for place in (where, tmp_path / name)
+        ]
+        assert both[0] == both[1] == tokenizer.bos_ids + tokenizer.encode("hello")
+        assert tokenizer.bos_ids == ([] if post is None else [1])
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved["add_bos_token"] is saved["add_eos_token"] is True
+
+
+_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+
+
+def test_roles_and_tokens_of_special_tokens_map(directory: Path, tmp_path: Path) -> None:
+    """What older versions wrote beside the config counts, as in transformers, unless the config lists all tokens."""
+    transformers = pytest.importorskip("transformers")
+    where = _with_specials(directory, tmp_path / "base", eos_token="<|endoftext|>")
+    eos = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special = {"eos_token": eos, "additional_special_tokens": _LISTED}
+    (where / "special_tokens_map.json").write_text(json.dumps(special))
+    base = Tokenizer.load(where)
+    assert base.role("eos_token") == "<|im_end|>"
+    with_markers(base, _MARKERS)[0].save(tmp_path / "new")
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "new"))
+    assert before.eos_token == after.eos_token == "<|im_end|>"
+    assert after.all_special_tokens == before.all_special_tokens + _MARKERS
+    where = _edited(where, tmp_path / "listed", "tokenizer_config.json", added_tokens_decoder=_DECODER)
+    assert Tokenizer.load(where).role("eos_token") == "<|endoftext|>"
+
+
+def test_padding_of_the_file_and_of_the_class_stay_known(directory: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    padding = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None, "pad_id": 2}
+    padding |= {"pad_type_id": 0, "pad_token": "<|im_end|>"}
+    where = _edited(directory, tmp_path / "file", "tokenizer.json", padding=padding)
+    Tokenizer.load(where).save(tmp_path / "saved-file")
+    gemma = _edited(directory, tmp_path / "class", "tokenizer_config.json", tokenizer_class="GemmaTokenizer")
+    Tokenizer.load(gemma).save(tmp_path / "saved-class")
+    llama = _edited(directory, tmp_path / "bytes", "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    Tokenizer.load(llama).save(tmp_path / "saved-bytes")
+    found = {
+        name: transformers.AutoTokenizer.from_pretrained(tmp_path / name).padding_side
+        for name in ("file", "saved-file", "saved-class", "bytes", "saved-bytes")
+    }
+    assert found == {
+        "file": "left",
+        "saved-file": "left",
+        "saved-class": "left",
+        "bytes": "right",
+        "saved-bytes": "right",
+    }
+
+
+def test_other_chat_templates_stay(directory: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    named = [{"name": "default", "template": CHAT_TEMPLATE}, {"name": "tool_use", "template": "{{ tools }}"}]
+    where = _edited(directory, tmp_path / "base", "tokenizer_config.json", chat_template=named)
+    Tokenizer.load(where).save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").chat_template == CHAT_TEMPLATE
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
+    assert found == {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,78 @@ def test_expand(tmp_path: Path, command: Command, base: Path, corpus: Path) -> N
     assert report["sample"]["kept_bytes"] == report["sample"]["bytes"] > 10_000
     assert len(report["examples"]) == 6 and all(old.encode(word)[1:] for word in report["examples"])
     assert all(word in printed for pair in report["examples"].values() for word in pair)
+
+
+def _as_records(path: Path, texts: list[str], field: str) -> Path:
+    """The texts in a file of records, each in a field beside another one; of JSON with its letters escaped."""
+    rows = [{"id": number, field: text} for number, text in enumerate(texts)]
+    if path.suffix == ".parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "field"), [(".jsonl", "text"), (".jsonl.gz", "content"), (".json", "text"), (".parquet", "body")]
+)
+def test_records_are_read_as_texts(
+    tmp_path: Path, command: Command, base: Path, corpus: Path, suffix: str, field: str
+) -> None:
+    """A corpus, held-out text and English in records cost what they cost as plain text."""
+
+    def records(plain: Path, name: str) -> Path:
+        texts = [text.strip("\n") for text in plain.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        return _as_records(tmp_path / f"{name}{suffix}", texts, field)
+
+    options = ("--size", 120, "--language", "th", "--marker", "<TH>")
+    files = (corpus, HELD_OUT, ENGLISH)
+    of_records = [records(file, name) for file, name in zip(files, ("corpus", "held_out", "english"), strict=True)]
+    reports = []
+    for name, (text, held_out, english), more in (
+        ("plain", files, ()),
+        ("records", of_records, () if field == "text" else ("--field", field)),
+    ):
+        more = (*options, *more, "--held-out", held_out, "--english", english)
+        assert command("expand", base, text, tmp_path / name, *more)[0] == 0
+        report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+        reports.append({key: list(report[key].values()) for key in ("measured", "english_changed", "english_files")})
+        reports[-1]["documents"] = report["sample"]["documents"], report["sample"]["bytes"]
+    assert reports[0] == reports[1]
+    assert (tmp_path / "plain/tokenizer.json").read_bytes() != b"" and (
+        sorted(Tokenizer.load(tmp_path / "plain").backend.get_vocab())
+        == sorted(Tokenizer.load(tmp_path / "records").backend.get_vocab())
+    )
+    more = () if field == "text" else ("--field", field)
+    curve = ("--curve", "60,120", "--corpus", of_records[0], "--language", "th")
+    printed = [
+        command("report", base, file, "--base", base, *rest)[1].splitlines()
+        for file, rest in (
+            (HELD_OUT, ("--curve", "60,120", "--corpus", corpus, "--language", "th")),
+            (of_records[1], (*curve, *more)),
+        )
+    ]
+    for row in ("+60", "+120", "base"):
+        of_text, of_record = ([line.split()[-6:] for line in lines if f" {row} " in line] for lines in printed)
+        assert of_text == of_record and len(of_text) == 1
+
+
+def test_options_that_no_file_has_a_use_for(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
+    rows = _as_records(tmp_path / "a.jsonl", ["ภาษาไทย", "ประเทศไทย"], "text")
+    expand = ("expand", base, "{}", tmp_path / "out", "--size", 10, "--language", "th")
+    for file, options, said in (
+        (corpus, ("--field", "text"), "--field text is of records (.jsonl, .json, .parquet), and no file is one"),
+        (rows, ("--lines",), "--lines is of text in lines, and all files are records: leave it out"),
+        (rows, ("--field", "content"), "a.jsonl:1 has no field 'content' (it has: id, text)"),
+    ):
+        code, printed = command(*(file if part == "{}" else part for part in expand), *options)
+        assert code == 2 and said in printed and not (tmp_path / "out").exists()
+    code, printed = command("report", base, rows, "--field", "content")
+    assert code == 2 and "a.jsonl:1 has no field 'content'" in printed
 
 
 def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:

@@ -33,7 +33,7 @@ from transllm_jax.training.arrays import load_arrays, save_arrays
 from transllm_jax.training.checkpoint import Checkpoints
 from transllm_jax.training.ledger import LEDGER, Ledger, summarise
 from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
-from transllm_jax.training.metrics import MetricsLog, read_rows
+from transllm_jax.training.metrics import MetricsLog, read_rows, read_validations
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, schedule
 from transllm_jax.training.step import TrainState, initial_state, make_step, summed_loss
 
@@ -517,7 +517,7 @@ def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: 
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
-def watch_of(scores: list[float], every: int = 1, patience: int | None = None) -> tuple[Watch, list[int]]:
+def watch_of(scores: list[float], every: int = 1, patience: int | None = None, of: str = "") -> tuple[Watch, list[int]]:
     """Validations with these results, one after the other; and how many were made."""
     made: list[int] = []
 
@@ -525,7 +525,7 @@ def watch_of(scores: list[float], every: int = 1, patience: int | None = None) -
         made.append(len(made))
         return scores[len(made) - 1]
 
-    return Watch(measure, every, patience), made
+    return Watch(measure, every, patience, of), made
 
 
 def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path) -> None:
@@ -569,6 +569,27 @@ def test_a_stage_stops_when_it_gets_no_better(tmp_path: Path) -> None:
         run(tmp_path / "b", _Dying(set()), watch=watch_of(scores, patience=2)[0])
     run(tmp_path / "b", watch=watch_of(scores[3:], patience=2)[0])
     assert (tmp_path / "b" / "validation.jsonl").read_bytes() == (tmp_path / "a" / "validation.jsonl").read_bytes()
+
+
+def test_validations_of_other_rows_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(scores: list[float], of: str) -> None:
+        interrupt = Interrupt()
+        interrupt.requested = True
+        with pytest.raises(Preempted):
+            run(tmp_path / "a", watch=watch_of(scores, of=of)[0], interrupt=interrupt)
+
+    # Step by step: with other rows every score is higher, and so is the best of them.
+    stopped([1.0], "few")
+    stopped([1.5], "few")
+    stopped([3.0], "many")
+    watch, made = watch_of([2.5, 2.8, 2.9], of="many", patience=3)
+    outcome = run(tmp_path / "a", watch=watch)
+    assert (outcome.best, outcome.steps, len(made)) == (4, STEPS, 3)
+    rows = read_validations(tmp_path / "a" / "validation.jsonl")
+    assert [row["step"] for row in rows] == [3, 4, 5, 6] and {row["of"] for row in rows} == {"many"}
+    assert len(read_rows(tmp_path / "a" / "validation.jsonl")) == 6
+    # Nothing was measured on these rows yet, and the scores of others have no say.
+    assert run(tmp_path / "a", watch=watch_of([], of="third")[0]).best is None
 
 
 # --- what may change ------------------------------------------------------------------------------------------------

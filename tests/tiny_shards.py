@@ -41,9 +41,9 @@ def write(path: Path, items: list[object]) -> Path:
     return path
 
 
-def shards_of(path: Path, content: Content = "text", limit: int | None = None) -> list[Shard]:
+def shards_of(path: Path, content: Content = "text", max_bytes: int | None = None) -> list[Shard]:
     """The shards that a path or glob means."""
-    return shards(Reading(str(path), content, limit=limit), hash_of)
+    return shards(Reading(str(path), content, max_bytes=max_bytes), hash_of)
 
 
 def some_shards(directory: Path, content: Content = "text", files: int = 3) -> list[Shard]:

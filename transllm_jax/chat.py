@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,12 +29,16 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class Session:
-    """One conversation: a model, and what it remembers of the turns so far (in English, where there were chains)."""
+    """One conversation: a model, and what it remembers of the turns so far (in English, where there were chains).
+
+    forgotten: how many turns, the oldest, the model's context has no room for any more.
+    """
 
     name: str
     chat: ChainChat
     tokenizer: Tokenizer
-    history: list[Message]
+    history: list[Message] = field(default_factory=list)
+    forgotten: int = 0
 
     def ask(self, question: str) -> Iterator[Answer]:
         """The answer as it grows. The turn is remembered when the last of it was taken.
@@ -48,11 +52,15 @@ class Session:
             raise UserError(f"the question contains the special token {found}; write it in another way")
         if not question.strip():
             raise UserError("the question is empty; ask something")
+        asked: Message = {"role": "user", "content": question}
+        while self.history and not self.chat.fits([*self.history, asked]):
+            del self.history[:2]
+            self.forgotten += 1
         answer = None
-        for answer in self.chat.stream([*self.history, {"role": "user", "content": question}]):
+        for answer in self.chat.stream([*self.history, asked]):
             yield answer
-        if answer is not None and answer.visible:
-            self.history += remembered(question, answer)
+        if answer is not None:
+            self.history += remembered(question, answer, self.tokenizer)
 
 
 def open_session(
@@ -87,7 +95,7 @@ def open_session(
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
-    return Session(name, chat, tokenizer, [])
+    return Session(name, chat, tokenizer)
 
 
 def _fetched(url: str, base: bool) -> Path:
@@ -107,20 +115,32 @@ def _fetched(url: str, base: bool) -> Path:
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:
     """Print an answer while it grows: its visible part, and with `show_chain` the chain before it."""
-    printed, answer = "", None
-    for answer in answers:
-        text = answer.raw if show_chain else _steady(answer)
+    printed = ""
+
+    def print_more(text: str) -> None:
+        nonlocal printed
         if text.startswith(printed):
-            console.print(text[len(printed) :], end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(text[len(printed) :], end="", soft_wrap=True)
             printed = text
-    if answer is not None and not show_chain and answer.visible != printed:
-        # A model that gives no chain shows at the end what it said.
-        rest = answer.visible[len(printed) :] if answer.visible.startswith(printed) else answer.visible
-        console.print(rest, end="", markup=False, highlight=False, soft_wrap=True)
+
+    answer = None
+    for answer in answers:
+        print_more(_steady(answer, show_chain))
+    if answer is not None:
+        # All of it: a model that gives no chain shows at the end what it said, and what was held back is a character.
+        whole = answer.raw if show_chain else answer.visible
+        if not whole.startswith(printed):
+            console.print()
+            printed = ""
+        print_more(whole)
     console.print()
 
 
-def _steady(answer: Answer) -> str:
-    """What may be shown of an unfinished answer: the last part of a chain only; a half character is held back."""
-    whole = answer.chain.answer_target if answer.chain is not None else ""
-    return whole.rstrip("\ufffd")
+def _steady(answer: Answer, show_chain: bool) -> str:
+    """What may be shown of an answer that still grows: without `show_chain` only a chain's last part.
+
+    A character of which only some bytes are there is held back (the next tokens make another one of it).
+    """
+    if show_chain:
+        return answer.raw.rstrip("\ufffd")
+    return answer.chain.answer_target.rstrip("\ufffd") if answer.chain is not None else ""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from transllm_jax import __version__
 from transllm_jax.cli_convert import app as convert_app
@@ -150,7 +151,7 @@ def _run(
         )
     if peers.primary:
         if not worked:
-            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.", markup=False)
+            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.")
         _show_results(progress.console, site)
 
 
@@ -167,8 +168,9 @@ def _show_results(console: Console, site: Site) -> None:
     found = read_json(results)
     console.print(summary_table(found))
     for goal in found["goals"]:
-        mark = {True: "[green]met[/green]    ", False: "[red]not met[/red]"}.get(goal["met"], "not measured")
-        console.print(f"{mark} {goal['name']}: {goal['measured']} [dim](wanted: {goal['wanted']})[/dim]")
+        mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
+        told = f" {goal['name']}: {goal['measured']} "
+        console.print(Text.assemble(mark, told, (f"(wanted: {goal['wanted']})", "dim")))
     console.print(conversation_panel(found))
     name = site.place.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
@@ -179,9 +181,10 @@ def _show_results(console: Console, site: Site) -> None:
 @app.command()
 def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs://... .")]) -> None:
     """What is done, what was cut off, what is left."""
+    from transllm_jax.progress import plain_console
     from transllm_jax.status import status_table
 
-    Console().print(status_table(workdir))
+    plain_console().print(status_table(workdir))
 
 
 @app.command()
@@ -200,14 +203,15 @@ def chat(
     _require_devices()
     from transllm_jax.chat import open_session, show
     from transllm_jax.generation.sampling import Sampling
+    from transllm_jax.progress import plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     sampling = Sampling(temperature, top_p, seed)
     session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
     if question is not None:
         show(console, session.ask(question), show_chain=show_chain)
         return
-    console.print(f"[dim]{session.name}; /new forgets, /quit ends[/dim]")
+    console.print(f"{session.name}; /new forgets, /quit ends", style="dim")
     while True:
         try:
             text = input("> ").strip()
@@ -219,12 +223,15 @@ def chat(
         if text == "/new":
             session.history.clear()
         elif text:
+            forgotten = session.forgotten
             try:
                 show(console, session.ask(text), show_chain=show_chain)
+                if session.forgotten > forgotten:
+                    console.print("the context is full: the oldest turns are forgotten", style="dim")
             except UserError as error:
-                console.print(f"[red]{error}[/red]")
+                console.print(str(error), style="red")
             except KeyboardInterrupt:
-                console.print("[dim] stopped[/dim]")
+                console.print(" stopped", style="dim")
 
 
 def _prepare_jax() -> None:
@@ -257,9 +264,9 @@ def _require_devices() -> None:
 
 def main() -> None:
     """The entry point `transllm`."""
+    # A file's name may be no UTF-8, a terminal may know fewer letters: what cannot be printed is shown by its number.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Where the terminal's encoding lacks a letter: better "?" than an error in the midst of what works.
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from transllm_jax.errors import UserError
 
@@ -45,7 +44,8 @@ def preflight(
     settings = load_config(config, overrides or [])
     from transllm_jax.preflight.command import Options
     from transllm_jax.preflight.command import preflight as run
+    from transllm_jax.progress import plain_console
 
     options = Options(topology, stage or (), mesh, batch, accumulate, remat, full, search, json)  # type: ignore[arg-type]
-    if not run(settings, workdir or Path(settings.workdir), options, Console(highlight=False)):
+    if not run(settings, workdir or Path(settings.workdir), options, plain_console()):
         raise typer.Exit(DOES_NOT_FIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +24,30 @@ Scripts = Annotated[
     typer.Option("--script", help="A script by Unicode's name in place of the language's; repeatable."),
 ]
 Markers = Annotated[list[str] | None, typer.Option("--marker", help="A special token to add, <EN>; repeatable.")]
+
+
+class Cuts(StrEnum):
+    """Where a byte-level base's text is cut before it merges."""
+
+    whole = "whole"
+    base = "base"
+
+
+CutsOption = Annotated[
+    Cuts | None,
+    typer.Option(
+        "--cuts",
+        help="Of a byte-level base: keep runs of the script whole, or cut text as the base does, which takes more "
+        "tokens, and which llama.cpp reads, too (whole; base where the script is Latin).",
+    ),
+]
 MinCount = Annotated[int, typer.Option(help="How often the corpus must contain a new token.")]
 Sample = Annotated[str, typer.Option(help="How much of the corpus is learned from, in bytes of text.")]
 Seed = Annotated[int, typer.Option(help="Of the sample.")]
 Lines = Annotated[bool, typer.Option("--lines", help="A document a line (blank lines part documents).")]
+Field = Annotated[
+    str | None, typer.Option(help="Of .jsonl, .json and .parquet, what holds the text (text); a.b is b inside of a.")
+]
 RemoveControls = Annotated[
     bool, typer.Option("--remove-controls", help="Take control characters out of texts, do not refuse them.")
 ]
@@ -38,16 +59,20 @@ def expand(
     base: Annotated[
         str, typer.Argument(help="A model's or tokenizer's directory, a .gguf file, or org/name on the hub.")
     ],
-    corpus: Annotated[list[str], typer.Argument(help="UTF-8 text of the language: files (.gz, .xz) or globs.")],
+    corpus: Annotated[
+        list[str], typer.Argument(help="Text of the language: .txt, .jsonl, .parquet (.gz, .xz, .zst) or globs.")
+    ],
     dst: Annotated[Path, typer.Argument(help="The tokenizer directory to write.")],
     size: Annotated[int, typer.Option(help="How many new tokens, markers not counted.")],
     language: Language,
     script: Scripts = None,
     marker: Markers = None,
     min_count: MinCount = 2,
+    cuts: CutsOption = None,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
+    field: Field = None,
     remove_controls: RemoveControls = False,
     held_out: Annotated[
         list[str] | None, typer.Option(help="Text to measure on (the training text without it); repeatable.")
@@ -67,10 +92,12 @@ def expand(
             scripts=script or (),
             markers=marker or (),
             min_count=min_count,
+            cuts=None if cuts is None else cuts.value,
             sample=parse_size(sample),
             seed=seed,
             separator="line" if lines else "blank line",
             controls="remove" if remove_controls else "refuse",
+            field=field,
         )
         tokenizer_commands.expand_vocabulary(
             base, dst, size, learning, progress, english=english or (), held_out=held_out or (), force=force
@@ -82,7 +109,9 @@ def report(
     tokenizer: Annotated[
         str, typer.Argument(help="A tokenizer: whatever BASE of expand can be, or a run's directory.")
     ],
-    files: Annotated[list[str], typer.Argument(help="UTF-8 text to measure on: files (.gz, .xz) or globs.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Text to measure on: .txt, .jsonl, .parquet (.gz, .xz, .zst) or globs.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="What it is compared with (what it was expanded from, if that is there).")
     ] = None,
@@ -94,9 +123,11 @@ def report(
     language: Annotated[str | None, typer.Option(help="Of --curve: th, vi, zh-Hant, sr-Latn.")] = None,
     script: Scripts = None,
     min_count: MinCount = 2,
+    cuts: CutsOption = None,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
+    field: Field = None,
     remove_controls: RemoveControls = False,
     out: Annotated[Path | None, typer.Option(help="Draw it against vocabulary size: a .png, .svg or .pdf.")] = None,
     force: Force = False,
@@ -119,10 +150,12 @@ def report(
                 language,
                 scripts=script or (),
                 min_count=min_count,
+                cuts=None if cuts is None else cuts.value,
                 sample=parse_size(sample),
                 seed=seed,
                 separator="line" if lines else "blank line",
                 controls="remove" if remove_controls else "refuse",
+                field=field,
             )
         tokenizer_commands.report_costs(
             [tokenizer, *(compare or ())],
@@ -132,6 +165,7 @@ def report(
             curve=sizes,
             learning=learning,
             controls="remove" if remove_controls else "refuse",
+            field=field,
             out=out,
             force=force,
         )

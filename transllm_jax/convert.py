@@ -33,6 +33,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
 from transllm_jax.sizes import parse_size
+from transllm_jax.tokenizer.llama_cpp import not_for_llama_cpp, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
@@ -52,10 +53,10 @@ def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha
             overwrite=force,
             layout="store",
             mesh=None if mesh is None else parse_mesh(mesh),
-            say=lambda line: progress.say(line, markup=False),
+            say=lambda line: progress.say(line),
             begin=begin,
         )
-    progress.say(f"{dst}: {describe(open_directory(dst))}", markup=False)
+    progress.say(f"{dst}: {describe(open_directory(dst))}")
 
 
 def to_hf(
@@ -85,7 +86,7 @@ def to_hf(
 
     def also(directory: Path) -> None:
         if found.about is not None:
-            write_json(directory / "transllm.json", found.about)
+            write_json(directory / "transllm.json", {**found.about, "readers": readers_of(directory)})
         if not merge and isinstance(model, Merged) and found.lora is not None:
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
@@ -103,13 +104,15 @@ def to_hf(
             also=also,
         )
     written = open_hf(dst)
-    progress.say(f"{dst}: {describe(written)}", markup=False)
+    progress.say(f"{dst}: {describe(written)}")
+    if warning := not_for_llama_cpp(dst):
+        progress.say(warning)
     if not merge:
-        progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it", markup=False)
+        progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")
     elif isinstance(model, Merged) and (model.full or found.lora is not None):
-        progress.say(_merging(rounding, written, full=model.full), markup=False)
+        progress.say(_merging(rounding, written, full=model.full))
         if check:
-            progress.say(_merged_logits(model, written, dst, found.lora), markup=False)
+            progress.say(_merged_logits(model, written, dst, found.lora))
 
 
 def _why(model: Opened) -> str:
@@ -168,14 +171,11 @@ def to_peft(
         overwrite=force,
     )
     size = (dst / "adapter_model.safetensors").stat().st_size
-    progress.say(
-        f"{dst}: rank {found.lora.rank}, {found.model.new_rows} new tokens, {size / 1e6:,.1f} MB", markup=False
-    )
+    progress.say(f"{dst}: rank {found.lora.rank}, {found.model.new_rows} new tokens, {size / 1e6:,.1f} MB")
     if found.model.new_rows:
         progress.say(
             f"load it: base.resize_token_embeddings({found.model.config.vocab_size}), "
             f"then peft.PeftModel.from_pretrained(base, {str(dst)!r})",
-            markup=False,
         )
 
 
@@ -188,7 +188,7 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     found = read_peft(adapter, below.model)
     named = read_json(adapter / CONFIG).get("base_model_name_or_path")
     if named and _lasting(str(named)) != _lasting(base):
-        progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit", markup=False)
+        progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
     if found.new_rows and found.tokenizer_dir is None:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
     trainable, padding = dict(found.trainable), 0
@@ -211,14 +211,13 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
         write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
     lora = found.lora
     if padding:
-        progress.say(f"{padding} new rows have no token: padding, left out", markup=False)
+        progress.say(f"{padding} new rows have no token: padding, left out")
     progress.say(
         f"{dst}: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; "
         f"{found.new_rows - padding} new tokens\n"
         f"go on training: 'vocabulary={{adapter: {dst}}}' lora.rank={lora.rank} lora.alpha={lora.alpha:g} "
         f"lora.rslora={str(lora.rslora).lower()} 'lora.targets=[{', '.join(lora.targets)}]'"
         + (" embeddings=all" if "vocabulary.base_trained" in trainable else ""),
-        markup=False,
     )
 
 
@@ -263,15 +262,14 @@ def verify(
     progress.say(comparison_table(result))
     faults = [fault for group in result.groups for fault in group.faults]
     for line in (*result.missing, *faults, *(f"config: {line}" for line in result.config), *notes):
-        progress.say(line, markup=False)
+        progress.say(line)
     worst = max(result.groups, key=lambda group: group.largest)
     if worst.worst is not None:
-        progress.say(f"weights: largest difference {worst.largest:.3g}, in {worst.worst}", markup=False)
+        progress.say(f"weights: largest difference {worst.largest:.3g}, in {worst.worst}")
     if result.logits is not None:
         progress.say(
             f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
             f"same best token at {result.same_best:.0%} of the places, KL {result.divergence:.3g} nats a token",
-            markup=False,
         )
     good = result.within(tolerance)
     if good and result.largest > 0:

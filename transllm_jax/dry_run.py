@@ -58,10 +58,10 @@ def show_plan(run: Run) -> None:
     console, say = run.progress.console, run.progress.say
     for name, stage in STAGES.items():
         missing = name == "transfer" and not (run.workdir / "recover" / "chains.jsonl").is_file()
-        console.print(f"\n[bold]{name}[/bold]")
+        console.print(f"\n{name}", style="bold")
         parts = stage.parts(run) if not missing else transfer.known_parts(run)
         if missing:
-            say("  [yellow]chains and English answers are known after stage recover; without them here")
+            say("  chains and English answers are known after stage recover; without them here", style="yellow")
         if not parts:
             continue
         job = prepare(run, run.workdir / name, name=name, start="vocabulary", parts=parts)
@@ -84,8 +84,7 @@ def _sources(job: Job) -> Table:
     for part in job.parts:
         summary = part.summary
         table.add_row(
-            # Text: a name may have brackets in it, which are markup in a string.
-            Padding(Text(part.name), (0, 0, 0, 2)),
+            Padding(part.name, (0, 0, 0, 2)),
             f"{summary['items']:,}" if "items" in summary else "",
             f"{summary['tokens']:,}",
             f"{summary['rows']:,}",
@@ -96,7 +95,7 @@ def _sources(job: Job) -> Table:
     return table
 
 
-def _say_steps(say: Callable[[str], None], job: Job, name: str, cost: Cost) -> None:
+def _say_steps(say: Callable[..., None], job: Job, name: str, cost: Cost) -> None:
     config, length = job.config, job.parts[0].rows.row_length
     steps, rows = config.optimizer.steps, job.batches.batch_size
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
@@ -109,7 +108,8 @@ def _say_steps(say: Callable[[str], None], job: Job, name: str, cost: Cost) -> N
         f"optimizer {_size(cost.optimizer)},\n    in a step {_size(cost.temporary)} (rematerialisation: {config.remat})"
     )
     if cost.seconds is None:
-        say(f"  [yellow]no step was tried: this machine has less memory; lower {name}.batch_size or use remat")
+        lower = f"lower {name}.batch_size or use remat"
+        say(f"  no step was tried: this machine has less memory; {lower}", style="yellow")
         return
     speed = rows * length / cost.seconds
     step = f"{cost.seconds:.2f} s" if cost.seconds >= 0.1 else f"{1000 * cost.seconds:.1f} ms"

@@ -9,20 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json
+from rich.text import Text
+
+from transllm_jax.artifacts import Artifact, State, fingerprint, flatten, write_json, write_text
 from transllm_jax.config import Config
+from transllm_jax.config.load import recorded_date
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.site import Site
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.run import HASHES, Run
-from transllm_jax.stages.training import MAY_CHANGE
+from transllm_jax.stages.training import HOW, MAY_CHANGE
 from transllm_jax.training.arrays import check_place
 from transllm_jax.training.ledger import LEDGER
 
@@ -37,8 +41,9 @@ class Step:
 
     `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
     A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
-    be others when it goes on. `alone`: the primary does the work, which needs no devices. `beside`: files that it
-    writes outside of its directory.
+    be others when it goes on; `short`: what it had is little, and where any of its inputs changed it is begun anew.
+    `stays`: config keys that may be others when it is done: it stays as it was made.
+    `alone`: the primary does the work, which needs no devices. `beside`: files that it writes outside of its directory.
     """
 
     name: str
@@ -48,13 +53,17 @@ class Step:
     check: Check | None = None
     resumable: bool = False
     may_change: tuple[str, ...] = ()
+    stays: tuple[str, ...] = ()
+    short: bool = False
     alone: bool = False
     beside: tuple[str, ...] = ()
 
 
 def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
-    may_change = tuple(f"{name}.{key}" for key in MAY_CHANGE)
-    return Step(name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change)
+    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, HOW))
+    return Step(
+        name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change, stays=stays
+    )
 
 
 def _evaluation(point: str) -> Step:
@@ -65,6 +74,8 @@ def _evaluation(point: str) -> Step:
         partial(_evaluate, point=point),
         after,
         evaluate.check,
+        resumable=True,
+        short=True,
         beside=(f"evaluation/{evaluate.ORIGINAL}",),
     )
 
@@ -168,10 +179,12 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
         check_place(place)
 
     def tell(message: str) -> None:
-        run.progress.say(message, markup=False)
+        run.progress.say(message)
 
     with site.held(tell):
-        site.pull(HASHES, LEDGER)
+        site.pull(RUN, HASHES, LEDGER)
+        day = run.peers.lead("the date", partial(_began_on, run))
+        run.config = run.config.model_copy(update={"date": date.fromisoformat(str(day))})
         # Every step's inputs first: a path that does not exist is found before an hour of training, not after. The
         # primary's hashes are the others', too, of files that all see.
         inputs = run.peers.in_turn("inputs", partial(_looked_at, run))
@@ -181,7 +194,7 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
             if step.name not in gone:
                 site.pull(directory_of(step.name), *step.beside)
         # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        states: dict[str, State] = run.peers.lead("states", partial(_states, run, inputs, gone)) or {}
+        inputs, states = run.peers.lead("states", partial(_looked_up, run, inputs, gone)) or ({}, {})
         if run.primary:
             _forget(run, gone)
             _write_run_file(run.workdir, run.config)
@@ -198,8 +211,16 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
         site.push(HASHES, LEDGER)
 
 
+def _began_on(run: Run) -> str:
+    """The day that the run is told it is: the config's, else that on which it began, which run.yaml keeps."""
+    path = run.workdir / RUN
+    kept = recorded_date(path) if run.config.date is None and path.exists() else None
+    return (kept or run.today).isoformat()
+
+
 def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
     vocabulary.require_language(run)
+    vocabulary.require_corpus(run)
     evaluate.require_held_out(run)
     return _all_inputs(run)
 
@@ -210,9 +231,38 @@ def _hashes(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if not key.startswith("after ")}
 
 
+def _looked_up(
+    run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, State]]:
+    """The steps' inputs, of those that are done as they were made, and the states of the steps that stay."""
+    settled: dict[str, dict[str, Any]] = {}
+    for step in STEPS:
+        given = settled[step.name] = {**inputs[step.name], **_before(step, settled)}
+        place = artifact(run.workdir, step.name)
+        manifest = place.manifest() if step.stays and step.name not in gone else None
+        if manifest is not None and manifest["state"] == "done":
+            for key, (old, new) in place.changes(given).items():
+                if key in step.stays:
+                    given[key] = old
+                    stays = f"  {step.name} is done, and stays as made: {key} {old}, not {new}"
+                    run.progress.say(stays, style="yellow")
+    return settled, _states(run, settled, gone)
+
+
+def _before(step: Step, inputs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The fingerprints of the steps that a step reads."""
+    return {f"after {name}": fingerprint(inputs[name]) for name in step.after}
+
+
 def _states(run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]) -> dict[str, State]:
-    stay = [step for step in STEPS if step.name not in gone]
-    return {step.name: artifact(run.workdir, step.name).state(inputs[step.name], step.may_change) for step in stay}
+    def state(step: Step) -> State:
+        place, given = artifact(run.workdir, step.name), inputs[step.name]
+        manifest = place.manifest()
+        if step.short and manifest is not None and manifest["state"] == "running" and place.changes(given):
+            return "absent"
+        return place.state(given, step.may_change)
+
+    return {step.name: state(step) for step in STEPS if step.name not in gone}
 
 
 def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, State], until: str | None) -> bool:
@@ -236,6 +286,7 @@ def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, St
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
     def look() -> None:
+        base.check(run)
         for check in dict.fromkeys(step.check for step in steps):
             if check is not None:
                 check(run)
@@ -245,9 +296,9 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
 
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
     place, name = artifact(run.workdir, step.name), directory_of(step.name)
-    run.progress.say(f"[bold]{step.name}[/bold]{' goes on' if resume else ''}")
+    run.progress.say(Text.assemble((step.name, "bold"), " goes on" if resume else ""))
     for key, (old, new) in (place.changes(inputs) if resume else {}).items():
-        run.progress.say(f"  [yellow]goes on with another {key}: {old} -> {new}")
+        run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
             run.site.place.remove(name)
@@ -267,7 +318,7 @@ def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
         place.finish(inputs, {**(summary or {}), "seconds": seconds})
     run.keep()
     run.site.publish(*step.beside, name)
-    run.progress.say(f"  {(summary or {})['text']}  [dim]{seconds:.0f} s[/dim]")
+    run.progress.say(Text.assemble(f"  {(summary or {})['text']}  ", (f"{seconds:.0f} s", "dim")))
 
 
 def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
@@ -275,7 +326,7 @@ def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
     inputs: dict[str, dict[str, Any]] = {}
     for step in STEPS:
         own = {k: v for key, value in step.inputs(run).items() for k, v in flatten(key, value).items()}
-        inputs[step.name] = {**own, **{f"after {name}": fingerprint(inputs[name]) for name in step.after}}
+        inputs[step.name] = {**own, **_before(step, inputs)}
     return inputs
 
 
@@ -305,6 +356,5 @@ def _end(until: str | None) -> int:
 
 
 def _write_run_file(workdir: Path, config: Config) -> None:
-    path = workdir / RUN
-    path.write_text(f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}", encoding="utf-8")
+    write_text(workdir / RUN, f"# transllm-jax {version('transllm-jax')}\n{config.to_yaml()}")
     write_json(workdir / VERSIONS, {name: version(name) for name in report.VERSIONS})

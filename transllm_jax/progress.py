@@ -1,4 +1,7 @@
-"""Progress of long work: a live bar in a terminal, a line now and then in a log."""
+"""Progress of long work: a live bar in a terminal, a line now and then in a log.
+
+All that is printed goes through the console made here, which takes every string as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,39 @@ import os
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 # Seconds between two lines of a bar in a log.
 LOG_EVERY = 15.0
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints strings as they are, in tables too: `[ab]` is no style, and `:tiger:` no picture.
+
+    Paths, titles and a model's words hold such things. A style is given beside the text: `print(text, style="bold")`,
+    or `Text(text, "bold")`. options: of rich's Console.
+    """
+    return _Voice(markup=False, emoji=False, highlight=False, **options)
+
+
+class _Voice(Console):
+    """A console whose reader may go away (`| head`, a `tee` that was killed): what it tells of goes on unheard.
+
+    By itself rich ends the process there, with exit code 1 and without a word or a checkpoint.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Tell the rest to nobody, and say so where errors go."""
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, sys.stdout.fileno())
+        os.close(nobody)
+        with contextlib.suppress(OSError):
+            os.write(2, b"nobody reads this output any more; the work goes on without it\n")
 
 
 class Bar:
@@ -38,9 +67,7 @@ class Bar:
         if now - self._logged >= LOG_EVERY or (done == self._total and not ended):
             self._logged = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
-            self._owner.say(
-                f"  {self._name} {done}/{self._total} {self._unit}  {note}  {_clock(left)} left", markup=False
-            )
+            self._owner.say(f"  {self._name} {done}/{self._total} {self._unit}  {note}  {_clock(left)} left")
 
     def tokens(self, count: int) -> None:
         """Say that `count` more tokens were generated; the bar shows how many a second."""
@@ -69,35 +96,20 @@ class Bar:
         self.close()
 
 
-class _Voice(Console):
-    """A console whose reader may go away (`| head`, a `tee` that was killed): what it tells of goes on unheard.
-
-    By itself rich ends the process there, with exit code 1 and without a word or a checkpoint.
-    """
-
-    def on_broken_pipe(self) -> None:
-        """Tell the rest to nobody, and say so where errors go."""
-        nobody = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nobody, sys.stdout.fileno())
-        os.close(nobody)
-        with contextlib.suppress(OSError):
-            os.write(2, b"nobody reads this output any more; the work goes on without it\n")
-
-
 class Progress:
     """The run's one voice: messages and bars on the console."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or _Voice(stderr=False, quiet=quiet, highlight=False)
+        self.console = console or plain_console(quiet=quiet)
         self.live: RichProgress | None = None
         self.stopped = False
         if self.console.is_terminal and not quiet:
             self.live = RichProgress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[note]}", style="dim"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -118,9 +130,9 @@ class Progress:
         if self.stopped:
             raise KeyboardInterrupt
 
-    def say(self, message: RenderableType, *, markup: bool = True) -> None:
-        """Print a line (or any rich renderable)."""
-        self.console.print(message, markup=markup, soft_wrap=isinstance(message, str))
+    def say(self, message: RenderableType, *, style: str | None = None) -> None:
+        """Print a line as it is (or any rich renderable), in a style such as `yellow` for what is to be looked at."""
+        self.console.print(message, style=style, soft_wrap=isinstance(message, (str, Text)))
 
     def task(self, name: str, *, total: int, done: int = 0, unit: str = "item") -> Bar:
         """Begin a piece of work."""

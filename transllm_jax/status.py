@@ -15,7 +15,7 @@ from transllm_jax.evaluation.report import time_sentence
 from transllm_jax.pipeline import NAMES, RUN, artifact, directory_of
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.ledger import LEDGER, summarise
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.metrics import read_rows, read_validations
 
 MANIFEST, METRICS, VALIDATION, SKIPPED = "manifest.json", "metrics.jsonl", "validation.jsonl", "skipped.jsonl"
 
@@ -49,12 +49,12 @@ def _table(workdir: Path, name: str) -> RenderableType:
         place = artifact(workdir, name)
         manifest = place.manifest()
         if manifest is None:
-            table.add_row(name, "[dim]to do[/dim]", "", "")
+            table.add_row(name, Text("to do", "dim"), "", "")
         elif manifest["state"] == "done":
             summary = manifest["summary"]
-            table.add_row(name, "[green]done[/green]", f"{summary['seconds']:.0f} s", Text(summary["text"]))
+            table.add_row(name, Text("done", "green"), f"{summary['seconds']:.0f} s", Text(summary["text"]))
         else:
-            table.add_row(name, "[yellow]begun[/yellow]", "", Text(_so_far(place.directory)))
+            table.add_row(name, Text("begun", "yellow"), "", Text(_so_far(place.directory)))
     spent = time_sentence(summarise(workdir / LEDGER))
     return Group(table, Text(f"\n{spent}")) if spent else table
 
@@ -66,7 +66,7 @@ def _so_far(directory: Path) -> str:
     if losses:
         loss = number(losses[-1].get("loss"))
         told.append(f"step {losses[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
-    found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_rows(directory / VALIDATION)]
+    found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_validations(directory / VALIDATION)]
     measured = [(bits, -step) for bits, step in found if bits is not None]
     if measured:
         # Of equal ones the last, as the stage itself chooses.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from conversion.fetch import cache_directory
 from transllm_jax.artifacts import write_json
 from transllm_jax.data.files import Controls, Separator, resolve
 from transllm_jax.data.sample import Sample, sample_documents
+from transllm_jax.data.shards import text_files
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.plots import cost_plot
 from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of
 from transllm_jax.open_tokenizer import OpenedTokenizer, open_tokenizer
 from transllm_jax.progress import Phases, Progress
-from transllm_jax.tokenizer.expand import Expansion, changed, expand, save_expanded
+from transllm_jax.tokenizer.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growth import check_markers
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -28,23 +30,28 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 _KEPT_SAMPLES = 64 << 20  # bytes of a corpus from which on its sample is kept in the cache
 _SHOWN_TEXT = 4_000_000  # characters of the training text that costs and examples are measured on
 _EXAMPLES, _CANDIDATES = 6, 500  # words that are shown, of the most frequent ones that the base cuts
+_WITHOUT_SCORES = (
+    "transformers and vLLM read the ids; llama.cpp takes the order of merges from tokenizer.model, which the base lacks"
+)
 _PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class Learning:
-    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator` and `controls` are those of
-    `data.sources.read_documents`; `scripts` are names in place of the language's usual scripts."""
+    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator`, `controls` and `field` are
+    those of `data.shards.text_files`, `cuts` those of `expand`; `scripts` are names in place of the usual scripts."""
 
     corpus: Sequence[str]
     language: str
     scripts: Sequence[str] = ()
     markers: Sequence[str] = ()
     min_count: int = 2
+    cuts: Cuts | None = None
     sample: int = 100_000_000
     seed: int = 0
     separator: Separator = "blank line"
     controls: Controls = "refuse"
+    field: str | None = None
 
 
 def expand_vocabulary(
@@ -61,9 +68,10 @@ def expand_vocabulary(
     """Write a tokenizer directory: the base `source` with `size` new tokens, and report.json beside its files.
 
     english: files of which is counted how many texts change. held_out: files whose cost before and after is measured
-    (the training text where there are none). Raises UserError for what is wrong with any of these; then, and after a
-    kill, nothing is at `dst`.
+    (the training text where there are none). Of records the texts are those of `learning.field`. Raises UserError for
+    what is wrong with any of these; then, and after a kill, nothing is at `dst`.
     """
+    _check_idle([*learning.corpus, *english, *held_out], learning.separator, learning.field)
     reads = [file for path in (*learning.corpus, *english, *held_out) for file in resolve(path)]
     check_destination(dst, overwrite=force, reads=[*reads, *(p for p in [Path(source).expanduser()] if p.exists())])
     with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
@@ -73,13 +81,17 @@ def expand_vocabulary(
         expansion = _learn(base, sample.documents, size, learning, progress)
         new = expansion.tokenizer
         files = save_expanded(new, base.directory, directory)
-        measured = {path: costs([base.tokenizer, new], texts_of(path, learning.controls)) for path in held_out}
-        texts = _first(sample.documents)
+
+        def texts(path: str) -> Iterator[str]:
+            return texts_of(path, learning.controls, learning.field)
+
+        measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
+        shown = _first(sample.documents)
         if not measured:
-            measured = {"the training text": costs([base.tokenizer, new], texts)}
-        frequent = example_words(script, texts, _CANDIDATES)
+            measured = {"the training text": costs([base.tokenizer, new], shown)}
+        frequent = example_words(script, shown, _CANDIDATES)
         words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
-        counted = {path: changed(base.tokenizer, new, texts_of(path, learning.controls)) for path in english}
+        counted = {path: changed(base.tokenizer, new, texts(path)) for path in english}
         report = {
             **expansion.report,
             "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
@@ -121,6 +133,7 @@ def report_costs(
     curve: Sequence[int] = (),
     learning: Learning | None = None,
     controls: Controls = "refuse",
+    field: str | None = None,
     out: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -128,7 +141,8 @@ def report_costs(
 
     base: what the others are compared with; by default the one that the first of `sources` was expanded from, if that
     is known and there, or else the first of `sources`. curve: numbers of new tokens that the base is expanded by, with
-    `learning`. out: a .png, .svg or .pdf file. Raises UserError for what is wrong with any of these.
+    `learning`. field: of records, the one of the text. out: a .png, .svg or .pdf file. Raises UserError for what is
+    wrong with any of these.
     """
     if out is not None:
         if out.suffix not in _PLOTS:
@@ -137,7 +151,9 @@ def report_costs(
             raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
         if not out.absolute().parent.is_dir():
             raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
-    _check_texts(files, controls)
+    corpus = [] if learning is None else learning.corpus
+    _check_idle([*files, *corpus], "blank line" if learning is None else learning.separator, field)
+    _check_texts(files, controls, field)
     with tempfile.TemporaryDirectory() as scratch:
         named = [
             (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
@@ -157,7 +173,7 @@ def report_costs(
             expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
             rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
         tokenizers = [tokenizer for _, tokenizer in rows]
-        measured = {path: costs(tokenizers, texts_of(path, controls)) for path in files}
+        measured = {path: costs(tokenizers, texts_of(path, controls, field)) for path in files}
     texts, names = _short_names(files), _short_names([name for name, _ in rows])
     progress.say(
         cost_table(
@@ -168,7 +184,7 @@ def report_costs(
             ]
         )
     )
-    progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}", markup=False)
+    progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}")
     if out is not None:
         vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
         points = {
@@ -178,14 +194,14 @@ def report_costs(
             for path, found in measured.items()
         }
         cost_plot(out, points)
-        progress.say(f"plot    {out}", markup=False)
+        progress.say(f"plot    {out}")
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
 def _say(progress: Progress) -> Callable[[str], None]:
-    return lambda line: progress.say(line, markup=False)
+    return lambda line: progress.say(line)
 
 
 def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
@@ -198,15 +214,24 @@ def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Seq
         raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count begin at 1")
     for path in learning.corpus:
         resolve(path)
-    _check_texts(files, learning.controls)
+    _check_texts(files, learning.controls, learning.field)
     return script
 
 
-def _check_texts(files: Sequence[str], controls: Controls) -> None:
+def _check_texts(files: Sequence[str], controls: Controls, field: str | None) -> None:
     """Raises UserError for texts that cannot be measured on, before the hours that learning may take."""
     for path in files:
-        for _ in texts_of(path, controls):
+        for _ in texts_of(path, controls, field):
             pass
+
+
+def _check_idle(files: Sequence[str], separator: Separator, field: str | None) -> None:
+    """Raises UserError for an option that none of the files has a use for."""
+    kinds = {reading.container for path in files for reading in text_files(path).values()}
+    if field is not None and kinds == {"lines"}:
+        raise UserError(f"--field {field} is of records (.jsonl, .json, .parquet), and no file is one: leave it out")
+    if separator == "line" and "lines" not in kinds:
+        raise UserError("--lines is of text in lines, and all files are records: leave it out")
 
 
 def _read(learning: Learning, progress: Progress) -> Sample:
@@ -226,6 +251,7 @@ def _read(learning: Learning, progress: Progress) -> Sample:
             seed=learning.seed,
             separator=learning.separator,
             controls=learning.controls,
+            field=learning.field,
             cache=cache_directory() / "samples" if total >= _KEPT_SAMPLES else None,
             on_progress=tell,
         )
@@ -244,6 +270,7 @@ def _learn(
             scripts=list(learning.scripts),
             markers=list(learning.markers),
             min_count=learning.min_count,
+            cuts=learning.cuts,
             # Behind the rows of the model's embedding, where those are more than its tokens.
             first_id=base.rows if base.rows is not None and base.rows > tokens else None,
             on_progress=tell,
@@ -268,6 +295,26 @@ def _use(report: dict[str, Any]) -> str:
         f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
         "bytes of characters that the base cannot begin"
     )
+
+
+def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Who reads the new ids. SentencePiece's pieces have scores in tokenizer.model, which tokenizer.json has not."""
+    everyone = "transformers, vLLM and llama.cpp read the ids"
+    if report["kind"] == "sentencepiece":
+        return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
+    if report["readers"]["llama.cpp"] == AS_TRAINED:
+        lines = [f"{everyone}: text is cut where the base cuts it"]
+    else:
+        lines = [
+            "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base "
+            "learns tokens that it reads, too, and a text takes more of them)"
+        ]
+    if not report["passes_for_base"]:
+        lines.append(
+            "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "
+            "(get_vocab_base_pre) that this one has the base's pre-tokenizer"
+        )
+    return lines
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -300,7 +347,7 @@ def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
             found = str(workdir / "base")
     if not isinstance(found, str) or not Path(found).expanduser().exists():
         return None
-    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)", markup=False)
+    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)")
     return found
 
 
@@ -318,6 +365,7 @@ def _say_expansion(
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
         f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
     ]
+    lines += _readers(report, files)
     if read.documents == 1:
         lines.append("it is one document: without blank lines between documents, --lines makes each line one")
     if read.too_long:
@@ -332,7 +380,7 @@ def _say_expansion(
             f"some characters share their first bytes with {', '.join(others)}: ids of such text can change, too"
         )
     for line in lines:
-        progress.say(line, markup=False)
+        progress.say(line)
 
 
 def _say_english(counted: dict[str, dict[str, int]], script: Script, progress: Progress) -> None:
@@ -342,11 +390,9 @@ def _say_english(counted: dict[str, dict[str, int]], script: Script, progress: P
         progress.say(
             f"English  {path}: {found['changed']:,} of {found['texts']:,} texts have other ids"
             + (f" ({found['more_tokens']:+,} tokens)" if found["changed"] else ""),
-            markup=False,
         )
     if script.latin:
         progress.say(
             "The Latin script is that of English, too: not all English ids can stay."
             + ("" if counted else " --english FILE counts which texts change."),
-            markup=False,
         )

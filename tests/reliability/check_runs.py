@@ -43,7 +43,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     # A file of its own, so that a test may change it.
     text = here / "text.txt"
     shutil.copy(EXAMPLES / "text.train.txt", text)
-    return undisturbed(here, tiny_model, sources=[{"path": str(text), "limit": 20000}])
+    return undisturbed(here, tiny_model, sources=[{"path": str(text), "max_bytes": 20000}])
 
 
 def everything(workdir: Path) -> dict[str, str]:
@@ -126,6 +126,7 @@ def begun(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         (["pretrain.steps=10"], ["pretrain.steps: 12 -> 10"], 10),
         (["pretrain.steps=14"], ["pretrain.steps: 12 -> 14"], 14),
         (["pretrain.validation.every=4"], ["pretrain.validation.every: 5 -> 4"], STEPS),
+        (["pretrain.validation.rows=2"], ["pretrain.validation.rows: 4 -> 2"], STEPS),
         (["pretrain.log_every=3", "pretrain.checkpoint_every=5"], [], STEPS),
     ],
 )
@@ -137,6 +138,8 @@ def test_what_may_change_changes(
     assert ended.code == 0, ended.errors
     for words in said:
         assert f"goes on with another {words}" in ended.out
+    # What was measured on other rows has no say.
+    assert ("validations up to step 5 were of other rows" in ended.out) == ("rows" in change[0])
     assert [step for _, step, _ in ended.batches] == list(range(7, steps))
     if steps == STEPS:
         # The same bytes: only what is written down on the way is another.

@@ -29,6 +29,7 @@ UNTIL = ("--until", "pretrain")
 FILES = (
     *(f"{stage}/{name}.jsonl" for stage in TRAINED for name in ("metrics", "validation", "skipped")),
     "recover/answers.jsonl",
+    "recover/translations.jsonl",
     "recover/chains.jsonl",
     "base/model.safetensors",
     "vocabulary/tokenizer.json",
@@ -74,7 +75,7 @@ def write_config(path: Path, model: Path, **changes: Any) -> Path:
     often = {"steps": STEPS, "checkpoint_every": EVERY}
     for stage in TRAINED:
         config[stage] |= often
-    validation = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "limit": 4000}, "every": 5, "rows": 4}
+    validation = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 5, "rows": 4}
     config["pretrain"] |= {"validation": validation}
     for key, value in changes.items():
         target = config if key in config else config["pretrain"]

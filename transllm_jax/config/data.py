@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from transllm_jax.config.section import Positive, Section, Share
+from transllm_jax.config.section import Location, Positive, Section, Share
 
 
 class Cleaning(Section):
@@ -35,16 +35,18 @@ class Source(Section):
 
     # A file or a glob (.gz, .xz and .zst are read as they are); for `datasets` a local directory or a hub name; for
     # `tfds` NAME, NAME/CONFIG or NAME:VERSION.
-    path: str
+    path: Location
     # What is in it. pairs: English and the target language.
     format: Literal["text", "pairs", "conversations"] = "text"
     # How it is stored; by default what the file's suffix says: .jsonl, .parquet, else lines.
     container: Literal["lines", "jsonl", "parquet", "datasets", "tfds"] | None = None
     # Of records: the field of a text (`text` by default), or the two of a pair, English first. `a.b` is b inside of a.
-    # Conversations are known by their form: `conversations`, `messages`, or `instruction`, `input` and `output`.
+    # What else a record has is not read. Conversations are known by their form: `conversations`, `messages`, or
+    # `instruction`, `input` and `output`; fields beside these are read, refused or, where they say nothing of the
+    # training, counted by name.
     fields: list[str] = []
     # Of pairs in two files, line by line: the target language's; `path` is then the English one.
-    target_path: str | None = None
+    target_path: Location | None = None
     # Of `datasets` and `tfds`.
     split: str = "train"
     data_dir: str | None = None
@@ -52,16 +54,37 @@ class Source(Section):
     separator: Literal["blank line", "line"] = "blank line"
     # Control characters: refused with their place, or removed and counted.
     controls: Literal["refuse", "remove"] = "refuse"
+    # A row that cannot be read (an empty side, a third column, two questions in a row, a special token in it) stops the
+    # run, or is left out, counted and written to bad_rows.jsonl in the stage's directory.
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    # At most this share of a source's rows may be skipped; ten may be in any case, for small files.
+    max_bad_share: Share = 0.01
     # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.
     weight: float | None = Field(default=None, gt=0)
-    # Read only so much from the start: bytes of text, or pairs or conversations.
-    limit: Positive | None = None
+    # Read only so much from the start: at most so many UTF-8 bytes of a text's documents (the first line or record is
+    # always taken), or so many documents, pairs or conversations.
+    max_bytes: Positive | None = None
+    max_items: Positive | None = None
     # Train on at most so many tokens: items are chosen at random, by the run's seed.
     tokens: Positive | None = None
     cleaning: Cleaning = Cleaning()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_limit(cls, given: Any) -> Any:
+        """`limit` meant bytes of text and a number of anything else, so it was taken for what it was not."""
+        if not isinstance(given, dict) or "limit" not in given:
+            return given
+        if given["limit"] is None:  # as run.yaml of an older run has it
+            return {key: value for key, value in given.items() if key != "limit"}
+        kind = given.get("format", "text")
+        text = "bytes of text: name it max_bytes (or max_items, to count documents)"
+        raise ValueError(f"limit counted {text if kind == 'text' else f'{kind}: name it max_items'}")
+
     @model_validator(mode="after")
     def _has_no_idle_key(self) -> Source:
+        if self.format != "text" and self.max_bytes is not None:
+            raise ValueError(f"max_bytes is for text; of {self.format}, max_items are taken from the start")
         if self.format != "text" and self.separator != "blank line":
             raise ValueError("separator is for text; pairs and conversations stand one a line, so remove it")
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):
@@ -71,6 +94,8 @@ class Source(Section):
                 raise ValueError("target_path is for pairs in two files; name both fields")
         elif self.data_dir is not None or self.split != "train":
             raise ValueError("split and data_dir are for container: datasets or tfds; remove them")
+        if self.on_bad_rows == "refuse" and self.max_bad_share != 0.01:
+            raise ValueError("max_bad_share is for on_bad_rows: skip; add that, or remove it")
         wanted = {"text": (0, 1), "pairs": (0, 2), "conversations": (0,)}[self.format]
         if len(self.fields) not in wanted:
             raise ValueError(f"{self.format} has {' or '.join(map(str, wanted))} fields, not {len(self.fields)}")
@@ -93,5 +118,12 @@ def _pairs(source: Source) -> Source:
     return source
 
 
+def _texts(source: Source) -> Source:
+    if source.format == "conversations":
+        raise ValueError("text or pairs are needed here, not conversations")
+    return source
+
+
 WholeSource = Annotated[Source, AfterValidator(_unweighted)]
 PairSource = Annotated[WholeSource, AfterValidator(_pairs)]
+TextSource = Annotated[WholeSource, AfterValidator(_texts)]

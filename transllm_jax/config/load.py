@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def recorded_date(path: Path) -> date | None:
+    """The `date` of a run.yaml that an earlier session wrote; None where it has none.
+
+    Raises UserError for a file that is damaged.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")).get("date")
+        return None if found is None else date.fromisoformat(str(found))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); give date=YYYY-MM-DD, the day on which the run "
+            "began, and remove the file"
+        ) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from transllm_jax.config.section import Section
+from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
     Evaluation,
     Export,
@@ -27,8 +28,11 @@ class Config(Section):
     """A whole run."""
 
     title: str
-    workdir: str
+    workdir: Location
     seed: int = Field(default=0, ge=0, lt=2**31)
+    # The day that a chat template which writes the date is told, YYYY-MM-DD. By default the day on which the run began:
+    # it is kept in run.yaml, and a run that goes on later uses it still.
+    date: datetime.date | None = None
     language: Language = Language()
     markers: Markers = Markers()
     model: Model
@@ -51,7 +55,7 @@ class Config(Section):
     # it can be.
     attention: Literal["auto", "plain", "splash"] = "auto"
     # Where tokenised text is kept, for this run and others; by default in the work directory.
-    token_cache: str | None = None
+    token_cache: Location | None = None
 
     @field_validator("lora", mode="before")
     @classmethod

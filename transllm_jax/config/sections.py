@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from transllm_jax.config.data import Source, WholeSource
-from transllm_jax.config.section import Positive, Section
+from transllm_jax.config.data import Source, TextSource, WholeSource
+from transllm_jax.config.section import Location, Positive, Section
 
 
 class Model(Section):
@@ -19,7 +19,7 @@ class Model(Section):
     sha256: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Its config.json, for `transllm preflight` to know its shape before the model itself is there.
-    shape: str | None = None
+    shape: Location | None = None
 
 
 class Mesh(Section):
@@ -38,23 +38,30 @@ class Mesh(Section):
 class Vocabulary(Section):
     """Stage 1: the tokens that are added, the markers aside. They are learned, or come with an adapter."""
 
+    # New tokens.
     size: Positive | None = None
     # Text in the target language; of pairs, the target side is read.
-    corpus: list[WholeSource] = []
+    corpus: list[TextSource] = []
     # In place of a size: a directory of `transllm tokenizer expand`. A corpus is then what rows are made by.
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
-    adapter: str | None = None
+    adapter: Location | None = None
+    # How often the corpus must contain each new token.
     min_count: Positive = 2
+    # Of a byte-level base: where text is cut before it merges; no new token crosses a cut. `whole`: nowhere in a run of
+    # the language's script, by a pre-tokenizer of its own in tokenizer.json. `base`: where the base cuts, which takes
+    # more tokens, and which llama.cpp does, too (a GGUF file has no place for a pre-tokenizer of its own). By default
+    # `base` where the script is Latin, `whole` elsewhere.
+    cuts: Literal["whole", "base"] | None = None
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
     # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of
     # another model that has the same tokens (`copy`; the tokens that it lacks start from the mean). See
     # training/new_rows.py.
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
-    english: WholeSource | None = None
+    english: TextSource | None = None
     # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.
-    rows_from: str | None = None
+    rows_from: Location | None = None
     # New rows are made a multiple of this, for a mesh that cuts the table. Those behind the last token stay 0, get no
     # probability and are never produced.
     pad_to_multiple_of: Positive = 1
@@ -80,6 +87,8 @@ class Vocabulary(Section):
     def _has_tokens(self) -> Vocabulary:
         if self.tokenizer is not None and self.size is not None:
             raise ValueError("a tokenizer brings its tokens; leave size out")
+        if self.cuts is not None and self.size is None:
+            raise ValueError("cuts are where new tokens are learned; with a tokenizer or an adapter, leave them out")
         if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):
             raise ValueError("size and corpus are needed (or a tokenizer or an adapter, which brings its tokens)")
         if self.tokenizer is not None and self.initial_rows in ("weighted", "calibrated") and not self.corpus:
@@ -115,7 +124,7 @@ class Translation(Section):
     """Where translations come from: a file of another system's, the model's own of stage `translate`, or both."""
 
     # jsonl of English texts with their translations, as a machine translation system would provide.
-    file: str | None = None
+    file: Location | None = None
     # The names of the two fields: the English text, and its translation.
     fields: tuple[str, str] = ("source", "target")
     # What to do with a text that the file lacks (all of them, without a file).
@@ -133,17 +142,29 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
 
-    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form).
-    instructions: str
-    limit: Positive | None = None
+    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form). What
+    # has a system prompt, earlier turns, or an input under another name is refused.
+    instructions: Location
+    # Read only so many from the start.
+    max_instructions: Positive | None = None
     # Leave out instructions that hold at least half of some text of the evaluation sets.
     contamination: bool = True
     max_new_tokens: Positive = 256
+    # Answers that are generated at once.
     batch_size: Positive = 32
     # Train on answers that max_new_tokens cut off, too.
     keep_unfinished: bool = False
     translate_instructions: Translation = Translation()
     translate_answers: Translation = Translation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_limit(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "limit" not in given:
+            return given
+        if given["limit"] is None:  # as run.yaml of an older run has it
+            return {key: value for key, value in given.items() if key != "limit"}
+        raise ValueError("limit counted instructions: name it max_instructions")
 
 
 class Prompts(Section):
@@ -165,9 +186,9 @@ class Prompts(Section):
 class Evaluation(Section):
     """Held-out files, which no stage reads, and how much of each is used."""
 
-    text: WholeSource
-    pairs: str
-    instructions: str
+    text: TextSource
+    pairs: Location
+    instructions: Location
     # The fields of an instruction in English and in the target language.
     instruction_fields: tuple[str, str] = ("instruction", "translation")
     max_documents: Positive = 50
@@ -175,7 +196,9 @@ class Evaluation(Section):
     max_chats: Positive = 30
     max_new_tokens: Positive = 96
     max_chain_tokens: Positive = 256
+    # Texts that are measured, or answers that are generated, at once.
     batch_size: Positive = 32
+    # Tokens of a document that are measured together.
     length: Annotated[int, Field(ge=16)] = 256
     # Other evaluation sets, which are not measured here but must not be trained on either: text, or pairs or jsonl.
     others: list[WholeSource] = []

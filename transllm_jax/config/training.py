@@ -19,7 +19,7 @@ class Validation(Section):
     source: WholeSource
     # In steps; a checkpoint is written with each.
     every: Positive
-    # At most so many packed rows of the source.
+    # At most so many packed rows of the source, of `length` tokens each.
     rows: Positive = 64
     # Stop when so many validations in a row were no better than the best; null to go on to the end.
     patience: Positive | None = None
@@ -52,10 +52,11 @@ class Training(Section):
     clip_norm: float = Field(default=1.0, gt=0)
     # Times the square of the log of the softmax's sum, added to the loss (PaLM, arXiv 2204.02311).
     z_loss: float = Field(default=0.0, ge=0)
+    # In steps.
     checkpoint_every: Positive = 200
     # The newest so many checkpoints are kept, and the best.
     keep_checkpoints: Positive = 2
-    # Each line is of its step alone.
+    # In steps; each line is of its step alone.
     log_every: Positive = 1
     # What of a layer is computed again in the backward pass: nothing; all but the outputs of its linear layers and of
     # attention; these but q (queries); these but q, k and v (feed_forward is kept); these but the feed-forward part

@@ -156,25 +156,18 @@ def translation_examples(
     return kept, PairReport(len(pairs), len(kept), len(examples) - len(kept), _count(kept))
 
 
-def conversation_example(
+def conversation_rows(
     tokenizer: Tokenizer, messages: Sequence[Message], max_length: int, markers: Markers = MARKERS
-) -> tuple[Example | None, Outcome]:
+) -> tuple[list[chat.Row], Outcome]:
     """A conversation by the model's chat template, trained on exactly the answers and their end tokens.
 
-    One of more than `max_length` tokens, or with a last question that nobody answered, loses whole turns from
-    its end ("cut"); one whose first turn does not fit gives None ("dropped"). Raises UserError for what the
-    chat template or `chat.encode_conversation` refuses, such as a special token inside a message.
+    It is one row, or one an answer where the template rewrites earlier turns. One of more than `max_length` tokens, or
+    with a last question that nobody answered, loses whole turns from its end ("cut"); one whose first turn does not fit
+    gives none ("dropped"). Raises UserError for what the chat template or `chat.encode_conversation` refuses, such as a
+    special token inside a message.
     """
-    order = markers.in_order()
-    ids, mask = chat.encode_conversation(tokenizer, messages, order)
-    outcome: Outcome = "kept"
-    if len(ids) > max_length or messages[-1]["role"] != "assistant":
-        fitting, _ = chat.cut_conversation(tokenizer, messages, max_length, order)
-        if fitting is None:
-            return None, "dropped"
-        ids, mask = chat.encode_conversation(tokenizer, fitting, order)
-        outcome = "cut"
-    return make_example(ids, mask), outcome
+    rows, cut = chat.fitting_rows(tokenizer, messages, max_length, markers.in_order())
+    return rows, "dropped" if not rows else "cut" if cut else "kept"
 
 
 def conversation_examples(
@@ -183,14 +176,13 @@ def conversation_examples(
     max_length: int,
     markers: Markers = MARKERS,
 ) -> tuple[list[Example], ConversationReport]:
-    """`conversation_example` of many, and how many were kept, cut and dropped."""
+    """The examples of many conversations, and how many were kept, cut and dropped."""
     examples: list[Example] = []
     counts: dict[Outcome, int] = {"kept": 0, "cut": 0, "dropped": 0}
     for messages in conversations:
-        example, outcome = conversation_example(tokenizer, messages, max_length, markers)
+        rows, outcome = conversation_rows(tokenizer, messages, max_length, markers)
         counts[outcome] += 1
-        if example is not None:
-            examples.append(example)
+        examples += [make_example(row.ids, row.mask) for row in rows]
     return examples, ConversationReport(
         kept=counts["kept"], cut=counts["cut"], dropped=counts["dropped"], tokens=_count(examples)
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import json
 import lzma
 import os
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +24,14 @@ from transllm_jax.errors import UserError
 
 T = TypeVar("T")
 Controls = Literal["refuse", "remove"]
+OnBadRows = Literal["refuse", "skip"]
 Separator = Literal["blank line", "line"]
 
 # Category Cc without tab and line feed. Zero-width and other format characters (Cf) are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST_LINE = 64 << 20  # bytes: a file without line ends must not fill the memory
+_NOTED = 100_000  # bad rows of a shard that are kept to be written, and how much of each
+_NOTED_CHARACTERS = 2000
 _TOLD_LINES = 2000  # lines between two tellings of how far a file is read
 _BLOCK = 1 << 12  # bytes that are decompressed at a time
 _ZST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes, as large corpora are
@@ -72,10 +77,49 @@ class Loaded(list[T]):
         self.report = report
 
 
-class Collector:
-    """Checks texts, normalises them to NFC and counts: one `take` for each item, or one `add`, which keeps it too."""
+class BadRow(UserError):
+    """What is wrong with one row of a source, and with nothing else of it.
 
-    def __init__(self, controls: Controls) -> None:
+    reason: short, one of few, to count by. row: the row itself, where it is known.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.row: Any = None
+
+    def __reduce__(self) -> Any:  # from a process that read a part of a source
+        return BadRow, (str(self), self.reason), {"row": self.row}
+
+
+def attempt(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
+    """`make(row, *arguments)`, or what is wrong with the row."""
+    try:
+        return make(row, *arguments)
+    except BadRow as error:
+        error.row = row
+        return error
+
+
+def refusing(rows: Iterable[tuple[T | BadRow, Place]]) -> Iterator[tuple[T, Place]]:
+    """The rows, all of which must be good. Raises BadRow."""
+    for row, place in rows:
+        if isinstance(row, BadRow):
+            raise row
+        yield row, place
+
+
+class Collector:
+    """Checks texts, normalises them to NFC and counts: one `take` for each item, or one `add`, which keeps it too.
+
+    on_bad_rows: whether `bad` raises what is wrong with a row, or notes it.
+    """
+
+    def __init__(self, controls: Controls, on_bad_rows: OnBadRows = "refuse") -> None:
+        self.on_bad_rows = on_bad_rows
+        # The rows that were skipped, as they are written; reason -> how many there were.
+        self.bad_rows: list[dict[str, Any]] = []
+        self.skipped: Counter[str] = Counter()
         if controls not in ("refuse", "remove"):
             raise UserError(f"controls is {controls!r}: it must be 'refuse' or 'remove'")
         self.controls = controls
@@ -83,6 +127,8 @@ class Collector:
         self.places: list[Place] = []
         self.documents = 0
         self.characters = self.bytes = self.normalised = self.removed = 0
+        # Fields of records that nobody reads -> in how many records.
+        self.ignored: Counter[str] = Counter()
 
     def check(self, text: str, place: Place) -> str:
         """The text without control characters: refused or removed, as was asked for."""
@@ -97,7 +143,20 @@ class Collector:
         what = "a carriage return (U+000D)" if code == 0x0D else f"the control character U+{code:04X}"
         mend = "save the file with Unix line ends" if code == 0x0D else "remove it"
         mend += ", or have it removed (controls: remove; --remove-controls)"
-        raise UserError(f"{place} has {what} at column {found.start() + 1}: {mend}")
+        raise BadRow(f"{place} has {what} at column {found.start() + 1}: {mend}", "control character")
+
+    def bad(self, error: BadRow, place: Place) -> None:
+        """Refuse a bad row, or note and skip it, as was asked for. Raises BadRow."""
+        if self.on_bad_rows == "refuse":
+            raise BadRow(f"{error}; or leave such rows out (on_bad_rows: skip)", error.reason) from error
+        self.skipped[error.reason] += 1
+        if len(self.bad_rows) < _NOTED:
+            row = error.row.decode("utf-8", "backslashreplace") if isinstance(error.row, bytes) else error.row
+            row = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+            # Halves of surrogate pairs, which may be what is wrong, cannot be written.
+            row = row[:_NOTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+            fault = str(error).encode("utf-8", "backslashreplace").decode()
+            self.bad_rows.append({"place": str(place), "reason": error.reason, "fault": fault, "row": row})
 
     def take(self, item: T) -> T:
         """The item in NFC, counted and not kept."""
@@ -224,12 +283,12 @@ def _open(stream: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile | io.Buff
 
 def read_lines(
     path: str | Path | Sequence[Path], collector: Collector, at: Callable[[int], None] | None = None
-) -> Iterator[tuple[str, Place]]:
+) -> Iterator[tuple[str | BadRow, Place]]:
     """Lines of all files that `path` means (or of these files), without line ends.
 
-    Encoding and control characters are checked. Only U+000A ends a line (the others, such as U+2028, occur inside
-    texts). A byte order mark at the start of a file is no part of the text. at: is told now and then how many bytes
-    of the file have been read (of a compressed one, compressed bytes).
+    Encoding and control characters are checked; a line that is bad is given as what is wrong with it. Only U+000A ends
+    a line (the others, such as U+2028, occur inside texts). A byte order mark at the start of a file is no part of the
+    text. at: is told now and then how many bytes of the file have been read (of a compressed one, compressed bytes).
     """
     for file in resolve(path) if isinstance(path, str | Path) else path:
         offset = 0
@@ -240,7 +299,7 @@ def read_lines(
                     place = Place(str(file), number)
                     if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
                         raise UserError(f"{place} is longer than {_LONGEST_LINE >> 20} MiB: break the line")
-                    yield collector.check(_decode(raw, place, offset), place), place
+                    yield attempt(_line, raw, collector, place, offset), place
                     offset += len(raw)
                     if at is not None and number % _TOLD_LINES == 0:
                         at(whole.tell())
@@ -252,12 +311,18 @@ def read_lines(
             raise UserError(f"{file} is empty: give a file with text in it, or leave it out")
 
 
+def _line(raw: bytes, collector: Collector, place: Place, offset: int) -> str:
+    return collector.check(_decode(raw, place, offset), place)
+
+
 def _decode(raw: bytes, place: Place, offset: int) -> str:
     try:
         line = raw.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(
+        fault = (
             f"{place} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start} of "
             "the file; save it as UTF-8 (compressed files are known by their suffix, .xz, .gz or .zst)"
-        ) from error
+        )
+        # A file that begins so is in another encoding, or no text; in the midst of one it is a line's fault.
+        raise (UserError(fault) if place.line == 1 else BadRow(fault, "not UTF-8")) from error
     return line.removeprefix("\ufeff") if place.line == 1 else line

@@ -14,6 +14,7 @@ from typing import Any
 from transllm_jax.data.files import Collector, Place
 from transllm_jax.data.records import Record
 from transllm_jax.errors import UserError
+from transllm_jax.hub_name import mistyped
 
 # Readers of the library that read text and run nothing.
 _READERS = ("arrow", "csv", "json", "parquet", "text")
@@ -39,9 +40,11 @@ class Dataset:
     def builder(self) -> Any:
         """The library's builder. Raises UserError for what it refuses, and for readers that are not of text."""
         datasets = _library(self.path)
-        with _faults(f"{self.path} cannot be opened by `datasets`"):
+        here = Path(self.path).is_dir()
+        told = "" if here else ": there is no such directory here, and on the hub it"
+        with _faults(f"{self.path}{told} cannot be opened by `datasets`"):
             # A directory by its whole path: a relative `json` would be the library's reader of that name.
-            path = str(Path(self.path).absolute()) if Path(self.path).is_dir() else self.path
+            path = str(Path(self.path).absolute()) if here else self.path
             built = datasets.load_dataset_builder(path, self.config, data_dir=self.data_dir, revision=self.revision)
         reader = type(built).__module__.rpartition(".")[2]
         if reader not in _READERS:
@@ -132,6 +135,8 @@ def _dataset(path: str, split: str, data_dir: str | None) -> Dataset:
     named = _NAME.fullmatch(path)
     if named is None or path.startswith("."):
         raise UserError(f"{path} is neither a directory nor a name on the hub: write OWNER/NAME or OWNER/NAME/CONFIG")
+    if wrong := mistyped(path):
+        raise UserError(f"{path} does not exist: {wrong}")
     name, config, revision = named.groups()
     revision = Dataset(name, split, data_dir, config, revision).builder().hash
     if not _REVISION.fullmatch(revision or ""):

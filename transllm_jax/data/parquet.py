@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ _BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def iter_rows(
-    file: Path, fields: Sequence[str], optional: Sequence[str] = ()
+    file: Path,
+    fields: Sequence[str],
+    optional: Sequence[str] | None = (),
+    at: Callable[[int], None] | None = None,
+    ignored: Counter[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Place]]:
     """The rows of a parquet file as records, with their numbers; only the columns of the fields are read.
 
     fields: all of these must be there; a name with dots is a column of that name, or reaches into a column. optional:
-    read where they are there. Raises UserError with file and row; one that lacks a field names all of them.
+    read where they are there, None for all. at: is told now and then how many bytes of the file have been read, as if
+    its rows were of one size. ignored: counts the rows by the names of columns that are not read. Raises UserError with
+    file and row; one that lacks a field names all of them.
     """
     try:
         import pyarrow as pa
@@ -40,14 +47,20 @@ def iter_rows(
                 if column not in names:
                     raise missing_field(names, field, str(file))
                 columns[column] = None
-            columns |= dict.fromkeys(name for name in optional if name in names)
+            columns |= dict.fromkeys(name for name in (names if optional is None else optional) if name in names)
             if twice := [column for column in columns if names.count(column) > 1]:
                 raise UserError(f"{file} has the column {twice[0]!r} twice: rename or remove one of them")
+            others = [name for name in names if name not in columns]
             place = Place(str(file), 1, "row")
+            size, rows = file.stat().st_size, table.metadata.num_rows
             for batch in table.iter_batches(_ROWS, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
+                    if ignored is not None:
+                        ignored.update(others)
                     yield row, place
                     place = place._replace(line=place.line + 1)
+                if at is not None:
+                    at(size * (place.line - 1) // rows)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{place} cannot be read ({_first_line(error)}): the file is damaged, fetch it again"

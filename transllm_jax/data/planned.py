@@ -22,7 +22,9 @@ from transllm_jax.data.packing import fill, plan
 from transllm_jax.data.token_cache import ShardTokens
 from transllm_jax.errors import UserError
 
-_FORMAT = 2  # of a stored plan
+_FORMAT = 3  # of a stored plan
+# What the names in `PlannedRows.counts` begin with of bad rows, by reason, and of fields that are not read.
+SKIPPED, IGNORED = "bad row: ", "field: "
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class PlannedRows:
 
     def _plan(self, path: Path) -> None:
         counts: Counter[str] = sum((Counter(shard.counts) for shard in self.shards), Counter())
+        for shard in self.shards:
+            counts.update({f"{SKIPPED}{reason}": count for reason, count in shard.skipped.items()})
+            counts.update({f"{IGNORED}{name}": count for name, count in shard.ignored.items()})
         counts["items"] = sum(shard.items for shard in self.shards)
         lengths = np.concatenate([shard.lengths for shard in self.shards])
         kept = np.flatnonzero(self._chosen(lengths, counts))

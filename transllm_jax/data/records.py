@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Place, read_lines, texts_of
+from transllm_jax.data.files import BadRow, Collector, Place, attempt, read_lines, refusing, texts_of
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -28,9 +28,10 @@ def parse_object(text: str, place: Place, fields: Sequence[str] = (), first_line
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of very many digits is a ValueError, too
-        raise UserError(f"{place} is not JSON ({error}): write one complete object a line") from error
+        raise BadRow(f"{place} is not JSON ({error}): write one complete object a line", "not JSON") from error
     if not isinstance(record, dict):
-        raise UserError(f"{place} is JSON but not an object: write {{{', '.join(f'{f!r}: ...' for f in fields)}}}")
+        wanted = ", ".join(f"{field!r}: ..." for field in fields)
+        raise BadRow(f"{place} is JSON but not an object: write {{{wanted}}}", "not an object")
     return record
 
 
@@ -38,7 +39,10 @@ def check_surrogates(item: Any, place: Place) -> None:
     """Refuse halves of surrogate pairs, which JSON can spell and UTF-8 cannot. Raises UserError."""
     for text in texts_of(item):
         if not text.isascii() and _SURROGATE.search(text):
-            raise UserError(f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character")
+            raise BadRow(
+                f"{place} has half of a surrogate pair (\\ud800 to \\udfff): write the whole character",
+                "half a surrogate pair",
+            )
 
 
 def require(record: Record, name: str, kind: type, place: Place) -> Any:
@@ -48,10 +52,11 @@ def require(record: Record, name: str, kind: type, place: Place) -> Any:
     return of_kind(record[name], name, kind, place)
 
 
-def missing_field(record: Iterable[str], name: str, place: Place | str) -> UserError:
+def missing_field(record: Iterable[str], name: str, place: Place | str) -> BadRow:
     """The error for a field that is not among those of a record (or of a table)."""
     there = ", ".join(map(str, record)) or "none"
-    return UserError(f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there")
+    message = f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there"
+    return BadRow(message, "missing field")
 
 
 def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
@@ -60,9 +65,9 @@ def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = _TYPE_NAMES.get(kind, kind.__name__)
         shown = json.dumps(value, default=str)[:40]
-        raise UserError(f"{place}: field {name!r} must be {wanted}, not {shown}")
+        raise BadRow(f"{place}: field {name!r} must be {wanted}, not {shown}", "field of another type")
     if (isinstance(value, str) and not value.strip()) or value in ([], {}):
-        raise UserError(f"{place}: field {name!r} is empty: fill it in or remove the {place.unit}")
+        raise BadRow(f"{place}: field {name!r} is empty: fill it in or remove the {place.unit}", "empty field")
     return value
 
 
@@ -89,22 +94,29 @@ def checked(value: Any, name: str, place: Place, collector: Collector) -> str:
     return text
 
 
-def iter_json(file: Path, collector: Collector) -> Iterator[tuple[dict[str, Any], Place]]:
+def iter_json(
+    file: Path, collector: Collector, at: Callable[[int], None] | None = None, fields: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
     """The objects of a file, one a line (blank lines are passed over), or in one list over as many lines as it likes.
 
-    Only one object at a time is in memory. Raises UserError with file and line.
+    In place of a bad one what is wrong with it is given. Only one object at a time is in memory. at: see
+    `files.read_lines`. fields: see `parse_object`. Raises UserError with file and line for a list that is not whole.
     """
     begun = False
-    lines = read_lines([file], collector)
+    lines = read_lines([file], collector, at)
     for line, place in lines:
-        if not begun and line.lstrip().startswith("["):
-            yield from _in_list(line, place, lines)
+        if isinstance(line, BadRow):
+            yield line, place
+        elif not begun and line.lstrip().startswith("["):
+            yield from _in_list(line, place, refusing(lines))
         elif line.strip():
-            yield parse_object(line, place), place
-        begun = begun or bool(line.strip())
+            yield attempt(parse_object, line, place, fields), place
+        begun = begun or isinstance(line, BadRow) or bool(line.strip())
 
 
-def _in_list(line: str, place: Place, lines: Iterator[tuple[str, Place]]) -> Iterator[tuple[dict[str, Any], Place]]:
+def _in_list(
+    line: str, place: Place, lines: Iterator[tuple[str, Place]]
+) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
     """The objects of a JSON list that begins on this line. They are told apart by their brackets, then parsed."""
     depth, size = 0, 0
     between = ""  # what stands outside objects, since the last one
@@ -129,7 +141,7 @@ def _in_list(line: str, place: Place, lines: Iterator[tuple[str, Place]]) -> Ite
                 if depth == 1:
                     parts.append(line[cut : found.end()])
                     cut = found.end()
-                    yield _parse_item("\n".join(parts), start), start
+                    yield attempt(_parse_item, "\n".join(parts), start), start
         if depth > 1:
             parts.append(line[cut:])
             size += len(line) - cut
@@ -166,5 +178,5 @@ def _parse_item(text: str, start: Place) -> dict[str, Any]:
         if isinstance(cause, json.JSONDecodeError):
             # Where the fault is, not where the object begins.
             place = start._replace(line=start.line + cause.lineno - 1)
-            raise UserError(f"{place} is not JSON ({cause.msg} at column {cause.colno}): mend it") from cause
+            raise BadRow(f"{place} is not JSON ({cause.msg} at column {cause.colno}): mend it", "not JSON") from cause
         raise

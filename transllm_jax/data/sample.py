@@ -14,27 +14,24 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Controls, Separator, resolve
-from transllm_jax.data.sources import iter_documents
+from transllm_jax.data.files import Collector, Controls, Separator
+from transllm_jax.data.pool import count, share_out
+from transllm_jax.data.shards import Reading, iter_texts, text_files
 from transllm_jax.errors import UserError
 
-_FORMAT = 1  # of the files in the cache
+_FORMAT = 2  # of the files in the cache
 _MARGIN = 4  # a file may give so many times its part of the corpus
 _LEAST = 1 << 20  # bytes that a file may give in any case
 _WORTH = 16 << 20  # bytes of files below which starting processes takes longer than reading
-_POLL = 0.2  # seconds between two looks at how far the processes are
 
 OnProgress = Callable[[int, int], None]
 
@@ -75,8 +72,7 @@ class _Job:
     seed: int
     max_bytes: int
     limit: int
-    separator: Separator
-    controls: Controls
+    reading: Reading
 
     @property
     def key(self) -> str:
@@ -91,23 +87,29 @@ def sample_documents(
     seed: int = 0,
     separator: Separator = "blank line",
     controls: Controls = "refuse",
+    field: str | None = None,
     cache: Path | None = None,
     processes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Sample:
-    """A sample of at most `max_bytes` UTF-8 bytes of the documents of files and globs; all of them where they fit.
+    """A sample of at most `max_bytes` UTF-8 bytes of the texts of files and globs; all of them where they fit.
 
-    It depends on the files' names and content, `max_bytes`, `seed`, `separator` and `controls` (as of
-    `data.sources.read_documents`), and on nothing else. Texts are normalised to NFC. cache: a directory where what a
+    It depends on the files' names and content, `max_bytes`, `seed`, and `separator`, `controls` and `field` (as of
+    `data.shards.text_files`), and on nothing else. Texts are normalised to NFC. cache: a directory where what a
     file gave is kept until the sample is complete, and then the sample; None keeps nothing. processes: as many as
     there are cores by default. on_progress: is told (bytes read, bytes of all files), on disk, now and then.
 
-    In memory are at most `max_bytes` of text for each process and a document. Raises UserError as `read_documents`
-    does, and where the files have no document or none that fits.
+    In memory are at most `max_bytes` of text for each process and a document. Raises UserError as the readers
+    do, and where the files have no document or none that fits.
     """
     if max_bytes < 1:
         raise UserError(f"a sample of {max_bytes} bytes holds nothing: ask for at least 1")
-    files = sorted({str(file.absolute()): None for path in paths for file in resolve(path)})
+    readings = {
+        str(file.absolute()): replace(reading, path=str(file.absolute()))
+        for path in paths
+        for file, reading in text_files(path, separator=separator, controls=controls, field=field).items()
+    }
+    files = sorted(readings)
     stats = [os.stat(file) for file in files]
     total = sum(stat.st_size for stat in stats)
     jobs = [
@@ -118,8 +120,7 @@ def sample_documents(
             seed,
             max_bytes,
             min(max_bytes, _LEAST + _MARGIN * max_bytes * stat.st_size // max(total, 1)),
-            separator,
-            controls,
+            readings[file],
         )
         for file, stat in zip(files, stats, strict=True)
     ]
@@ -187,11 +188,11 @@ def _priority(seed: int, name: str, line: int, text: bytes) -> int:
 
 def _read_file(job: _Job, part: Path, at: Callable[[int], None]) -> None:
     """Write what a file gives, in the order of priorities, behind a line with its counts."""
-    collector = Collector(job.controls)
+    collector = Collector(job.reading.controls)
     lowest = _Lowest(job.limit)
     name = Path(job.path).name
     documents = size = normalised = too_long = 0
-    for found, place in iter_documents(job.path, collector, separator=job.separator, longest=job.max_bytes, at=at):
+    for found, place in iter_texts(Path(job.path), job.reading, collector, longest=job.max_bytes, at=at):
         documents += 1
         if found is None:
             too_long += 1
@@ -258,50 +259,26 @@ def _read_all(
             _read_file(job, parts[job], tell)
             done += job.size
         return
-    # Spawned: a process with threads (of jax, of tokenizers) must not be forked.
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(
-        min(processes, len(todo)), mp_context=context, initializer=_begin_process, initargs=(counter, stop)
-    )
-    try:
+    share_out(
+        _read_in_process,
         # The largest first, so that the last one does not keep one core busy alone.
-        waiting = {pool.submit(_read_in_process, job, parts[job]) for job in sorted(todo, key=lambda job: -job.size)}
-        while waiting:
-            ready, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
-            for future in ready:
-                future.result()
-            tell(counter.value)
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        sorted(todo, key=lambda job: -job.size),
+        min(processes, len(todo)),
+        given=(parts,),
+        tell=lambda _, read: tell(read),
+        lost="run again, with more memory, or with a smaller sample",
+    )
 
 
-class _Stopped(Exception):
-    """The process that asked for the sample has ended its work."""
-
-
-_shared: dict[str, Any] = {}  # of a process of the pool
-
-
-def _begin_process(counter: Any, stop: Any) -> None:
-    # Ctrl-C reaches all processes of a terminal; the first one tells the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _shared.update(counter=counter, stop=stop)
-
-
-def _read_in_process(job: _Job, part: Path) -> None:
+def _read_in_process(job: _Job, parts: dict[_Job, Path]) -> None:
     told = 0
 
     def at(read: int) -> None:
         nonlocal told
-        if _shared["stop"].is_set():
-            raise _Stopped
-        with _shared["counter"].get_lock():
-            _shared["counter"].value += read - told
+        count(read - told)
         told = read
 
-    _read_file(job, part, at)
+    _read_file(job, parts[job], at)
     at(job.size)
 
 

@@ -16,10 +16,22 @@ from typing import Any, Literal, Protocol
 
 from transllm_jax.data import catalog, hub
 from transllm_jax.data.conversations import FIELDS, Form, conversation, form_of
-from transllm_jax.data.files import COMPRESSED, Collector, Controls, Place, Separator, no_items, resolve
+from transllm_jax.data.files import (
+    COMPRESSED,
+    BadRow,
+    Collector,
+    Controls,
+    OnBadRows,
+    Place,
+    Separator,
+    attempt,
+    no_items,
+    refusing,
+    resolve,
+)
 from transllm_jax.data.parquet import iter_rows
 from transllm_jax.data.records import Record, iter_json, text_at
-from transllm_jax.data.sources import iter_aligned, iter_documents, iter_pairs
+from transllm_jax.data.sources import aligned_rows, document_rows, pair_rows
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import Message
 
@@ -27,7 +39,7 @@ Content = Literal["text", "pairs", "conversations"]
 Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
 Item = str | tuple[str, str] | list[Message]
 
-_FORMAT = 1  # of the items: raised when the same files come to give other items
+_FORMAT = 2  # of the items: raised when the same files come to give other items
 _CONTAINERS: dict[str, Container] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 
@@ -40,8 +52,9 @@ class Reading:
     NAME[/CONFIG][:VERSION]. container: by the files' suffix where None (.jsonl and .json, .parquet, else lines).
     fields: of records, the field of a text ("text" by default), or the two of a pair, English first; dots reach into
     objects. target_path: makes pairs of two files of lines, English in `path` and the target language here. separator:
-    of text in lines, what stands between documents. limit: read only so much from the start: bytes of text (at least
-    one line or record), or pairs or conversations. split, data_dir: of `datasets` and `tfds`.
+    of text in lines, what stands between documents. max_bytes, max_items: read only so much from the start, UTF-8 bytes
+    of text (at least one line or record), or items of any content. on_bad_rows: see `data.files.Collector`. split,
+    data_dir: of `datasets` and `tfds`.
     """
 
     path: str
@@ -51,7 +64,9 @@ class Reading:
     target_path: str | None = None
     separator: Separator = "blank line"
     controls: Controls = "refuse"
-    limit: int | None = None
+    on_bad_rows: OnBadRows = "refuse"
+    max_bytes: int | None = None
+    max_items: int | None = None
     split: str = "train"
     data_dir: str | None = None
 
@@ -75,14 +90,15 @@ class Shard(Protocol):
     def items(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
         """The items in order, checked and in NFC, each with its place; the collector counts them.
 
-        Raises UserError with file and line (row, record) for what is wrong, and where there is no item.
+        A bad row is refused or skipped, as the collector does it. Raises UserError with file and line (row, record) for
+        what is wrong, and where there is no item.
         """
 
 
 def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
     """The shards of a source: one a file, in the order of their names, or one of a dataset's shards.
 
-    With a limit there is one, as the limit is from the start of the source. hash_of: a file's SHA-256.
+    With max_bytes or max_items there is one, as these count from the start of the source. hash_of: a file's SHA-256.
     Raises UserError for settings that do not go together, for files that are not there, and for those of `datasets`
     and TFDS that cannot be opened.
     """
@@ -93,18 +109,22 @@ def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
     if reading.content == "conversations" and len(parts) > 1 and isinstance(first, _JsonFile | _ParquetFile):
         # Each shard is read by itself, so the first file's first record says which form is that of all.
         for record, place in first.records(Collector(reading.controls)):
-            form = form_of(record, place)
-            break
+            known = record if isinstance(record, BadRow) else attempt(form_of, record, place)
+            if not isinstance(known, BadRow):
+                form = known
+                break
+            if reading.on_bad_rows == "refuse":
+                raise known
     # What an empty shard of somebody else's dataset lacks nobody can mend.
     may_be_empty = reading.container == "datasets" and len(parts) > 1
-    groups = [[part] for part in parts] if reading.limit is None else [parts]
+    groups = [[part] for part in parts] if reading.max_bytes is None and reading.max_items is None else [parts]
     return [_Shard.of(reading, group, form, may_be_empty and len(group) == 1) for group in groups]
 
 
 class _Records(Protocol):
     """What records come from."""
 
-    def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]: ...
+    def records(self, collector: Collector) -> Iterator[tuple[Record | BadRow, Place]]: ...
 
 
 @dataclass(frozen=True)
@@ -114,18 +134,20 @@ class _LineFile:
     path: str
     target: str | None
 
-    def items(self, reading: Reading, collector: Collector) -> Iterator[tuple[Item, Place]]:
+    def pairs(self, collector: Collector) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
         if self.target is not None:
-            return iter_aligned(Path(self.path), Path(self.target), collector)
-        return iter_pairs([Path(self.path)], collector)
+            return aligned_rows(Path(self.path), Path(self.target), collector)
+        return pair_rows([Path(self.path)], collector)
 
 
 @dataclass(frozen=True)
 class _JsonFile:
     path: str
 
-    def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]:
-        return iter_json(Path(self.path), collector)
+    def records(
+        self, collector: Collector, at: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[Record | BadRow, Place]]:
+        return iter_json(Path(self.path), collector, at)
 
 
 @dataclass(frozen=True)
@@ -134,8 +156,9 @@ class _ParquetFile:
     fields: tuple[str, ...]
     optional: tuple[str, ...]
 
-    def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]:
-        return iter_rows(Path(self.path), self.fields, self.optional)
+    def records(self, collector: Collector, at: Callable[[int], None] | None = None) -> Iterator[tuple[Record, Place]]:
+        ignored = collector.ignored if self.optional else None
+        return iter_rows(Path(self.path), self.fields, self.optional, at, ignored)
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,8 @@ class _Shard:
 
     @staticmethod
     def of(reading: Reading, parts: Sequence[_Part], form: Form | None, may_be_empty: bool) -> _Shard:
-        options: list[Any] = [_FORMAT, reading.content, reading.container, reading.controls, reading.limit]
+        options: list[Any] = [_FORMAT, reading.content, reading.container, reading.controls, reading.on_bad_rows]
+        options += [reading.max_bytes, reading.max_items]
         # A setting that changes nothing is not in the key: separator of records, say, is refused.
         options += [reading.separator, *reading.fields, *(part.key for part in parts)]
         name = parts[0].name if len(parts) == 1 else f"{parts[0].name}+{len(parts) - 1}"
@@ -177,45 +201,71 @@ class _Shard:
         )
 
     def items(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        none = True
-        for item, place in self._raw(collector):
+        none, before = True, len(collector.bad_rows)
+        good = self._good(collector)
+        if self.reading.max_bytes is not None and not self._of_lines:
+            good = _first_bytes(good, self.reading.max_bytes)
+        for item, place in islice(good, self.reading.max_items):
             none = False
             yield collector.take(item), place
+        if none and len(collector.bad_rows) > before:
+            first = collector.bad_rows[before]["fault"]
+            raise UserError(f"{self.name} has no row that can be read, the first: {first}")
         if none and not self.may_be_empty:
             raise no_items(self.name, _PLURAL[self.reading.content])
 
-    def _raw(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        """The items before they are made NFC."""
-        reading = self.reading
+    def _good(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
+        """The items before they are made NFC. Here, and nowhere else, the collector is told of bad rows."""
+        for row, place in self._rows(collector):
+            if isinstance(row, BadRow):
+                collector.bad(row, place)
+            else:
+                yield row, place
+
+    @property
+    def _of_lines(self) -> bool:
+        return isinstance(self.origins[0], _LineFile)
+
+    def _rows(self, collector: Collector) -> Iterator[tuple[Item | BadRow, Place]]:
+        """Those of all files, but of text in lines no more than `max_bytes`; what is wrong in place of bad ones."""
+        reading, form = self.reading, self.form
         files = [origin for origin in self.origins if isinstance(origin, _LineFile)]
         if files and reading.content == "text":
-            paths = [Path(file.path) for file in files]
-            for text, place in iter_documents(paths, collector, separator=reading.separator, limit=reading.limit):
+            paths, budget = [Path(file.path) for file in files], reading.max_bytes
+            for text, place in document_rows(paths, collector, separator=reading.separator, max_bytes=budget):
                 yield text or "", place
-        elif files:
-            yield from islice((pair for file in files for pair in file.items(reading, collector)), reading.limit)
-        else:
-            found = self._of_records(collector)
-            yield from _first_bytes(found, reading.limit) if reading.content == "text" else islice(found, reading.limit)
-
-    def _of_records(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        fields, form = self.reading.fields, self.form
+            return
         for origin in self.origins:
-            assert not isinstance(origin, _LineFile)
+            if isinstance(origin, _LineFile):
+                yield from origin.pairs(collector)
+                continue
             for record, place in origin.records(collector):
-                if self.reading.content == "text":
-                    yield text_at(record, fields[0], place, collector), place
-                elif self.reading.content == "pairs":
-                    english, target = (text_at(record, field, place, collector).strip() for field in fields)
-                    yield (english, target), place
-                else:
-                    form = form or form_of(record, place)
-                    yield conversation(record, form, place, collector), place
+                if isinstance(record, BadRow):
+                    yield record, place
+                    continue
+                if reading.content == "conversations" and form is None:
+                    found = attempt(form_of, record, place)
+                    if isinstance(found, BadRow):
+                        yield found, place
+                        continue
+                    form = found
+                yield attempt(self._item, record, form, place, collector), place
+
+    def _item(self, record: Record, form: Form | None, place: Place, collector: Collector) -> Item:
+        """A record's text, pair or conversation."""
+        fields = self.reading.fields
+        if self.reading.content == "text":
+            return text_at(record, fields[0], place, collector)
+        if self.reading.content == "pairs":
+            english, target = (text_at(record, field, place, collector).strip() for field in fields)
+            return english, target
+        assert form is not None
+        return conversation(record, form, place, collector)
 
 
-def _first_bytes(found: Iterator[tuple[Item, Place]], limit: int | None) -> Iterator[tuple[Item, Place]]:
-    """Whole texts of at most `limit` bytes together, or the first one."""
-    room, given = limit if limit is not None else float("inf"), False
+def _first_bytes(found: Iterator[tuple[Item, Place]], max_bytes: int) -> Iterator[tuple[Item, Place]]:
+    """Whole texts of at most `max_bytes` together, or the first one."""
+    room, given = max_bytes, False
     for text, place in found:
         assert isinstance(text, str)
         room -= len(text.encode())
@@ -246,7 +296,11 @@ def resolved(reading: Reading) -> Reading:
         "split and data_dir are for datasets and tfds: remove them": (
             container not in ("datasets", "tfds") and (reading.split != "train" or reading.data_dir is not None)
         ),
-        f"limit is {reading.limit}: it must be at least 1": reading.limit is not None and reading.limit < 1,
+        "max_bytes is for text: set max_items": reading.max_bytes is not None and reading.content != "text",
+        **{
+            f"{name} is {value}: it must be at least 1": value is not None and value < 1
+            for name, value in (("max_bytes", reading.max_bytes), ("max_items", reading.max_items))
+        },
     }
     if found := [fault for fault, is_one in faults.items() if is_one]:
         raise UserError(f"{reading.path}: {'; '.join(found)}")
@@ -290,7 +344,7 @@ def _parts(reading: Reading, hash_of: Callable[[Path], str]) -> list[_Part]:
     return parts
 
 
-def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFile | _Records:
+def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFile | _JsonFile | _ParquetFile:
     if reading.container == "lines":
         return _LineFile(str(file), None if target is None else str(target))
     if reading.container == "jsonl":
@@ -298,3 +352,46 @@ def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFi
     if _suffixes(file)[1]:
         raise UserError(f"{file}: parquet is compressed inside; decompress the file")
     return _ParquetFile(str(file), reading.fields, FIELDS if reading.content == "conversations" else ())
+
+
+# --- files on a command line ----------------------------------------------------------------------------------------
+
+
+def text_files(
+    path: str | Path, *, separator: Separator = "blank line", controls: Controls = "refuse", field: str | None = None
+) -> dict[Path, Reading]:
+    """The files of text that a path or glob means, and how each is read: `separator` is for lines, `field` for records.
+
+    Raises UserError for a path that means none.
+    """
+    found = {}
+    for file in resolve(path):
+        lines = _container([file]) == "lines"
+        fields = () if lines or field is None else (field,)
+        separated: Separator = separator if lines else "blank line"
+        found[file] = resolved(Reading(str(file), fields=fields, separator=separated, controls=controls))
+    return found
+
+
+def iter_texts(
+    file: Path,
+    reading: Reading,
+    collector: Collector,
+    *,
+    longest: int | None = None,
+    at: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str | None, Place]]:
+    """The texts of one of `text_files` one at a time, with their places, not normalised and not counted.
+
+    longest: a text of more UTF-8 bytes is given as None; a document of lines is then never in memory whole. at: is told
+    now and then how many bytes of the file have been read. Raises UserError as a shard's `items`, but not for a file
+    without texts.
+    """
+    origin = _origin(reading, file)
+    if isinstance(origin, _LineFile):
+        found = document_rows([file], collector, separator=reading.separator, longest=longest, at=at)
+        yield from refusing(found)
+        return
+    for record, place in refusing(origin.records(collector, at)):
+        text = text_at(record, reading.fields[0], place, collector)
+        yield (None if longest is not None and len(text.encode()) > longest else text), place

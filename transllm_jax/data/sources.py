@@ -12,15 +12,30 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import Collector, Controls, Loaded, Place, Separator, map_texts, read_lines, texts_of
-from transllm_jax.data.records import check_surrogates, parse_object, require
+from transllm_jax.data.files import (
+    BadRow,
+    Collector,
+    Controls,
+    Loaded,
+    Place,
+    Separator,
+    attempt,
+    map_texts,
+    read_lines,
+    refusing,
+    resolve,
+    texts_of,
+)
+from transllm_jax.data.headers import is_header
+from transllm_jax.data.parquet import iter_rows
+from transllm_jax.data.records import check_surrogates, iter_json, require
 from transllm_jax.errors import UserError
 
 
 def read_documents(
     path: str | Path,
     *,
-    limit: int | None = None,
+    max_bytes: int | None = None,
     separator: Separator = "blank line",
     controls: Controls = "refuse",
 ) -> Loaded[str]:
@@ -28,13 +43,13 @@ def read_documents(
 
     path: a file (.xz, .gz and .zst are decompressed) or a glob; a document never runs over the end of its file.
     separator: what stands between documents; with a blank line, the line ends inside a document are kept.
-    limit: at most this many UTF-8 bytes from the start, cut at a line end (at least one line is taken).
+    max_bytes: at most this many UTF-8 bytes from the start, cut at a line end (at least one line is taken).
     controls: control characters other than tab and line feed are refused, or removed and counted. Texts are
     normalised to NFC and counted. Raises UserError with file and line for an empty file, bytes that are not
     UTF-8, control characters, and a path without a file.
     """
     collector = Collector(controls)
-    for text, place in iter_documents(path, collector, separator=separator, limit=limit):
+    for text, place in iter_documents(path, collector, separator=separator, max_bytes=max_bytes):
         collector.add(text, place)
     return collector.finish(path, "documents")
 
@@ -44,7 +59,7 @@ def iter_documents(
     collector: Collector,
     *,
     separator: Separator = "blank line",
-    limit: int | None = None,
+    max_bytes: int | None = None,
     longest: int | None = None,
     at: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str | None, Place]]:
@@ -54,17 +69,44 @@ def iter_documents(
     given as None, and is never in memory whole. at: see `files.read_lines`. Raises UserError as `read_documents` does,
     but not for a path without documents.
     """
+    return refusing(
+        document_rows(path, collector, separator=separator, max_bytes=max_bytes, longest=longest, at=at),
+    )
+
+
+def document_rows(
+    path: str | Path | Sequence[Path],
+    collector: Collector,
+    *,
+    separator: Separator = "blank line",
+    max_bytes: int | None = None,
+    longest: int | None = None,
+    at: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str | BadRow | None, Place]]:
+    """`iter_documents`, with what is wrong with a document in place of one that is bad."""
     if separator not in ("blank line", "line"):
         raise UserError(f"separator is {separator!r}: it must be 'blank line' or 'line'")
     lines: list[str] = []
     size, given, start = 0, False, Place("", 0)
-    room = limit if limit is not None else float("inf")
-    for line, place in read_lines(path, collector, at):
-        blank = not line.strip()
+    fault: BadRow | None = None  # of the first bad line of the document
+
+    def whole() -> str | BadRow | None:
+        if fault is not None:
+            fault.row = "\n".join(lines)
+            return fault
+        return "\n".join(lines) if lines else None
+
+    room = max_bytes if max_bytes is not None else float("inf")
+    for found, place in read_lines(path, collector, at):
+        bad = isinstance(found, BadRow)
+        line = found if isinstance(found, str) else found.row.decode("utf-8", "backslashreplace").rstrip("\n")
+        blank = not bad and not line.strip()
         if size and (blank or separator == "line" or place.path != start.path):
-            yield ("\n".join(lines) if lines else None), start
-            size, given = 0, True
+            yield whole(), start
+            size, given, fault = 0, True, None
             lines.clear()
+        if isinstance(found, BadRow):
+            fault = fault or found
         if blank:
             continue
         more = len(line.encode()) + bool(size)
@@ -79,14 +121,15 @@ def iter_documents(
         else:
             lines.append(line)
     if size:
-        yield ("\n".join(lines) if lines else None), start
+        yield whole(), start
 
 
 def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls = "refuse") -> Loaded[tuple[str, str]]:
     """Pairs (English, target language) from tab-separated lines; space around a side is removed.
 
-    limit: at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with
-    file and line for an empty side or another number of tabs than one, and for what `read_documents` refuses.
+    limit: at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with file and line
+    for an empty side, another number of tabs than one, names of columns in the first line, and for what
+    `read_documents` refuses.
     """
     collector = Collector(controls)
     for sides, place in iter_pairs(path, collector):
@@ -98,17 +141,30 @@ def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls
 
 def iter_pairs(path: str | Path | Sequence[Path], collector: Collector) -> Iterator[tuple[tuple[str, str], Place]]:
     """The pairs of `read_pairs` one at a time, with their places; none is kept, and none normalised."""
+    return refusing(pair_rows(path, collector))
+
+
+def pair_rows(
+    path: str | Path | Sequence[Path], collector: Collector
+) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
+    """`iter_pairs`, with what is wrong with a line in place of a pair that is bad."""
     for line, place in read_lines(path, collector):
-        sides = line.split("\t")
-        if len(sides) != 2:
-            raise UserError(f"{place} has {len(sides) - 1} tabs: write English, one tab, the translation")
-        yield _pair(sides[0], sides[1], place, place), place
+        yield (line if isinstance(line, BadRow) else attempt(_pair_of_line, line, place)), place
 
 
-def iter_aligned(english: Path, target: Path, collector: Collector) -> Iterator[tuple[tuple[str, str], Place]]:
+def _pair_of_line(line: str, place: Place) -> tuple[str, str]:
+    sides = line.split("\t")
+    if len(sides) != 2:
+        message = f"{place} has {len(sides) - 1} tabs: write English, one tab, the translation"
+        raise BadRow(message, "not one tab")
+    return _pair((sides[0], sides[1]), place, place)
+
+
+def aligned_rows(english: Path, target: Path, collector: Collector) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
     """Pairs of two files: a line of `english` and the same line of `target`; the place is the first one's.
 
-    Space around a side is removed. Raises UserError for an empty line, and where one file has more lines.
+    Space around a side is removed. Of a bad pair, such as one with an empty line, what is wrong with it is given.
+    Raises UserError where one file has more lines.
     """
     last = Place(str(english), 0)
     for one, other in zip_longest(read_lines([english], collector), read_lines([target], collector)):
@@ -119,15 +175,21 @@ def iter_aligned(english: Path, target: Path, collector: Collector) -> Iterator[
                 "line n of the other"
             )
         last = one[1]
-        yield _pair(one[0], other[0], one[1], other[1]), one[1]
+        bad = next((line for line, _ in (one, other) if isinstance(line, BadRow)), None)
+        yield (attempt(_pair, (one[0], other[0]), one[1], other[1]) if bad is None else bad), one[1]
 
 
-def _pair(english: str, target: str, place: Place, target_place: Place) -> tuple[str, str]:
-    english, target = english.strip(), target.strip()
+def _pair(sides: tuple[str, str], place: Place, target_place: Place) -> tuple[str, str]:
+    english, target = (side.strip() for side in sides)
     if not english:
-        raise UserError(f"{place} has an empty English side: fill it in or remove the line")
+        raise BadRow(f"{place} has an empty English side: fill it in or remove the line", "empty side")
     if not target:
-        raise UserError(f"{target_place} has an empty target-language side: fill it in or remove the line")
+        raise BadRow(f"{target_place} has an empty target-language side: fill it in or remove the line", "empty side")
+    if place.line == 1 and is_header(english, target):
+        raise BadRow(
+            f"{place} names the columns ({english[:40]!r} and {target[:40]!r}) and is no pair: remove the line",
+            "header line",
+        )
     return english, target
 
 
@@ -138,7 +200,7 @@ def read_jsonl(
     limit: int | None = None,
     controls: Controls = "refuse",
 ) -> Loaded[dict[str, Any]]:
-    """Records, one JSON object a line (blank lines are passed over); other fields than `required` are kept.
+    """Records, of JSON (an object a line, or one list of them) or of parquet; other fields than `required` are kept.
 
     required: names of fields that must hold a non-empty string, or name -> type for other types (a list must
     not be empty either). limit: at most this many records from the start. controls: as in `read_documents`.
@@ -147,22 +209,22 @@ def read_jsonl(
     """
     fields = required if isinstance(required, Mapping) else dict.fromkeys(required, str)
     collector = Collector(controls)
-    for line, place in read_lines(path, collector):
+    for record, place in _records(path, tuple(fields), collector):
         if limit is not None and len(collector.items) >= limit:
             break
-        if not line.strip():
-            continue
-        record = _record(line, fields, place)
+        for name, kind in fields.items():
+            require(record, name, kind, place)
+        check_surrogates(record, place)
         collector.add(map_texts(record, partial(collector.check, place=place)), place)
     return collector.finish(path, "records")
 
 
-def _record(line: str, fields: Mapping[str, type], place: Place) -> dict[str, Any]:
-    record = parse_object(line, place, tuple(fields))
-    for name, kind in fields.items():
-        require(record, name, kind, place)
-    check_surrogates(record, place)
-    return record
+def _records(path: str | Path, fields: tuple[str, ...], collector: Collector) -> Iterator[tuple[dict[str, Any], Place]]:
+    for file in resolve(path):
+        if file.suffix == ".parquet":
+            yield from iter_rows(file, fields, None)
+        else:
+            yield from refusing(iter_json(file, collector, fields=fields))
 
 
 def check_no_special(
@@ -189,4 +251,5 @@ def refuse_special(item: Any, find_special: Callable[[str], str | None], at: Pla
         if isinstance(at, Place) and at.unit == "line" and isinstance(item, str):
             # A document runs over several lines; records and pairs stand on one.
             at = at._replace(line=at.line + text[: text.find(special)].count("\n"))
-        raise UserError(f"{at} contains the special token {special}: remove it or write it in another way")
+        message = f"{at} contains the special token {special}: remove it or write it in another way"
+        raise BadRow(message, "special token")

@@ -25,14 +25,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from transllm_jax.data.array_file import read_arrays, whole, write_arrays, writing
 from transllm_jax.data.cleaning import text_of
 from transllm_jax.data.examples import Example
-from transllm_jax.data.files import Collector, Controls, Place
+from transllm_jax.data.files import Collector, Controls, OnBadRows, Place, attempt
 from transllm_jax.data.near_duplicates import SIZE
 from transllm_jax.data.shards import Item, Shard
 from transllm_jax.data.transform import Prepared, Transform, refuse_specials
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_FORMAT = 2  # of the files
+_FORMAT = 3  # of the files
 # Items that are tokenised at once: enough for all cores, little memory. By characters too, for long documents.
 _ITEMS, _CHARACTERS = 1000, 1 << 20
 _AHEAD = 2  # batches that wait for the tokenizer, so that it never waits for the reader
@@ -66,14 +66,15 @@ def write_shard(
     tokenizer: Tokenizer,
     controls: Controls,
     tell: Callable[[int], None] = lambda items: None,
+    on_bad_rows: OnBadRows = "refuse",
 ) -> None:
     """Tokenise a shard into the files of `path`. `tell` is told how many more items are done, and may raise.
 
-    A thread encodes (which uses all cores, and lets Python run) while this one reads, cleans and writes. Raises
-    UserError for what the shard's reader refuses, for a special token inside a text, and where the directory cannot be
-    written to.
+    on_bad_rows: as the shard's reading has it; rows that are skipped are kept beside the counts. A thread encodes
+    (which uses all cores, and lets Python run) while this one reads, cleans and writes. Raises UserError for what the
+    shard's reader refuses, for a special token inside a text, and where the directory cannot be written to.
     """
-    collector, counts = Collector(controls), Counter[str]()
+    collector, counts = Collector(controls, on_bad_rows), Counter[str]()
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with whole(records_path(path)) as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
         with writing(path):
@@ -108,8 +109,9 @@ def write_shard(
         size = partial.stat().st_size
     counts |= Counter(normalised=collector.normalised, removed=collector.removed)
     about = {"counts": counts, "size": size, "wide": kind is np.uint32, "files": list(columns.files)}
-    about |= {"unit": columns.unit, "items": columns.items}
-    write_arrays(path, {"about": np.array(json.dumps(about)), **columns.arrays})
+    about |= {"unit": columns.unit, "items": columns.items, "skipped": collector.skipped, "ignored": collector.ignored}
+    bad_rows = np.frombuffer(json.dumps(collector.bad_rows, ensure_ascii=False).encode(), np.uint8)
+    write_arrays(path, {"about": np.array(json.dumps(about)), "bad_rows": bad_rows, **columns.arrays})
 
 
 def _batches(
@@ -120,7 +122,10 @@ def _batches(
     places: list[Place] = []
     characters = 0
     for item, place in shard.items(collector):
-        refuse_specials(item, place, tokenizer, transform.markers)
+        bad = attempt(refuse_specials, item, place, tokenizer, transform.markers)
+        if bad is not None:
+            collector.bad(bad, place)
+            continue
         items.append(item)
         places.append(place)
         characters += len(text_of(item))
@@ -187,7 +192,8 @@ class ShardTokens:
     """A tokenised shard.
 
     lengths: tokens of each example, int32. items: of how many items they were made. counts: what happened to items, by
-    reason. Only `lengths` stays in memory; other columns are read when they are asked for.
+    reason. skipped: bad rows by reason. ignored: fields of records that were not read, and of how many. Only `lengths`
+    stays in memory; other columns are read when they are asked for.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -203,6 +209,8 @@ class ShardTokens:
             raise self._damaged(error) from error
         self.counts: dict[str, int] = known["counts"]
         self.items: int = known["items"]
+        self.skipped: dict[str, int] = known["skipped"]
+        self.ignored: dict[str, int] = known["ignored"]
         self._files, self._unit = known["files"], known["unit"]
         self._kind = np.dtype(np.uint32 if known["wide"] else np.uint16)
         self._version = records.st_mtime_ns, records.st_ino
@@ -221,6 +229,11 @@ class ShardTokens:
             return read_arrays(self.path, [name])[0]
         except ValueError as error:
             raise self._damaged(error) from error
+
+    def bad_rows(self) -> list[dict[str, str]]:
+        """The rows that were skipped: place, reason, fault and row of each, read from disk."""
+        found: list[dict[str, str]] = json.loads(self.column("bad_rows").tobytes())
+        return found
 
     @cached_property
     def _bytes(self) -> np.ndarray:

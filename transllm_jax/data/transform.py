@@ -16,7 +16,14 @@ import numpy as np
 
 from transllm_jax.data.cleaning import Rules, reason, text_of
 from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.examples import Example, conversation_example, pair_texts, split_example, whole_text
+from transllm_jax.data.examples import (
+    Example,
+    conversation_rows,
+    make_example,
+    pair_texts,
+    split_example,
+    whole_text,
+)
 from transllm_jax.data.files import Place
 from transllm_jax.data.near_duplicates import exact_key, signature
 from transllm_jax.data.shards import Content, Item
@@ -24,7 +31,7 @@ from transllm_jax.data.sources import refuse_special
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_FORMAT = 1  # of what `examples_of` gives
+_FORMAT = 2  # of what `examples_of` gives
 
 
 class Made(NamedTuple):
@@ -120,13 +127,10 @@ class Transform:
 
     def _conversation(self, tokenizer: Tokenizer, item: Item, counts: Counter[str]) -> Made:
         assert isinstance(item, list)
-        example, outcome = conversation_example(tokenizer, item, self.length, self.markers)
-        if example is None:
-            counts["longer than a row"] += 1
-            return Made([], [])
+        rows, outcome = conversation_rows(tokenizer, item, self.length, self.markers)
+        counts["longer than a row"] += outcome == "dropped"
         counts["cut at a turn"] += outcome == "cut"
-        answers = "".join(message["content"] for message in item if message["role"] == "assistant")
-        return Made([example], [len(answers.encode())])
+        return Made([make_example(row.ids, row.mask) for row in rows], [row.size for row in rows])
 
     def keys(self, item: Item) -> tuple[int, np.ndarray | None]:
         """What duplicates of an item are found by: a hash, and a signature where near ones are wanted."""

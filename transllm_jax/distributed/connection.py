@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from transllm_jax.errors import PeerLost, UserError
+from transllm_jax.distributed.cluster import detected
+from transllm_jax.distributed.hosts import address
+from transllm_jax.errors import UserError
 
 # Seconds until all processes have to be there. Machines of a pod start minutes apart.
 PATIENCE = 300.0
@@ -27,6 +30,7 @@ class Connection:
     """This process's place: process `number` of `count`; they meet at HOST:PORT, on the host of process 0.
 
     `devices`: the local devices that this process may use; None is all of them.
+    `key`: by which they know each other.
     """
 
     host: str
@@ -34,11 +38,13 @@ class Connection:
     count: int
     number: int
     devices: tuple[int, ...] | None = None
+    key: bytes = field(default=b"", compare=False, repr=False)
 
 
 def connection_from(options: Options, environ: Mapping[str, str]) -> Connection | None:
     """Where the flags or the environment (TRANSLLM_DISTRIBUTED, TRANSLLM_COORDINATOR, ...) place this process.
 
+    TRANSLLM_SECRET, of which there is no flag, is for all of them the same, and keeps others out.
     None: this process is the whole run. UserError: half of it is given, or it cannot be.
     """
     given: dict[str, str] = {}
@@ -52,8 +58,11 @@ def connection_from(options: Options, environ: Mapping[str, str]) -> Connection 
         raise UserError(f"--distributed (TRANSLLM_DISTRIBUTED) can be 'auto' or left out, not {auto!r}")
     if auto and given:
         raise UserError(f"--distributed auto finds the processes by itself: leave --{', --'.join(given)} out")
+    secret = environ.get("TRANSLLM_SECRET", "").strip()
     if auto:
-        return _detected()
+        here = detected(PATIENCE)
+        key = _key(secret, here.host, here.port, here.run)
+        return Connection(here.host, here.port, here.count, here.number, here.devices, key)
     if not given:
         return None
     if missing := [name for name in ("coordinator", "processes", "process") if name not in given]:
@@ -67,7 +76,12 @@ def connection_from(options: Options, environ: Mapping[str, str]) -> Connection 
         raise UserError(f"--processes is the number of processes, from 1, not {count}")
     if not 0 <= number < count:
         raise UserError(f"--process is from 0 to {count - 1} with --processes {count}, not {number}")
-    return Connection(host, port, count, number)
+    return Connection(host, port, count, number, key=_key(secret, host, port))
+
+
+def _key(secret: str, host: str, port: int, run: str = "") -> bytes:
+    """What all processes of a run know, and others do not: how well they do not is up to the secret."""
+    return hashlib.sha256(json.dumps([secret, host.lower(), port, run]).encode()).digest()
 
 
 def _number(given: dict[str, str], name: str) -> int:
@@ -78,29 +92,9 @@ def _number(given: dict[str, str], name: str) -> int:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise UserError(f"--coordinator (TRANSLLM_COORDINATOR) is HOST:PORT, such as 10.0.0.2:8482, not {text!r}")
-    return host.strip("[]"), int(port)
-
-
-def _detected() -> Connection:
-    """What jax knows of the cluster that this process is in: TPU VM, GKE, SLURM, Open MPI."""
-    # jax has no public name for it. What it finds goes to jax.distributed.initialize the same way for all clusters.
-    from jax._src.clusters import ClusterEnv
-
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(PATIENCE))
-    except (RuntimeError, OSError) as error:
-        raise PeerLost(f"--distributed auto: the cluster is there, its first process is not found: {error}") from None
-    address, count, number, devices = found
-    if address is None or count is None or number is None:
+        return address(text)
+    except ValueError as error:
         raise UserError(
-            "--distributed auto finds no TPU VM, GKE, SLURM or Open MPI here: give --coordinator HOST:PORT, "
-            "--processes and --process"
-        )
-    host, port = _address(address)
-    # A process alone on its SLURM node has all devices of it.
-    if os.environ.get("SLURM_STEP_NUM_NODES") == str(count):
-        devices = None
-    return Connection(host, port, count, number, None if devices is None else tuple(devices))
+            f"--coordinator (TRANSLLM_COORDINATOR) is HOST:PORT, such as 10.0.0.2:8482, not {text!r}: {error}"
+        ) from None

@@ -23,7 +23,9 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from transllm_jax.distributed.connection import PATIENCE, Connection
-from transllm_jax.distributed.watch import AGAIN, CLOSE, LEAVING, Hub, Member, is_loopback, listen, reach
+from transllm_jax.distributed.hosts import joined
+from transllm_jax.distributed.watch import AGAIN, CLOSE, LEAVING, Hub, Member
+from transllm_jax.distributed.wire import free_port, listen
 from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
 
 T = TypeVar("T")
@@ -59,23 +61,21 @@ def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
     """As `connect`, but jax is not connected yet: that is for `Peers.start_jax`."""
     if given is None or given.count == 1:
         return Peers()
-    hub = None
+    hub, host = None, given.host
     if given.number == 0:
-        hub = Hub(listen(given.host, given.port), given.count, patience, lambda: _free_port(given.host))
+        hub = Hub(listen(given.host, given.port), given.count, patience, lambda: free_port(given.host), given.key)
+        host = hub.bound or "127.0.0.1"
+        if hub.bound is None:
+            line = f"--coordinator {joined(given.host, given.port)} is no address of this machine: it listens on all"
+            print(line, file=sys.stderr, flush=True)
         hub.start()
     try:
-        connection = reach("127.0.0.1" if hub and not is_loopback(given.host) else given.host, given.port, patience)
-        member = Member(connection, given.number, given.count, patience)
+        member = Member.at(host, given, patience)
     except (UserError, PeerLost):
         if hub:
             hub.join(LEAVING + 1)
         raise
     return Peers(given, member, hub)
-
-
-def _free_port(host: str) -> int:
-    with listen(host, 0) as found:
-        return int(found.getsockname()[1])
 
 
 class Peers:
@@ -255,8 +255,9 @@ class Peers:
 
         assert self._given
         host, port = self._given.host, self._member.chosen
-        if self.primary:
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        bind = None
+        if self._hub:
+            address, bind = joined(host, port), joined(self._hub.bound or "::", port)
         else:
             with socket.create_server(("127.0.0.1", 0), backlog=64) as near:
                 command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))]
@@ -282,7 +283,7 @@ class Peers:
             local_device_ids=self._given.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=int(patience),
-            coordinator_bind_address=address if is_loopback(host) else f"[::]:{port}",
+            coordinator_bind_address=bind,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )

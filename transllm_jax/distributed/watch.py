@@ -3,126 +3,71 @@
 Each process holds one TCP connection to the hub, a thread of the primary. The kernel closes it when the process dies,
 and its keepalive probes end it within 20 seconds when the host vanishes, whatever Python is doing meanwhile. What
 passes are lines of JSON.
+
+Anybody may connect while they come together. The hub gives each a number that it gives to nobody else, and who belongs
+to the run signs it with the key of the run, and is answered with the hub's own signature. Others are passed over: what
+they may say is short, and soon.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
+import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+from transllm_jax.distributed.connection import Connection
+from transllm_jax.distributed.hosts import joined
+from transllm_jax.distributed.wire import (
+    LONGEST,
+    STUCK,
+    everywhere,
+    lines,
+    message_of,
+    reach,
+    say,
+    sign,
+    signed,
+    watched,
+)
 from transllm_jax.errors import LOST, PREEMPTED, PeerLost, UserError
 
 # Of what is said between the processes. Another number: another version of this file.
-PROTOCOL = 1
-# Seconds. A silent host is probed after IDLE, every INTERVAL, PROBES times: it is lost after 20.
-IDLE, INTERVAL, PROBES = 5, 5, 3
-# A send that the other side does not take; how long the hub waits for the others to end; when it says who is absent.
-STUCK, LEAVING, SILENT = 20, 5, 10
+PROTOCOL = 2
+# Seconds: how long the hub waits for the others to end; when it says who is absent.
+LEAVING, SILENT = 5, 10
+# What is not known to be one of the run: how many at once, how many bytes and seconds it has to say who it is, and how
+# often the hub says that there was one.
+STRANGERS, SHORT, SPEAK, TOLD = 64, 1 << 12, 20, 3
 CLOSE = "close"
+OTHER_KEY = (
+    "process 0 refuses this process, which has another --coordinator, TRANSLLM_SECRET or job; give all hosts the same"
+)
+NO_HUB = "process 0 was lost, or is none of this version, while the processes were coming together"
 AGAIN = "run the same command on all hosts again to go on"
-
-
-def watched(connection: socket.socket) -> socket.socket:
-    """Keepalive, so that a host that vanished is noticed after IDLE + INTERVAL * PROBES seconds."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    seconds = IDLE + INTERVAL * PROBES
-    options = {"TCP_KEEPIDLE": IDLE, "TCP_KEEPALIVE": IDLE, "TCP_KEEPINTVL": INTERVAL, "TCP_KEEPCNT": PROBES}
-    for name, value in (options | {"TCP_USER_TIMEOUT": seconds * 1000}).items():
-        # Which of them there are depends on the system.
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return connection
-
-
-def listen(host: str, port: int, patience: float = 10) -> socket.socket:
-    """A socket where the others come: on the loopback for a loopback address, else on all of this host's."""
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            if is_loopback(host):
-                family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-                return socket.create_server(address[:2], family=family, backlog=1024)
-            if socket.has_dualstack_ipv6():
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            return socket.create_server(("", port), backlog=1024)
-        except OSError as error:
-            # The run before may still be ending.
-            if time.monotonic() > give_up:
-                raise UserError(f"--coordinator: cannot listen on port {port} here: {error}; give another") from None
-            time.sleep(0.2)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine can meet there."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def reach(host: str, port: int, patience: float) -> socket.socket:
-    """A connection to the hub, as soon as the primary is there, for `patience` seconds."""
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            found = socket.create_connection((host, port), timeout=5)
-            # With nobody there, a connection within this machine can meet itself.
-            if found.getsockname() != found.getpeername():
-                return watched(found)
-            found.close()
-            error: OSError = ConnectionRefusedError("nobody listens")
-        except OSError as raised:
-            error = raised
-        if time.monotonic() > give_up:
-            raise PeerLost(
-                f"process 0 is absent: no answer at {host}:{port} in {patience:.0f} s ({error}); "
-                "is the command running on that host, and is the port open?"
-            )
-        time.sleep(0.1)
-
-
-def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """What the other side says, until it is gone, is silent for too long, or says what is none of ours."""
-    kept = b""
-    while True:
-        try:
-            data = connection.recv(1 << 16)
-        except OSError:
-            return
-        if not data:
-            return
-        *whole, kept = (kept + data).split(b"\n")
-        for line in whole:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(message, dict):
-                return
-            yield message
-
-
-def say(connection: socket.socket, message: dict[str, Any]) -> bool:
-    """Whether the message is on its way."""
-    try:
-        connection.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(eq=False)
 class Caller:
-    """One connection to the hub. `number` is None until it says who it is; `left`: it has said that it goes."""
+    """One connection to the hub. `number` is None until it says who it is; `left`: it has said that it goes.
+
+    `nonce`: what it has to sign. `since`: when it came. `answer`: the hub's own signature, for it. `who`: its own
+    name for itself.
+    """
 
     connection: socket.socket
+    where: str
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
+    since: float = field(default_factory=time.monotonic)
+    answer: str = ""
+    who: str = ""
     kept: bytes = b""
     number: int | None = None
     host: str = ""
@@ -132,10 +77,20 @@ class Caller:
 class Hub:
     """A thread that knows all processes of a run. It ends when the others have gone."""
 
-    def __init__(self, listener: socket.socket, count: int, patience: float, choose: Callable[[], int]) -> None:
-        """`patience`: seconds until all have come. `choose` gives a number that all are welcomed with, then."""
+    def __init__(
+        self, listener: socket.socket, count: int, patience: float, choose: Callable[[], int], key: bytes = b""
+    ) -> None:
+        """`patience`: seconds until all have come. `choose` gives a number that all are welcomed with, then.
+
+        `key`: what all processes of this run know.
+        """
         self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
-        self.count, self._listener, self._choose = count, listener, choose
+        self.count, self._listener, self._choose, self._key = count, listener, choose, key
+        # Those who have not said who they are, in the order in which they came; how many belonged to another run.
+        self._strangers: dict[Caller, None] = {}
+        self._refused = 0
+        # The address at which it listens; None for all of this machine's.
+        self.bound = None if everywhere(listener) else str(listener.getsockname()[0])
         self._patience, self._start = patience, time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -167,7 +122,7 @@ class Hub:
                 for key, _ in self._selector.select(0.2):
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif key.fd in self._selector.get_map():
+                    elif (now := self._selector.get_map().get(key.fd)) and now.data is key.data:
                         self._hear(key.data)
                 self._look_at_the_clock()
         finally:
@@ -179,9 +134,15 @@ class Hub:
     def _accept(self) -> None:
         # It may be gone already.
         with contextlib.suppress(OSError):
-            connection = watched(self._listener.accept()[0])
+            connection, address = self._listener.accept()
+            if len(self._strangers) >= STRANGERS + self.count:
+                # One of the run speaks at once, and comes again where it had no time to.
+                self._gone(next(iter(self._strangers)))
+            caller = Caller(watched(connection), joined(*address[:2]))
             connection.settimeout(STUCK)
-            self._selector.register(connection, selectors.EVENT_READ, Caller(connection))
+            self._selector.register(connection, selectors.EVENT_READ, caller)
+            self._strangers[caller] = None
+            say(connection, {"transllm": PROTOCOL, "nonce": caller.nonce})
 
     def _finished(self) -> bool:
         if self._ending:
@@ -191,27 +152,25 @@ class Hub:
 
     def _hear(self, caller: Caller) -> None:
         try:
-            data = caller.connection.recv(1 << 16)
+            data = caller.connection.recv(SHORT if caller.number is None else 1 << 16)
         except OSError:
             data = b""
         *whole, caller.kept = (caller.kept + data).split(b"\n")
         for line in whole:
-            try:
-                message = json.loads(line)
-                assert isinstance(message, dict)
-            except (ValueError, AssertionError):
+            message = None if caller.number is None and len(line) > SHORT else message_of(line)
+            if message is None:
                 data = b""
                 break
             if caller.number is not None:
                 self._answer(caller, caller.number, message)
-            elif message.get("transllm") != PROTOCOL or not self._welcome(caller, message):
+            elif not self._welcome(caller, message):
                 data = b""
                 break
-        # Who does not say who it is, is none of us.
-        if not data or (caller.number is None and len(caller.kept) > 1 << 12):
+        if not data or len(caller.kept) > (SHORT if caller.number is None else LONGEST):
             self._gone(caller)
 
     def _gone(self, caller: Caller) -> None:
+        self._strangers.pop(caller, None)
         self._selector.unregister(caller.connection)
         caller.connection.close()
         number = caller.number
@@ -221,23 +180,51 @@ class Hub:
             self.end(LOST, f"{self.name_of(number)} was lost", lost=True)
         del self._callers[number]
 
+    def _knows(self, caller: Caller, message: dict[str, Any]) -> bool:
+        """Whether who says this has the key of this run, and says all that one of it does."""
+        if message.get("transllm") != PROTOCOL:
+            return False
+        kinds = {"number": int, "count": int, "host": str, "nonce": str}
+        said = [message.get(name) for name in kinds]
+        if any(type(value) is not kind for value, kind in zip(said, kinds.values(), strict=True)):
+            return False
+        if not signed(message.get("signed"), self._key, "member", caller.nonce, *said):
+            self._refused += 1
+            if self._refused <= TOLD:
+                text = "it has another --coordinator, TRANSLLM_SECRET or job than this run"
+                print(f"refused a process at {caller.where}: {text}", file=sys.stderr, flush=True)
+            say(caller.connection, {"end": 2, "line": OTHER_KEY, "lost": False})
+            return False
+        caller.who = message["nonce"]
+        caller.answer = sign(self._key, "hub", caller.nonce, *said)
+        return True
+
     def _welcome(self, caller: Caller, message: dict[str, Any]) -> bool:
         """Whether this is one of us. When all have come, they are told so."""
-        number, count = int(message["number"]), int(message["count"])
+        if not self._knows(caller, message):
+            return False
+        number, count = message["number"], message["count"]
         if self._ending:
             say(caller.connection, self._end_of_all)
             self._primary_knows |= number == 0
             return False
-        caller.host = str(message["host"])
+        caller.host = message["host"]
         if count != self.count:
             wrong = f"process {number} (host {caller.host}) is started with --processes {count}"
             self.end(2, f"{wrong}, process 0 with --processes {self.count}", besides=caller)
             return False
-        if number in self._callers:
-            hosts = f"on host {self._callers[number].host} and on host {caller.host}"
+        known = self._callers.get(number)
+        if known and known.who == caller.who and not self._begun:
+            # Its first connection is gone, which it knows before the hub does.
+            self._gone(known)
+        elif known:
+            hosts = f"on host {known.host} and on host {caller.host}"
             self.end(2, f"two processes are started with --process {number}, {hosts}", besides=caller)
             return False
+        if not 0 <= number < count:
+            return False
         caller.number = number
+        del self._strangers[caller]
         self._callers[number] = caller
         if len(self._callers) == self.count:
             self._begun = True
@@ -245,7 +232,9 @@ class Hub:
             self._selector.unregister(self._listener)
             self._listener.close()
             hosts_of = [self._callers[n].host for n in range(self.count)]
-            self._to_all({"welcome": hosts_of, "chosen": self._choose()})
+            chosen = self._choose()
+            for one in list(self._callers.values()):
+                say(one.connection, {"welcome": hosts_of, "chosen": chosen, "signed": one.answer})
         return True
 
     def _to_all(self, message: dict[str, Any]) -> None:
@@ -289,6 +278,8 @@ class Hub:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
+        for caller in [one for one in self._strangers if now - one.since > SPEAK]:
+            self._gone(caller)
         if self._ending:
             return
         if not self._begun:
@@ -323,22 +314,55 @@ class Hub:
             self._to_all(self._end_of_all)
 
 
+class Crowded(PeerLost):
+    """The hub had no place for this process just now, or is gone."""
+
+
 class Member:
     """This process at the hub. `ended(code, line, lost)` is called, in a thread, when it has to end."""
 
-    def __init__(self, connection: socket.socket, number: int, count: int, patience: float) -> None:
-        """Says who this is and waits until all have come. UserError, PeerLost: the line says why they do not."""
+    @classmethod
+    def at(cls, host: str, given: Connection, patience: float) -> Member:
+        """As soon as the hub is there and all have come, in so many seconds. Errors as below."""
+        who, give_up = secrets.token_hex(16), time.monotonic() + patience
+        while True:
+            left = max(give_up - time.monotonic(), 0)
+            connection = reach(host, given.port, left)
+            try:
+                return cls(connection, given, left, who)
+            except Crowded:
+                connection.close()
+                if not left:
+                    raise
+                time.sleep(0.1)
+
+    def __init__(self, connection: socket.socket, given: Connection, patience: float, who: str) -> None:
+        """Says who this is and waits until all have come. UserError, PeerLost: the line says why they do not.
+
+        `who`: a name that no other process has, nor this one in another attempt. Crowded: it is to come again.
+        """
         self._connection = connection
-        hello = {"transllm": PROTOCOL, "number": number, "count": count, "host": socket.gethostname()}
-        say(connection, hello)
         self._lines = lines(connection)
         # The hub ends the waiting; a little later, if there is no hub, this does.
         connection.settimeout(patience + STUCK)
-        first = next(self._lines, {})
+        first = next(self._lines, None)
+        if first is None:
+            raise Crowded(NO_HUB)
+        if first.get("transllm") != PROTOCOL or not isinstance(first.get("nonce"), str):
+            raise PeerLost(NO_HUB)
+        said = {"number": given.number, "count": given.count, "host": socket.gethostname()}
+        said["nonce"] = who
+        both = first["nonce"], *said.values()
+        say(connection, {"transllm": PROTOCOL, **said, "signed": sign(given.key, "member", *both)})
+        first = next(self._lines, None)
+        if first is None:
+            raise Crowded(NO_HUB)
         if "end" in first:
             raise (UserError if first["end"] == 2 else PeerLost)(first["line"])
         if "welcome" not in first:
-            raise PeerLost("process 0 was lost, or is none of this version, while the processes were coming together")
+            raise PeerLost(NO_HUB)
+        if not signed(first.get("signed"), given.key, "hub", *both):
+            raise PeerLost(f"who answers at {joined(given.host, given.port)} is not process 0 of this run")
         connection.settimeout(None)
         self.hosts: list[str] = first["welcome"]
         self.chosen: int = first["chosen"]

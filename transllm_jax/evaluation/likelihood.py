@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,12 +30,19 @@ nats = jax.jit(summed_loss, static_argnames=("structure",))
 
 
 def bits_per_byte(
-    split: Split, tokenizer: Tokenizer, documents: Sequence[str], *, length: int, batch_size: int
+    split: Split,
+    tokenizer: Tokenizer,
+    documents: Sequence[str],
+    *,
+    length: int,
+    batch_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> float:
     """Bits a UTF-8 byte of the documents, comparable across tokenizers.
 
     Every token of the text counts and nothing else; a document's first token is predicted from the token that ends
-    documents. Documents longer than `length` tokens are read in pieces.
+    documents. Documents longer than `length` tokens are read in pieces. `between` is called after each batch; it may
+    raise to end the work there.
     """
     examples = []
     for ids in tokenizer.encode_batch(documents):
@@ -48,6 +55,7 @@ def bits_per_byte(
     for first in range(0, len(rows), batch_size):
         batch = rows.batch(first, batch_size)
         total += float(nats(split.structure, split.trainable, split.frozen, batch))
+        between()
     return total / math.log(2) / sum(len(text.encode()) for text in documents)
 
 
@@ -75,16 +83,24 @@ AnswerIds = tuple[list[int], list[int]]
 class Teacher:
     """The original model and its own English answers; its states on them are computed once, for all points.
 
-    `base` is the original model, or any that has it inside: what was trained is switched off.
+    `base` is the original model, or any that has it inside: what was trained is switched off. `between` is called after
+    each batch; it may raise to end the work there.
     """
 
-    def __init__(self, base: Split, answers: Sequence[AnswerIds], *, batch_size: int) -> None:
-        self.base, self.answers, self.batch_size = base, answers, batch_size
+    def __init__(
+        self,
+        base: Split,
+        answers: Sequence[AnswerIds],
+        *,
+        batch_size: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.base, self.answers, self.batch_size, self.between = base, answers, batch_size, between
 
     @cached_property
     def states(self) -> np.ndarray:
         """The states from which the answers' tokens are predicted, [tokens, D]."""
-        return _answer_states(self.base, self.answers, [], self.batch_size, adapters=False)
+        return self._states_of(self.base, [], adapters=False)
 
     def divergence(self, split: Split, prefix: Sequence[int] = ()) -> float:
         """Mean KL per token, in nats, from the original model to `split` on the original's own answers.
@@ -92,7 +108,7 @@ class Teacher:
         `prefix` stands before the answer in this model's format (`<RESPONSE>` after stage `transfer`, nothing before)
         and is not counted.
         """
-        moved = _answer_states(split, self.answers, prefix, self.batch_size, adapters=True)
+        moved = self._states_of(split, prefix, adapters=True)
         total = 0.0
         for start in range(0, len(moved), CHUNK):
             teacher, student = self.states[start : start + CHUNK], moved[start : start + CHUNK]
@@ -107,20 +123,18 @@ class Teacher:
             total += float(jnp.sum(values[: len(teacher)]))
         return total / len(moved)
 
-
-def _answer_states(
-    split: Split, answers: Sequence[AnswerIds], prefix: Sequence[int], batch_size: int, *, adapters: bool
-) -> np.ndarray:
-    """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in answers) + len(prefix)
-    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    batch_size = filled(batch_size, split.layout)
-    found = []
-    for first in range(0, len(answers), batch_size):
-        batch = answers[first : first + batch_size]
-        states, places = _states(split, batch, prefix, length, batch_size, adapters=adapters)
-        found.append(states[np.concatenate(places)])
-    return np.concatenate(found)
+    def _states_of(self, split: Split, prefix: Sequence[int], *, adapters: bool) -> np.ndarray:
+        """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
+        longest = max(len(prompt) + len(answer) for prompt, answer in self.answers) + len(prefix)
+        length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        size = filled(self.batch_size, split.layout)
+        found = []
+        for first in range(0, len(self.answers), size):
+            batch = self.answers[first : first + size]
+            states, places = _states(split, batch, prefix, length, size, adapters=adapters)
+            found.append(states[np.concatenate(places)])
+            self.between()
+        return np.concatenate(found)
 
 
 def _states(

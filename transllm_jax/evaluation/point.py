@@ -4,8 +4,9 @@ a point's own format differs; that is said in the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transllm_jax.config import Evaluation, Prompts
@@ -15,11 +16,16 @@ from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import Direction, ModelTranslator
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.parameters import Split
-from transllm_jax.progress import Bar
 from transllm_jax.tokenizer.chain import Markers, visible
-from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.expand import tokens_per_character
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+# Gives what a part of the evaluation, by its name, found before; or makes it, as JSON can hold it, and keeps it.
+Part = Callable[[str, Callable[[], Any]], Any]
+# So many there are.
+PARTS = 5
 
 # How a translation is asked for: as pairs stand in stage `translate`, or in a conversation.
 PAIR, CHAT = "pair", "chat"
@@ -62,57 +68,68 @@ def evaluate(
     prompts: Prompts,
     markers: Markers,
     language: str,
-    bar: Bar,
+    part: Part,
+    between: Callable[[], None],
 ) -> dict[str, Any]:
-    """Metrics by name, and the texts behind them."""
+    """Metrics by name, and the texts behind them.
+
+    `between` is called between batches; it may raise to end the work there.
+    """
     import sacrebleu  # slow to import, and wanted here only
 
     engine = Engine(point.split, point.config, batch_size=config.batch_size)
-    bar.update(0, "bits per byte")
-    metrics: dict[str, float | None] = {
-        "bits_per_byte": bits_per_byte(
-            point.split, point.tokenizer, held_out.documents, length=config.length, batch_size=4
-        ),
-        "tokens_per_character": tokens_per_character(point.tokenizer, held_out.documents),
-    }
-    bar.update(1, "English answers kept")
-    plain = teacher.divergence(point.split)
-    marked = None
-    if point.answers_in_chains:
-        prefix = point.tokenizer.encode(markers.response)
-        marked = teacher.divergence(point.split, prefix)
-    metrics["english_kl"] = plain if marked is None else marked
-    translations: dict[Direction, list[str]] = {}
-    ways: tuple[Direction, Direction] = ("to_target", "to_english")
-    for number, direction in enumerate(ways):
-        bar.update(2 + number, f"translation, {direction.replace('_', ' ')}")
-        side = 0 if direction == "to_target" else 1
-        outputs = _translate(
-            point, engine, [pair[side] for pair in held_out.pairs], direction, config, prompts, markers, language
+
+    def text() -> dict[str, float]:
+        bits = bits_per_byte(
+            point.split, point.tokenizer, held_out.documents, length=config.length, batch_size=4, between=between
         )
-        translations[direction] = outputs
-        references = [pair[1 - side] for pair in held_out.pairs]
-        metrics["chrf_" + direction] = sacrebleu.corpus_chrf(outputs, [references]).score
-    bar.update(4, "conversations")
-    # A model that was not trained to answer in chains is given the room of a plain answer.
-    room = config.max_chain_tokens if point.answers_in_chains else config.max_new_tokens
-    chat = ChainChat(engine, point.tokenizer, markers, max_new_tokens=room)
-    first = chat.answers([[{"role": "user", "content": target}] for _, target in held_out.questions], fallback=False)
-    metrics["well_formed_chains"] = sum(a.chain is not None for a in first) / len(first)
-    bar.update(5)
-    return {
-        "metrics": metrics,
-        "english_kl_without_marker": plain,
-        "chrf_prompt": point.translation_format,
-        "translations": translations,
-        "answers": [
+        return {
+            "bits_per_byte": bits,
+            "tokens_per_character": tokens_per_character(point.tokenizer, held_out.documents),
+        }
+
+    def kept() -> dict[str, float | None]:
+        plain, marked = teacher.divergence(point.split), None
+        if point.answers_in_chains:
+            marked = teacher.divergence(point.split, point.tokenizer.encode(markers.response))
+        return {"plain": plain, "marked": marked}
+
+    def conversations() -> list[dict[str, Any]]:
+        # A model that was not trained to answer in chains is given the room of a plain answer.
+        room = config.max_chain_tokens if point.answers_in_chains else config.max_new_tokens
+        chat = ChainChat(engine, point.tokenizer, markers, max_new_tokens=room)
+        asked: list[list[Message]] = [[{"role": "user", "content": target}] for _, target in held_out.questions]
+        return [
             {
                 "raw": answer.raw,
                 "visible": answer.visible,
                 "chain": None if answer.chain is None else vars(answer.chain),
             }
-            for answer in first
-        ],
+            for answer in chat.answers(asked, fallback=False, between=between)
+        ]
+
+    metrics: dict[str, float | None] = dict(part("bits per byte", text))
+    divergence = part("English answers kept", kept)
+    plain, marked = divergence["plain"], divergence["marked"]
+    metrics["english_kl"] = plain if marked is None else marked
+    translations: dict[Direction, list[str]] = {}
+    ways: tuple[Direction, Direction] = ("to_target", "to_english")
+    for side, direction in enumerate(ways):
+        texts = [pair[side] for pair in held_out.pairs]
+        translations[direction] = part(
+            f"translation, {direction.replace('_', ' ')}",
+            partial(_translate, point, engine, texts, direction, config, prompts, markers, language, between),
+        )
+        references = [pair[1 - side] for pair in held_out.pairs]
+        metrics["chrf_" + direction] = sacrebleu.corpus_chrf(translations[direction], [references]).score
+    answers = part("conversations", conversations)
+    metrics["well_formed_chains"] = sum(answer["chain"] is not None for answer in answers) / len(answers)
+    return {
+        "metrics": metrics,
+        "english_kl_without_marker": plain,
+        "chrf_prompt": point.translation_format,
+        "translations": translations,
+        "answers": answers,
     }
 
 
@@ -125,10 +142,13 @@ def _translate(
     prompts: Prompts,
     markers: Markers,
     language: str,
+    between: Callable[[], None],
 ) -> list[str]:
     """Greedy translations; an empty text where the model gives none."""
     if point.translation_format == PAIR:
-        translator = ModelTranslator(engine, point.tokenizer, markers, max_new_tokens=config.max_new_tokens)
+        translator = ModelTranslator(
+            engine, point.tokenizer, markers, max_new_tokens=config.max_new_tokens, between=between
+        )
         return [text or "" for text in translator.translate(texts, direction)]
     prompt = (prompts.to_target if direction == "to_target" else prompts.to_english)[0]
     asked = [
@@ -138,5 +158,7 @@ def _translate(
         )
         for text in texts
     ]
-    generated = engine.generate(asked, max_new_tokens=config.max_new_tokens, stop=[point.tokenizer.eos_id])
+    generated = engine.generate(
+        asked, max_new_tokens=config.max_new_tokens, stop=end_ids(point.tokenizer), between=between
+    )
     return [visible(point.tokenizer.decode(ids), markers) for ids in generated]

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from transllm_jax.data.files import Collector, Controls
-from transllm_jax.data.sources import iter_documents
+from transllm_jax.data.shards import iter_texts, text_files
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -83,13 +83,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def texts_of(path: str | Path, controls: Controls = "refuse") -> Iterator[str]:
-    """The documents of files or a glob, one at a time, as NFC. Raises UserError as `read_documents` does."""
+def texts_of(path: str | Path, controls: Controls = "refuse", field: str | None = None) -> Iterator[str]:
+    """The texts of files or a glob, one at a time, as NFC; of records those of `field`. Raises UserError."""
     found = False
-    for text, _ in iter_documents(path, Collector(controls)):
-        assert text is not None  # no longest was given
-        found = True
-        yield unicodedata.normalize("NFC", text)
+    for file, reading in text_files(path, controls=controls, field=field).items():
+        for text, _ in iter_texts(file, reading, Collector(controls)):
+            assert text is not None  # no longest was given
+            found = True
+            yield unicodedata.normalize("NFC", text)
     if not found:
         raise UserError(f"{path} has no documents: give a file with text in it")
 

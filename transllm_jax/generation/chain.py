@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transllm_jax.generation.engine import WHOLE, Engine, Mode
 from transllm_jax.tokenizer.chain import Chain, Markers, missing_marker, parse, visible
 from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -44,19 +45,33 @@ class ChainChat:
         *,
         fallback: bool = True,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The next answer in each conversation. With `fallback`, a broken chain is continued once."""
+        """The next answer in each conversation.
+
+        With `fallback`, a broken chain is continued once, if the model's context has room for as much again.
+
+        on_tokens, between: as in `Engine.generate`.
+        """
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
-        generated = self._generate(prompts, on_tokens)
+        generated = self._generate(prompts, on_tokens, between)
         texts = [self._tokenizer.decode(ids) for ids in generated]
         answers = [_answer(text, self._markers, False) for text in texts]
         broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
-        if broken:
-            longer = [[*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken]
-            for row, ids in zip(broken, self._generate(longer, on_tokens), strict=True):
+        longer = {row: [*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken}
+        longer = {row: prompt for row, prompt in longer.items() if self._has_room(prompt)}
+        if longer:
+            for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens, between), strict=True):
                 text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
                 answers[row] = _answer(text, self._markers, True)
         return answers
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether the model's context has room for a conversation and its next answer."""
+        return self._has_room(encode_prompt(self._tokenizer, messages, self._markers.in_order()))
+
+    def _has_room(self, prompt: Sequence[int]) -> bool:
+        return len(prompt) + self._max_new_tokens <= self._engine.config.context
 
     def stream(self, messages: Sequence[Message]) -> Iterator[Answer]:
         """The next answer of one conversation as it grows; the last one is whole (continued once, if it broke off)."""
@@ -65,8 +80,8 @@ class ChainChat:
         for ids in self._stream(prompt):
             yield _answer(self._tokenizer.decode(ids), self._markers, False)
         text = self._tokenizer.decode(ids)
-        if self._breaks_off(text):
-            begun = [*ids, *self._appended(text)]
+        begun = [*ids, *self._appended(text)]
+        if self._breaks_off(text) and self._has_room([*prompt, *begun]):
             for more in self._stream([*prompt, *begun]):
                 yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True)
 
@@ -78,25 +93,34 @@ class ChainChat:
     def _appended(self, text: str) -> list[int]:
         return self._tokenizer.encode(missing_marker(text, self._markers) or "")
 
-    def _generate(self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None]) -> list[list[int]]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None], between: Callable[[], None]
+    ) -> list[list[int]]:
         return self._engine.generate(
             prompts,
             max_new_tokens=self._max_new_tokens,
-            stop=[self._tokenizer.eos_id],
+            stop=end_ids(self._tokenizer),
             mode=self._mode,
             on_tokens=on_tokens,
+            between=between,
         )
 
     def _stream(self, prompt: Sequence[int]) -> Iterator[list[int]]:
         return self._engine.stream(
-            prompt, max_new_tokens=self._max_new_tokens, stop=[self._tokenizer.eos_id], mode=self._mode
+            prompt, max_new_tokens=self._max_new_tokens, stop=end_ids(self._tokenizer), mode=self._mode
         )
 
 
-def remembered(question: str, answer: Answer) -> list[Message]:
-    """A finished turn as the model sees it from now on: the English question and answer, where there is a chain."""
+def remembered(question: str, answer: Answer, tokenizer: Tokenizer) -> list[Message]:
+    """A finished turn as the model sees it from now on: the English question and answer, where there is a chain.
+
+    Special tokens that the model wrote into its answer are left out: no prompt may hold one. A turn of which nothing is
+    left to remember is none.
+    """
+    text = answer.visible
     if answer.chain is not None:
         question, text = answer.chain.question_en, answer.chain.answer_en
-    else:
-        text = answer.visible
+    question, text = tokenizer.without_specials(question), tokenizer.without_specials(text)
+    if not question or not text:
+        return []
     return [{"role": "user", "content": question}, {"role": "assistant", "content": text}]

@@ -123,16 +123,18 @@ class Engine:
         stop: Sequence[int],
         mode: Mode = WHOLE,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[list[int]]:
         """Answers in the order of the prompts, each without its stop token.
 
-        `on_tokens` is told the number of tokens generated since it was last called (for progress).
+        `on_tokens` is told the number of tokens generated since it was last called (for progress). `between` is called
+        between two batches; it may raise to end the work there.
         Raises UserError for a prompt that leaves no room in the model's context.
         """
         if not prompts:
             return []
         answers: list[list[int]] = [[] for _ in prompts]
-        for rows, state in self._batches(prompts, max_new_tokens, stop, mode, on_tokens):
+        for rows, state in self._batches(prompts, max_new_tokens, stop, mode, on_tokens, between):
             for row, ids in zip(rows, np.asarray(state.out), strict=False):
                 answers[row] = _until(ids[: int(state.step)].tolist(), stop)
         return answers
@@ -155,11 +157,14 @@ class Engine:
         stop: Sequence[int],
         mode: Mode,
         on_tokens: Callable[[int], None],
+        between: Callable[[], None],
     ) -> Iterator[tuple[list[int], _State]]:
         # Prompts of like length share a batch, so that little is padded; the sort is stable, so the batches are fixed.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = min(self.batch_size, len(prompts))
         for start in range(0, len(order), size):
+            if start:
+                between()
             rows = order[start : start + size]
             state = self._begin([prompts[row] for row in rows], rows, size, max_new_tokens, stop, mode)
             on_tokens(len(rows))

@@ -9,6 +9,7 @@ from transllm_jax.data.sources import read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 Direction = Literal["to_target", "to_english"]
@@ -42,6 +43,14 @@ class FileTranslator:
         return [table.get(text.strip()) for text in texts]
 
 
+def translation_prompt(tokenizer: Tokenizer, markers: Markers, text: str, direction: Direction) -> list[int]:
+    """What the model translates: `<EN>text<TH>`, or `<TH>text<EN>`, as pairs stand in stage `translate`."""
+    first, second = markers.english, markers.target
+    if direction == "to_english":
+        first, second = second, first
+    return [*tokenizer.bos_ids, *tokenizer.encode(f"{first}{text.strip()}{second}")]
+
+
 class ModelTranslator:
     """The model's own translation as stage `translate` trained it: `<EN>text<TH>` goes on with the translation."""
 
@@ -53,22 +62,24 @@ class ModelTranslator:
         *,
         max_new_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._tokenizer, self._markers = engine, tokenizer, markers
-        self._max_new_tokens, self._on_tokens = max_new_tokens, on_tokens
+        self._max_new_tokens, self._on_tokens, self._between = max_new_tokens, on_tokens, between
 
     def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
         """Greedy translations; None where the model gave nothing."""
         if not texts:
             return []
         tokenizer, markers = self._tokenizer, self._markers
-        first, second = markers.english, markers.target
-        if direction == "to_english":
-            first, second = second, first
-        prompts = [[*tokenizer.bos_ids, *tokenizer.encode(f"{first}{text.strip()}{second}")] for text in texts]
-        ends = {tokenizer.document_end_id, tokenizer.eos_id}
+        prompts = [translation_prompt(tokenizer, markers, text, direction) for text in texts]
+        ends = {tokenizer.document_end_id, *end_ids(tokenizer)}
         ends |= {token for marker in markers.in_order() if (token := tokenizer.token_id(marker)) is not None}
         answers = self._engine.generate(
-            prompts, max_new_tokens=self._max_new_tokens, stop=sorted(ends), on_tokens=self._on_tokens
+            prompts,
+            max_new_tokens=self._max_new_tokens,
+            stop=sorted(ends),
+            on_tokens=self._on_tokens,
+            between=self._between,
         )
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() or None for ids in answers]

@@ -21,8 +21,14 @@ _SIZES = _OPTIONAL | {
     "num_attention_heads",
     "max_position_embeddings",
 }
-# Options that change the computation, with the only value that this model computes.
-_REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1, "is_causal": True}
+# Options that change the computation, with the only values that this model computes (swish is silu's other name).
+# Not among them: pretraining_tp, which cuts products into sums and so changes their rounding only (transformers has
+# left it out); attention_dropout and initializer_range, which are of others' training; use_cache, dtype.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1.0, None),
+}
 # What transformers assumes where a family's config.json is silent.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -105,9 +111,9 @@ class LlamaConfig:
         if kind not in _DEFAULTS:
             raise UserError(f"config.json: model_type {kind!r} is not supported; use one of {', '.join(_DEFAULTS)}")
         config = {**_DEFAULTS[kind], **config}
-        for name, value in _REQUIRED.items():
-            if config.get(name, value) != value:
-                raise UserError(f"config.json: {name}={config[name]!r} is not supported; only {value!r} is")
+        for name, values in _REQUIRED.items():
+            if config.get(name, values[0]) not in values:
+                raise UserError(f"config.json: {name}={config[name]!r} is not supported; only {values[0]!r} is")
         # Not `or`: an explicit 0 is wrong, and not a missing value.
         for name in _SIZES & config.keys():
             value = config[name]
@@ -203,8 +209,6 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if "rope_theta" in config and theta != top:
         raise UserError(f"config.json: rope_theta is {top} and {theta} in rope_parameters; correct one of them")
     scaling.pop("rope_theta", None)
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
     return theta, RopeScaling.from_hf(scaling, int(config["max_position_embeddings"]))
 
 
@@ -212,13 +216,18 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     """The window of every layer, or None. Raises UserError where some layers have one and others not."""
     kind, layers = config["model_type"], int(config["num_hidden_layers"])
     window = config.get("sliding_window")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise UserError(f"config.json: sliding_window is {window!r}; it must be a whole number above 0, or null")
     if kind == "llama":
         return None  # not an option of the family: transformers ignores the field
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise UserError(f"config.json: sliding_window is {window!r}; it must be a whole number above 0, or null")
     if kind == "mistral":
-        if config.get("layer_types"):
-            raise UserError("config.json: layer_types is not supported for model_type 'mistral'; remove it")
+        # transformers does not look at them in this family, so they must say what it does.
+        wanted = "full_attention" if window is None else "sliding_attention"
+        if config.get("layer_types") not in (None, [], [wanted] * layers):
+            raise UserError(
+                f"config.json: layer_types does not fit sliding_window {window!r}, by which all layers of a 'mistral' "
+                f"are {wanted}; correct one of them"
+            )
         return window
     if not _flag(config, "use_sliding_window"):
         window = None

@@ -61,7 +61,7 @@ def preflight(config: Config, workdir: Path, options: Options, console: Console)
         for program in _programs(model, stage, devices, options):
             key = program.about, program.model_flops
             if key not in known:
-                console.print(f"[dim]{program.stage}: compiling[/dim]")
+                console.print(f"{program.stage}: compiling", style="dim")
                 known[key] = measure(program, topology)
             found.append(replace(known[key], program=program))
     console.print()
@@ -127,8 +127,8 @@ def _best(
             f"{stage}: no mesh, batch or rematerialisation is guessed to fit {topology.name}; take a larger slice"
         )
     console.print(
-        f"[dim]{stage}: {len(guessed)} ways are guessed to fit; "
-        f"the {min(TRIED, len(guessed))} fastest are compiled[/dim]"
+        f"{stage}: {len(guessed)} ways are guessed to fit; the {min(TRIED, len(guessed))} fastest are compiled",
+        style="dim",
     )
     for candidate in guessed[:TRIED]:
         one = measure(candidate.program, topology)

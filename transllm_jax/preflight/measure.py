@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 
@@ -80,7 +81,7 @@ def measure(program: Program, topology: Topology) -> Measured:
     # What is donated is an argument and a result at once.
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts = count_hlo(compiled.as_text(), _explain)
+    counts = count_hlo(compiled.as_text(), partial(_explain, program.window))
     mesh = program.layout.mesh
     assert mesh is not None
     coordinates = [device.coords for device in mesh.devices.flat]
@@ -102,8 +103,10 @@ def _wanted(message: str) -> float | None:
     return None
 
 
-def _explain(call: CustomCall) -> tuple[float, float | None] | None:
-    """FLOPs and bytes of a kernel of splash attention."""
+def _explain(window: int | None, call: CustomCall) -> tuple[float, float | None] | None:
+    """FLOPs and bytes of a kernel of splash attention, of queries that see `window` keys at most."""
     shapes, name = [operand.dims for operand in call.operands], call.kernel or call.op_name
-    flops = kernel_flops(name, shapes)
-    return None if flops is None else (flops, kernel_bytes(name, shapes))
+    # The first that is no table of numbers is q.
+    itemsize = next((4 if operand.dtype == "f32" else 2 for operand in call.operands if "f" in operand.dtype), 2)
+    flops = kernel_flops(name, shapes, window=window, itemsize=itemsize)
+    return None if flops is None else (flops, kernel_bytes(name, shapes, window=window, itemsize=itemsize))

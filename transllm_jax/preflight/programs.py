@@ -24,7 +24,7 @@ from transllm_jax.model.parameters import Flat, Split, abstract
 from transllm_jax.stages.trained import lora_of, trains
 from transllm_jax.stages.training import check_layout, loop_config
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
+from transllm_jax.training.flops import forward_flops_per_token, mean_keys, train_flops_per_token
 from transllm_jax.training.loop import step_of
 from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
@@ -71,6 +71,8 @@ class Program:
     # For a table: rows of a batch by their length, and the policy of rematerialisation.
     rows: str
     remat: str = ""
+    # How many keys a query sees at most, which a compiled kernel does not tell.
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def training(
         f"{accumulate} {'parts' if accumulate > 1 else 'part'}, remat {remat}",
         f"{batch_size}x{length}",
         remat,
+        model.shape.sliding_window,
     )
 
 
@@ -194,7 +197,10 @@ def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, ne
         "frozen": sum(map(local_bytes, split.frozen.values())),
         "adapters": sum(map(local_bytes, split.trainable.values())),
     }
-    flops = partial(forward_flops_per_token, model.shape, model.lora, model.new_rows)
+    flops, window = (
+        partial(forward_flops_per_token, model.shape, model.lora, model.new_rows),
+        model.shape.sliding_window,
+    )
     buffers = _named({"frozen": split.frozen, "trained": split.trainable})
     return [
         Program(
@@ -204,11 +210,12 @@ def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, ne
             arguments,
             buffers,
             [],
-            flops(width / 2, logits=1 / width) * batch_size * width,
+            flops(mean_keys(model.shape, width), logits=1 / width) * batch_size * width,
             batch_size * width,
             None,
             f"{batch_size} prompts of {width} tokens",
             f"{batch_size}x{width}",
+            window=window,
         ),
         Program(
             "generation: a token",
@@ -217,11 +224,12 @@ def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, ne
             {**arguments, "cache": cache},
             buffers,
             [],
-            flops(width + new_tokens) * batch_size,
+            flops(min(width + new_tokens, window or width + new_tokens)) * batch_size,
             batch_size,
             None,
             f"{batch_size} rows, up to {width + new_tokens} tokens each",
             f"{batch_size}x{width + new_tokens}",
+            window=window,
         ),
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from transllm_jax.distributed.chips import Topology
 from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
@@ -25,12 +26,12 @@ def mesh_of(found: Measured) -> str:
 def show_topology(console: Console, topology: Topology) -> None:
     """A line on the slice."""
     chip = topology.chip
-    console.print(
-        f"[bold]{topology.name}[/bold] ({topology.accelerator_type}): {topology.chips} chips on {topology.hosts} "
+    told = (
+        f" ({topology.accelerator_type}): {topology.chips} chips on {topology.hosts} "
         f"{'hosts' if topology.hosts > 1 else 'host'}, {chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16, "
-        f"{chip.usable_hbm_bytes / GIB:.2f} GiB and {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM a chip",
-        soft_wrap=True,
+        f"{chip.usable_hbm_bytes / GIB:.2f} GiB and {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM a chip"
     )
+    console.print(Text.assemble((topology.name, "bold"), told), soft_wrap=True)
 
 
 def show_table(console: Console, found: Sequence[Measured]) -> None:
@@ -44,13 +45,13 @@ def show_table(console: Console, found: Sequence[Measured]) -> None:
     console.print(table)
 
 
-def row(found: Measured) -> tuple[str, ...]:
+def row(found: Measured) -> tuple[str | Text, ...]:
     """The cells of a program's row."""
     program = found.program
     start = (program.stage, mesh_of(found), program.rows, program.remat)
     memory = f"{found.needed / GIB:.2f} GiB"
     if not found.fits or found.best is None or found.ordinary is None:
-        return (*start, f"[red]{memory}[/red]", "[red]no room[/red]", "", "")
+        return (*start, Text(memory, "red"), Text("no room", "red"), "", "")
     a_chip = found.tokens_per_second / found.topology.chips
     utilisation = f"{found.best.mfu:.0%} ({found.ordinary.mfu:.0%})" if program.kept else ""
     return (*start, memory, _seconds(found.best.seconds), f"{a_chip:,.0f}", utilisation)
@@ -59,13 +60,15 @@ def row(found: Measured) -> tuple[str, ...]:
 def show(console: Console, found: Measured) -> None:
     """What a program needs on a device, does, and takes."""
 
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
+    def say(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts), soft_wrap=True)
 
     program, chip = found.program, found.topology.chip
     say(
-        f"\n[bold]{program.stage}[/bold]: {program.about}; mesh {mesh_of(found)} "
-        f"[dim]compiled in {found.seconds:.0f} s[/dim]"
+        "\n",
+        (program.stage, "bold"),
+        f": {program.about}; mesh {mesh_of(found)} ",
+        (f"compiled in {found.seconds:.0f} s", "dim"),
     )
     kinds = {kind: size for kind, size in program.arguments.items() if size}
     if found.kept:
@@ -74,7 +77,7 @@ def show(console: Console, found: Measured) -> None:
     kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
     parts = ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items())
     room = f"{found.needed / GIB:.2f} of {chip.usable_hbm_bytes / GIB:.2f} GiB"
-    say(f"  memory a chip  {room if found.fits else f'[red]{room}: it does not fit[/red]'}: {parts}")
+    say("  memory a chip  ", room if found.fits else (f"{room}: it does not fit", "red"), f": {parts}")
     if not found.fits:
         for name, size in found.buffers():
             say(f"    {_size(size):>10}  {name}")
@@ -114,14 +117,14 @@ def show(console: Console, found: Measured) -> None:
             f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
         )
     if counts.unexplained:
-        say(f"  [yellow]not counted: {', '.join(counts.unexplained[:5])}")
+        say((f"  not counted: {', '.join(counts.unexplained[:5])}", "yellow"))
 
 
 def show_assumptions(console: Console, found: Measured) -> None:
     """What the estimate rests on."""
     if found.best is None:
         return
-    console.print("\n[bold]The estimate assumes[/bold]")
+    console.print("\nThe estimate assumes", style="bold")
     for line in found.best.assumptions:
         console.print(f"  - {line}", soft_wrap=True)
     console.print(

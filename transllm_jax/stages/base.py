@@ -8,6 +8,8 @@ from typing import Any
 
 from conversion.import_base import import_base
 from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.chat import check_template
+from transllm_jax.tokenizer.ends import unnamed_end
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -15,11 +17,23 @@ def inputs(run: Run) -> dict[str, Any]:
     return {"model": run.config.model.model_dump(exclude={"shape"})}
 
 
+def check(run: Run) -> None:
+    """Refuse a chat template that cannot be trained on, hours before the stage that does so; raises UserError.
+
+    Says which token ends an answer where the model's files do not.
+    """
+    tokenizer = run.tokenizer("base")
+    check_template(tokenizer)
+    if end := unnamed_end(tokenizer):
+        run.progress.say(
+            f"  the chat template ends an answer with {end}, which no file of the model names as eos: generation stops "
+            "there too, and the export names it",
+        )
+
+
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `base/`, a Hugging Face directory."""
     model = run.config.model
-    import_base(
-        model.source, directory, sha256=model.sha256, say=lambda line: run.progress.say(f"  {line}", markup=False)
-    )
+    import_base(model.source, directory, sha256=model.sha256, say=lambda line: run.progress.say(f"  {line}"))
     config = run.model_config
     return {"text": f"{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}"}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conversion.import_base import base_fingerprint
 from transllm_jax.artifacts import read_json, write_json
 from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs
-from transllm_jax.errors import UserError
+from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.evaluation.point import HeldOut, Point, evaluate
+from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 
 # Beside the results: the original model's answers, for the evaluations of all points.
 ORIGINAL = "original_answers.json"
+# What the parts of an evaluation that is not done found.
+SO_FAR = "so_far.json"
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -29,6 +33,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "prompts": run.config.prompts.model_dump(),
         "language": run.config.language.model_dump(),
         "markers": run.config.markers.model_dump(),
+        "date": run.today.isoformat(),
         **run.source_hashes([section.text]),
         **run.hashes([section.pairs, section.instructions]),
     }
@@ -82,32 +87,65 @@ def check(run: Run) -> None:
         for pair, place in zip(pairs, pairs.places, strict=True)
         for prompt, text in zip((prompts.to_target[0], prompts.to_english[0]), pair, strict=True)
     ]
-    asked += [
-        (row[field], place)
-        for row, place in zip(rows, rows.places, strict=True)
-        for field in section.instruction_fields
-    ]
-    run.check_room(asked, "evaluation.max_new_tokens", section.max_new_tokens)
+    english, target = section.instruction_fields
+    asked += [(row[english], place) for row, place in zip(rows, rows.places, strict=True)]
+    in_target = [(row[target], place) for row, place in zip(rows, rows.places, strict=True)]
+    sides = [(text, place) for pair, place in zip(pairs, pairs.places, strict=True) for text in pair]
+    run.check_room([*asked, *in_target], "evaluation.max_new_tokens", section.max_new_tokens)
+    # After stage `translate` as a pair is written, after stage `transfer` with the room of a chain.
+    run.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
+    run.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
-    """Measure a point; writes results.json."""
-    config = run.config
+    """Measure a point; writes results.json. What its parts found is kept as they come, for a run that is cut off.
+
+    Raises Preempted between two batches when asked to stop.
+    """
+    config, path = run.config, directory / SO_FAR
     base = run.split("base")
     here = Point(point, base if point == "base" else run.split(point), run.tokenizer(point), run.model_config)
-    with run.progress.task(f"evaluation of {point}", total=6, unit="part") as bar:
-        held_out = _held_out(run)
-        bar.update(1)
-        if run.teacher is None:
-            asked = [question for question, _ in held_out.questions]
-            answers = _original_answers(run, directory.parent / ORIGINAL, asked)
-            run.teacher = Teacher(base, answers, batch_size=4)
-        results = evaluate(
-            here, run.teacher, held_out, config.evaluation, config.prompts, run.markers, config.language.name, bar
-        )
+    found: dict[str, Any] = (
+        run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
+    )
+
+    with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:
+
+        def part(name: str, make: Callable[[], Any]) -> Any:
+            if name not in found:
+                bar.update(1 + len(found), name)
+                found[name] = make()
+                if run.primary:
+                    write_json(path, found)
+                _look(run)
+            return found[name]
+
+        try:
+            held_out = _held_out(run)
+            if run.teacher is None:
+                asked = [question for question, _ in held_out.questions]
+                answers = _original_answers(run, directory.parent / ORIGINAL, asked)
+                run.teacher = Teacher(base, answers, batch_size=4, between=partial(_look, run))
+            results = evaluate(
+                here,
+                run.teacher,
+                held_out,
+                config.evaluation,
+                config.prompts,
+                run.markers,
+                config.language.name,
+                part,
+                partial(_look, run),
+            )
+        except Preempted:
+            run.keep(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
+            told = f"{len(found)} of {PARTS} parts: stopped, what is done is saved"
+            raise Preempted(f"evaluation/{point}: {told}") from None
+        bar.update(PARTS + 1)
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})
+        path.unlink(missing_ok=True)
     metrics = results["metrics"]
     return {
         "text": f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
@@ -116,9 +154,15 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     }
 
 
+def _look(run: Run) -> None:
+    """Raise Preempted, in all processes, if one of them was asked to stop."""
+    if run.peers.any(run.interrupt.requested):
+        raise Preempted("evaluation: stopped, what is done is saved")
+
+
 def _held_out(run: Run) -> HeldOut:
     section = run.config.evaluation
-    documents = run.read_target(section.text)
+    documents = run.read_target(section.text, "evaluation")
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
     english, target = section.instruction_fields
     rows = read_jsonl(section.instructions, required=(english, target), limit=section.max_chats)
@@ -134,21 +178,25 @@ def _held_out(run: Run) -> HeldOut:
 
 def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
     """The original model's answers to the English questions as (prompt ids, answer ids with the end token)."""
+    tokenizer, section = run.tokenizer("base"), run.config.evaluation
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
+    # The prompts, not the questions: a template may write the date.
     wanted = {
-        "questions": questions,
+        "prompts": prompts,
+        "ends": list(end_ids(tokenizer)),
         "weights": base_fingerprint(run.base),
-        "max_new_tokens": run.config.evaluation.max_new_tokens,
+        "max_new_tokens": section.max_new_tokens,
     }
     known = run.peers.share(read_json(path) if run.primary and path.exists() else None)
     if known is not None and known["of"] == wanted:
         return [(row["prompt"], row["answer"]) for row in known["rows"]]
-    tokenizer, section = run.tokenizer("base"), run.config.evaluation
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
     engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
-    generated = engine.generate(prompts, max_new_tokens=section.max_new_tokens, stop=[tokenizer.eos_id])
+    generated = engine.generate(
+        prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_look, run)
+    )
     rows: list[dict[str, Any]] = []
     for question, prompt, ids in zip(questions, prompts, generated, strict=True):
-        ended = [tokenizer.eos_id] if len(ids) < section.max_new_tokens else []
+        ended = [answer_end_id(tokenizer)] if len(ids) < section.max_new_tokens else []
         rows.append({"question": question, "text": tokenizer.decode(ids), "prompt": prompt, "answer": ids + ended})
     if run.primary:
         write_json(path, {"of": wanted, "rows": rows})

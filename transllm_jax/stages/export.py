@@ -11,6 +11,7 @@ from conversion.hf import open_hf
 from conversion.merged import Merged
 from transllm_jax.artifacts import write_json
 from transllm_jax.stages.run import Run, about
+from transllm_jax.tokenizer.llama_cpp import not_for_llama_cpp, readers_of
 from transllm_jax.training.arrays import load_arrays
 
 
@@ -24,7 +25,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     model = Merged(open_hf(run.base), load_arrays(run.trainable("transfer")), run.scale)
 
     def describe(place: Path) -> None:
-        write_json(place / "transllm.json", about(run))
+        write_json(place / "transllm.json", {**about(run), "readers": readers_of(place)})
 
     export_hf(
         model,
@@ -35,4 +36,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         also=describe,
     )
     size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
-    return {"text": f"{size / 1e6:,.0f} MB, {run.config.export.dtype}"}
+    text = f"{size / 1e6:,.0f} MB, {run.config.export.dtype}"
+    if warning := not_for_llama_cpp(directory):
+        text += f"; {warning}"
+    return {"text": text}

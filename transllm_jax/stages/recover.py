@@ -1,31 +1,45 @@
 """Stage 4, first half: Recovery KD (TransLLM, arXiv 2405.13923).
 
 The original chat model, which is the base weights with the adapters off, answers English instructions; instructions
-and answers are translated. What it wrote is kept answer by answer, so a run that is cut off goes on where it was.
+and answers are translated. What it wrote is kept batch by batch, so a run that is cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
-import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from transllm_jax.artifacts import write_text
 from transllm_jax.config import Translation
 from transllm_jax.data.files import Place
 from transllm_jax.data.sources import check_no_special, read_jsonl
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
-from transllm_jax.generation.translate import FileTranslator, ModelTranslator
+from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt
+from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.tokenizer.ends import end_ids
 
-# Seconds between two copies of the answers to a store.
-KEEP_EVERY = 60.0
+# Fields of other people's instructions that would change the answer, and have no place here.
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
+_INPUT = ("context", "inputs")
+_OTHER = ("tools", "functions", "image", "images")
+_UNREAD = {
+    **dict.fromkeys(_SYSTEM, "put its text into 'instruction', or remove it"),
+    **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
+    **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
+    **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
+}
+
+# What is translated.
+Kind = Literal["instructions", "answers"]
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -34,6 +48,7 @@ def inputs(run: Run) -> dict[str, Any]:
     files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
     return {
         "recover": section.model_dump(),
+        "date": run.today.isoformat(),
         **run.hashes(file for file in files if file is not None),
         **contamination_inputs(run, section.contamination),
     }
@@ -53,25 +68,38 @@ def check(run: Run) -> None:
     for config in (section.translate_instructions, section.translate_answers):
         if config.file is not None:
             check_no_special(read_jsonl(config.file, required=config.fields), run.find_special)
-    _from_file(texts, section.translate_instructions, "instructions")
+    found = _from_file(texts, section.translate_instructions, "instructions")
     _from_file([], section.translate_answers, "answers")
+    if section.translate_instructions.missing == "model":
+        given = zip(texts, places, found, strict=True)
+        asked = [(text, place) for text, place, translation in given if translation is None]
+        run.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
+    elif not any(found):
+        raise UserError(
+            f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
+            f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
+        )
+    if section.contamination:
+        run.check_clean(texts, section.instructions, "recover.contamination")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Write answers.jsonl (of the original model) and chains.jsonl (with their translations)."""
+    """Write answers.jsonl (of the original model), translations.jsonl (of the model itself), and chains.jsonl."""
     section = run.config.recover
     texts, _ = _instructions(run)
     if section.contamination:
         texts = run.uncontaminated(texts, "recover: instructions")
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
-        run.progress.say(f"  [yellow]recover: {len(texts) - len(instructions)} instructions stand twice, read once")
+        twice = len(texts) - len(instructions)
+        run.progress.say(f"  recover: {twice} instructions stand twice, read once", style="yellow")
     answers = _answer(run, directory / "answers.jsonl", instructions)
     whole = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
-    questions, by_question = _translate(
-        run, [r["instruction"] for r in whole], section.translate_instructions, "instructions"
-    )
-    translated, by_answer = _translate(run, [r["answer"] for r in whole], section.translate_answers, "answers")
+    texts_of: dict[Kind, list[str]] = {
+        "instructions": [row["instruction"] for row in whole],
+        "answers": [row["answer"] for row in whole],
+    }
+    translated, by = _translate(run, directory / "translations.jsonl", texts_of)
     chains = [
         {
             "question": question,
@@ -81,7 +109,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
             "translated_by": {"question": how_question, "answer": how_answer},
         }
         for row, question, how_question, answer, how_answer in zip(
-            whole, questions, by_question, translated, by_answer, strict=True
+            whole, translated["instructions"], by["instructions"], translated["answers"], by["answers"], strict=True
         )
         if _usable(run, question) and _usable(run, row["answer"]) and _usable(run, answer)
     ]
@@ -89,9 +117,9 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
     if run.primary:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
-        (directory / "chains.jsonl").write_text(text, encoding="utf-8")
+        write_text(directory / "chains.jsonl", text)
     unfinished = len(answers) - len(whole)
-    counts = {how: by_answer.count(how) for how in ("file", "model", "none")}
+    counts = {how: by["answers"].count(how) for how in ("file", "model", "none")}
     return {
         "text": f"{len(answers)} answers of the original model ({unfinished} cut off or empty, left out), "
         f"{len(chains)} chains; answers translated by file {counts['file']}, by the model {counts['model']}",
@@ -115,10 +143,13 @@ def _printable(text: str) -> str:
 def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     """The instructions, each with its input where it has one, and where each stands."""
     section = run.config.recover
-    loaded = read_jsonl(section.instructions, limit=section.limit)
+    loaded = read_jsonl(section.instructions, limit=section.max_instructions)
     check_no_special(loaded, run.find_special)
     texts = []
     for row, place in zip(loaded, loaded.places, strict=True):
+        for name in _UNREAD.keys() & row.keys():
+            if row[name] not in (None, "", [], {}):
+                raise UserError(f"{place}: field {name!r} is not read ({str(row[name])[:40]!r}): {_UNREAD[name]}")
         more = row.get("input") or ""
         if not isinstance(more, str):
             raise UserError(f"{place}: field 'input' must be a string, not {str(more)[:40]}; write it as one")
@@ -126,50 +157,34 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     return texts, loaded.places
 
 
-def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[dict[str, Any]]:
+def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not asked again."""
     section = run.config.recover
-    rows: list[dict[str, Any]] = run.peers.share(read_rows(path)[: len(instructions)] if run.primary else None)
-    path = run.own(path.parent) / path.name
-    # Whole batches only, so that a resumed run asks in the same batches as an undisturbed one.
-    if len(rows) < len(instructions):
-        rows = rows[: len(rows) // section.batch_size * section.batch_size]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if len(rows) == len(instructions):
-        return rows
     tokenizer = run.tokenizer("base")
-    engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
-    kept = time.monotonic()
-    with (
-        path.open("a", encoding="utf-8") as file,
-        run.progress.task("answers", total=len(instructions), done=len(rows), unit="answer") as bar,
-    ):
-        while len(rows) < len(instructions):
-            batch = instructions[len(rows) : len(rows) + section.batch_size]
-            prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in batch]
-            generated = engine.generate(
-                prompts,
-                max_new_tokens=section.max_new_tokens,
-                stop=[tokenizer.eos_id],
-                on_tokens=bar.tokens,
-            )
-            for text, ids in zip(batch, generated, strict=True):
-                row = {
-                    "instruction": text,
-                    "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
-                    "finished": len(ids) < section.max_new_tokens,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                rows.append(row)
-            file.flush()
-            bar.update(len(rows))
-            if time.monotonic() - kept > KEEP_EVERY:
-                run.keep("recover")
-                kept = time.monotonic()
-            if len(rows) < len(instructions) and run.peers.any(run.interrupt.requested):
-                run.keep("recover")
-                raise Preempted(f"recover: {len(rows)} of {len(instructions)} answers: stopped, what is done is saved")
-    return rows
+    engine = cache(lambda: Engine(run.split("base"), run.model_config, batch_size=section.batch_size))
+
+    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
+        texts = [instructions[number] for number in batch]
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        generated = engine().generate(
+            prompts,
+            max_new_tokens=section.max_new_tokens,
+            stop=end_ids(tokenizer),
+            on_tokens=on_tokens,
+        )
+        return [
+            {
+                "instruction": text,
+                "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
+                "finished": len(ids) < section.max_new_tokens,
+            }
+            for text, ids in zip(texts, generated, strict=True)
+        ]
+
+    known = [{"instruction": text} for text in instructions]
+    return generated_rows(
+        run, path, known, make, stage="recover", what="answers", unit="answer", batch_size=section.batch_size
+    )
 
 
 def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str | None]:
@@ -186,23 +201,55 @@ def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str
     return found
 
 
-def _translate(run: Run, texts: Sequence[str], config: Translation, what: str) -> tuple[list[str | None], list[str]]:
-    """Translations of English texts, and who made each: `file`, `model` or `none`."""
-    found = _from_file(texts, config, what)
-    by = ["none" if text is None else "file" for text in found]
-    missing = [place for place, text in enumerate(found) if text is None]
-    if missing and config.missing == "model":
-        engine = Engine(run.split("translate"), run.model_config, batch_size=run.config.recover.batch_size)
-        with run.progress.task(f"translations of {what}", total=len(missing), unit="text") as bar:
-            translator = ModelTranslator(
-                engine,
-                run.tokenizer("vocabulary"),
-                run.markers,
-                max_new_tokens=run.config.recover.max_new_tokens,
-                on_tokens=bar.tokens,
-            )
-            for place, text in zip(
-                missing, translator.translate([texts[place] for place in missing], "to_target"), strict=True
-            ):
-                found[place], by[place] = (None, "none") if text is None else (_printable(text), "model")
+def _translate(
+    run: Run, path: Path, texts: Mapping[Kind, Sequence[str]]
+) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]]]:
+    """Translations of English texts by kind, and who made each: `file`, `model` or `none`.
+
+    Those of the model stand in `path`, and are not asked for again.
+    """
+    section = run.config.recover
+    configs = {"instructions": section.translate_instructions, "answers": section.translate_answers}
+    # Before any is made: a file may have to have them all.
+    found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
+    by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
+    tokenizer, context = run.tokenizer("vocabulary"), run.model_config.context
+    lengths = {
+        (kind, place): len(translation_prompt(tokenizer, run.markers, texts[kind][place], "to_target"))
+        for kind, given in found.items()
+        if configs[kind].missing == "model"
+        for place, text in enumerate(given)
+        if text is None
+    }
+    # Of like length, so that a batch has little padding.
+    missing = sorted((length, *key) for key, length in lengths.items() if length + section.max_new_tokens <= context)
+    wanted = [(kind, place) for _, kind, place in missing]
+    if len(wanted) < len(lengths):
+        run.progress.say(
+            f"  recover: {len(lengths) - len(wanted)} texts leave no room in the context of {context} for a "
+            f"translation of {section.max_new_tokens} tokens, left out",
+            style="yellow",
+        )
+
+    @cache
+    def engine() -> Engine:
+        return Engine(run.split("translate"), run.model_config, batch_size=section.batch_size)
+
+    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
+        translator = ModelTranslator(
+            engine(), tokenizer, run.markers, max_new_tokens=section.max_new_tokens, on_tokens=on_tokens
+        )
+        made = translator.translate([known[number]["source"] for number in batch], "to_target")
+        return [
+            {**known[number], "translation": None if text is None else _printable(text)}
+            for number, text in zip(batch, made, strict=True)
+        ]
+
+    known = [{"of": kind, "source": texts[kind][place]} for kind, place in wanted]
+    rows = generated_rows(
+        run, path, known, make, stage="recover", what="translations", unit="text", batch_size=section.batch_size
+    )
+    for (kind, place), row in zip(wanted, rows, strict=True):
+        if row["translation"] is not None:
+            found[kind][place], by[kind][place] = row["translation"], "model"
     return found, by

@@ -15,7 +15,7 @@ from transllm_jax.evaluation.measures import number, percent, written
 from transllm_jax.evaluation.report import write_report
 from transllm_jax.stages.run import POINTS, Run
 from transllm_jax.training.ledger import LEDGER, summarise
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.metrics import read_rows, read_validations
 
 TRAINED = ("pretrain", "translate", "transfer")
 STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
@@ -117,7 +117,7 @@ def _trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "best": summary.get("best"),
         "validation": [
             {"step": row["step"], "bits_per_byte": number(row["bits_per_byte"])}
-            for row in read_rows(directory / "validation.jsonl")
+            for row in read_validations(directory / "validation.jsonl")
         ],
         "skipped": summary.get("skipped"),
         "skipped_updates": [

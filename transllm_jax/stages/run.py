@@ -7,9 +7,11 @@ changes it, `vocabulary`, `pretrain`, `translate`, `transfer`.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +23,12 @@ import numpy as np
 from conversion.hf import open_hf, read_config, read_parts
 from transllm_jax.artifacts import Artifact, FileHashes
 from transllm_jax.config import Config, Source
+from transllm_jax.data.bad_rows import check_share, first_of_each
 from transllm_jax.data.cleaning import text_of
 from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.files import Collector, Loaded, Place, resolve, texts_of
+from transllm_jax.data.files import Collector, Loaded, Place, attempt, resolve, texts_of
 from transllm_jax.data.shards import Item, Reading, Shard, shards
-from transllm_jax.data.sources import check_no_special, read_jsonl, refuse_special
+from transllm_jax.data.sources import read_jsonl, refuse_special
 from transllm_jax.distributed.mesh import make_layout, mesh_shape
 from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import UserError
@@ -38,9 +41,10 @@ from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
 from transllm_jax.model.vocabulary import Padding, padding_of
 from transllm_jax.progress import Progress
 from transllm_jax.site import Site
+from transllm_jax.stages.bad_rows import BadRows
 from transllm_jax.stages.trained import lora_of, trains
 from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.chat import encode_conversation, encode_prompt
 from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
@@ -49,6 +53,12 @@ from transllm_jax.training.ledger import LEDGER, Ledger
 T = TypeVar("T", bound=Item)
 
 POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """31 bits that are a function of both, the same in every process: Python's own hash of a text is not."""
+    digest = hashlib.sha256(json.dumps([seed, purpose]).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 class Run:
@@ -77,8 +87,15 @@ class Run:
         self.interrupt = interrupt
         # The original model with its answers to held-out questions; made by the first evaluation, used by all.
         self.teacher: Teacher | None = None
+        self._today = date.today()
+        self.bad_rows = BadRows(self.own, self.workdir, self.progress.say)
         self._tokenizers: dict[str, Tokenizer] = {}
         self._checked: set[str] = set()
+
+    @property
+    def today(self) -> date:
+        """The day that chat templates are told: the config's, which the pipeline fills in when the run begins."""
+        return self.config.date or self._today
 
     @property
     def peers(self) -> Peers:
@@ -89,6 +106,13 @@ class Run:
     def primary(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.site.peers.primary
+
+    def seed_for(self, purpose: str) -> int:
+        """The seed of one purpose, such as a stage's name: a hash of it and of the run's seed.
+
+        No two purposes share one, nor do neighbouring seeds of the config.
+        """
+        return seed_for(self.config.seed, purpose)
 
     def own(self, directory: Path) -> Path:
         """Where this process writes what it tells of a step: the step's directory, or one that nobody reads."""
@@ -157,7 +181,7 @@ class Run:
         """The tokenizer at a point: the base's own, or the expanded one."""
         name = "base" if point == "base" else "vocabulary"
         if name not in self._tokenizers:
-            self._tokenizers[name] = Tokenizer.load(self.workdir / name)
+            self._tokenizers[name] = Tokenizer.load(self.workdir / name, model=self.base, today=self.today)
         return self._tokenizers[name]
 
     def split(self, point: str) -> Split:
@@ -205,26 +229,45 @@ class Run:
         """The shards of a source. Raises UserError for files that are not there."""
         return shards(reading(source), self.hash_of)
 
-    def items(self, source: Source, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        """The items of a source one at a time, each with its place."""
-        for shard in self.shards(source):
-            yield from shard.items(collector)
+    def items(
+        self, source: Source, collector: Collector, find_special: Callable[[str], str | None] | None = None
+    ) -> Iterator[tuple[Item, Place]]:
+        """The items of a source one at a time, each with its place; with `find_special`, one that holds a special token
+        is a bad row.
 
-    def read(self, source: Source) -> Loaded[Any]:
-        """All items of a source: documents, (English, target) pairs, or conversations."""
-        collector = Collector(source.controls)
-        found = list(self.items(source, collector))
+        Bad rows are refused or skipped, as the collector does it. Raises UserError.
+        """
+        for shard in self.shards(source):
+            for item, place in shard.items(collector):
+                bad = None if find_special is None else attempt(refuse_special, item, find_special, place)
+                if bad is None:
+                    yield item, place
+                else:
+                    collector.bad(bad, place)
+
+    def read(self, source: Source, stage: str, find_special: Callable[[str], str | None] | None = None) -> Loaded[Any]:
+        """All items of a source: documents, (English, target) pairs, or conversations; see `items`.
+
+        stage: whose directory bad rows are written to.
+        """
+        collector = Collector(source.controls, source.on_bad_rows)
+        found = list(self.items(source, collector, find_special))
+        self.bad_rows.note(stage, source, len(found), collector.skipped, collector.bad_rows)
         return Loaded([item for item, _ in found], [place for _, place in found], collector.report)
 
-    def read_target(self, source: Source) -> list[str]:
+    def target_texts(self, source: Source) -> Iterator[str]:
+        """Texts in the target language one at a time: documents, or of pairs that side."""
+        for item, _ in self.items(source, Collector(source.controls, source.on_bad_rows)):
+            yield str(item[1] if source.format == "pairs" else item)
+
+    def read_target(self, source: Source, stage: str) -> list[str]:
         """Texts in the target language: documents, or of pairs that side."""
-        loaded = self.read(source)
-        check_no_special(loaded, self.tokenizer("base").find_special)
+        loaded = self.read(source, stage, self.tokenizer("base").find_special)
         return [item[1] if source.format == "pairs" else item for item in loaded]
 
-    def read_english(self, source: Source) -> list[str]:
+    def read_english(self, source: Source, stage: str) -> list[str]:
         """English texts: documents, or of pairs that side."""
-        return [item[0] if source.format == "pairs" else item for item in self.read(source)]
+        return [item[0] if source.format == "pairs" else item for item in self.read(source, stage)]
 
     def find_special(self, text: str) -> str | None:
         """The first of the base model's special tokens or the chain's markers in a text: no user data may hold one."""
@@ -239,13 +282,29 @@ class Run:
         known = reading(source)
         if repr(known) in self._checked:
             return
-        characters = 0
-        for item, place in self.items(source, Collector(source.controls)):
-            refuse_special(item, self.find_special, place)
+        collector = Collector(source.controls, source.on_bad_rows)
+        characters = good = 0
+        whole = True
+        for item, place in self.items(source, collector, self.find_special):
+            if source.format == "conversations" and good < TRIED:
+                self._try_template(item, place)
+            good += 1
             characters += sum(map(len, texts_of(item)))
             if characters > CHECKED:
+                whole = False
                 break
+        if whole and collector.skipped:
+            first = next(iter(first_of_each(collector.bad_rows).values()))
+            check_share(source.path, good, collector.skipped, source.max_bad_share, first, "")
         self._checked.add(repr(known))
+
+    def _try_template(self, item: Item, place: Place) -> None:
+        """Refuse a conversation that the chat template refuses. Raises UserError with its place."""
+        assert isinstance(item, list)
+        try:
+            encode_conversation(self.tokenizer("base"), item, self.markers.in_order())
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse a length in tokens above the model's context. Raises UserError that names the config's key."""
@@ -253,14 +312,19 @@ class Run:
         if length > context:
             raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
 
-    def check_room(self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int) -> None:
+    def check_room(
+        self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int, *, chat: bool = True
+    ) -> None:
         """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
 
-        Raises UserError that names its place and the config's key.
+        chat: it is asked in a conversation, not as a text to translate between two markers. The base's tokenizer
+        counts: the expanded one needs no more. Raises UserError that names its place and the config's key.
         """
         tokenizer, context = self.tokenizer("base"), self.model_config.context
 
         def length(text: str) -> int:
+            if not chat:
+                return len(tokenizer.bos_ids) + len(tokenizer.encode(text.strip())) + 2
             return len(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
 
         frame = length("a")
@@ -305,21 +369,29 @@ class Run:
         """The evaluation sets, of which no training text may hold a part."""
         section = self.config.evaluation
         pairs = Source(path=section.pairs, format="pairs")
-        texts = [("evaluation.text", text) for item in self.read(section.text) for text in texts_of(item)]
-        texts += [("evaluation.pairs", text) for pair in self.read(pairs) for text in pair]
+        here = "evaluation"
+        texts = [("evaluation.text", text) for item in self.read(section.text, here) for text in texts_of(item)]
+        texts += [("evaluation.pairs", text) for pair in self.read(pairs, here) for text in pair]
         for field in section.instruction_fields:
             rows = read_jsonl(section.instructions, required=(field,))
             texts += [("evaluation.instructions", row[field]) for row in rows]
         for number, source in enumerate(section.others):
-            texts += [(f"evaluation.others.{number}", text) for item in self.read(source) for text in texts_of(item)]
+            texts += [
+                (f"evaluation.others.{number}", text) for item in self.read(source, here) for text in texts_of(item)
+            ]
         return EvaluationTexts(texts)
+
+    def check_clean(self, items: Iterable[Item], what: str, key: str) -> None:
+        """Refuse items that all hold an evaluation text. Raises UserError that names the config's key."""
+        if all(self.evaluation_texts.found_in(text_of(item)) is not None for item in items):
+            raise UserError(f"{what}: all of it holds evaluation texts; give other text, or set {key} to false")
 
     def uncontaminated(self, items: list[T], what: str) -> list[T]:
         """The items that hold no evaluation text; says how many were left out."""
         kept = [item for item in items if self.evaluation_texts.found_in(text_of(item)) is None]
         if len(kept) < len(items):
             self.progress.say(
-                f"  [yellow]{what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out"
+                f"  {what}: {len(items) - len(kept)} of {len(items)} hold evaluation texts, left out", style="yellow"
             )
         return kept
 
@@ -328,6 +400,8 @@ class Run:
 TOKENS, HASHES = "tokens", "hashes.json"
 # Characters of a source that are looked at before a run begins.
 CHECKED = 100_000_000
+# Conversations of a source that are put through the chat template before a run begins.
+TRIED = 1000
 
 
 def reading(source: Source) -> Reading:
@@ -340,7 +414,9 @@ def reading(source: Source) -> Reading:
         target_path=source.target_path,
         separator=source.separator,
         controls=source.controls,
-        limit=source.limit,
+        on_bad_rows=source.on_bad_rows,
+        max_bytes=source.max_bytes,
+        max_items=source.max_items,
         split=source.split,
         data_dir=source.data_dir,
     )

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from transllm_jax.config import Cleaning, Source
 from transllm_jax.data.cleaning import Rules
+from transllm_jax.data.planned import IGNORED as _IGNORED
+from transllm_jax.data.planned import SKIPPED as _SKIPPED
 from transllm_jax.data.planned import Choice, PlannedRows, plan_path
 from transllm_jax.data.shards import Shard
 from transllm_jax.data.token_cache import ShardTokens, records_path, shard_path
 from transllm_jax.data.tokenise import OnProgress, tokenise
 from transllm_jax.data.transform import Transform
 from transllm_jax.errors import UserError
+from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.run import TOKENS, Run
 from transllm_jax.tokenizer.scripts import script_of
 
@@ -41,8 +44,9 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
     rows = _rows(run, stage, source, transform)
     if unchecked := rows.counts.get("unchecked"):
         run.progress.say(
-            f"  [yellow]{stage}: {unchecked:,} items of {source.path} have a part in common with very many others and "
-            "were not compared with all of them; they are kept"
+            f"  {stage}: {unchecked:,} items of {source.path} have a part in common with very many others and "
+            "were not compared with all of them; they are kept",
+            style="yellow",
         )
     return rows
 
@@ -78,6 +82,11 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             seed=run.config.seed,
         )
         rows = cache.rows(tokens, choice)
+    bad = [row for shard in tokens if shard.skipped for row in shard.bad_rows()]
+    run.bad_rows.note(stage, source, rows.counts["items"], _named(rows, _SKIPPED), bad)
+    if ignored := _named(rows, _IGNORED):
+        what = ", ".join(f"{name} ({count:,})" for name, count in sorted(ignored.items()))
+        run.progress.say(f"  {stage}: fields of {source.path} that are not read: {what}")
     if not len(rows):
         gone = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
@@ -111,7 +120,8 @@ class _Cache:
             mine = ordered[run.peers.number :: run.peers.count]
 
         def made(some: Iterable[Shard]) -> list[ShardTokens]:
-            return tokenise(list(some), transform, tokenizer, source.controls, self._directory, tell=tell)
+            policy = source.controls, self._directory
+            return tokenise(list(some), transform, tokenizer, *policy, tell=tell, on_bad_rows=source.on_bad_rows)
 
         if self._mirrored:
             self._fetch(paths[shard] for shard in mine)
@@ -168,7 +178,18 @@ _LEFT_OUT = (
 
 def left_out(rows: PlannedRows) -> dict[str, int]:
     """What was left out of a source, by reason; only what there was."""
-    return {reason: rows.counts[reason] for reason in _LEFT_OUT if rows.counts.get(reason)}
+    known = {reason: rows.counts[reason] for reason in _LEFT_OUT if rows.counts.get(reason)}
+    skipped = {f"{BAD_ROWS}{reason}": count for reason, count in _named(rows, _SKIPPED).items()}
+    return skipped | known
+
+
+def fields_not_read(rows: PlannedRows) -> dict[str, int]:
+    """The fields of a source's records that nobody reads, and of how many records."""
+    return _named(rows, _IGNORED)
+
+
+def _named(rows: PlannedRows, prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): count for name, count in rows.counts.items() if name.startswith(prefix)}
 
 
 def _rules(run: Run, cleaning: Cleaning) -> Rules:

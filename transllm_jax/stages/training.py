@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ from transllm_jax.model.layout import Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.model.splash import splash_supports
+from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.sources import left_out, planned_rows, validation_rows
+from transllm_jax.stages.sources import fields_not_read, left_out, planned_rows, validation_rows
 from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
 from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
@@ -32,15 +34,20 @@ from transllm_jax.training.reporting import Speed
 
 # Keys of a training section that no result depends on.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
-# Keys of one that may change where the stage was cut off: it goes on with the new ones. Rounding may differ.
-MAY_CHANGE = ("steps", "epochs", "remat", "accumulate", "max_skipped", "validation")
+# Keys that say how a result is computed, not which: rounding may differ, and what dropout draws. They may change where
+# the stage was cut off, and where it is done, which then stays as it was made.
+HOW = ("remat", "accumulate", "max_skipped")
+# Keys that may change where the stage was cut off: it goes on with the new ones. With other rows of validation, or
+# another source, the best checkpoint is sought anew among those to come.
+MAY_CHANGE = ("steps", "epochs", "validation", *HOW)
 
 
 @dataclass(frozen=True)
 class Part:
     """A source of rows in a mixture: its name, its rows, and its share (None: by its size).
 
-    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason.
+    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason, and
+    bad rows. fields_not_read: of its records, and how many have them.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Part:
     weight: float | None
     items: int | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    fields_not_read: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -55,6 +63,7 @@ class Part:
         return {
             "items": self.items,
             "left_out": dict(self.left_out),
+            **({"fields_not_read": dict(self.fields_not_read)} if self.fields_not_read else {}),
             "rows": len(self.rows),
             "tokens": self.rows.token_count,
             "padded_fraction": self.rows.padded_fraction,
@@ -83,11 +92,14 @@ def section_of(run: Run, name: str) -> Training:
 def training_inputs(run: Run, name: str) -> dict[str, Any]:
     """What a training stage's result depends on, of the config's section and its sources."""
     section = section_of(run, name)
-    sources = [*getattr(section, "sources", []), *([section.validation.source] if section.validation else [])]
+    sources = getattr(section, "sources", [])
+    measured = run.source_hashes([section.validation.source] if section.validation else [])
     return {
         name: section.model_dump(mode="json", exclude=set(NEUTRAL)),
         "seed": run.config.seed,
         **run.source_hashes(sources),
+        # Named as keys of the validation, so that they may change with it.
+        **{f"{name}.validation.{key}": digest for key, digest in measured.items()},
         **contamination_inputs(run, any(source.cleaning.contamination for source in sources)),
     }
 
@@ -119,8 +131,11 @@ def check_training(run: Run, name: str) -> None:
             f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
             f"or begin the stage anew with --force {name}"
         )
-    for source in getattr(section, "sources", []):
+    sources = getattr(section, "sources", [])
+    for source in sources:
         run.check(source)
+    if any(source.cleaning.contamination for source in sources):
+        _ = run.evaluation_texts  # whole files: of an evaluation, no more than it measures is looked at
     if section.validation is not None:
         run.check(section.validation.source)
 
@@ -147,17 +162,19 @@ def source_parts(run: Run, name: str) -> list[Part]:
     for number, source in enumerate(getattr(section, "sources", [])):
         rows = planned_rows(run, name, source, section.length)
         gone = left_out(rows)
-        part = Part(f"{number + 1} {Path(source.path).name}", rows, source.weight, rows.counts["items"], gone)
+        label = f"{number + 1} {Path(source.path).name}"
+        part = Part(label, rows, source.weight, rows.counts["items"], gone, fields_not_read(rows))
         say_left_out(run, name, source.path, rows.counts["items"], gone)
         parts.append(part)
     return parts
 
 
 def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mapping[str, int]) -> None:
-    """Say what of a source is not trained on, and why; nothing where all is."""
-    if left_out:
-        what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        run.progress.say(f"  [yellow]{stage}: of {items:,} items of {source}: {what}")
+    """Say what of a source is not trained on, and why; nothing where all is. Of bad rows it was said already."""
+    said = {reason: count for reason, count in left_out.items() if not reason.startswith(BAD_ROWS)}
+    if said:
+        what = ", ".join(f"{count:,} {reason}" for reason, count in said.items())
+        run.progress.say(f"  {stage}: of {items:,} items of {source}: {what}", style="yellow")
 
 
 def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
@@ -166,7 +183,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     The stage's order of batches and dropout depend on the run's seed and the stage's name alone.
     """
     section = section_of(run, name)
-    seed = run.config.seed + sum(map(ord, name))
+    seed = run.seed_for(name)
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
@@ -253,6 +270,9 @@ def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None
     rows = validation_rows(run, name, validation.source, section.length)
     number, size = min(validation.rows, len(rows)), max(section.batch_size // section.accumulate, 1)
     read = [rows.row(row) for row in range(number)]
+    content = hashlib.sha256()
+    for values in (row[key] for row in read for key in sorted(row)):
+        content.update(np.ascontiguousarray(values).tobytes())
     # Padding fills the last batch, so that all have one shape.
     empty = {field: np.zeros_like(values) for field, values in read[0].items()}
     read += [empty] * (-number % size)
@@ -266,7 +286,7 @@ def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None
         total = sum(float(nats(split.structure, trainable, split.frozen, batch)) for batch in found)
         return total / math.log(2) / size_in_bytes
 
-    return Watch(measure, validation.every, validation.patience)
+    return Watch(measure, validation.every, validation.patience, content.hexdigest()[:16])
 
 
 def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.examples import conversation_examples
+from transllm_jax.data.files import Collector
 from transllm_jax.data.packing import pack
-from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.data.sources import read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import (
@@ -25,13 +26,14 @@ from transllm_jax.stages.training import (
     training_inputs,
 )
 from transllm_jax.tokenizer.chain import build_chain, build_english_answer, build_translation
-from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.chat import Message, encode_prompt
 
 Conversation = list[Message]
 
 
 # The point that the stage goes on from.
 START = "translate"
+_CLEAN = "transfer.contamination"
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def inputs(run: Run) -> dict[str, Any]:
     return {
         **training_inputs(run, "transfer"),
         "prompts": config.prompts.model_dump(),
+        "date": run.today.isoformat(),
         **run.source_hashes([config.transfer.pairs]),
         **contamination_inputs(run, config.transfer.contamination),
     }
@@ -47,8 +50,18 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
+    section = run.config.transfer
     check_training(run, "transfer")
-    run.check(run.config.transfer.pairs)
+    run.check(section.pairs)
+    if section.translations and section.contamination:
+        run.check_clean((item for item, _ in run.items(section.pairs, Collector("remove"))), section.pairs.path, _CLEAN)
+    # A chain of three texts of a token each, with its markers and its end.
+    least = len(encode_prompt(run.tokenizer("base"), [{"role": "user", "content": "a"}])) + 7
+    if section.length < least:
+        raise UserError(
+            f"transfer.length is {section.length}: with the chat template the shortest chain has {least} tokens; "
+            "raise transfer.length"
+        )
 
 
 def parts(run: Run) -> list[Part]:
@@ -73,6 +86,8 @@ def _parts(run: Run, made: Sequence[tuple[str, Callable[[Run], list[Conversation
             if not examples:
                 raise UserError(f"transfer: source {name} gave no example to train on; give it more, or shorter, text")
             counts = {"cut at a turn": report.cut, "longer than a row": report.dropped}
+            if make is _translations:
+                counts |= run.bad_rows.counts("transfer", [run.config.transfer.pairs])
             gone = {reason: count for reason, count in counts.items() if count}
             say_left_out(run, "transfer", name, len(conversations), gone)
             found.append(Part(name, pack(examples, length), weight, len(conversations), gone))
@@ -107,9 +122,7 @@ def _english(run: Run) -> list[Conversation]:
 
 def _translations(run: Run) -> list[Conversation]:
     prompts, markers, language = run.config.prompts, run.markers, run.config.language.name
-    loaded = run.read(run.config.transfer.pairs)
-    check_no_special(loaded, run.tokenizer("vocabulary").find_special)
-    pairs = list(loaded)
+    pairs = list(run.read(run.config.transfer.pairs, "transfer", run.tokenizer("vocabulary").find_special))
     if run.config.transfer.contamination:
         pairs = run.uncontaminated(pairs, "transfer: pairs")
     conversations = []

@@ -25,6 +25,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.run import Run, token_ids, tokenless
+from transllm_jax.tokenizer.chat import without_thinking
 from transllm_jax.tokenizer.expand import (
     Expansion,
     expand,
@@ -33,11 +34,16 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS
+from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
 from transllm_jax.training.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
+
+# Bytes of a corpus a wanted token up to which it may be too small for them; to learn from so much takes seconds.
+TRIED = 200
 
 # How rows were made -> how many of them.
 Ways = dict[str, int]
@@ -78,6 +84,54 @@ def require_language(run: Run) -> None:
         raise UserError(f"language.code: {error}") from None
 
 
+def require_corpus(run: Run) -> None:
+    """Refuse a corpus that is too small for the tokens that are wanted, whatever the base. Raises UserError.
+
+    A new token is a character that the base lacks, or what a merge made: it has at least one byte of the text, and
+    stands in it `min_count` times. Characters are counted before merges are, so a byte may count for one of each.
+    """
+    section = run.config.vocabulary
+    if section.size is None:
+        return
+    least = -(-section.size * section.min_count // 2)
+    texts = _first_texts(run, least)
+    if texts is not None and (found := sum(map(_size, texts))) < least:
+        raise UserError(
+            f"vocabulary.corpus gives {found:,} bytes of text: {section.size:,} tokens, each {section.min_count} times,"
+            f" need {least:,} at the very least, and many times that for good ones; raise max_bytes or add "
+            "text, or lower vocabulary.size"
+        )
+
+
+def _first_texts(run: Run, budget: int) -> list[str] | None:
+    """All texts of the corpus in the target language; None where they have more than `budget` bytes."""
+    texts: list[str] = []
+    for source in run.config.vocabulary.corpus:
+        for text in run.target_texts(source):
+            texts.append(text)
+            budget -= _size(text)
+            if budget < 0:
+                return None
+    return texts
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _check_corpus(run: Run) -> None:
+    """Learn the tokens of a small corpus, for what it cannot give to be known now; a large one gives them."""
+    size = run.config.vocabulary.size
+    if size is None:
+        return
+    documents = _first_texts(run, TRIED * size)
+    if documents is not None:
+        try:
+            _learn(run, documents)
+        except UserError as error:
+            raise UserError(f"vocabulary: {error}") from None
+
+
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
     base = run.tokenizer("base")
@@ -97,6 +151,7 @@ def check(run: Run) -> None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
     for source in run.config.vocabulary.sources:
         run.check(source)
+    _check_corpus(run)
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
@@ -125,7 +180,7 @@ def _written(
         for tensor in tensors(base.config):
             if tensor.path in ROWS_OF.values() and f"{tensor.path}_trained" not in trainable:
                 trainable[f"{tensor.path}_trained"] = base.read(tensor).astype(np.float32)
-    save_expanded(tokenizer, run.base, directory)
+    save_expanded(without_thinking(tokenizer), run.base, directory)
     save_arrays(directory / "trainable", trainable)
     trained = {path: array for path, array in trainable.items() if run.trains(path)}
     counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.frozen)}
@@ -136,11 +191,14 @@ def _written(
     if "tokens_per_character_after" in report:
         before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
+    if report.get("readers", {}).get("llama.cpp") == OTHER_IDS:
+        text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if given is not None:
         text += f" and adapters of {given}"
     if copied := report["initial_rows"].get("copy"):
         text += f"; {copied} rows of {run.config.vocabulary.rows_from}, {report['initial_rows']['mean']} made of pieces"
-    return {"text": text, "new_tokens": new_tokens, **counts}
+    skipped = run.bad_rows.counts("vocabulary", run.config.vocabulary.sources)
+    return {"text": text, "new_tokens": new_tokens, **counts, **({"left_out": skipped} if skipped else {})}
 
 
 def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
@@ -177,7 +235,7 @@ def _tables(run: Run) -> dict[str, np.ndarray]:
 def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]]:
     """Tokens learned from the corpus; their rows, and fresh adapters."""
     config = run.config
-    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source)]
+    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source, "vocabulary")]
     expansion = _expansion(run, documents)
     trainable = {} if run.lora is None else initial_adapters(run.model_config, run.lora, config.seed)
     ways = _rows(run, expansion, trainable, documents)
@@ -197,31 +255,39 @@ def _expansion(run: Run, documents: list[str]) -> Expansion:
                 expansion.report.update(tokens_per_character_before=before, tokens_per_character_after=after)
             return expansion
         with Phases(run.progress) as tell:
-            return expand(
-                base,
-                documents,
-                size=config.vocabulary.size,
-                language=config.language.code,
-                scripts=config.language.scripts,
-                markers=list(run.markers.in_order()),
-                min_count=config.vocabulary.min_count,
-                first_id=run.model_config.vocab_size,
-                english=None if english is None else run.read_english(english),
-                on_progress=tell,
-            )
+            return _learn(run, documents, None if english is None else run.read_english(english, "vocabulary"), tell)
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
+
+
+def _learn(
+    run: Run, documents: list[str], english: list[str] | None = None, tell: OnProgress | None = None
+) -> Expansion:
+    """As many tokens as the config wants, learned from the corpus. Raises UserError."""
+    config = run.config
+    assert config.vocabulary.size is not None
+    return expand(
+        run.tokenizer("base"),
+        documents,
+        size=config.vocabulary.size,
+        language=config.language.code,
+        scripts=config.language.scripts,
+        markers=list(run.markers.in_order()),
+        min_count=config.vocabulary.min_count,
+        cuts=config.vocabulary.cuts,
+        first_id=run.model_config.vocab_size,
+        english=english,
+        on_progress=tell,
+    )
 
 
 def _given_expansion(run: Run) -> Expansion:
     """That of the tokenizer that the config names. Raises UserError where it is not one of the base."""
     assert run.config.vocabulary.tokenizer is not None
-    expanded = Tokenizer.load(run.config.vocabulary.tokenizer)
+    base, found = run.tokenizer("base"), Tokenizer.load(run.config.vocabulary.tokenizer)
     # The conversation's form is the model's, whatever the tokenizer was expanded with.
-    expanded = Tokenizer(
-        expanded.backend, run.tokenizer("base").config, run.tokenizer("base").chat_template, expanded.source
-    )
-    return expansion_of(run.tokenizer("base"), expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
+    expanded = base.derived(found.backend, source=found.source)
+    return expansion_of(base, expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
 
 
 def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:
@@ -234,7 +300,7 @@ def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], docu
         if config.initial_rows == "weighted":
             trainable[path] = weighted_rows(table, pieces, counts)
         elif config.initial_rows == "random":
-            trainable[path] = random_rows(table[token_ids(base)], len(pieces), run.config.seed, number)
+            trainable[path] = random_rows(table[token_ids(base)], len(pieces), run.seed_for("new rows"), number)
         else:
             trainable[path] = mean_rows(table, pieces)
     if config.initial_rows == "copy":
@@ -336,7 +402,7 @@ def _calibrate(
         trainable[path],
         counts,
         text_states(split, tokenizer, documents),
-        text_states(split, tokenizer, run.read_english(english)),
+        text_states(split, tokenizer, run.read_english(english, "vocabulary")),
         _tables(run)[path][token_ids(run.tokenizer("base"))],
     )
     return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}

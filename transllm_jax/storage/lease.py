@@ -2,6 +2,9 @@
 
 Leases are numbered and the highest counts. Whoever takes over creates the next number, which a store lets only one
 do, so of two that find a stale lease one gets it; a holder that was stalled finds the higher number, and stops.
+
+The clocks of two hosts are never compared: they may differ by minutes. How old a lease is, the store says by its own
+clock; from then on an observer looks, by its own clock that only runs forward, whether the lease changes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,14 +45,15 @@ class Lease:
     ) -> None:
         """watch: whether to look, where a lease is fresh, if its holder still lives.
 
-        A job that is started again after its host died finds its own fresh lease: it waits until that is stale, and
-        is refused as soon as the lease is renewed. Without `watch` it is refused at once.
+        A job that is started again after its host died finds its own lease: if that is fresh, it waits until it is
+        stale, and is refused as soon as the lease is renewed. Without `watch` it is refused at once.
         """
         self._store, self._watch, self._say, self._stale, self._renew = store, watch, say, stale, renew
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)} | _system()
         self._number = 0
         self._lost: str | None = None
-        self._seen = 0.0  # when the lease was renewed last, by time.monotonic
+        self._signs = 0  # renewals so far, so that each changes the lease whatever the wall clock says
+        self._seen = 0.0  # when the lease was renewed last, by `_now`
         self._ended = threading.Event()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -56,19 +61,22 @@ class Lease:
     def __enter__(self) -> Lease:
         """Take the lease. Raises UserError while another run holds it."""
         first: dict[str, Any] | None = None
-        began = time.monotonic()
+        since = 0.0  # the latest moment at which `first` can have been renewed, by our clock
         while True:
+            looked = _now()
             number, held = self._top()
-            if held is None or held["released"] or self._is_stale(held, first, began):
+            if held is not None and first is None and not self._is_free(held):
+                first, since = held, self._renewed(number)
+                looked = _now()
+                if looked - since <= self._stale and self._watch:
+                    self._say(f"{_described(held)}; looking whether it still lives, for {self._stale:.0f} s at most")
+            if held is None or self._is_free(held) or (held == first and looked - since > self._stale):
                 if self._take(number + 1):
                     break
                 continue
-            if not self._watch or (first is not None and held != first):
+            if not self._watch or held != first:
                 raise UserError(f"{self._store.root}: {_described(held)}; wait for it or stop it")
-            if first is None:
-                self._say(f"{_described(held)}; looking whether it still lives, for {self._stale:.0f} s at most")
-                first, began = held, time.monotonic()
-            self._ended.wait(min(self._renew, self._stale) / 6)
+            self._ended.wait(min(self._renew, self._stale) / 3)
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -94,17 +102,20 @@ class Lease:
 
     def check(self) -> None:
         """Raise UserError where another run has taken over; called before anything is made to count."""
-        if self._lost is None and time.monotonic() - self._seen > self._stale / 2:
+        if self._lost is None and _now() - self._seen > self._stale / 2:
             self._sign()
         if self._lost is not None:
             raise UserError(self._lost)
 
-    def _is_stale(self, held: dict[str, Any], first: dict[str, Any] | None, began: float) -> bool:
-        if all(self._me[key] and self._me[key] == held.get(key) for key in _SYSTEM) and _dead(held["pid"]):
-            return True
-        # By its time, or by our own watching: hosts' clocks may differ.
-        unchanged = held == first and time.monotonic() - began > self._stale
-        return unchanged or time.time() - held["renewed"] > self._stale
+    def _is_free(self, held: dict[str, Any]) -> bool:
+        """Whether it was given back, or its holder died on this machine."""
+        here = all(self._me[key] and self._me[key] == held.get(key) for key in _SYSTEM)
+        return held["released"] or (here and _dead(held["pid"]))
+
+    def _renewed(self, number: int) -> float:
+        """The latest moment, by our clock, at which a lease can have been renewed; now, if the store cannot tell."""
+        age = self._store.age(self._name(number))
+        return _now() - (age or 0.0)
 
     def _top(self) -> tuple[int, dict[str, Any] | None]:
         while True:
@@ -127,7 +138,7 @@ class Lease:
         for lower in numbers:
             if lower < number:
                 self._store.remove(self._name(lower))
-        self._number, self._seen = number, time.monotonic()
+        self._number, self._seen = number, _now()
         return True
 
     def _keep(self) -> None:
@@ -145,11 +156,15 @@ class Lease:
                 who = _described(held) if held is not None else "another run is at work here"
                 self._lost = f"{self._store.root}: {who}; it took over after {self._stale:.0f} s without a sign of this"
                 return
+            signed = _now()
             self._store.write(self._name(self._number), self._content())
-            self._seen = time.monotonic()
+            self._seen = signed
 
     def _content(self, *, released: bool = False) -> bytes:
-        return json.dumps({**self._me, "renewed": time.time(), "released": released}).encode()
+        # The time is for people, and for no comparison.
+        self._signs += 1
+        about = {"signs": self._signs, "renewed": time.time(), "released": released}
+        return json.dumps({**self._me, **about}).encode()
 
     @staticmethod
     def _name(number: int) -> str:
@@ -176,5 +191,11 @@ def _dead(pid: int) -> bool:
 
 
 def _described(held: dict[str, Any]) -> str:
-    ago = max(0.0, time.time() - held["renewed"])
-    return f"another run is at work here (host {held['host']}, process {held['pid']}, seen {ago:.0f} s ago)"
+    seen = datetime.fromtimestamp(held["renewed"], UTC)
+    who = f"host {held['host']}, process {held['pid']}"
+    return f"another run is at work here ({who}, last seen at {seen:%Y-%m-%d %H:%M:%S} UTC by its clock)"
+
+
+def _now() -> float:
+    """Seconds by a clock of this machine that only runs forward, on Linux also while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

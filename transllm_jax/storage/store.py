@@ -7,14 +7,18 @@ there yet.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +87,16 @@ class Store:
             return None
         return content
 
+    def age(self, name: str) -> float | None:
+        """Seconds since an object was written, by the store's clock alone; None where there is none, or it cannot tell.
+
+        One request: an answer of the store has its time in its header. A local file is compared with a new one.
+        """
+        try:
+            return self._do("read", lambda: self._age_here(name) if self._local else self._age_there(name))
+        except FileNotFoundError:
+            return None
+
     def write(self, name: str, content: bytes) -> None:
         """Write a small object; it is there whole or not at all."""
         self._put("write", lambda: self._place(name, content, "overwrite"))
@@ -113,14 +127,30 @@ class Store:
         with suppress(FileNotFoundError):
             self._do("delete", lambda: self._fs.rm_file(self._path(name)))
 
+    def _age_there(self, name: str) -> float | None:
+        bucket, key, _ = self._fs.split_path(self._path(name))
+        headers, content = self._fs.call("GET", "b/{}/o/{}", bucket, key)
+        date, written = headers.get("Date"), json.loads(content).get("updated")
+        if date is None or written is None:
+            return None
+        return max(0.0, (parsedate_to_datetime(date) - datetime.fromisoformat(written)).total_seconds())
+
+    def _age_here(self, name: str) -> float:
+        with tempfile.NamedTemporaryFile(dir=self._parts()) as now:
+            return max(0.0, os.stat(now.name).st_mtime - os.stat(self._path(name)).st_mtime)
+
+    def _parts(self) -> Path:
+        directory = Path(f"{self.root}.parts")
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
     def _place(self, name: str, content: bytes, mode: str) -> None:
         if not self._local:
             self._fs.pipe_file(self._path(name), content, mode=mode)
             return
         # fsspec looks whether a local file is there, and then writes it: two could, and a reader could see it empty.
-        path, part = Path(self._path(name)), Path(f"{self.root}.parts", secrets.token_hex(8))
-        for directory in (path.parent, part.parent):
-            directory.mkdir(parents=True, exist_ok=True)
+        path, part = Path(self._path(name)), self._parts() / secrets.token_hex(8)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         try:
             (os.replace if mode == "overwrite" else os.link)(part, path)

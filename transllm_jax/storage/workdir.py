@@ -109,6 +109,9 @@ def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
     if re.match(r"gs:/[^/]", given):
         raise UserError(f"--workdir {given}: a bucket is written gs://BUCKET/PATH, with two slashes")
     if "://" not in given:
+        # The library that writes checkpoints takes no other.
+        if any("\ud800" <= letter <= "\udfff" for letter in given):
+            raise UserError(f"--workdir {given}: the path is not UTF-8; choose another")
         return Workdir(Path(given).expanduser())
     scheme, _, rest = given.partition("://")
     if scheme != "gs":

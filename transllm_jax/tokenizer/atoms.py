@@ -2,10 +2,13 @@
 
 The base cuts a target-script character into pieces that are parts of characters, or that begin in one
 character and end in another. An atom is the shortest stretch of pieces that begins and ends between
-characters: mostly one character.
+characters: mostly one character. A joiner (U+200C, U+200D) that the base writes as several pieces is part of the atom
+before it: merges that made it alone would change the emoji that hold one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,6 +40,30 @@ def ends_between_characters(token: str) -> bool:
     return False
 
 
+class _JoinerParts:
+    """Finds joiners that are several pieces: one or two first bytes, and what follows them."""
+
+    def __init__(self, vocabulary: dict[str, int], size: int) -> None:
+        texts = {number: bytes(_BYTES.get(c, 0) for c in token) for token, number in vocabulary.items()}
+
+        def such(test: Callable[[bytes], bool]) -> np.ndarray:
+            found = np.zeros(size, bool)
+            found[[number for number, text in texts.items() if test(text)]] = True
+            return found
+
+        self._first, self._middle = such(lambda text: text == b"\xe2"), such(lambda text: text == b"\x80")
+        self._two = such(lambda text: text == b"\xe2\x80")
+        self._last = such(lambda text: text[:1] in (b"\x8c", b"\x8d"))
+        self._both = such(lambda text: text[:2] in (b"\x80\x8c", b"\x80\x8d"))
+
+    def begin(self, ids: np.ndarray) -> np.ndarray:
+        """Where in a row of ids such a joiner begins: bool, as `ids`."""
+        found = np.zeros(len(ids), bool)
+        found[:-1] = (self._two[ids[:-1]] & self._last[ids[1:]]) | (self._first[ids[:-1]] & self._both[ids[1:]])
+        found[:-2] |= self._first[ids[:-2]] & self._middle[ids[1:-1]] & self._last[ids[2:]]
+        return found
+
+
 class AtomCoder:
     """Gives every distinct atom a number, the same in every batch of runs."""
 
@@ -46,6 +73,7 @@ class AtomCoder:
         self._inside = np.zeros(self._size, bool)  # tokens whose first byte is not the first of a character
         for token, number in vocabulary.items():
             self._inside[number] = bool(token) and _BYTES.get(token[0], 0) & 0xC0 == 0x80
+        self._parts = _JoinerParts(vocabulary, self._size)
         self._tokens = {number: token for token, number in vocabulary.items()}
         # An atom of one token has the token's id. (atom, token) -> the atom that is longer by this token.
         self._longer: dict[int, int] = {}
@@ -59,7 +87,7 @@ class AtomCoder:
     def regroup(self, encoded: Encoded) -> Encoded:
         """Runs as the base's ids -> the same runs as numbers of atoms."""
         ids = encoded.ids.astype(np.int64)
-        begins = ~self._inside[encoded.ids]
+        begins = ~self._inside[encoded.ids] & ~self._parts.begin(encoded.ids)
         begins[encoded.starts[:-1][encoded.lengths > 0]] = True
         at = np.flatnonzero(begins)
         lengths = np.diff(np.append(at, len(ids)))

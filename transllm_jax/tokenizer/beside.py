@@ -1,13 +1,11 @@
-"""What other files say beside tokenizer.json: tokens and roles that transformers takes from there.
+"""Tokens that other files name beside tokenizer.json, from where transformers takes them.
 
-Older versions of transformers wrote a token's role to special_tokens_map.json alone, and tokens that were added later
-to added_tokens.json or tokenizer_config.json. Who reads tokenizer.json alone cuts such a token as ordinary text, and
-renders a chat template without its first token, and nothing fails.
+Older versions of transformers wrote tokens that were added later to added_tokens.json or tokenizer_config.json. Who
+reads tokenizer.json alone cuts such a token as ordinary text, and nothing fails.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.metadata import read_json
 
 _MAP, _ADDED, _CONFIG = "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"
 _MEND = (
@@ -23,13 +22,11 @@ _MEND = (
 )
 
 
-def completed(
-    directory: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer, roles: tuple[str, ...]
-) -> dict[str, Any]:
-    """tokenizer_config.json's content, with the roles that only special_tokens_map.json gives.
+def check_tokens(directory: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Refuse a token that one of the files in `directory` names and tokenizer.json lacks. Raises UserError.
 
-    Raises UserError for a token that one of the files names and tokenizer.json lacks. (Of `roles`, whoever needs one
-    looks: a padding token that is nowhere does no harm.)
+    config: the content of tokenizer_config.json. (Of roles, whoever needs one looks: a padding token that is nowhere
+    does no harm.)
     """
     given = _read(directory / _MAP)
     for file, token in [*_tokens(directory, config), *((_MAP, token) for token in _listed(given))]:
@@ -38,7 +35,6 @@ def completed(
                 f"{directory / file} names the token {token!r}, which tokenizer.json lacks, so that a text with it "
                 f"would be cut otherwise than transformers does; {_MEND}"
             )
-    return {**config, **{role: given[role] for role in roles if config.get(role) is None and given.get(role)}}
 
 
 def _tokens(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -66,12 +62,4 @@ def _text(token: Any) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file, nothing where it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return found
+    return read_json(path) if path.is_file() else {}

@@ -1,16 +1,19 @@
 """Conversations as token ids, by the model's own chat template: one way for training, generation and export.
 
-The template is rendered as transformers renders it (a test compares them). Which part is the assistant's is
-found by rendering prefixes of the conversation, so any template works that only ever appends.
+The template is rendered as transformers renders it (a test compares them), with thinking switched off
+(`enable_thinking=False`): a template that writes an empty block of thoughts puts it into the prompt, in training as in
+generation. Which part is the assistant's is found by rendering prefixes of the conversation. Most templates only
+append: a conversation is one row. One that rewrites earlier turns (Qwen3's takes the block out of them) makes a row of
+each answer, behind exactly the prompt that generation would have.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, time
 from functools import lru_cache
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NamedTuple, NoReturn, NotRequired, TypedDict
 
 import jinja2
 import jinja2.ext
@@ -22,10 +25,33 @@ from transllm_jax.tokenizer.tokenizer import ROLES, Tokenizer
 
 
 class Message(TypedDict):
-    """One message of a conversation; `role` is `system`, `user` or `assistant`."""
+    """One message of a conversation; `role` is `system`, `user` or `assistant`.
+
+    An answer with `train: False` is context, and not trained on.
+    """
 
     role: str
     content: str
+    train: NotRequired[bool]
+
+
+class Row(NamedTuple):
+    """A row to train on. mask: 1 where a token is of an answer that is trained, its end token included, else 0.
+
+    size: the UTF-8 bytes of those answers.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    size: int
+
+
+class _Turn(NamedTuple):
+    """An answer as the template writes it: behind this prompt, with its end token; `end` is that token."""
+
+    prompt: str
+    answer: str
+    end: str
 
 
 class _Generation(jinja2.ext.Extension):
@@ -52,25 +78,27 @@ def _compile(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text by the model's chat template, as `apply_chat_template(tokenize=False)`
-    does it.
+    """The conversation as text by the model's chat template, as transformers does it.
 
-    Raises UserError where there is no template, or where the template refuses the conversation.
+    That is `apply_chat_template(tokenize=False, enable_thinking=False)`, on the tokenizer's day. Raises UserError where
+    there is no template, or where the template refuses the conversation.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.source} has no chat template: take a chat model, or add chat_template.jinja")
     roles = {name: token for name in ROLES if (token := tokenizer.role(name)) is not None}
+    today = datetime.combine(tokenizer.today, time())
     try:
         return _compile(tokenizer.chat_template).render(
-            messages=[dict(m) for m in messages],
+            messages=[{"role": m["role"], "content": m["content"]} for m in messages],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+            strftime_now=today.strftime,
             **roles,
         )
     except jinja2.TemplateError as error:
@@ -96,48 +124,92 @@ def _check(tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[
             )
 
 
-def _segments(
-    tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[str], generate: bool
-) -> list[tuple[str, bool]]:
-    """The rendered conversation cut into (text, is an answer with its end token), in order."""
-    _check(tokenizer, messages, markers)
+def _turn(tokenizer: Tokenizer, messages: Sequence[Message], number: int) -> _Turn:
+    """The answer that is message `number`. Raises UserError for a template that answers cannot be told apart in."""
+    prompt = render(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
+    whole = render(tokenizer, messages[: number + 1])
+    content = messages[number]["content"].strip()
+    answer = whole[len(prompt) :]
+    start = answer.find(content)
+    tail = answer[start + len(content) :]
+    end = tokenizer.find_special(tail)
+    problem = None
+    if not whole.startswith(prompt):
+        problem = "writes another text before an answer than the prompt that generation begins from"
+    elif start < 0:
+        problem = "changes the answer's text"
+    elif answer[:start].strip():
+        problem = f"puts {answer[:start].strip()!r} between the generation prompt and an answer"
+    elif end is None:
+        problem = "ends an answer without a special token"
+    if problem or end is None:
+        raise UserError(f"the chat template of {tokenizer.source} {problem}: use a template that does not")
+    return _Turn(prompt, answer[: len(answer) - len(tail) + tail.index(end) + len(end)], end)
+
+
+def answer_end(tokenizer: Tokenizer) -> str | None:
+    """The special token with which the chat template ends an answer; None where there is no template.
+
+    Raises UserError for a template that cannot be trained on.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    return _turn(tokenizer, _PROBE[:2], 1).end
+
+
+def without_thinking(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a chat template that is always rendered as it is here: with thinking switched off.
+
+    Whoever renders a template that knows `enable_thinking` would otherwise get prompts that were never trained.
+    """
+    template = tokenizer.chat_template
+    if template is None or "enable_thinking" not in template or template.startswith(_THINKING_OFF):
+        return tokenizer
+    return tokenizer.derived(chat_template=_THINKING_OFF + template)
+
+
+# A line break after a block is no text (`trim_blocks`).
+_THINKING_OFF = "{%- set enable_thinking = false %}\n"
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Refuse a chat template that conversations cannot be trained on by. Raises UserError that says why."""
+    encode_conversation(tokenizer, _PROBE)
+
+
+# A conversation that any template must take: no system message, two turns.
+_PROBE: list[Message] = [
+    {"role": "user", "content": "Which month follows April?"},
+    {"role": "assistant", "content": "May follows it."},
+    {"role": "user", "content": "And then?"},
+    {"role": "assistant", "content": "June follows May."},
+]
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message is an answer that is trained on."""
+    return message["role"] == "assistant" and message.get("train", True)
+
+
+def _segments(tokenizer: Tokenizer, messages: Sequence[Message], generate: bool) -> list[tuple[str, bool]] | None:
+    """The rendered conversation cut into (text, is trained), in order: each answer with its end token is one of them.
+
+    None where the template rewrites a turn once another follows it.
+    """
     segments: list[tuple[str, bool]] = []
     done = ""  # the part of the rendered text that `segments` holds already
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
-        whole = render(tokenizer, messages[: i + 1])
-        if not whole.startswith(prompt) or not prompt.startswith(done):
-            raise _not_appending(tokenizer, i)
-        answer = whole[len(prompt) :]
-        content = message["content"].strip()
-        start = answer.find(content)
-        tail = answer[start + len(content) :]
-        end = tokenizer.find_special(tail)
-        problem = None
-        if start < 0:
-            problem = "changes the answer's text"
-        elif answer[:start].strip():
-            problem = f"puts {answer[:start].strip()!r} between the generation prompt and an answer"
-        elif end is None:
-            problem = "ends an answer without a special token"
-        if problem or end is None:
-            raise UserError(f"the chat template of {tokenizer.source} {problem}: use a template that does not")
-        stop = len(answer) - len(tail) + tail.index(end) + len(end)
-        segments += [(prompt[len(done) :], False), (answer[:stop], True)]
-        done = prompt + answer[:stop]
+    for number in _answers(messages):
+        turn = _turn(tokenizer, messages, number)
+        if not turn.prompt.startswith(done):
+            return None
+        segments += [(turn.prompt[len(done) :], False), (turn.answer, is_trained(messages[number]))]
+        done = turn.prompt + turn.answer
     last = render(tokenizer, messages, add_generation_prompt=generate)
-    if not last.startswith(done):
-        raise _not_appending(tokenizer, len(messages) - 1)
-    return [*segments, (last[len(done) :], False)]
-
-
-def _not_appending(tokenizer: Tokenizer, position: int) -> UserError:
-    return UserError(
-        f"the chat template of {tokenizer.source} rewrites what stands before message {position} once that "
-        f"is there, so training and generation would see different texts: use a template that only appends"
-    )
+    return [*segments, (last[len(done) :], False)] if last.startswith(done) else None
 
 
 def encode_prompt(
@@ -145,58 +217,87 @@ def encode_prompt(
 ) -> list[int]:
     """The ids that generation starts from: the conversation so far and the header of the next answer.
 
-    Earlier answers have exactly the ids that `encode_conversation` gives them. Raises UserError for a special
-    token inside a message (in an answer, the chain's markers are allowed).
+    They are the ids that `encode_conversation` puts before this answer. Raises UserError for a special token inside a
+    message (in an answer, the chain's markers are allowed).
     """
-    segments = _segments(tokenizer, messages, markers, generate=True)
-    return [i for ids, _ in _encoded(tokenizer, segments) for i in ids]
+    _check(tokenizer, messages, markers)
+    return [i for ids, _ in _encoded(tokenizer, _prompt(tokenizer, messages)) for i in ids]
+
+
+def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    segments = _segments(tokenizer, messages, generate=True)
+    return segments or [(render(tokenizer, messages, add_generation_prompt=True), False)]
 
 
 def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iterator[tuple[list[int], bool]]:
     """The segments' ids, each as it stands behind the one before it."""
     before = ""
-    for text, is_answer in segments:
+    for text, trained in segments:
         # Behind a special token a text begins anew, as it does where the whole is encoded at once.
         continuing = before != "" and not any(before.endswith(token) for token in tokenizer.special_tokens)
-        yield tokenizer.encode(text, continuing=continuing), is_answer
+        yield tokenizer.encode(text, continuing=continuing), trained
         before = text or before
 
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[str] = MARKERS.in_order()
-) -> tuple[list[int], list[int]]:
-    """A conversation to train on: (ids, mask), of equal lengths.
+) -> list[Row]:
+    """A conversation to train on: one row, or one for each trained answer where the template rewrites earlier turns.
 
-    The mask is 1 on every token of every answer, its end token included, and 0 on everything else: system and
-    user messages, headers, what the template puts after an end token. Each answer's ids follow the ids that
+    The mask is 1 on every token of every answer that is trained, its end token included, and 0 on everything else:
+    system and user messages, headers, what the template puts after an end token. Each answer's ids follow the ids that
     `encode_prompt` gives for what precedes it, so training sees what generation will see.
-    Raises UserError as `encode_prompt` does, and where there is no answer.
+    Raises UserError as `encode_prompt` does, where there is no answer that is trained, and for a template that answers
+    cannot be told apart in.
     """
-    if not any(m["role"] == "assistant" for m in messages):
+    if not any(map(is_trained, messages)):
         raise UserError("a conversation without an assistant message has nothing to train on: drop it")
+    _check(tokenizer, messages, markers)
+    whole = _segments(tokenizer, messages, generate=False)
+    if whole is not None:
+        return [_row(tokenizer, whole, [message for message in messages if is_trained(message)])]
+    rows = []
+    for number in _answers(messages):
+        if is_trained(messages[number]):
+            context = [(text, False) for text, _ in _prompt(tokenizer, messages[:number])]
+            answer = _turn(tokenizer, messages, number).answer
+            rows.append(_row(tokenizer, [*context, (answer, True)], [messages[number]]))
+    return rows
+
+
+def _row(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]], trained: Sequence[Message]) -> Row:
     ids: list[int] = []
     mask: list[int] = []
-    for piece, is_answer in _encoded(tokenizer, _segments(tokenizer, messages, markers, generate=False)):
+    for piece, counts in _encoded(tokenizer, segments):
         ids += piece
-        mask += [int(is_answer)] * len(piece)
-    return ids, mask
+        mask += [int(counts)] * len(piece)
+    return Row(ids, mask, sum(len(message["content"].encode()) for message in trained))
 
 
-def cut_conversation(
+def fitting_rows(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     max_length: int,
     markers: Sequence[str] = MARKERS.in_order(),
-) -> tuple[list[Message] | None, int]:
-    """Makes a conversation fit into `max_length` tokens by dropping whole turns from its end.
+) -> tuple[list[Row], int]:
+    """The rows of a conversation, and how many of its turns they leave out so that none has over `max_length` tokens.
 
-    Returns (messages that fit, turns cut); a turn is a user message with its answer. (None, all turns) where
-    not even the first turn fits. A user message left without an answer at the end is dropped with its turn.
+    A row loses whole turns from its end: a turn is a user message with its answer, and a question that nobody answered
+    goes with its turn. No rows where not even the first turn fits, or none that does is trained.
+    Raises UserError as `encode_conversation` does.
     """
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    turns = sum(m["role"] == "user" for m in messages)
+    turns = sum(message["role"] == "user" for message in messages)
+    rows = encode_conversation(tokenizer, messages, markers)
+    answers = _answers(messages)
+    if len(rows) > 1:
+        kept_rows = [row for row in rows if len(row.ids) <= max_length]
+        return kept_rows, len(rows) - len(kept_rows) + (messages[-1]["role"] == "user")
     for last in reversed(answers):
-        kept = list(messages[: last + 1])
-        if len(encode_conversation(tokenizer, kept, markers)[0]) <= max_length:
-            return kept, turns - sum(m["role"] == "user" for m in kept)
-    return None, turns
+        kept = messages[: last + 1]
+        if not any(map(is_trained, kept)):
+            break
+        if last + 1 < len(messages):
+            rows = encode_conversation(tokenizer, kept, markers)
+        if all(len(row.ids) <= max_length for row in rows):
+            return rows, turns - sum(message["role"] == "user" for message in kept)
+    return [], turns

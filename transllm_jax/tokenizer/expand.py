@@ -7,18 +7,18 @@ ids; decoding gives the text back; a marker is one id; the same corpus gives the
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, made_of_text, piece_growth, with_base_tokens
+from transllm_jax.tokenizer.llama_cpp import passes_for, readers
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import kind_of
 from transllm_jax.tokenizer.scripts import language_name, script_of
@@ -28,6 +28,11 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 _REPORTED_CHARACTERS = 2_000_000  # tokens per character is measured on about so much of the corpus
 _BATCH = 200  # documents that are encoded at a time
 _RUNS = 1_000_000  # runs that are counted at a time
+
+
+# Where a byte-level base's text is cut before it merges; no new token crosses a cut. "whole": nowhere in a run of the
+# target script; "base": where the base cuts.
+Cuts = Literal["whole", "base"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def expand(
     markers: list[str],
     min_count: int = 2,
     first_id: int | None = None,
-    whole_words: bool | None = None,
+    cuts: Cuts | None = None,
     english: Iterable[str] | None = None,
     scripts: list[str] | None = None,
     on_progress: OnProgress | None = None,
@@ -77,11 +82,11 @@ def expand(
     size: new pieces, markers not counted. min_count: the encoded corpus contains each new piece at least
     so often (parts of characters excepted). `documents` is read once; what is kept of it are the distinct
     runs of the script with their counts. first_id: where the new ids begin, behind the rows of an embedding that is
-    larger than the tokenizer; the ids between stand for nothing. whole_words: the base's own cuts between words stay
-    (default: where the script is Latin). english: texts of which the report says whether their ids change. scripts:
-    names of scripts in place of the language's usual ones. on_progress is called with a phase and the share of it that
-    is done. Raises UserError for a base of another kind, an unknown language, a corpus without the script or one that
-    supports fewer tokens, and a marker that the base has.
+    larger than the tokenizer; the ids between stand for nothing. cuts: by default the base's where the script is Latin,
+    and whole runs elsewhere; a SentencePiece base cuts nothing. english: texts of which the report says whether their
+    ids change. scripts: names of scripts in place of the language's usual ones. on_progress is called with a phase and
+    the share of it that is done. Raises UserError for a base of another kind, an unknown language, a corpus without the
+    script or one that supports fewer tokens, and a marker that the base has.
     """
     script = script_of(language, scripts or ())
     state: dict[str, Any] = json.loads(base.backend.to_str())
@@ -90,7 +95,7 @@ def expand(
     if size < 1 or min_count < 1:
         raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
     tell = on_progress or (lambda _phase, _share: None)
-    words = script.latin if whole_words is None else whole_words
+    words = script.latin if cuts is None else cuts == "base"
     whole_state = with_base_tokens(state, base.source, first_id)
     make = byte_level_growth if kind == "byte-level" else piece_growth
     growth = make(state, whole_state, script, words, markers)
@@ -120,8 +125,10 @@ def expand(
         "first_new_id": tokenizer.vocab_size - size - len(markers),
         "new_tokens": size,
         "min_count": min_count,
-        "whole_words": words,
+        "cuts": "none" if kind == "sentencepiece" else "base" if words else "whole",
         "parts_of_characters": growth.parts(learned.choice),
+        "readers": readers(json.loads(tokenizer.backend.to_str())),
+        "passes_for_base": passes_for(base, tokenizer) if kind == "byte-level" else None,
         "never_produced": sum(n == 0 for n in learned.counts),
         "produced_less_than_min_count": sum(n < min_count for n in learned.counts),
         "tokens_per_character_before": tokens_per_character(base, sample),
@@ -274,7 +281,7 @@ def _count_runs(
 
 def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    return Tokenizer(backend, copy.deepcopy(base.config), base.chat_template, source)
+    return base.derived(backend, source=source)
 
 
 def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:

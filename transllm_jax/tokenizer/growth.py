@@ -56,7 +56,7 @@ def byte_level_growth(
 
     return Growth(
         finder.find,
-        lambda runs, size, min_count, tell: learn_merges(whole, runs, size, min_count, tell),
+        lambda runs, size, min_count, tell: learn_merges(whole, runs, size, min_count, tell, finder.learnable),
         first,
         lambda token: token_bytes(token).decode("utf-8", errors="replace"),
         lambda base, choice: _bytes_made_of(base, whole["model"]["vocab"], choice),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.atoms import AtomCoder, token_bytes
+from transllm_jax.tokenizer.atoms import Atom, AtomCoder, token_bytes
 from transllm_jax.tokenizer.encoded import Merge, batches, counts, joined
 from transllm_jax.tokenizer.prune import Choice, Learned, OnProgress, choose
 from transllm_jax.tokenizer.symbols import BARRIER, train_merges
@@ -49,12 +49,18 @@ def extended(state: dict[str, Any], merges: list[Merge], tokens: list[str]) -> d
 
 
 def learn_merges(
-    state: dict[str, Any], runs: Counter[str], size: int, min_count: int, on_progress: OnProgress
+    state: dict[str, Any],
+    runs: Counter[str],
+    size: int,
+    min_count: int,
+    on_progress: OnProgress,
+    learnable: Callable[[str], bool] = lambda _: True,
 ) -> Learned:
     """Exactly `size` new tokens from runs of target-script text with their counts.
 
     state: the base's tokenizer.json, parsed, with every token in its vocabulary; runs: texts that the new
-    pre-tokenizer leaves whole, normalised. Every new token occurs at least `min_count` times in the encoded runs,
+    pre-tokenizer leaves whole, normalised. learnable: of a stretch of their text, whether new tokens may hold it; those
+    that it refuses stand between tokens. Every new token occurs at least `min_count` times in the encoded runs,
     except the parts of characters that take several merges. Raises UserError where the runs support fewer tokens, or
     where the characters alone need more.
     """
@@ -66,7 +72,7 @@ def learn_merges(
     found = counts(words, weights, coder.size)
     named = [(coder.atom(int(i)), int(i)) for i in np.flatnonzero(found)]
     named.sort(key=lambda item: (-int(found[item[1]]), item[0]))
-    frequent = [(atom, i) for atom, i in named if found[i] >= min_count]
+    frequent = [(atom, i) for atom, i in named if found[i] >= min_count and learnable(_text(atom))]
     building = [("".join(a[:i]), a[i]) for a, _ in frequent for i in range(1, len(a))]
     characters = len(MergeOptions(state, building, len(building)).select(len(building), set()).tokens)
     if characters > size:
@@ -90,6 +96,10 @@ def learn_merges(
         if (learned := choose(options, texts, weights, size, min_count, on_progress, more)) is not None:
             return learned
         trained_size *= 2
+
+
+def _text(atom: Atom) -> str:
+    return token_bytes("".join(atom)).decode("utf-8", errors="replace")
 
 
 class MergeOptions:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from transllm_jax.tokenizer.scripts import Script
+from transllm_jax.tokenizer.scripts import JOINERS, Script
 
 SPACE = "▁"
 
@@ -35,13 +35,15 @@ class PieceRuns:
         """
         self._prefix = prefixes(state)
         inside = script.character_class
-        self._learnable = re.compile(f"{SPACE}?[{inside}]+")
+        joiner = f"[{JOINERS}]?"
+        self._learnable = re.compile(f"(?:{SPACE}?|{joiner})[{inside}](?:{joiner}[{inside}])*{joiner}")
         # A piece that holds a character of the script and another, or a space behind something.
         touching = re.compile(f"[{inside}][^{inside}]|[^{SPACE}{inside}][{inside}]|[^{SPACE}]{SPACE}")
         if whole_words or any(touching.search(piece) for piece in known):
             self._stretch = re.compile(f"{SPACE}*[^{SPACE}{inside}]*[{inside}][^{SPACE}]*")
         else:
-            self._stretch = re.compile(f"{SPACE}*[{inside}]+")
+            # A new piece may begin or end with a joiner, wherever that stands.
+            self._stretch = re.compile(f"{SPACE}*[{JOINERS}]*[{inside}][{inside}{JOINERS}]*")
 
     def normalised(self, text: str) -> str:
         """The text with "▁" for spaces, and before it where the tokenizer puts one."""
@@ -55,5 +57,6 @@ class PieceRuns:
         return self._stretch.findall(self.normalised(text))
 
     def learnable(self, piece: str) -> bool:
-        """Whether this may become a new piece: characters of the script alone, with at most a "▁" before them."""
+        """Whether this may become a new piece: characters of the script, with at most a "▁" before them, and joiners
+        beside them, never two in a row: text without the script cannot make it."""
         return self._learnable.fullmatch(piece) is not None

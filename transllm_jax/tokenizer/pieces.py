@@ -25,6 +25,7 @@ from transllm_jax.tokenizer.encoded import Encoded, Ids, Merge, counts, encode
 from transllm_jax.tokenizer.merges import SPARE, merges_of
 from transllm_jax.tokenizer.piece_runs import PieceRuns
 from transllm_jax.tokenizer.prune import Choice, Learned, OnProgress, choose
+from transllm_jax.tokenizer.scripts import JOINERS
 from transllm_jax.tokenizer.symbols import BARRIER, train_merges
 
 
@@ -141,7 +142,7 @@ def learn_pieces(
     unit = {number: piece for piece, number in (table.vocabulary | characters).items()}
     found = counts(words, weights, first + len(missing))
     used = [int(i) for i in np.flatnonzero(found >= min_count)]
-    symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] == "▁"})
+    symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] in ("▁", *JOINERS)})
     place = {symbol: i for i, symbol in enumerate(symbols)}
     numbers = np.full(first + len(missing), BARRIER, np.int64)
     for i in used:

@@ -5,7 +5,8 @@ Keeping runs whole is the pre-tokenizer of an expanded byte-level BPE tokenizer.
 The usual patterns cut a Thai word at every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and
 a merge cannot cross a cut. So runs of the script, with a space before, are isolated first; every stretch
 between them is then cut exactly as the base cuts it when it stands alone. Text without the script has no
-runs and keeps its cuts, hence its ids.
+runs and keeps its cuts, hence its ids. A joiner (U+200C, U+200D), which also stands in emoji, is part of a run
+between two of the script's characters alone.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
 
     A `Digits` step stays in front: the script's own digits stay single where the base's digits do.
     """
-    run = f" ?[{script.character_class}]+"
+    run = f" ?{script.stretch()}"
 
     def split(pattern: str) -> dict[str, Any]:
         return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -124,11 +125,11 @@ class RunFinder:
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
         inside, numerals = script.character_class, script.numerals
-        pattern = f" ?[{inside}]+"
+        pattern = f" ?{script.stretch()}"
         for step in _steps(state):
             if step["type"] == "Digits" and numerals:  # digits are cut off first, all of them or one by one
                 many = "" if step["individual_digits"] else "+"
-                pattern = f"[{numerals}]{many}| ?(?:(?![{numerals}])[{inside}])+"
+                pattern = f"[{numerals}]{many}| ?" + script.stretch(f"(?:(?![{numerals}])[{inside}])")
         self._pattern = re.compile(pattern)
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer = backend.normalizer
@@ -139,13 +140,19 @@ class RunFinder:
             text = self._normalizer.normalize_str(text)
         return self._pattern.findall(text)
 
+    def learnable(self, text: str) -> bool:
+        """Whether new tokens may hold this: a run has nothing else."""
+        return True
+
 
 class WordFinder:
-    """Finds the words of letters of a script in a text as the base's own pre-tokenizer cuts them."""
+    """Finds the words with characters of a script in a text as the base's own pre-tokenizer cuts them."""
 
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
         self._letter = re.compile(f"[{script.character_class}]")
+        # Of English's own script anything may be learned; of another, nothing that text without it could hold.
+        self._learnable = None if script.latin else re.compile(f" | ?[{script.character_class}]+")
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
 
@@ -155,3 +162,7 @@ class WordFinder:
             text = self._normalizer.normalize_str(text)
         words = (text[first:last] for _, (first, last) in self._pre_tokenizer.pre_tokenize_str(text))
         return [word for word in words if self._letter.search(word)]
+
+    def learnable(self, text: str) -> bool:
+        """Whether new tokens may hold this stretch of a word."""
+        return self._learnable is None or self._learnable.fullmatch(text) is not None

@@ -24,6 +24,8 @@ from transllm_jax.errors import UserError
 
 Range = tuple[int, int]
 
+# ZERO WIDTH NON-JOINER and JOINER: of no script, and part of the spelling of words in many (Sinhala, Persian, Bengali).
+JOINERS = "\u200c\u200d"
 _NO_SCRIPT = frozenset({"Zyyy", "Zinh", "Zzzz"})  # common, inherited, unassigned
 _UNASSIGNED = "Zzzz"
 _LATIN = "Latn"
@@ -78,6 +80,14 @@ class Script:
         """The inside of a regular expression's `[...]` that matches the script's characters."""
         return "".join(f"{chr(first)}-{chr(last)}" for first, last in self.blocks)
 
+    def stretch(self, characters: str | None = None) -> str:
+        """A regular expression of the script's characters in a row, with single joiners between two of them.
+
+        characters: another expression of one of them.
+        """
+        one = characters or f"[{self.character_class}]"
+        return f"{one}+(?:[{JOINERS}]{one}+)*"
+
     @property
     def numerals(self) -> str:
         """The script's own digits and other numeric characters (Unicode category N)."""
@@ -114,6 +124,11 @@ def language_name(language: str) -> str | None:
     return names.get(whole) or names.get(code)
 
 
+def is_language_name(word: str) -> bool:
+    """Whether this is the English name of a language, such as Thai."""
+    return word.strip().casefold() in _names()
+
+
 _TAG = re.compile(r"^(?P<language>[A-Za-z]{2,3})(-(?P<script>[A-Za-z]{4}))?(-(?P<region>[A-Za-z]{2}|\d{3}))?$")
 
 
@@ -144,6 +159,11 @@ def _current(code: str) -> str:
 @cache
 def _english_names() -> dict[str, str]:
     return {str(code): str(name) for code, name in Locale("en").languages.items()}
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(name.casefold() for name in _english_names().values())
 
 
 def _unknown(language: str) -> str:

@@ -6,10 +6,12 @@ needed: a saved directory is one that plain `AutoTokenizer` loads with the same 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,12 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.beside import completed
+from transllm_jax.tokenizer.beside import check_tokens
+from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_IN_TOKENIZER_JSON = {
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "auto_map",
-    "tokenizer_file",
-    "name_or_path",
-    "add_prefix_space",
-    "add_bos_token",
-    "add_eos_token",
-}
+# What ends a document in the pre-training of chat models, whose eos ends an answer: ChatML's and Llama 3's.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer:
@@ -42,18 +36,31 @@ class Tokenizer:
         config: dict[str, Any],
         chat_template: str | None,
         source: str = "tokenizer",
+        *,
+        model_ends: Iterable[int] = (),
+        today: date | None = None,
     ) -> None:
-        """`config` is the content of tokenizer_config.json, `source` the name that error messages use."""
+        """`config` is the content of tokenizer_config.json, `source` the name that error messages use.
+
+        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `today`: the date that a
+        chat template is told; by default that of this moment, which then stays.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.config = config
         self.chat_template = chat_template
         self.source = source
+        self.model_ends = tuple(model_ends)
+        self.today = today or date.today()
 
     @classmethod
-    def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads a Hugging Face tokenizer directory. Raises UserError for a missing or unreadable file."""
+    def load(cls, directory: str | Path, *, model: str | Path | None = None, today: date | None = None) -> Tokenizer:
+        """Reads a Hugging Face tokenizer directory.
+
+        model: the directory of the model, where that is another one; its generation_config.json and config.json name
+        tokens that end an answer. today: see `Tokenizer`. Raises UserError for a missing or unreadable file.
+        """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -61,13 +68,38 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json: give a Hugging Face directory that has one "
                 f"(AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes it for any tokenizer)"
             )
-        config = _read_json(directory / "tokenizer_config.json")
+        config = read_config(directory)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
-        config = completed(directory, config, backend, ROLES)
-        return cls(backend, config, _read_template(directory, config), str(directory))
+        check_tokens(directory, config, backend)
+        ends = _model_ends(directory if model is None else Path(model))
+        template = _read_template(directory, config)
+        return cls(backend, completed(config, backend), template, str(directory), model_ends=ends, today=today)
+
+    def derived(
+        self,
+        backend: tokenizers.Tokenizer | None = None,
+        *,
+        source: str | None = None,
+        config: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> Tokenizer:
+        """A copy with another backend, name, config or chat template; all else is this one's.
+
+        Without a config it says of the new special tokens of a backend what this one's says of its own.
+        """
+        if config is None:
+            config = self.config if backend is None else extended_config(self.config, self.backend, backend)
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self.backend.to_str()) if backend is None else backend,
+            copy.deepcopy(config),
+            self.chat_template if chat_template is None else chat_template,
+            self.source if source is None else source,
+            model_ends=self.model_ends,
+            today=self.today,
+        )
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
@@ -77,13 +109,12 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True) + "\n", encoding="utf-8")
-        # A named class such as GPT2Tokenizer rebuilds its own pre-tokenizer when transformers 5 loads it and
-        # so loses ours; the generic class takes tokenizer.json as it is, which the dropped keys only repeat.
-        config = {key: value for key, value in self.config.items() if key not in _IN_TOKENIZER_JSON}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config["clean_up_tokenization_spaces"] = False
-        config.pop("chat_template", None)
-        if self.chat_template is not None:
+        config = config_to_write(self.config)
+        named = self.config.get("chat_template")
+        if isinstance(named, list):  # for tools, say, beside the default; a file would hide them
+            changed = [{**t, "template": self.chat_template} if t["name"] == "default" else t for t in named]
+            config["chat_template"] = changed
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -183,7 +214,10 @@ class Tokenizer:
 
     @cached_property
     def eos_id(self) -> int:
-        """The token that ends an answer. Raises UserError where tokenizer_config.json names none."""
+        """The token that tokenizer_config.json names as eos. What ends an answer, `tokenizer.ends` says.
+
+        Raises UserError where it names none.
+        """
         found = self._role_id("eos_token")
         if found is None:
             raise UserError(f"{self.source}: tokenizer_config.json names no eos_token: add the one of the chat model")
@@ -197,13 +231,22 @@ class Tokenizer:
 
     @cached_property
     def document_end_id(self) -> int:
-        """The token that ends a document of plain text: `<|endoftext|>` if there is one, else eos."""
-        found = self.token_id("<|endoftext|>")
+        """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, or else eos."""
+        found = next((token for name in _DOCUMENT_ENDS if (token := self.token_id(name)) is not None), None)
         return self.eos_id if found is None else found
+
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template writes the date of the day."""
+        return "strftime_now" in (self.chat_template or "")
 
     @cached_property
     def bos_ids(self) -> list[int]:
-        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2."""
+        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2.
+
+        The post-processor in tokenizer.json says it. `add_bos_token` in tokenizer_config.json does not: beside a
+        tokenizer.json transformers 5 reads past it, so that DeepSeek's files, which say true, give no such token.
+        """
         plain = list(self.backend.encode("a", add_special_tokens=False).ids)
         whole = list(self.backend.encode("a", add_special_tokens=True).ids)
         for start in range(len(whole) - len(plain) + 1):
@@ -221,25 +264,37 @@ class Tokenizer:
         found = self._special_pattern.search(text)
         return found.group() if found else None
 
+    def without_specials(self, text: str) -> str:
+        """A text without special tokens, and without spaces at its ends."""
+        while self.find_special(text):
+            text = self._special_pattern.sub("", text)
+        return text.strip()
+
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template."""
+        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template.
+
+        Of a template that writes the date, over the date too: on another day it makes other tokens of a conversation.
+        """
         content = json.loads(self.backend.to_str())
         roles = {name: self.role(name) for name in ROLES}
-        canonical = json.dumps([content, roles, self.chat_template], sort_keys=True, ensure_ascii=False)
+        known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.dated else [])]
+        canonical = json.dumps(known, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: it names the end token and the chat template; copy it from the model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return value
+def _model_ends(directory: Path) -> list[int]:
+    """The ids that a model's generation_config.json and config.json name as eos, in order; none where neither is."""
+    found: list[int] = []
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        for token in named if isinstance(named, list) else [named]:
+            if token is None or token in found:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise UserError(f"{path}: eos_token_id is {named!r}; make it a token id or a list of them")
+            found.append(token)
+    return found
 
 
 def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
@@ -248,7 +303,7 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     value: Any = config.get("chat_template")
     if (directory / "chat_template.json").is_file():
-        value = _read_json(directory / "chat_template.json").get("chat_template")
+        value = read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):  # several named templates
         value = {t["name"]: t["template"] for t in value}.get("default")
     return None if value is None else str(value)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +103,12 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the lowest score (of equal ones the last), or None where none has a score."""
         return min(self._scores, key=lambda step: (self._scores[step], -step), default=None)
+
+    def compare(self, steps: Iterable[int]) -> None:
+        """Only the scores of these steps, and of those to come, are compared: the others are of something else."""
+        alike = set(steps)
+        for step in self._scores.keys() - alike:
+            del self._scores[step]
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Write the state in the background; the next save, or `close`, waits for it. A score is better when lower.

@@ -57,12 +57,16 @@ def train_flops_per_token(
     # Forward and gradient of the input, by all weights; gradient of the weights, by those that train.
     used = kernels + adapters + base + new
     trained = adapters + (kernels if full else 0) + (base if full or train_base else 0) + (new if train_new else 0)
-    # How many keys a query sees on average: half of them, or of a window's the first queries half.
-    window = min(config.sliding_window or length, length)
-    keys = window * (1 - window / (2 * length))
+    keys = mean_keys(config, length)
     # Scores and sums of values, and for each two products backward.
     attention = config.num_hidden_layers * 2 * 3 * 2 * keys * config.num_attention_heads * config.head_dim
     return 4.0 * used + 2.0 * trained + attention
+
+
+def mean_keys(config: LlamaConfig, length: int) -> float:
+    """How many keys a query of a row sees on average: half of them, or a window's, of which the first queries half."""
+    window = min(config.sliding_window or length, length)
+    return window * (1 - window / (2 * length))
 
 
 def forward_flops_per_token(

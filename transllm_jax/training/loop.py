@@ -76,11 +76,15 @@ class Around:
 
 @dataclass(frozen=True)
 class Watch:
-    """Validation: `measure` gives bits per byte, every so many steps; `patience` of them without a better end it."""
+    """Validation: `measure` gives bits per byte, every so many steps; `patience` of them without a better end it.
+
+    of: says what is measured; validations of something else are not compared with these.
+    """
 
     measure: Callable[[Flat], float]
     every: int
     patience: int | None = None
+    of: str = ""
 
 
 @dataclass
@@ -158,7 +162,7 @@ def train(
     first, steps = int(state.step), config.optimizer.steps
     if done := len(read_rows(directory / "metrics.jsonl")):
         lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
-        progress.say(f"  goes on from step {first:,}{lost}", markup=False)
+        progress.say(f"  goes on from step {first:,}{lost}")
     if first > steps:
         raise UserError(
             f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
@@ -181,10 +185,9 @@ def train(
         memory=used_memory,
         bar=bar,
     )
-    found = peers.share([row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")])
-    history = [math.inf if value is None else value for value in found]
+    history = [] if watch is None else _history(peers, directory, watch, checkpoints, progress)
     agreement = Agreement(peers)
-    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}", markup=False))
+    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}"))
     ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
     try:
         for number in range(first, steps):
@@ -211,7 +214,7 @@ def train(
             if watch is not None and validates:
                 with ledger.spend("validate"):
                     measured = watch.measure(state.trainable)
-                    reporter.validated(done, measured)
+                    reporter.validated(done, measured, watch.of)
                 # What is not finite is no better than anything.
                 score = measured if math.isfinite(measured) else None
                 history.append(math.inf if score is None else score)
@@ -249,7 +252,20 @@ def _standing(name: str, checkpoints: Checkpoints) -> str:
 
 
 def _teller(progress: Progress) -> Callable[[str], None]:
-    return lambda message: progress.say(f"  warning: {message}", markup=False)
+    return lambda message: progress.say(f"  warning: {message}")
+
+
+def _history(peers: Peers, directory: Path, watch: Watch, checkpoints: Checkpoints, progress: Progress) -> list[float]:
+    """The validations so far of what is measured now; checkpoints have the scores of these alone."""
+    found = peers.share(read_rows(directory / "validation.jsonl"))
+    alike = [row for row in found if row.get("of", "") == watch.of]
+    if len(alike) < len(found):
+        progress.say(
+            f"  validations up to step {max(row['step'] for row in found if row not in alike)} were of other rows; the "
+            "best checkpoint is sought among those that are measured on the rows of now",
+        )
+    checkpoints.compare(row["step"] for row in alike)
+    return [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in alike]
 
 
 def _exhausted(history: list[float], patience: int | None) -> bool:

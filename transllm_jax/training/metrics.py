@@ -45,3 +45,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def read_validations(path: Path) -> list[dict[str, Any]]:
+    """The rows of validation.jsonl that are compared with the last one: those of the same text."""
+    rows = read_rows(path)
+    return [row for row in rows if row.get("of") == rows[-1].get("of")]

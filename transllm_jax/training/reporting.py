@@ -111,10 +111,11 @@ class Reporter:
                 f"the stage with --force {self._name}. Checkpoints stay as they are"
             )
 
-    def validated(self, step: int, bits_per_byte: float) -> None:
-        """A validation after this many steps."""
+    def validated(self, step: int, bits_per_byte: float, of: str = "") -> None:
+        """A validation after this many steps. of: says what was measured."""
         finite = math.isfinite(bits_per_byte)
-        self._validations.write({"step": step, "bits_per_byte": bits_per_byte if finite else None})
+        row = {"step": step, "bits_per_byte": bits_per_byte if finite else None}
+        self._validations.write({**row, "of": of} if of else row)
         self._board.scalars(step, {"validation/bits_per_byte": bits_per_byte})
 
     def close(self) -> None:

@@ -1,0 +1,63 @@
+"""In place of an engine, one that says what a test has written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tiny_tokenizer import build_tiny_tokenizer
+
+from transllm_jax.generation.chain import ChainChat
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+MARKERS = Markers()
+WHOLE_CHAIN = "<EN>What is it?<RESPONSE>A fox.<TH>สุนัข"
+
+
+def chain_tokenizer(directory: Path) -> Tokenizer:
+    """The tiny tokenizer with the chain's markers as special tokens."""
+    made = Tokenizer.load(build_tiny_tokenizer(directory))
+    made.backend.add_special_tokens(list(MARKERS.in_order()))
+    return made
+
+
+class Script:
+    """In place of an engine: gives out texts in order, and keeps what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, *texts: str) -> None:
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.config = SimpleNamespace(context=10_000)
+        self.calls: list[list[list[int]]] = []
+        self.options: list[dict[str, Any]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
+        **options: Any,
+    ) -> list[list[int]]:
+        self.calls.append([list(prompt) for prompt in prompts])
+        self.options.append(options)
+        answers = [self.tokenizer.encode(self.texts.pop(0)) for _ in prompts]
+        on_tokens(sum(map(len, answers)))
+        return answers
+
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
+        (ids,) = self.generate([prompt], **options)
+        yield ids[: len(ids) // 2]
+        yield ids
+
+
+def chat_of(script: Script, **options: Any) -> ChainChat:
+    engine: Any = script
+    return ChainChat(engine, script.tokenizer, MARKERS, max_new_tokens=30, **options)
+
+
+def asked(question: str) -> list[Message]:
+    return [{"role": "user", "content": question}]

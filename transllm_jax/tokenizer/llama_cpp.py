@@ -1,0 +1,70 @@
+"""What llama.cpp makes of an expanded tokenizer, as against those that read tokenizer.json.
+
+llama.cpp's converter does not bring a byte-level tokenizer's pre-tokenizer into a GGUF file. It encodes one text, knows
+by the ids which of the pre-tokenizers of llama.cpp is meant, and writes that one's name. The text has Latin, Cyrillic,
+Han and Khmer letters, emoji, digits and signs. So an expansion for another script passes for its base, and llama.cpp
+cuts text as the base does. Source: convert_hf_to_gguf.py (get_vocab_base_pre), src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+AS_TRAINED, OTHER_IDS = "as trained", "other ids"
+
+# The text by which the converter knows a pre-tokenizer.
+CHECK_TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на "
+    "Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make "
+    "it, 'D you like some tea? We'Ve a'lL"
+)
+
+
+def has_own_cuts(state: dict[str, Any]) -> bool:
+    """Whether a parsed tokenizer.json has the pre-tokenizer of `runs.keep_runs_whole`, which no GGUF file can name.
+
+    It isolates runs of a script, and has them as the first alternative of every pattern that follows.
+    """
+    steps = (state.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    run, *others = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"] or [""]
+    return (
+        run.startswith(" ?[") and run.endswith("]+") and bool(others) and all(o.startswith(f"{run}|") for o in others)
+    )
+
+
+def readers(state: dict[str, Any]) -> dict[str, str]:
+    """Who reads texts as the ids that a model is trained on. `state`: its parsed tokenizer.json.
+
+    llama.cpp reads the base's own text as it does the base's: without NFC, where the base has that.
+    """
+    return {
+        "transformers": AS_TRAINED,
+        "vllm": AS_TRAINED,
+        "llama.cpp": OTHER_IDS if has_own_cuts(state) else AS_TRAINED,
+    }
+
+
+def readers_of(directory: Path) -> dict[str, str]:
+    """`readers` of a directory's tokenizer.json."""
+    return readers(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def not_for_llama_cpp(directory: Path) -> str | None:
+    """What there is to say where llama.cpp gives a model directory's text other ids; None where it does not."""
+    if not (directory / "tokenizer.json").is_file() or readers_of(directory)["llama.cpp"] == AS_TRAINED:
+        return None
+    return (
+        "transformers and vLLM read the ids it is trained on, llama.cpp others: a GGUF file has no place for its "
+        "tokenizer's cuts (vocabulary.cuts: base learns tokens that llama.cpp reads, too)"
+    )
+
+
+def passes_for(base: Tokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether llama.cpp's converter takes an expanded tokenizer for its base. One that it does not know, it refuses."""
+    return base.encode(CHECK_TEXT, specials=False) == tokenizer.encode(CHECK_TEXT, specials=False)
