@@ -316,9 +316,7 @@ def resolved(reading: Reading) -> Reading:
 def _container(files: Sequence[Path]) -> Container:
     found = {_suffixes(file)[0]: file for file in files}
     if ".csv" in found:
-        raise UserError(
-            f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or set container"
-        )
+        raise UserError(f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or set container")
     kinds = {_CONTAINERS.get(suffix, "lines"): file for suffix, file in found.items()}
     if len(kinds) > 1:
         what = ", ".join(f"{file} ({kind})" for kind, file in kinds.items())
