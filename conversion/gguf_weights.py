@@ -110,11 +110,18 @@ def open_gguf(path: str | Path) -> GGUFModel:
     """Open a GGUF file and check that it is a whole model of the LLaMA family.
 
     Embeddings are tied where the file has no `output.weight`. Raises UserError for a file that is truncated or not
-    GGUF, of another architecture, with an option that is not computed, with missing, extra or misshapen tensors, and
-    with tensors of a type that is not read; of these, all are listed.
+    GGUF, one of several parts, of another architecture, with an option that is not computed, with missing, extra or
+    misshapen tensors, and with tensors of a type that is not read; of these, all are listed.
     """
     path = Path(path)
     fields, stored = read_header(path)
+    if (parts := fields.get("split.count", 1)) != 1:
+        number = fields.get("split.no")
+        which = f"part {number + 1}" if isinstance(number, int) else "one"
+        raise UserError(
+            f"{path} is {which} of the {parts} parts of a model, which are not read; join them with llama.cpp's "
+            "llama-gguf-split --merge FIRST-PART OUT.gguf"
+        )
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(

@@ -176,8 +176,10 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
         if isinstance(model, HFModel) and model.dropped:
             options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
     shutil.copyfile(src / "config.json", directory / "config.json")
+    # The source's own: a message about it names a file that stays.
+    given = src / "generation_config.json"
+    ends = (read_json(given) if given.is_file() else {}, raw)
     copy_generation_config(src, directory)
-    ends = (read_json(directory / "generation_config.json"), raw)
     if options.layout == "hf" and all(fields.get("eos_token_id") is None for fields in ends):
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
     copy_notices(src, directory)

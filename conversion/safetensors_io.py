@@ -282,7 +282,13 @@ def _write_file(
             if array.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: got shape {array.shape}, expected {tensor.shape}")
             with np.errstate(over="ignore"):  # an overflow is reported below, by name
-                array = np.ascontiguousarray(array, dtype=part.dtype)
-            require_finite(array, tensor.name, f"what is written as {part.dtype.name}")
+                rounded = np.ascontiguousarray(array, dtype=part.dtype)
+            if bad := count_not_finite(rounded):
+                require_finite(array, tensor.name, "what is written")
+                raise UserError(
+                    f"tensor {tensor.name}: in {part.dtype.name}, which ends at {ml_dtypes.finfo(part.dtype).max:g}, "
+                    f"{bad} of its {array.size} values would be NaN or infinite; write bfloat16 or float32"
+                )
+            array = rounded
             stream.write(array.data.cast("B") if part.dtype.kind == "f" else array.view(np.uint16).data.cast("B"))
             advance(part.size)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,24 @@ def test_rendering_is_transformers_rendering(tiny: Tokenizer, template: str, tmp
             assert render(tokenizer, messages, prompt) == expected
     ids = auto.apply_chat_template(TURNS[:3], tokenize=True, add_generation_prompt=True, return_dict=False)
     assert encode_prompt(tokenizer, TURNS[:3]) == ids if template != "jinja" else True
+
+
+def test_a_token_that_takes_the_space_behind_it(tiny: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    next(token for token in state["added_tokens"] if token["content"] == "<|im_end|>")["rstrip"] = True
+    path.write_text(json.dumps(state), encoding="utf-8")
+    tokenizer, auto = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    def whole(messages: list[Message], prompt: bool) -> list[int]:
+        return list(auto.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
+
+    assert encode_prompt(tokenizer, TURNS[:3]) == whole(TURNS[:3], True)
+    [(ids, mask, _)] = encode_conversation(tokenizer, TURNS)
+    assert ids == whole(TURNS, False)
+    assert answers_of(tokenizer, ids, mask)[0] == "I am a model.\nA small one.<|im_end|>"
 
 
 def test_templates_that_cannot_be_trained_on(tiny: Tokenizer) -> None:

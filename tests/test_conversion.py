@@ -399,6 +399,10 @@ def test_import_keeps_a_generation_config_and_needs_an_end_token(tmp_path: Path)
     (src / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     import_base(str(src), tmp_path / "base")
     assert json.loads((tmp_path / "base/generation_config.json").read_text()) == {"eos_token_id": [2, 0]}
+    (src / "generation_config.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        import_base(str(src), tmp_path / "other")
+    assert str(caught.value).startswith(f"{src / 'generation_config.json'} is not valid JSON")
     (src / "generation_config.json").unlink()
     _edit("config.json", lambda config: config.pop("eos_token_id"))(src)
     with pytest.raises(UserError, match="eos_token_id"):
@@ -629,7 +633,7 @@ def test_export_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'int8' is not one of"):
         export(tmp_path, trainable, "int8")
     trainable["vocabulary.new"][0, 0] = 1e6
-    with pytest.raises(UserError, match=r"embed_tokens.* written as float16 has 1 of"):
+    with pytest.raises(UserError, match=r"embed_tokens.*: in float16, which ends at 65504, 1 of .*; write bfloat16 or"):
         export(tmp_path, trainable, "float16")
     dst = export(tmp_path, trainable)
     with pytest.raises(UserError, match="not empty"):

@@ -54,6 +54,7 @@ from transllm_jax.model.rope import RopeScaling
         (replace("tokenizer.ggml.merges", ["h e", "x yy"]), "tokens that do not exist"),
         (replace("tokenizer.ggml.token_type", [1, 2]), "different lengths"),
         (replace("tokenizer.ggml.tokens", ["a"] * len(tokens())), "the same token twice"),
+        (field("add_uint16", "split.count", 3), "m.gguf is one of the 3 parts of a model"),
     ],
 )
 def test_refused(tmp_path: Path, change: Any, said: str) -> None:
@@ -67,6 +68,18 @@ def test_refused(tmp_path: Path, change: Any, said: str) -> None:
         import_base(str(tmp_path / "m.gguf"), tmp_path / "base")
     assert "\n" not in str(caught.value) and "m.gguf" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"], "a failed import leaves something behind"
+
+
+def test_a_part_of_a_model_is_named(tmp_path: Path) -> None:
+    def second(writer: gguf.GGUFWriter, stored: dict[str, Any]) -> None:
+        writer.add_uint16("split.no", 1)
+        writer.add_uint16("split.count", 2)
+        for name in [name for name in stored if not name.startswith("blk.1")]:
+            del stored[name]
+
+    write_gguf(tmp_path / "m.gguf", tiny_config(), hf_weights(tiny_config()), change=second)
+    with pytest.raises(UserError, match=r"m\.gguf is part 2 of the 2 parts of a model.*llama-gguf-split --merge"):
+        open_gguf(tmp_path / "m.gguf")
 
 
 def test_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:

@@ -399,6 +399,28 @@ def test_empty_files(tmp_path: Path, name: str) -> None:
             items(Reading(str(write(tmp_path / name, "\n \n"))))
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.jsonlines", "a.Json", "a.jsonl.GZ", "a.ndjson.zst"])
+def test_names_that_records_go_by(tmp_path: Path, name: str) -> None:
+    raw = json.dumps({"text": THAI}).encode()
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix.lower(), bytes)
+    assert items(Reading(str(write(tmp_path / name, pack(raw))))) == [THAI]
+
+
+def test_csv_is_not_read_as_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", f"id,text\n1,{THAI}\n")
+    with pytest.raises(UserError, match=r"a\.csv is CSV, which is not read"):
+        items(Reading(str(path)))
+    assert items(Reading(str(path), container="lines", separator="line")) == ["id,text", f"1,{THAI}"]
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([["a"], ["b"], [1], [2]], names=["text", "text", "n", "n"])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has the column 'text' twice"):
+        items(Reading(str(tmp_path / "a.parquet")))
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": None, "n": 3}])
     with pytest.raises(UserError, match=r"a\.parquet:row 3: field 'text' must be a string, not null"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -173,6 +174,18 @@ def test_specials_are_refused_with_their_place(tmp_path: Path, tokenizer: Tokeni
         with pytest.raises(UserError, match=rf"{name}:{line} contains the special token <"):
             written(tmp_path / "cache", shard, Transform(content, 32), tokenizer)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_the_chat_template_refuses_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    picky = Tokenizer(tokenizer.backend, tokenizer.config, strict + str(tokenizer.chat_template))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [turns, turns, [{"role": "system", "content": "c"}, *turns]]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps({'messages': row})}\n" for row in rows))
+    [shard] = shards_of(path, "conversations")
+    with pytest.raises(UserError, match=r"a\.jsonl:3: the chat template of .* refuses the conversation: no system"):
+        written(tmp_path / "cache", shard, Transform("conversations", 200), picky)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tiny_shards import shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data import tokenise as module
+from transllm_jax.data.pool import cores, share_out
 from transllm_jax.data.shards import Shard
 from transllm_jax.data.token_cache import ShardTokens
 from transllm_jax.data.tokenise import tokenise
@@ -166,6 +167,28 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "strange", raising=False)
     return importlib.import_module("strange")
+
+
+def test_a_closed_terminal_ends_no_process_of_a_pool_by_itself() -> None:
+    done: list[int] = []
+    share_out(
+        signal.raise_signal, [signal.SIGHUP], 1, tell=lambda items, count: done.extend(items), lost="it was killed"
+    )
+    assert done == [signal.SIGHUP]
+
+
+def test_cores_are_those_that_a_job_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert cores(tmp_path) == 8
+    for written, allowed in (("max 100000", 8), ("250000 100000", 3), ("5000 100000", 1), ("9000000 100000", 8)):
+        (tmp_path / "cpu.max").write_text(f"{written}\n")
+        assert cores(tmp_path) == allowed
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, allowed in ((-1, 8), (200000, 2)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert cores(tmp_path) == allowed
 
 
 def test_an_error_in_a_process_is_told_with_its_place(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -38,7 +38,7 @@ class Source(Section):
     path: Location
     # What is in it. pairs: English and the target language.
     format: Literal["text", "pairs", "conversations"] = "text"
-    # How it is stored; by default what the file's suffix says: .jsonl, .parquet, else lines.
+    # How it is stored; by default what the file's suffix says: .jsonl (or .ndjson, .json), .parquet, else lines.
     container: Literal["lines", "jsonl", "parquet", "datasets", "tfds"] | None = None
     # Of records: the field of a text (`text` by default), or the two of a pair, English first. `a.b` is b inside of a.
     # What else a record has is not read. Conversations are known by their form: `conversations`, `messages`, or

@@ -294,7 +294,7 @@ def read_lines(
         offset = 0
         place = Place(str(file), 1)
         try:
-            with file.open("rb") as whole, _open(whole, file.suffix) as stream:
+            with file.open("rb") as whole, _open(whole, file.suffix.lower()) as stream:
                 for number, raw in enumerate(iter(partial(stream.readline, _LONGEST_LINE), b""), 1):
                     place = Place(str(file), number)
                     if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):

@@ -48,6 +48,8 @@ def iter_rows(
                     raise missing_field(names, field, str(file))
                 columns[column] = None
             columns |= dict.fromkeys(name for name in (names if optional is None else optional) if name in names)
+            if twice := [column for column in columns if names.count(column) > 1]:
+                raise UserError(f"{file} has the column {twice[0]!r} twice: rename or remove one of them")
             others = [name for name in names if name not in columns]
             place = Place(str(file), 1, "row")
             size, rows = file.stat().st_size, table.metadata.num_rows

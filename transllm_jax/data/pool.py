@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transllm_jax.errors import UserError
@@ -16,6 +18,21 @@ from transllm_jax.errors import UserError
 T = TypeVar("T")
 
 _POLL = 0.2  # seconds between two looks at how far the processes are
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores this process may use: a job or a container is often given fewer than the machine has.
+
+    cgroup: where the kernel tells what a container may take of the cores' time.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Version 2 says "QUOTA PERIOD" in one file, or "max PERIOD"; version 1 has a file for each, and -1 for no quota.
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
+            if quota > 0 and period > 0:
+                return min(allowed, -(-quota // period))
+    return allowed
 
 
 def share_out(
@@ -74,9 +91,9 @@ _shared: dict[str, Any] = {}  # of a process of the pool
 
 
 def _begin_process(counter: Any, stop: Any, environment: dict[str, str], given: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches all processes of a terminal; the first one tells the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and the end of a terminal reach all of its processes; the first one tells the others.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     _shared.update(counter=counter, stop=stop, given=given)

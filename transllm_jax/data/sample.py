@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.data.files import Collector, Controls, Separator
-from transllm_jax.data.pool import count, share_out
+from transllm_jax.data.pool import cores, count, share_out
 from transllm_jax.data.shards import Reading, iter_texts, text_files
 from transllm_jax.errors import UserError
 
@@ -253,7 +253,7 @@ def _read_all(
 
     tell(0)
     if processes is None:
-        processes = (os.cpu_count() or 1) if total >= _WORTH else 1
+        processes = cores() if total >= _WORTH else 1
     if min(processes, len(todo)) <= 1:
         for job in todo:
             _read_file(job, parts[job], tell)

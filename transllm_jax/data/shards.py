@@ -40,7 +40,13 @@ Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
 Item = str | tuple[str, str] | list[Message]
 
 _FORMAT = 2  # of the items: raised when the same files come to give other items
-_CONTAINERS: dict[str, Container] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_CONTAINERS: dict[str, Container] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
 _PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 
 
@@ -309,6 +315,8 @@ def resolved(reading: Reading) -> Reading:
 
 def _container(files: Sequence[Path]) -> Container:
     found = {_suffixes(file)[0]: file for file in files}
+    if ".csv" in found:
+        raise UserError(f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or set container")
     kinds = {_CONTAINERS.get(suffix, "lines"): file for suffix, file in found.items()}
     if len(kinds) > 1:
         what = ", ".join(f"{file} ({kind})" for kind, file in kinds.items())
@@ -317,9 +325,10 @@ def _container(files: Sequence[Path]) -> Container:
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
-    """The suffix of a file's content, and that of its compression."""
-    outer = file.suffix if file.suffix in COMPRESSED else ""
-    return Path(file.name.removesuffix(outer)).suffix, outer
+    """The suffix of a file's content, and that of its compression, in small letters."""
+    name = Path(file.name.lower())
+    outer = name.suffix if name.suffix in COMPRESSED else ""
+    return Path(name.name.removesuffix(outer)).suffix, outer
 
 
 def _parts(reading: Reading, hash_of: Callable[[Path], str]) -> list[_Part]:

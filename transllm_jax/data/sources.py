@@ -221,7 +221,7 @@ def read_jsonl(
 
 def _records(path: str | Path, fields: tuple[str, ...], collector: Collector) -> Iterator[tuple[dict[str, Any], Place]]:
     for file in resolve(path):
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             yield from iter_rows(file, fields, None)
         else:
             yield from refusing(iter_json(file, collector, fields=fields))

@@ -84,7 +84,7 @@ def write_shard(
 
         def finish_first() -> None:
             batch = waiting.popleft()
-            made = transform.finish(tokenizer, batch.prepared, batch.ids.result(), counts)
+            made = transform.finish(tokenizer, batch.prepared, batch.ids.result(), counts, batch.places)
             with writing(path):
                 for examples, _ in made:
                     for example in examples:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transllm_jax.data.array_file import sweep
 from transllm_jax.data.files import Controls, OnBadRows
-from transllm_jax.data.pool import count, share_out
+from transllm_jax.data.pool import cores, count, share_out
 from transllm_jax.data.shards import Shard
 from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.transform import Transform
@@ -41,13 +40,13 @@ def tokenise(
     # Of files that are equal in name and content, one.
     todo = list({path: shard for shard, path in paths.items() if not path.is_file()}.values())
     done = sum(shard.size for shard in shards) - sum(shard.size for shard in todo)
-    cores = os.cpu_count() or 1
+    available = cores()
     if todo:
         sweep(directory)
     if processes is None:
         # A size of 0 is not known.
         large = any(shard.size == 0 for shard in todo) or sum(shard.size for shard in todo) >= _WORTH
-        processes = cores if large else 1
+        processes = available if large else 1
     processes = min(processes, len(todo))
     items = 0
 
@@ -62,7 +61,7 @@ def tokenise(
             done += shard.size
             tell(done, items)
     else:
-        _in_processes(todo, paths, (transform, tokenizer, controls, on_bad_rows), done, tell, processes, cores)
+        _in_processes(todo, paths, (transform, tokenizer, controls, on_bad_rows), done, tell, processes, available)
     return [ShardTokens(paths[shard], shard.name) for shard in shards]
 
 
@@ -73,7 +72,7 @@ def _in_processes(
     done: int,
     tell: OnProgress,
     processes: int,
-    cores: int,
+    available: int,
 ) -> None:
     def told(finished: list[Shard], items: int) -> None:
         nonlocal done
@@ -86,7 +85,7 @@ def _in_processes(
         sorted(todo, key=lambda shard: -shard.size),
         processes,
         given=(paths, *given),
-        environment={"RAYON_NUM_THREADS": str(max(cores // processes, 1))},
+        environment={"RAYON_NUM_THREADS": str(max(available // processes, 1))},
         tell=told,
         lost="whole shards stay; run again, with more memory, or with smaller files",
     )

@@ -28,6 +28,7 @@ from transllm_jax.data.files import Place
 from transllm_jax.data.near_duplicates import exact_key, signature
 from transllm_jax.data.shards import Content, Item
 from transllm_jax.data.sources import refuse_special
+from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -95,23 +96,41 @@ class Transform:
         return Prepared(kept, given, texts)
 
     def finish(
-        self, tokenizer: Tokenizer, prepared: Prepared, ids: Sequence[list[int]], counts: Counter[str]
+        self,
+        tokenizer: Tokenizer,
+        prepared: Prepared,
+        ids: Sequence[list[int]],
+        counts: Counter[str],
+        places: Sequence[Place | None] | None = None,
     ) -> list[Made]:
-        """The last part of `made`: the examples, of the ids of the prepared texts."""
-        examples = iter(self._examples(tokenizer, prepared, [whole_text(tokenizer, one) for one in ids], counts))
+        """The last part of `made`: the examples, of the ids of the prepared texts.
+
+        places: where all the items stand. Raises UserError, with the place, for a conversation that the chat template
+        refuses.
+        """
+        places = [None] * len(prepared.kept) if places is None else places
+        given = [place for place, keep in zip(places, prepared.kept, strict=True) if keep]
+        whole = [whole_text(tokenizer, one) for one in ids]
+        examples = iter(self._examples(tokenizer, prepared, whole, counts, given))
         return [next(examples) if keep else Made([], []) for keep in prepared.kept]
 
     def _examples(
-        self, tokenizer: Tokenizer, prepared: Prepared, whole: list[Example], counts: Counter[str]
+        self,
+        tokenizer: Tokenizer,
+        prepared: Prepared,
+        whole: list[Example],
+        counts: Counter[str],
+        places: Sequence[Place | None],
     ) -> list[Made]:
         if self.content == "conversations":
-            return [self._conversation(tokenizer, item, counts) for item in prepared.items]
+            both = zip(prepared.items, places, strict=True)
+            return [self._conversation(tokenizer, item, counts, place) for item, place in both]
         if self.content == "text":
             return [self._document(example, text, counts) for example, text in zip(whole, prepared.texts, strict=True)]
         found = []
-        for pair, both in zip(prepared.items, zip(whole[::2], whole[1::2], strict=True), strict=True):
+        for pair, ways in zip(prepared.items, zip(whole[::2], whole[1::2], strict=True), strict=True):
             # Half a translation teaches to stop early: a long one is left out, not cut.
-            short = [example for example in both if len(example) <= self.length]
+            short = [example for example in ways if len(example) <= self.length]
             # Pairs, as all else is counted by items, though each direction goes by itself.
             counts["longer than a row"] += len(short) < 2
             found.append(Made(short, [len("".join(map(str, pair)).encode())] * len(short)))
@@ -125,9 +144,12 @@ class Transform:
         edges = np.concatenate([[0], ends * len(text.encode()) // ends[-1]])
         return Made(pieces, np.diff(edges).tolist())
 
-    def _conversation(self, tokenizer: Tokenizer, item: Item, counts: Counter[str]) -> Made:
+    def _conversation(self, tokenizer: Tokenizer, item: Item, counts: Counter[str], place: Place | None) -> Made:
         assert isinstance(item, list)
-        rows, outcome = conversation_rows(tokenizer, item, self.length, self.markers)
+        try:
+            rows, outcome = conversation_rows(tokenizer, item, self.length, self.markers)
+        except UserError as error:
+            raise error if place is None else UserError(f"{place}: {error}") from error
         counts["longer than a row"] += outcome == "dropped"
         counts["cut at a turn"] += outcome == "cut"
         return Made([make_example(row.ids, row.mask) for row in rows], [row.size for row in rows])

@@ -233,6 +233,9 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iter
     """The segments' ids, each as it stands behind the one before it."""
     before = ""
     for text, trained in segments:
+        # Some tokens (Phi's) take the white space behind them to themselves, where the whole is encoded at once.
+        if any(before.endswith(token) for token in tokenizer.space_takers):
+            text = text.lstrip()
         # Behind a special token a text begins anew, as it does where the whole is encoded at once.
         continuing = before != "" and not any(before.endswith(token) for token in tokenizer.special_tokens)
         yield tokenizer.encode(text, continuing=continuing), trained

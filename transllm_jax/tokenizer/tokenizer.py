@@ -192,6 +192,12 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return {token.content: int(i) for i, token in sorted(added.items()) if token.special}
 
+    @cached_property
+    def space_takers(self) -> tuple[str, ...]:
+        """The special tokens that take the white space behind them to themselves (`rstrip`): it has no ids."""
+        added = self.backend.get_added_tokens_decoder()
+        return tuple(token.content for token in added.values() if token.special and token.rstrip)
+
     def role(self, name: str) -> str | None:
         """The token that tokenizer_config.json names for a role such as `eos_token`."""
         value = self.config.get(name)
