@@ -18,6 +18,7 @@ from transllm_jax.config import Config
 from transllm_jax.errors import UserError
 from transllm_jax.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages.run import seed_for
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.new_rows import (
@@ -166,12 +167,13 @@ def test_both_tables_of_an_untied_model_get_their_rows(way: str, tmp_path: Path)
     rows, report = vocabulary(tmp_path / "model", tmp_path / "run", initial_rows=way, pad_to_multiple_of=8)
     assert report["initial_rows"] == {way: 143} and report["table"]["rows"] == 544
     base = read_weights(tmp_path / "model")
+    seed = seed_for(1, "new rows")  # not the run's own, from which the adapters are drawn
     for number, (path, table) in enumerate(
         (("vocabulary.new", "vocabulary.base"), ("vocabulary.output_new", "vocabulary.output_base"))
     ):
         assert rows[path].shape == (144, 48) and not rows[path][143:].any()
         if way == "random":
-            np.testing.assert_array_equal(rows[path][:143], random_rows(base[table], 143, 1, number))
+            np.testing.assert_array_equal(rows[path][:143], random_rows(base[table], 143, seed, number))
         else:
             token = Tokenizer.load(tmp_path / "run/vocabulary").token_id("<TH>") or 0
             word = Tokenizer.load(tmp_path / "model").encode(" Thai")
