@@ -1,12 +1,13 @@
 """What llama.cpp makes of an expanded byte-level tokenizer, beside what its tokenizer.json says.
 
     python bench/llama_cpp_cuts.py BASE --pre llama-bpe --addon llama-addon.node --corpus FILE ... --held-out FILE ...
-                                   [--size 4000] [--language th] [--plain FILE ...]
+                                   [--size 4000] [--language th] [--plain FILE ...] [--stand-in qwen35]
 
 BASE: a directory with tokenizer.json. --pre: the pre-tokenizer that llama.cpp's converter names for the base
 (llama-bpe, qwen2, smollm). --addon: llama.cpp itself, as the npm package @node-llama-cpp/linux-x64 brings it built
 (`npm install` it, the file lies under bins/); it is run by node. FILES: UTF-8 text, documents separated by a blank
-line, also .xz; --plain: texts without the language, whose ids must stay.
+line, also .xz; --plain: texts without the language, whose ids must stay; --stand-in: another pre-tokenizer of
+llama.cpp's, by which whole runs are read.
 Printed for the base as it is and for each way of cutting: tokens per character of the held-out documents as trained and
 in llama.cpp, in how many of them the ids differ, and whether the converter takes the tokenizer for the base's.
 """
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
     parser.add_argument("--plain", type=Path, nargs="*", default=[])
+    parser.add_argument("--stand-in")
     parser.add_argument("--size", type=int, default=4000)
     parser.add_argument("--language", default="th")
     given = parser.parse_args()
@@ -106,9 +108,9 @@ def main() -> None:
     markers = list(Markers.for_language(given.language).in_order())
     print(f"{given.base}: {len(held_out):,} documents, {characters:,} characters held out; {len(plain):,} without")
 
-    def measure(name: str, tokenizer: Tokenizer) -> None:
-        trained, other = tokenizer.encode_batch(held_out, specials=False)
-        other = by_llama_cpp(tokenizer, given.pre, given.addon, held_out + plain)
+    def measure(name: str, tokenizer: Tokenizer, pre: str) -> None:
+        trained = tokenizer.encode_batch(held_out, specials=False)
+        other = by_llama_cpp(tokenizer, pre, given.addon, held_out + plain)
         here, there = (sum(map(len, ids)) for ids in (trained, other[: len(held_out)]))
         differ = sum(a != b for a, b in zip(trained, other, strict=False))
         unlike = sum(
@@ -116,16 +118,18 @@ def main() -> None:
         )
         known = "takes it for the base" if passes_for(base, tokenizer) else "does not know it"
         print(
-            f"{name:6} {here:9,} tokens {here / characters:.4f} a character; llama.cpp {there:9,} "
+            f"{name:6} {here:9,} tokens {here / characters:.4f} a character; llama.cpp, {pre}: {there:9,} "
             f"{there / characters:.4f}, {differ:,} of {len(held_out):,} differ, without the language {unlike:,} of "
             f"{len(plain):,}; the converter {known}",
             flush=True,
         )
 
-    measure("base", base)
+    measure("-", base, given.pre)
     for cuts in ("whole", "base"):
         expansion = expand(base, corpus, size=given.size, language=given.language, markers=markers, cuts=cuts)
-        measure(cuts, expansion.tokenizer)
+        measure(cuts, expansion.tokenizer, given.pre)
+        if cuts == "whole" and given.stand_in:
+            measure(cuts, expansion.tokenizer, given.stand_in)
 
 
 if __name__ == "__main__":

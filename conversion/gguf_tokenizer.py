@@ -35,6 +35,8 @@ _PATTERN = (
 )
 _LLAMA3_PATTERN = _PATTERN.format(digits=r"\p{N}{1,3}")
 _QWEN2_PATTERN = _PATTERN.format(digits=r"\p{N}")
+# Qwen3.5's: marks go with letters.
+_QWEN35_PATTERN = _QWEN2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def _rules() -> dict[str, _Rule]:
         "gpt-2": _Rule(gpt2),
         # llama.cpp leaves NFC out, for which it has no code; the models were trained with it.
         "qwen2": _Rule(_pattern(_QWEN2_PATTERN), normalizers.NFC()),
+        "qwen35": _Rule(_pattern(_QWEN35_PATTERN), normalizers.NFC()),
         "llama-bpe": llama3,
         "llama3": llama3,
         "llama-v3": llama3,

@@ -105,8 +105,12 @@ def write_tokenizer_json(
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kinds = message.TrainerSpec.ModelType
     types = [piece.type for piece in model.pieces]
+    if trainer.model_type != kinds.Value("BPE"):
+        raise UserError(
+            f"{model_path} has model type {kinds.Name(trainer.model_type)}, which is not supported in any form: choose "
+            "a model with a BPE tokenizer"
+        )
     refused = {
-        f"model type {kinds.Name(trainer.model_type)}": trainer.model_type != kinds.Value("BPE"),
         "a normaliser (precompiled_charsmap)": normalizer.precompiled_charsmap,
         "a denormaliser (precompiled_charsmap)": model.denormalizer_spec.precompiled_charsmap,
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,

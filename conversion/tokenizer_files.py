@@ -8,6 +8,7 @@ from pathlib import Path
 from conversion.directories import read_json
 from conversion.sentencepiece_tokenizer import write_tokenizer_json
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,6 +40,7 @@ def bring_tokenizer(src: Path, dst: Path) -> None:
         copy_tokenizer(src, dst)
         return
     mend = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
+    refuse_other_format(src / "tokenizer.model")
     path = src / "tokenizer_config.json"
     config = read_json(path)
     if (src / "added_tokens.json").is_file():
@@ -59,7 +61,7 @@ def bring_tokenizer(src: Path, dst: Path) -> None:
 def require_tokenizer(directory: Path) -> None:
     """Raises UserError unless `directory` has a `tokenizer.json`, the form that all of our readers share."""
     if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} has no tokenizer.json; fetch the tokenizer's files")
+        raise no_tokenizer_json(directory)
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -176,6 +176,8 @@ def test_a_config_that_was_written_can_be_read_again(tmp_path: Path) -> None:
         (["initial_rows=best"], "'mean', 'weighted', 'random', 'copy' or 'calibrated'"),
         (["pad_to_multiple_of=0"], "pad_to_multiple_of: Input should be greater than 0"),
         (["pad_to_multiple_of=yes"], "pad_to_multiple_of cannot be true"),
+        (["cuts=never"], "cuts: Input should be 'whole' or 'base'"),
+        (["size=null", "tokenizer=t", "cuts=base"], "cuts are where new tokens are learned"),
         (["size=null", "corpus=[]", "adapter=a", "initial_rows=random"], "leave size, corpus and initial_rows out"),
     ],
 )

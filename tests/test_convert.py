@@ -304,6 +304,10 @@ def test_merging_says_what_rounding_took(run: Path, tmp_path: Path, command: Com
     assert isinstance(found.model, Merged)
     code, printed = command("to-hf", run, tmp_path / "out")
     assert code == 0 and "rounded once to bfloat16" in printed
+    # Thai's runs are kept whole, which a GGUF file cannot say.
+    assert "transformers and vLLM read the ids it is trained on, llama.cpp others" in printed
+    about = json.loads((tmp_path / "out" / "transllm.json").read_text(encoding="utf-8"))
+    assert about["readers"] == {"transformers": "as trained", "vllm": "as trained", "llama.cpp": "other ids"}
     written = open_hf(tmp_path / "out")
     largest = error = change = 0.0
     for tensor in tensors(written.config):

@@ -76,17 +76,25 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 @pytest.mark.parametrize(
     ("pre", "normalizer", "pattern", "ignore_merges"),
-    [("qwen2", {"type": "NFC"}, QWEN2, False), ("llama-bpe", None, LLAMA3, True)],
+    [
+        ("qwen2", {"type": "NFC"}, QWEN2, False),
+        ("qwen35", {"type": "NFC"}, QWEN35, False),
+        ("llama-bpe", None, LLAMA3, True),
+    ],
 )
 def test_the_rule_is_that_of_the_published_tokenizers(
     tmp_path: Path, pre: str, normalizer: Any, pattern: str, ignore_merges: bool
 ) -> None:
-    """As in the tokenizer.json of Qwen2, Qwen2.5 and Qwen3, and of LLaMA 3."""
+    """As in the tokenizer.json of Qwen2, Qwen2.5 and Qwen3, of Qwen3.5, and of LLaMA 3."""
     _built(tmp_path, pre=pre)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
     split, byte_level = raw["pre_tokenizer"]["pretokenizers"]

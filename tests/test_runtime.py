@@ -220,8 +220,9 @@ def test_an_end_without_an_error_takes_all_with_it() -> None:
     ended = run_processes(2, program("assert reduced() == 2\nif me == 0: time.sleep(1)"), env=env)
     assert [(one.code, one.lines()) for one in ended] == [(0, [])] * 2, all_said(ended)
     assert all("closed" in one.out for one in ended)
-    # Well above what it takes, and below what a wait for a time limit would.
-    assert all(float(one.out.split()[1]) < 5 for one in ended)
+    # Above what it takes, on a busy machine too (5 s were seen), and below the shortest of the limits, `patience`: one
+    # that asks the proxy waits for that.
+    assert all(float(one.out.split()[1]) < 15 for one in ended)
 
 
 def test_processes_that_differ_end_at_once() -> None:

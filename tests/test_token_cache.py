@@ -101,7 +101,7 @@ def test_bytes_of_a_conversation_are_those_of_the_answers_that_are_trained(token
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]  # type: ignore[list-item,typeddict-item]
 
     first, second, third = turn("a", "WRONG", train=False), turn("b", "right"), turn("c", "ใช่ " * 30)
-    two = len(encode_conversation(tokenizer, [*first, *second])[0])
+    two = len(encode_conversation(tokenizer, [*first, *second])[0].ids)
     for length, messages, size in (
         (512, [*first, *second], 5),
         (512, [*second, *first, *third], 5 + len(third[1]["content"].encode())),

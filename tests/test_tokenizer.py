@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_tokenizer
 
 from transllm_jax.errors import UserError
+from transllm_jax.open_tokenizer import open_tokenizer
 from transllm_jax.tokenizer.expand import with_markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -177,7 +178,7 @@ def test_a_role_that_only_the_special_tokens_map_gives(directory: Path, tmp_path
     (where / "special_tokens_map.json").write_text(json.dumps(roles))
     tokenizer = Tokenizer.load(where)
     assert (tokenizer.role("bos_token"), tokenizer.eos_id) == ("<|im_start|>", 2)
-    assert tokenizer.pad_id == 2  # the config's own word stands
+    assert tokenizer.pad_id == 0  # where no added tokens are listed transformers reads this file last
     tokenizer.save(tmp_path / "b")
     assert Tokenizer.load(tmp_path / "b").fingerprint == tokenizer.fingerprint
 
@@ -352,3 +353,34 @@ def test_other_chat_templates_stay(directory: Path, tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "saved").chat_template == CHAT_TEMPLATE
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
     assert found == {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer.model": "IQ== 0\nIg== 1\nIw== 2\n"}, "tokenizer.model is a tiktoken file (LLaMA-3's own format)"),
+        ({"tekken.json": '{"config": {}}'}, "has no tokenizer.json, but tekken.json, Mistral's own format"),
+        (
+            {"vocab.json": "{}", "merges.txt": ""},
+            "has no tokenizer.json, but vocab.json and merges.txt, which do not say",
+        ),
+        ({"vocab.txt": "[PAD]"}, "but vocab.txt, a WordPiece vocabulary: only BPE tokenizers are read"),
+        ({"qwen.tiktoken": "IQ== 0", "tokenization_qwen.py": ""}, "but qwen.tiktoken and tokenization_qwen.py, a tok"),
+        ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a pointer of Git LFS"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a pointer of Git LFS"),
+        ({}, "has no tokenizer.json; fetch the tokenizer's files"),
+    ],
+)
+def test_sound_files_of_other_formats_are_not_called_damaged(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name, text in files.items():
+        (base / name).write_text(text)
+    for config in (False, True):
+        if config:
+            (base / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(UserError) as error:
+            open_tokenizer(str(base), tmp_path / "scratch")
+        message = str(error.value)
+        assert said in message and str(base) in message and "\n" not in message
+        assert "damaged" not in message and "truncated" not in message and "fetch it again" not in message

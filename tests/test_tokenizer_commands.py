@@ -150,6 +150,34 @@ def test_options_that_no_file_has_a_use_for(tmp_path: Path, command: Command, ba
     assert code == 2 and "a.jsonl:1 has no field 'content'" in printed
 
 
+@pytest.mark.parametrize("cuts", ["whole", "base"])
+def test_expand_says_who_reads_the_ids(tmp_path: Path, command: Command, base: Path, corpus: Path, cuts: str) -> None:
+    options = ("--size", 130, "--language", "th", "--cuts", cuts)
+    code, printed = command("expand", base, corpus, tmp_path / "out", *options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert code == 0 and report["cuts"] == cuts and report["passes_for_base"]
+    same = json.loads((base / "tokenizer.json").read_text())["pre_tokenizer"]
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+    everyone = "transformers, vLLM and llama.cpp read the ids: text is cut where the base cuts it"
+    some = "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base"
+    if cuts == "base":
+        assert written == same and everyone in printed and report["readers"]["llama.cpp"] == "as trained"
+    else:
+        assert written != same and some in printed and report["readers"]["llama.cpp"] == "other ids"
+
+
+def test_expand_says_where_the_converter_of_llama_cpp_has_to_be_told(
+    tmp_path: Path, command: Command, base: Path
+) -> None:
+    text = tmp_path / "ru.txt"
+    text.write_text("\n\n".join(["нещо на Български", "погода сегодня хорошая на столе"] * 4), encoding="utf-8")
+    for cuts in ("whole", "base"):
+        code, printed = command(
+            *("expand", base, text, tmp_path / cuts, "--size", 24, "--language", "ru", "--cuts", cuts)
+        )
+        assert code == 0 and "tell it there (get_vocab_base_pre)" in printed
+
+
 def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
     from transformers import AutoTokenizer
 

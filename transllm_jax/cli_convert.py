@@ -59,7 +59,8 @@ def to_hf(
     check: Annotated[bool, typer.Option(help="Measure what merging did to the logits of a prompt.")] = True,
     force: Force = False,
 ) -> None:
-    """A Hugging Face directory for transformers, vLLM or llama.cpp: adapters merged, new rows appended."""
+    """A Hugging Face directory for transformers, vLLM and, where the base cuts text, llama.cpp: adapters merged, new
+    rows appended."""
     with working() as progress:
         from transllm_jax import convert
 

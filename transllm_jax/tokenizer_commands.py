@@ -22,7 +22,7 @@ from transllm_jax.open_tokenizer import OpenedTokenizer, open_tokenizer
 from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growth import check_markers
-from transllm_jax.tokenizer.llama_cpp import AS_TRAINED
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, override
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -309,6 +309,8 @@ def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
             "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base "
             "learns tokens that it reads, too, and a text takes more of them)"
         ]
+        if (instead := report["llama_cpp_stand_in"]) is not None:
+            lines.append(override(instead))
     if not report["passes_for_base"]:
         lines.append(
             "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "

@@ -29,7 +29,7 @@ def check_tokens(directory: Path, config: Mapping[str, Any], backend: tokenizers
     does no harm.)
     """
     given = _read(directory / _MAP)
-    for file, token in [*_tokens(directory, config), *((_MAP, token) for token in _listed(given))]:
+    for file, token in [*((_MAP, token) for token in _listed(given)), *_tokens(directory, config)]:
         if backend.token_to_id(token) is None:
             raise UserError(
                 f"{directory / file} names the token {token!r}, which tokenizer.json lacks, so that a text with it "

@@ -18,7 +18,7 @@ import tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, made_of_text, piece_growth, with_base_tokens
-from transllm_jax.tokenizer.llama_cpp import passes_for, readers
+from transllm_jax.tokenizer.llama_cpp import passes_for, readers, stand_in
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import kind_of
 from transllm_jax.tokenizer.scripts import language_name, script_of
@@ -95,7 +95,7 @@ def expand(
     if size < 1 or min_count < 1:
         raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
     tell = on_progress or (lambda _phase, _share: None)
-    words = script.latin if cuts is None else cuts == "base"
+    words = script.latin if cuts is None or kind == "sentencepiece" else cuts == "base"
     whole_state = with_base_tokens(state, base.source, first_id)
     make = byte_level_growth if kind == "byte-level" else piece_growth
     growth = make(state, whole_state, script, words, markers)
@@ -113,6 +113,7 @@ def expand(
         return tokenizer
 
     tokenizer = build(size)
+    expanded: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     tell("report", 0.0)
     names = [growth.name(token) for token in learned.choice.tokens]
     often = sorted(range(size), key=lambda i: -learned.counts[i])
@@ -127,7 +128,8 @@ def expand(
         "min_count": min_count,
         "cuts": "none" if kind == "sentencepiece" else "base" if words else "whole",
         "parts_of_characters": growth.parts(learned.choice),
-        "readers": readers(json.loads(tokenizer.backend.to_str())),
+        "readers": readers(expanded),
+        "llama_cpp_stand_in": stand_in(expanded),
         "passes_for_base": passes_for(base, tokenizer) if kind == "byte-level" else None,
         "never_produced": sum(n == 0 for n in learned.counts),
         "produced_less_than_min_count": sum(n < min_count for n in learned.counts),

@@ -26,16 +26,34 @@ CHECK_TEXT = (
 )
 
 
-def has_own_cuts(state: dict[str, Any]) -> bool:
-    """Whether a parsed tokenizer.json has the pre-tokenizer of `runs.keep_runs_whole`, which no GGUF file can name.
+# Qwen2's pattern (and Qwen2.5's and Qwen3's) has this. llama.cpp has Qwen3.5's, too, in which marks go with letters.
+_QWEN2 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
 
-    It isolates runs of a script, and has them as the first alternative of every pattern that follows.
+
+def has_own_cuts(state: dict[str, Any]) -> bool:
+    """Whether a parsed tokenizer.json has the pre-tokenizer of `runs.keep_runs_whole`, which no GGUF file can name."""
+    return _own_patterns(state) is not None
+
+
+def stand_in(state: dict[str, Any]) -> str | None:
+    """The pre-tokenizer of llama.cpp that cuts most text as such a tokenizer.json does; None where there is none.
+
+    Its runs hold letters and marks of any script, but neither digits nor signs.
     """
+    return "qwen35" if any(_QWEN2 in pattern for pattern in _own_patterns(state) or []) else None
+
+
+def override(name: str) -> str:
+    """What there is to say of a `stand_in`."""
+    return f"llama.cpp with --override-kv tokenizer.ggml.pre=str:{name} reads most texts as trained"
+
+
+def _own_patterns(state: dict[str, Any]) -> list[str] | None:
+    """The patterns that follow one of runs of a script, each with that as its first alternative; None without it."""
     steps = (state.get("pre_tokenizer") or {}).get("pretokenizers", [])
     run, *others = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"] or [""]
-    return (
-        run.startswith(" ?[") and run.endswith("]+") and bool(others) and all(o.startswith(f"{run}|") for o in others)
-    )
+    own = run.startswith(" ?[") and run[3:4] != "^" and run.endswith("]+")
+    return others if own and all(other.startswith(f"{run}|") for other in others) else None
 
 
 def readers(state: dict[str, Any]) -> dict[str, str]:
@@ -59,9 +77,12 @@ def not_for_llama_cpp(directory: Path) -> str | None:
     """What there is to say where llama.cpp gives a model directory's text other ids; None where it does not."""
     if not (directory / "tokenizer.json").is_file() or readers_of(directory)["llama.cpp"] == AS_TRAINED:
         return None
+    instead = stand_in(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
     return (
         "transformers and vLLM read the ids it is trained on, llama.cpp others: a GGUF file has no place for its "
-        "tokenizer's cuts (vocabulary.cuts: base learns tokens that llama.cpp reads, too)"
+        "tokenizer's cuts (vocabulary.cuts: base learns tokens that llama.cpp reads, too"
+        + ("" if instead is None else f"; {override(instead)}")
+        + ")"
     )
 
 

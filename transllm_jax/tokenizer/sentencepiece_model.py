@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.formats import refuse_other_format
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
@@ -26,6 +27,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
             f"{path} is read with the sentencepiece package, which is not installed; "
             "pip install 'transllm-jax[sentencepiece]'"
         ) from None
+    refuse_other_format(Path(path))
     message: Any = schema  # its classes are made when it is imported, which mypy does not see
     model = message.ModelProto()
     try:

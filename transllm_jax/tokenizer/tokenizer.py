@@ -20,6 +20,7 @@ import tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.beside import check_tokens
+from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
 from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -64,10 +65,8 @@ class Tokenizer:
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise UserError(
-                f"{directory} has no tokenizer.json: give a Hugging Face directory that has one "
-                f"(AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes it for any tokenizer)"
-            )
+            raise no_tokenizer_json(directory)
+        refuse_other_format(path)
         config = read_config(directory)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
