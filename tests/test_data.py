@@ -138,6 +138,8 @@ def test_pairs_are_read_and_limited(tmp_path: Path) -> None:
         ("", ":2 has 0 tabs"),
         ("a\t ", ":2 has an empty target-language side"),
         ("\tb", ":2 has an empty English side"),
+        ("a\t \u200b\u2060", ":2 has an empty target-language side"),
+        ("\ufeff\tb", ":2 has an empty English side"),
     ],
 )
 def test_bad_pairs_are_named_with_their_line(tmp_path: Path, line: str, message: str) -> None:

@@ -406,6 +406,13 @@ def test_names_that_records_go_by(tmp_path: Path, name: str) -> None:
     assert items(Reading(str(write(tmp_path / name, pack(raw))))) == [THAI]
 
 
+def test_what_cannot_be_seen_is_empty(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u200b"}]}
+    for record, content in (({"text": "\ufeff \u200b"}, "text"), (chat, "conversations")):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: field .* is empty"):
+            items(Reading(str(jsonl(tmp_path / "a.jsonl", [record])), content))  # type: ignore[arg-type]
+
+
 def test_csv_is_not_read_as_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", f"id,text\n1,{THAI}\n")
     with pytest.raises(UserError, match=r"a\.csv is CSV, which is not read"):

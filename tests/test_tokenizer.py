@@ -134,6 +134,10 @@ def test_where_the_chat_template_is_found(directory: Path, tmp_path: Path) -> No
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named"}]
     named_dir = _edited(directory, tmp_path / "named", "tokenizer_config.json", chat_template=named)
     assert Tokenizer.load(named_dir).chat_template == "named"
+    by_name = _edited(
+        directory, tmp_path / "by", "tokenizer_config.json", chat_template={"default": "by name", "x": "no"}
+    )
+    assert Tokenizer.load(by_name).chat_template == "by name"
     (where / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
     assert Tokenizer.load(where).chat_template == "json"
     (where / "chat_template.jinja").write_text("jinja")

@@ -195,6 +195,15 @@ def _nfc(text: str) -> str:
     return text if text.isascii() or unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
+# White space, and what has no width: soft hyphens, joiners, direction marks, byte order marks.
+_INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]*")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return _INVISIBLE.fullmatch(text) is not None
+
+
 def texts_of(item: Any) -> Iterator[str]:
     """Every string value inside a string, tuple, list or dict (keys are not text)."""
     if isinstance(item, str):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.files import BadRow, Collector, Place, attempt, read_lines, refusing, texts_of
+from transllm_jax.data.files import BadRow, Collector, Place, attempt, is_blank, read_lines, refusing, texts_of
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -66,7 +66,7 @@ def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
         wanted = _TYPE_NAMES.get(kind, kind.__name__)
         shown = json.dumps(value, default=str)[:40]
         raise BadRow(f"{place}: field {name!r} must be {wanted}, not {shown}", "field of another type")
-    if (isinstance(value, str) and not value.strip()) or value in ([], {}):
+    if (isinstance(value, str) and is_blank(value)) or value in ([], {}):
         raise BadRow(f"{place}: field {name!r} is empty: fill it in or remove the {place.unit}", "empty field")
     return value
 

@@ -20,6 +20,7 @@ from transllm_jax.data.files import (
     Place,
     Separator,
     attempt,
+    is_blank,
     map_texts,
     read_lines,
     refusing,
@@ -181,9 +182,9 @@ def aligned_rows(english: Path, target: Path, collector: Collector) -> Iterator[
 
 def _pair(sides: tuple[str, str], place: Place, target_place: Place) -> tuple[str, str]:
     english, target = (side.strip() for side in sides)
-    if not english:
+    if is_blank(english):
         raise BadRow(f"{place} has an empty English side: fill it in or remove the line", "empty side")
-    if not target:
+    if is_blank(target):
         raise BadRow(f"{target_place} has an empty target-language side: fill it in or remove the line", "empty side")
     if place.line == 1 and is_header(english, target):
         raise BadRow(

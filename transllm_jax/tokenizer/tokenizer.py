@@ -310,5 +310,7 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
     if (directory / "chat_template.json").is_file():
         value = read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):  # several named templates
-        value = {t["name"]: t["template"] for t in value}.get("default")
+        value = {t["name"]: t["template"] for t in value}
+    if isinstance(value, dict):
+        value = value.get("default")
     return None if value is None else str(value)
