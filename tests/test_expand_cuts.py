@@ -19,7 +19,7 @@ from conversion.gguf_tokenizer import write_tokenizer
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.atoms import ends_between_characters
 from transllm_jax.tokenizer.expand import Cuts, Expansion, expand
-from transllm_jax.tokenizer.llama_cpp import has_own_cuts
+from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 SIZE = 130
@@ -106,16 +106,28 @@ def test_the_report_says_who_reads_the_ids() -> None:
     assert found.report["passes_for_base"] is False and found.report["readers"]["llama.cpp"] == "as trained"
 
 
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+
+
+def qwen2_base(directory: Path) -> Path:
+    steps = [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    return byte_level(directory, steps, ENGLISH + THAI[:2])
+
+
+def beside_config(directory: Path, model_type: str) -> Path:
+    """The directory, with a config.json of this kind of model in it."""
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    return directory
+
+
 def test_a_stand_in_is_named_where_llama_cpp_has_one(tmp_path: Path) -> None:
-    qwen2 = LLAMA3_PATTERN.replace("{1,3}", "")
-    steps = [pre_tokenizers.Split(Regex(qwen2), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    base = Tokenizer.load(byte_level(tmp_path, steps, ENGLISH + THAI[:2]))
+    base = Tokenizer.load(qwen2_base(tmp_path))
     whole, within = (expand(base, THAI, size=SIZE, markers=MARKERS, cuts=cuts) for cuts in ("whole", "base"))
     assert (whole.report["llama_cpp_stand_in"], within.report["llama_cpp_stand_in"]) == ("qwen35", None)
     assert cut("llama3", "whole")[1].report["llama_cpp_stand_in"] is None
     # Qwen3.5's pattern, as in its tokenizer.json: marks go with letters.
     state = json.loads(base.backend.to_str())
-    pattern = qwen2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+    pattern = QWEN2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
     state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
     other = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), {}, None, "")
     texts = [text for text in THAI if "๒" not in text]  # digits are cut there, and "ฯ" is a letter
@@ -160,3 +172,28 @@ def test_a_gguf_file_is_read_only_where_its_pre_tokenizer_made_its_tokens(tmp_pa
     whole = expand(made(kind)[0], [*THAI, *TOUCHING], size=180, markers=MARKERS, cuts="whole").tokenizer
     with pytest.raises(UserError, match=said):
         write_tokenizer(as_gguf(whole, pre), tmp_path, "m.gguf")
+
+
+def test_transformers_makes_some_pre_tokenizers_by_itself(tmp_path: Path) -> None:
+    """Beside the config.json of a Qwen2 model, AutoTokenizer reads past tokenizer.json: there the base's cuts stay."""
+    transformers = pytest.importorskip("transformers")
+    base = Tokenizer.load(beside_config(qwen2_base(tmp_path / "base"), "qwen2"))
+    for cuts, same in ((None, True), ("base", True), ("whole", False)):
+        found = expand(base, THAI, size=SIZE, markers=["<EN>", "<TH>"], cuts=cuts)  # type: ignore[arg-type]
+        directory = tmp_path / str(cuts)
+        found.tokenizer.save(directory)
+        theirs = transformers.AutoTokenizer.from_pretrained(beside_config(directory, "qwen2"))
+        ids = [theirs.encode(text, add_special_tokens=False) for text in THAI]
+        assert (ids == found.tokenizer.encode_batch(THAI)) == same
+        assert found.report["cuts"] == ("base" if same else "whole")
+        wanted = dict.fromkeys(("transformers", "vllm", "llama.cpp"), "as trained" if same else "other ids")
+        assert found.report["readers"] == readers_of(directory) == wanted
+        assert (misread(directory) is None) == same
+    assert "of a qwen2 model they take the base's pre-tokenizer" in str(misread(directory))
+
+
+@pytest.mark.reference
+def test_the_kinds_of_model_that_transformers_rebuilds_are_known() -> None:
+    auto = pytest.importorskip("transformers.models.auto.tokenization_auto")
+    ours = {"llama", "mistral", "qwen2", "qwen3"}
+    assert {kind for kind in ours if kind in auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS} == REBUILT

@@ -33,7 +33,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.open_source import open_source, tokenizer_of
 from transllm_jax.progress import Progress
 from transllm_jax.sizes import parse_size
-from transllm_jax.tokenizer.llama_cpp import not_for_llama_cpp, readers_of
+from transllm_jax.tokenizer.llama_cpp import misread, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
@@ -105,7 +105,7 @@ def to_hf(
         )
     written = open_hf(dst)
     progress.say(f"{dst}: {describe(written)}")
-    if warning := not_for_llama_cpp(dst):
+    if warning := misread(dst):
         progress.say(warning)
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")

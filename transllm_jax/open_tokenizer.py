@@ -34,8 +34,9 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
     """
     path = Path(source).expanduser()
     if (path / "run.yaml").is_file():
-        path = path / "vocabulary" if (path / "vocabulary" / "tokenizer.json").is_file() else path / "base"
-        return OpenedTokenizer(Tokenizer.load(path), path)
+        base = path / "base"
+        path = path / "vocabulary" if (path / "vocabulary" / "tokenizer.json").is_file() else base
+        return OpenedTokenizer(Tokenizer.load(path, model=base), path)
     fetched = fetch(source, say=say)
     if fetched.kind == "gguf":
         fields, _ = read_header(fetched.path)
@@ -51,7 +52,9 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
         bring_tokenizer(directory, scratch)
         directory = scratch
     return OpenedTokenizer(
-        _named(Tokenizer.load(directory), source), directory, rows if isinstance(rows, int) else None
+        _named(Tokenizer.load(directory, model=fetched.path), source),
+        directory,
+        rows if isinstance(rows, int) else None,
     )
 
 

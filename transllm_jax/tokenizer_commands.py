@@ -22,7 +22,7 @@ from transllm_jax.open_tokenizer import OpenedTokenizer, open_tokenizer
 from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growth import check_markers
-from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, override
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override, rebuilt
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -302,7 +302,9 @@ def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
     everyone = "transformers, vLLM and llama.cpp read the ids"
     if report["kind"] == "sentencepiece":
         return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
-    if report["readers"]["llama.cpp"] == AS_TRAINED:
+    if report["readers"]["transformers"] == OTHER_IDS:
+        lines = [f"{rebuilt(report['model_type'])} (--cuts base learns tokens that all read)"]
+    elif report["readers"]["llama.cpp"] == AS_TRAINED:
         lines = [f"{everyone}: text is cut where the base cuts it"]
     else:
         lines = [

@@ -51,7 +51,8 @@ class Vocabulary(Section):
     # Of a byte-level base: where text is cut before it merges; no new token crosses a cut. `whole`: nowhere in a run of
     # the language's script, by a pre-tokenizer of its own in tokenizer.json. `base`: where the base cuts, which takes
     # more tokens, and which llama.cpp does, too (a GGUF file has no place for a pre-tokenizer of its own). By default
-    # `base` where the script is Latin, `whole` elsewhere.
+    # `base` where the script is Latin, and of a qwen2 model, whose pre-tokenizer transformers 5 makes whatever
+    # tokenizer.json says; `whole` elsewhere.
     cuts: Literal["whole", "base"] | None = None
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell

@@ -34,7 +34,7 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
-from transllm_jax.tokenizer.llama_cpp import OTHER_IDS
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
@@ -191,7 +191,10 @@ def _written(
     if "tokens_per_character_after" in report:
         before, after = report["tokens_per_character_before"], report["tokens_per_character_after"]
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
-    if report.get("readers", {}).get("llama.cpp") == OTHER_IDS:
+    readers = report.get("readers", {})
+    if readers.get("transformers") == OTHER_IDS:
+        text += f"; {rebuilt(run.model_config.model_type)} (vocabulary.cuts: base is)"
+    elif readers.get("llama.cpp") == OTHER_IDS:
         text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if given is not None:
         text += f" and adapters of {given}"

@@ -18,7 +18,7 @@ import tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growth import byte_level_growth, check_markers, made_of_text, piece_growth, with_base_tokens
-from transllm_jax.tokenizer.llama_cpp import passes_for, readers, stand_in
+from transllm_jax.tokenizer.llama_cpp import REBUILT, passes_for, readers, stand_in
 from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.runs import kind_of
 from transllm_jax.tokenizer.scripts import language_name, script_of
@@ -83,7 +83,8 @@ def expand(
     so often (parts of characters excepted). `documents` is read once; what is kept of it are the distinct
     runs of the script with their counts. first_id: where the new ids begin, behind the rows of an embedding that is
     larger than the tokenizer; the ids between stand for nothing. cuts: by default the base's where the script is Latin,
-    and whole runs elsewhere; a SentencePiece base cuts nothing. english: texts of which the report says whether their
+    and where transformers would make them whatever tokenizer.json says (`llama_cpp.REBUILT`); whole runs elsewhere; a
+    SentencePiece base cuts nothing. english: texts of which the report says whether their
     ids change. scripts: names of scripts in place of the language's usual ones. on_progress is called with a phase and
     the share of it that is done. Raises UserError for a base of another kind, an unknown language, a corpus without the
     script or one that supports fewer tokens, and a marker that the base has.
@@ -95,7 +96,9 @@ def expand(
     if size < 1 or min_count < 1:
         raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
     tell = on_progress or (lambda _phase, _share: None)
-    words = script.latin if cuts is None or kind == "sentencepiece" else cuts == "base"
+    words = script.latin if kind == "sentencepiece" else cuts == "base"
+    if cuts is None and kind == "byte-level":
+        words = script.latin or base.model_type in REBUILT
     whole_state = with_base_tokens(state, base.source, first_id)
     make = byte_level_growth if kind == "byte-level" else piece_growth
     growth = make(state, whole_state, script, words, markers)
@@ -128,7 +131,8 @@ def expand(
         "min_count": min_count,
         "cuts": "none" if kind == "sentencepiece" else "base" if words else "whole",
         "parts_of_characters": growth.parts(learned.choice),
-        "readers": readers(expanded),
+        "model_type": base.model_type,
+        "readers": readers(expanded, base.model_type),
         "llama_cpp_stand_in": stand_in(expanded),
         "passes_for_base": passes_for(base, tokenizer) if kind == "byte-level" else None,
         "never_produced": sum(n == 0 for n in learned.counts),

@@ -39,12 +39,14 @@ class Tokenizer:
         source: str = "tokenizer",
         *,
         model_ends: Iterable[int] = (),
+        model_type: str | None = None,
         today: date | None = None,
     ) -> None:
         """`config` is the content of tokenizer_config.json, `source` the name that error messages use.
 
-        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `today`: the date that a
-        chat template is told; by default that of this moment, which then stays.
+        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `model_type`: what its
+        config.json says, on which depends who reads the tokenizer's ids (see `tokenizer.llama_cpp`). `today`: the date
+        that a chat template is told; by default that of this moment, which then stays.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -53,6 +55,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.source = source
         self.model_ends = tuple(model_ends)
+        self.model_type = model_type
         self.today = today or date.today()
 
     @classmethod
@@ -73,9 +76,16 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
         check_tokens(directory, config, backend)
-        ends = _model_ends(directory if model is None else Path(model))
-        template = _read_template(directory, config)
-        return cls(backend, completed(config, backend), template, str(directory), model_ends=ends, today=today)
+        beside = directory if model is None else Path(model)
+        return cls(
+            backend,
+            completed(config, backend),
+            _read_template(directory, config),
+            str(directory),
+            model_ends=_model_ends(beside),
+            model_type=model_type_of(beside),
+            today=today,
+        )
 
     def derived(
         self,
@@ -97,6 +107,7 @@ class Tokenizer:
             self.chat_template if chat_template is None else chat_template,
             self.source if source is None else source,
             model_ends=self.model_ends,
+            model_type=self.model_type,
             today=self.today,
         )
 
@@ -286,6 +297,13 @@ class Tokenizer:
         known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.dated else [])]
         canonical = json.dumps(known, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def model_type_of(directory: Path) -> str | None:
+    """What a directory's config.json says of its kind of model; None where there is none."""
+    path = directory / "config.json"
+    found = read_json(path).get("model_type") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _model_ends(directory: Path) -> list[int]:
