@@ -221,6 +221,7 @@ def test_bad_text_is_refused_with_its_place(tiny_config_file: Path, transllm: Co
     assert not (tmp_path / "run" / "pretrain").exists()
 
 
+@pytest.mark.slow
 def test_bad_rows_are_said_counted_and_written(tiny_model: Path, tmp_path: Path) -> None:
     """In the corpus of stage 1, in a source of a training, and in the pairs of instructions."""
     pairs = tmp_path / "pairs.tsv"
