@@ -77,3 +77,31 @@ def test_nothing_is_written_where_there_is_no_run(tmp_path: Path) -> None:
     hashes(old(tmp_path / "a", "one"))
     hashes.write()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damaged", ["", "\0" * 50, "{", "[]", "null"], ids=["none", "zeros", "cut", "list", "null"])
+def test_what_was_kept_and_is_damaged_is_made_anew(tmp_path: Path, read: list[Path], damaged: str) -> None:
+    file, kept = old(tmp_path / "a", "one"), tmp_path / "hashes.json"
+    kept.write_text(damaged)
+    hashes = FileHashes(kept)
+    assert hashes(file) == sha("one")
+    hashes.write()
+    assert FileHashes(kept)(file) == sha("one") and read == [file]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        sync(number)
+        done.append(f"fsync of {os.fstat(number).st_size} bytes")
+
+    def replaced(old: Path, new: Path) -> None:
+        replace(old, new)
+        done.append("rename")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    artifacts.write_text(tmp_path / "a", "ก\n")
+    assert done == ["fsync of 4 bytes", "rename"]

@@ -23,10 +23,14 @@ State = Literal["absent", "running", "done"]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whole."""
+    """Write a file so that it is the old one or the new one, whole, whatever stops: the process or the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        # A name may reach the disk before what it names does: after a loss of power the file would be empty.
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
@@ -60,7 +64,7 @@ class FileHashes:
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
         self._path, self._keep = path, keep
-        self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
+        self._known = _known(path)
         self._new, self._written = False, time.monotonic()
 
     def __call__(self, file: Path) -> str:
@@ -85,6 +89,15 @@ class FileHashes:
         if self._new and self._keep and self._path.parent.is_dir():
             write_json(self._path, self._known)
             self._new, self._written = False, time.monotonic()
+
+
+def _known(path: Path) -> dict[str, list[Any]]:
+    """What is kept; nothing where it is damaged, as files can be read anew."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 _GRAIN = 2 * 10**9  # nanoseconds
