@@ -308,6 +308,8 @@ def test_merging_says_what_rounding_took(run: Path, tmp_path: Path, command: Com
     assert "transformers and vLLM read the ids it is trained on, llama.cpp others" in printed
     about = json.loads((tmp_path / "out" / "transllm.json").read_text(encoding="utf-8"))
     assert about["readers"] == {"transformers": "as trained", "vllm": "as trained", "llama.cpp": "other ids"}
+    learned = json.loads((run / "vocabulary" / "report.json").read_text(encoding="utf-8"))
+    assert learned["readers"] == about["readers"] and learned["cuts"] == "whole"
     written = open_hf(tmp_path / "out")
     largest = error = change = 0.0
     for tensor in tensors(written.config):

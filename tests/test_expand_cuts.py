@@ -18,8 +18,13 @@ from tokenizers import Regex, models, pre_tokenizers
 from conversion.gguf_tokenizer import write_tokenizer
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.atoms import ends_between_characters
+<<<<<<< HEAD
 from transllm_jax.tokenizer.expand import Cuts, Expansion, expand
 from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread, readers_of
+=======
+from transllm_jax.tokenizer.expand import Cuts, Expansion, expand, expansion_of
+from transllm_jax.tokenizer.llama_cpp import has_own_cuts
+>>>>>>> w/llama
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 SIZE = 130
@@ -100,6 +105,9 @@ def test_the_report_says_who_reads_the_ids() -> None:
         report = cut("llama3", cuts)[1].report
         assert report["cuts"] == cuts and report["passes_for_base"] is True
         assert report["readers"] == {"transformers": "as trained", "vllm": "as trained", "llama.cpp": reading}
+        base, expansion = cut("llama3", cuts)
+        again = expansion_of(base, expansion.tokenizer, MARKERS, first_id=base.vocab_size)
+        assert again.report["readers"] == report["readers"]
     # The text by which llama.cpp's converter knows a pre-tokenizer has Khmer in it.
     khmer = ["កាន់តែពិសេសអាច ភាសាខ្មែរ", "ភាសាខ្មែរ កាន់តែពិសេស"] * 3
     found = expand(made("llama3")[0], khmer, size=22, language="km", markers=["<EN>", "<KM>"], cuts="base")

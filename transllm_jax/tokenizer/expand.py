@@ -195,6 +195,7 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
         "vocabulary": tokenizer.vocab_size,
         "first_new_id": first_id,
         "new_tokens": len(names) - len(markers),
+        "readers": readers(json.loads(tokenizer.backend.to_str())),
     }
 
     def build(size: int) -> Tokenizer:
