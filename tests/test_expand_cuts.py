@@ -18,13 +18,8 @@ from tokenizers import Regex, models, pre_tokenizers
 from conversion.gguf_tokenizer import write_tokenizer
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.atoms import ends_between_characters
-<<<<<<< HEAD
-from transllm_jax.tokenizer.expand import Cuts, Expansion, expand
-from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread, readers_of
-=======
 from transllm_jax.tokenizer.expand import Cuts, Expansion, expand, expansion_of
-from transllm_jax.tokenizer.llama_cpp import has_own_cuts
->>>>>>> w/llama
+from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 SIZE = 130

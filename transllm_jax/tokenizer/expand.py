@@ -195,7 +195,8 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
         "vocabulary": tokenizer.vocab_size,
         "first_new_id": first_id,
         "new_tokens": len(names) - len(markers),
-        "readers": readers(json.loads(tokenizer.backend.to_str())),
+        "model_type": base.model_type,
+        "readers": readers(json.loads(tokenizer.backend.to_str()), base.model_type),
     }
 
     def build(size: int) -> Tokenizer:
