@@ -2,24 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed is what it was yesterday: the versions in constraints/, one file a Python version, which `make lock`
+# renews. `make newest` runs the tests on the newest versions that setup.cfg allows.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/$(VERSION).txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-reliability lint check clean help
+.PHONY: demo test test-reliability newest lock lint check clean help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
 
 # An installation is redone when setup.cfg changes.
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg pyproject.toml $(wildcard $(CONSTRAINTS))
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
 	  f"Python {v[0]}.{v[1]} is too old or too new: use 3.11 to 3.13, for example make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo 'installing into $(VENV): a minute or two'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,reference,tpu,lint]'
+	$(PIP) --constraint $(CONSTRAINTS) --editable '.[test,reference,tpu,lint]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -31,6 +36,21 @@ test: $(VENV)/.installed-test
 test-reliability: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/test_reliability.py tests/reliability/check_*.py
 
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test,reference,tpu]'
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
+
+# torch is left out: setup.cfg names its one version, and what it brings along depends on the build that pip finds.
+lock: $(VENV)/.installed
+	$(PIP) 'uv >=0.9'
+	for version in 3.11 3.12 3.13; do \
+	  $(BIN)/uv pip compile --quiet --upgrade setup.cfg --all-extras --python-version $$version \
+	    --python-platform x86_64-manylinux_2_31 --no-annotate --custom-compile-command 'make lock' \
+	    --output-file constraints/$$version.txt || exit 1; \
+	  sed -i '/^torch==/d; /^nvidia-/d; /^cuda-/d; /^triton==/d' constraints/$$version.txt; \
+	done
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +59,4 @@ lint: $(VENV)/.installed-test
 check: lint test
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .venv-newest .cache build *.egg-info
