@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,20 @@ def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command
     text = "ภาษาไทย and <TH> English  ๒๕๖๗ 🙂"
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert len(theirs) == ours.vocab_size and theirs.chat_template == ours.chat_template
+
+
+def test_letters_that_the_base_cannot_give_back_are_named(
+    tmp_path: Path, command: Command, base: Path, corpus: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "nfkc")
+    path = tmp_path / "nfkc" / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(state | {"normalizer": {"type": "NFKC"}}), encoding="utf-8")
+    for name, said in (("nfkc", True), (base, False)):
+        options = ("--size", 120, "--language", "th", "--force")
+        code, printed = command("expand", tmp_path / name, corpus, tmp_path / "out", *options)
+        assert code == 0, printed
+        assert ("makes other letters of ำ (U+0E33)" in printed) == said
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:

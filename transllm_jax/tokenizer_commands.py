@@ -23,6 +23,7 @@ from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growth import check_markers
 from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override, rebuilt
+from transllm_jax.tokenizer.rewritten import rewritten_line
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -111,6 +112,8 @@ def expand_vocabulary(
         }
         write_json(directory / "report.json", report)
     _say_expansion(dst, files, expansion, script, sample, progress)
+    if lost := rewritten_line(base.tokenizer, script):
+        progress.say(lost)
     short = _short_names(list(measured))
     rows = [
         (short[name], label, cost, before)

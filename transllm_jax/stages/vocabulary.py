@@ -36,6 +36,7 @@ from transllm_jax.tokenizer.expand import (
 )
 from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
 from transllm_jax.tokenizer.prune import OnProgress
+from transllm_jax.tokenizer.rewritten import rewritten_line
 from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -156,6 +157,9 @@ def check(run: Run) -> None:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write the expanded tokenizer, its report, and the adapters and rows that training starts from."""
+    language = run.config.language
+    if lost := rewritten_line(run.tokenizer("base"), script_of(language.code, language.scripts)):
+        run.progress.say(f"  warning: {lost}")
     given = run.config.vocabulary.adapter
     tokenizer, trainable, report = _learned(run) if given is None else _brought(run, Path(given))
     new_tokens = len(trainable["vocabulary.new"])

@@ -1,0 +1,41 @@
+"""Letters that a base tokenizer cannot give back, because its normalizer makes others of them.
+
+NFKC takes Thai's sara am (U+0E33) apart, and a StripAccents drops tone marks: new tokens are then learned of the
+normalised text, and the model never writes the letters that its readers write. No new token can mend that.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from transllm_jax.tokenizer.scripts import Script
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_SHOWN = 8
+# What SentencePiece's normalizers put before a text, in place of a space.
+_SPACE = "▁"
+
+
+def rewritten(base: Tokenizer, script: Script) -> list[str]:
+    """The script's letters, marks and digits that the base's normalizer changes, of those that texts in NFC have."""
+    normalizer = base.backend.normalizer
+    if normalizer is None:
+        return []
+    letters = (chr(point) for first, last in script.blocks for point in range(first, last + 1))
+    return [
+        letter
+        for letter in letters
+        if unicodedata.category(letter)[0] in "LMN"
+        and unicodedata.is_normalized("NFC", letter)
+        and normalizer.normalize_str(letter).removeprefix(_SPACE) != letter
+    ]
+
+
+def rewritten_line(base: Tokenizer, script: Script) -> str | None:
+    """A line about these letters for whoever adds tokens; None where there are none."""
+    found = rewritten(base, script)
+    if not found:
+        return None
+    shown = ", ".join(f"{letter} (U+{ord(letter):04X})" for letter in found[:_SHOWN])
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"the base's normalizer makes other letters of {shown}{more}: a model with it never writes them"
