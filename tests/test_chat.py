@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    config = tokenizer.config | {"bos_token": "<|im_start|>"}
+    config = tokenizer.config | {"bos_token": "<|im_start|>", "sep_token": "<|endoftext|>"}
     return Tokenizer(tokenizer.backend, config, template, "a tokenizer")
 
 
@@ -158,7 +158,7 @@ def test_rendering_is_transformers_rendering(tiny: Tokenizer, template: str, tmp
     transformers = pytest.importorskip("transformers")
     features = (
         "{%- set ns = namespace(n=0) %}\n    {% for m in messages %}\n{% set ns.n = ns.n + 1 %}"
-        "{% if m.role == 'system' %}{% continue %}{% endif %}\n{{ ns.n }}{{ m | tojson }}{{ eos_token }}"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}\n{{ ns.n }}{{ m | tojson }}{{ eos_token }}{{ sep_token }}"
         "{% if tools is none or not tools %}-{% endif %}{% generation %}x{{ m.content }}{% endgeneration %}\n"
         "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )

@@ -23,7 +23,9 @@ from transllm_jax.tokenizer.beside import check_tokens
 from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
 from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config, read_json
 
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Roles of tokens that a chat template may name; of the rare ones nothing else depends on them.
+RARE_ROLES = ("cls_token", "sep_token", "mask_token")
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", *RARE_ROLES)
 # What ends a document in the pre-training of chat models, whose eos ends an answer: ChatML's and Llama 3's.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
@@ -293,7 +295,8 @@ class Tokenizer:
         Of a template that writes the date, over the date too: on another day it makes other tokens of a conversation.
         """
         content = json.loads(self.backend.to_str())
-        roles = {name: self.role(name) for name in ROLES}
+        template = self.chat_template or ""
+        roles = {name: self.role(name) for name in ROLES if name not in RARE_ROLES or name in template}
         known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.dated else [])]
         canonical = json.dumps(known, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
