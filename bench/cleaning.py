@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from transllm_jax.data.cleaning import Rules, script_share, text_reason
-from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.near_duplicates import SIZE, bands, exact_key, keep_first, signature
+from transllm_jax.data.clean.cleaning import Rules, script_share, text_reason
+from transllm_jax.data.clean.contamination import EvaluationTexts
+from transllm_jax.data.clean.near_duplicates import SIZE, bands, exact_key, keep_first, signature
 
 
 def read(path: Path) -> str:

@@ -30,11 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
 from conversion.adapter import Adapter, write_adapter  # noqa: E402
-from conversion.hf import open_hf, write_config  # noqa: E402
+from conversion.hf.directory import open_hf, write_config  # noqa: E402
+from conversion.hf.safetensors_io import write_tensors  # noqa: E402
+from conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
 from conversion.names import Tensor, kernel_shapes, tensors  # noqa: E402
 from conversion.open_directory import open_directory  # noqa: E402
-from conversion.safetensors_io import write_tensors  # noqa: E402
-from conversion.tokenizer_files import copy_tokenizer  # noqa: E402
 from transllm_jax.model.config import LlamaConfig  # noqa: E402
 from transllm_jax.model.lora import LoraConfig  # noqa: E402
 from transllm_jax.training.arrays import save_arrays  # noqa: E402
@@ -88,7 +88,7 @@ sys.exit(code)
 
 def convert(*arguments: str) -> tuple[float, float]:
     """Run `transllm convert ARGUMENTS`; gives seconds and the process's peak resident memory in GiB."""
-    return measure([sys.executable, "-m", "transllm_jax.cli", "convert", *arguments])
+    return measure([sys.executable, "-m", "transllm_jax.cli.main", "convert", *arguments])
 
 
 def measure(command: list[str]) -> tuple[float, float]:

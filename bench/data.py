@@ -26,15 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-from transllm_jax.data.batches import Batches
-from transllm_jax.data.examples import pair_texts
-from transllm_jax.data.files import Collector
-from transllm_jax.data.packing import plan
-from transllm_jax.data.planned import Choice, PlannedRows
-from transllm_jax.data.shards import Content, Item, Reading, Shard, shards
-from transllm_jax.data.token_cache import ShardTokens
-from transllm_jax.data.tokenise import tokenise
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.read.files import Collector
+from transllm_jax.data.read.shards import Content, Item, Reading, Shard, shards
+from transllm_jax.data.rows.batches import Batches
+from transllm_jax.data.rows.examples import pair_texts
+from transllm_jax.data.rows.packing import plan
+from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.token_cache import ShardTokens
+from transllm_jax.data.rows.tokenise import tokenise
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 FILES = 8

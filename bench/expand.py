@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.expand import expand, tokens_per_character
+from transllm_jax.tokenizer.growing.expand import expand, tokens_per_character
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 SENTENCES = 50  # in a document

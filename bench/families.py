@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import random_weights  # noqa: E402
 from test_families import FAMILIES, PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
 
-from conversion.export_hf import export_hf  # noqa: E402
-from conversion.hf import HFModel, open_hf, write_model  # noqa: E402
+from conversion.hf.directory import HFModel, open_hf, write_model  # noqa: E402
+from conversion.hf.export import export_hf  # noqa: E402
 from conversion.names import tensors  # noqa: E402
 from conversion.store import open_store, write_store  # noqa: E402
 

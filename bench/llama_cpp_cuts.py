@@ -25,7 +25,7 @@ from pathlib import Path
 import gguf
 
 from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.expand import expand
+from transllm_jax.tokenizer.growing.expand import expand
 from transllm_jax.tokenizer.llama_cpp import passes_for
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

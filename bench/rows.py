@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from conversion.import_base import import_base  # noqa: E402
 from transllm_jax.config import Config  # noqa: E402
-from transllm_jax.data.sources import read_documents  # noqa: E402
+from transllm_jax.data.read.sources import read_documents  # noqa: E402
 from transllm_jax.evaluation.likelihood import bits_per_byte  # noqa: E402
-from transllm_jax.interrupt import Interrupt  # noqa: E402
+from transllm_jax.hosts.interrupt import Interrupt  # noqa: E402
 from transllm_jax.progress import Progress  # noqa: E402
 from transllm_jax.stages import vocabulary  # noqa: E402
 from transllm_jax.stages.run import Run  # noqa: E402

@@ -116,7 +116,7 @@ def write_weights(work: Work) -> None:
     """A Hugging Face directory of random weights, with the rows of the new tokens behind the others."""
     import ml_dtypes
 
-    from conversion.hf import write_model
+    from conversion.hf.directory import write_model
     from conversion.names import weight_shapes
     from transllm_jax.model.config import LlamaConfig
 
@@ -148,7 +148,7 @@ def ours(work: Work, embeddings: str) -> Run:
     import jax
     import jax.numpy as jnp
 
-    from conversion.hf import read_weights
+    from conversion.hf.directory import read_weights
     from transllm_jax.model.config import LlamaConfig
     from transllm_jax.model.lora import LoraConfig
     from transllm_jax.model.parameters import assemble, load_frozen

@@ -14,17 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from conversion.directories import fingerprint_of, new_directory, read_json, sha256_of, write_json
-from conversion.export_hf import copy_generation_config, copy_notices
 from conversion.fetch import Fetched, fetch
-from conversion.gguf_tokenizer import end_ids, special_ids, write_tokenizer
-from conversion.gguf_weights import open_gguf
-from conversion.hf import HFModel, parse_config, require_all_finite, write_config
+from conversion.gguf.tokenizer import end_ids, special_ids, write_tokenizer
+from conversion.gguf.weights import open_gguf
+from conversion.hf.directory import HFModel, parse_config, require_all_finite, write_config
+from conversion.hf.export import copy_generation_config, copy_notices
+from conversion.hf.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
+from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
 from conversion.opened import Opened, size_of
-from conversion.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
 from conversion.store import write_store
-from conversion.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
 from transllm_jax.errors import UserError
 
 Layout = Literal["hf", "store"]

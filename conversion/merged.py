@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
 from conversion.opened import Opened
-from conversion.safetensors_io import require_finite
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conversion.hf import HFModel, open_hf
+from conversion.hf.directory import HFModel, open_hf
 from conversion.store import MANIFEST, Store, open_store
 
 

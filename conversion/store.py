@@ -26,10 +26,10 @@ import tensorstore
 from numpy.typing import DTypeLike
 
 from conversion.directories import read_json, write_json
-from conversion.hf import not_finite, read_config
+from conversion.hf.directory import not_finite, read_config
+from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
 from conversion.names import Tensor, tensors, weight_shapes
 from conversion.opened import Opened
-from conversion.safetensors_io import DTYPES, count_not_finite, widest
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import AXES, partition
@@ -272,7 +272,7 @@ class Store:
             raise UserError(f"{self.where}: {path} cannot be read ({_short(error)}); {_DAMAGED}") from error
 
     def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
-        """All weights in our layout, as `conversion.hf.read_weights` gives them: path -> array, in `dtype`.
+        """All weights in our layout, as `conversion.hf.directory.read_weights` gives them: path -> array, in `dtype`.
 
         Memory is one copy of the weights plus one tensor. Raises UserError for a damaged array, and one that lists
         all tensors with values that are NaN or infinite.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.open_directory import open_directory
 from conversion.opened import Opened
-from conversion.safetensors_io import require_finite
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from conversion.hf.safetensors_io import DTYPES
 from conversion.logits import logits_of
 from conversion.names import Tensor, collapse, tensors
 from conversion.opened import Opened
-from conversion.safetensors_io import DTYPES
 from transllm_jax.model.config import LlamaConfig
 
 # Implied by which tensors there are, and so compared through them.

@@ -67,8 +67,8 @@ def run_processes(
 ) -> list[Ended]:
     """Starts `count` processes on the CPU that are one run, by the environment, and waits for them.
 
-    `command`: Python code, or arguments of the interpreter, such as ["-m", "transllm_jax.cli", "run", ...]; of each
-    process its own, if it is a function of the number. `devices`: virtual devices of each. `env`: added to this
+    `command`: Python code, or arguments of the interpreter, such as ["-m", "transllm_jax.cli.main", "run", ...]; of
+    each process its own, if it is a function of the number. `devices`: virtual devices of each. `env`: added to this
     process's environment. `start`: the numbers of those that are started (all). When for `still` seconds none of them
     computed, wrote or ended, they hang: that fails the test, with what all have written. On a slow machine they take
     longer, and go on. `total` is for what hangs while it computes.

@@ -14,7 +14,7 @@ from conftest import call, tiny_run, write_tiny_model
 from conversion.adapter import read_adapter
 from conversion.directories import read_json, write_json
 from conversion.logits import logits_of
-from transllm_jax.open_source import open_source
+from transllm_jax.commands.open_model import open_source
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 

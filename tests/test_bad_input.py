@@ -23,20 +23,21 @@ import pytest
 import yaml
 from conftest import EXAMPLES, random_weights, tiny_run, write_tiny_model
 
-from conversion.hf import read_config, write_model
+from conversion.hf.directory import read_config, write_model
 from conversion.names import weight_shapes
-from transllm_jax import artifacts, cli
+from transllm_jax.cli.main import main as cli
 from transllm_jax.config import load_config
-from transllm_jax.data.files import Place, resolve
+from transllm_jax.data.read.files import Place, resolve
 from transllm_jax.errors import UserError
 from transllm_jax.generation.translate import translation_prompt
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages import manifest as artifacts
 from transllm_jax.stages import recover
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.arrays import save_arrays
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.record.metrics import read_rows
 
 THAI = "วันนี้ฝนตกที่บ้านของเรา"
 Refused = Callable[..., str]
@@ -160,7 +161,7 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "model.safetensors").write_bytes(b"")
     config = write(tmp_path / "config.yaml", small_run(model, tmp_path / "run"))
-    command = [sys.executable, "-m", "transllm_jax.cli", "run", str(config)]
+    command = [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -169,7 +170,7 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there(config: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "transllm_jax.cli", "run", str(config)],
+        [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)],
         env={**os.environ, "JAX_PLATFORMS": "abacus"},
         capture_output=True,
         text=True,
@@ -181,7 +182,7 @@ def test_a_device_that_is_not_there(config: Path) -> None:
 
 
 def test_letters_that_the_terminal_lacks() -> None:
-    program = "from transllm_jax import cli; cli.app = lambda: print('ภาษาไทย: done'); cli.main()"
+    program = "from transllm_jax.cli import main as cli; cli.app = lambda: print('ภาษาไทย: done'); cli.main()"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     shown = "ภาษาไทย: done\n".encode("ascii", "backslashreplace")
     assert subprocess.check_output([sys.executable, "-c", program], env=environment) == shown

@@ -12,18 +12,18 @@ from tiny_shards import hash_of
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.config import Source
-from transllm_jax.data import token_cache
-from transllm_jax.data.bad_rows import check_share
-from transllm_jax.data.files import Collector
-from transllm_jax.data.headers import is_header
-from transllm_jax.data.planned import Choice, PlannedRows
-from transllm_jax.data.shards import Container, Content, Item, Reading, shards
-from transllm_jax.data.sources import read_pairs
-from transllm_jax.data.tokenise import tokenise
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.read.bad_rows import check_share
+from transllm_jax.data.read.files import Collector
+from transllm_jax.data.read.headers import is_header
+from transllm_jax.data.read.shards import Container, Content, Item, Reading, shards
+from transllm_jax.data.read.sources import read_pairs
+from transllm_jax.data.rows import token_cache
+from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.tokenise import tokenise
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.stages.bad_rows import BadRows
-from transllm_jax.stages.sources import fields_not_read, left_out
+from transllm_jax.stages.token_rows import fields_not_read, left_out
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 PAIRS = "English\tThai\nIt rains.\tฝนตก\nIt rains.\tฝนตก\t(third column)\n\tว่าง\nThe sea is calm.\tทะเลสงบ\n"
@@ -230,7 +230,7 @@ def test_counts_and_rows_come_back_from_the_cache(
     assert two.counts == rows.counts and [row for shard in two.shards for row in shard.bad_rows()] == bad
     # Nothing is read again.
     monkeypatch.setattr(token_cache, "write_shard", None)
-    monkeypatch.setattr("transllm_jax.data.tokenise.write_shard", None)
+    monkeypatch.setattr("transllm_jax.data.rows.tokenise.write_shard", None)
     again = tokens_of(tmp_path / "*.tsv", tokenizer, tmp_path / "one", "pairs")
     assert again.counts == rows.counts and [row for shard in again.shards for row in shard.bad_rows()] == bad
     keys = {shard.key for skip in ("refuse", "skip")

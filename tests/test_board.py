@@ -14,7 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from transllm_jax.errors import UserError
-from transllm_jax.training.board import Board
+from transllm_jax.training.record.board import Board
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +139,7 @@ def test_neither_torch_nor_anything_slow_is_loaded(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-import transllm_jax.training.board as board
+import transllm_jax.training.record.board as board
 assert "tensorboardX" not in sys.modules
 from pathlib import Path
 board.Board(Path({str(tmp_path / "board")!r}), step=0).close()

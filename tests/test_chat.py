@@ -27,7 +27,7 @@ from transllm_jax.tokenizer.chat import (
     fitting_rows,
     render,
 )
-from transllm_jax.tokenizer.expand import expand
+from transllm_jax.tokenizer.growing.expand import expand
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 LLAMA2 = (

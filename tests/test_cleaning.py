@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from transllm_jax.data.cleaning import (
+from transllm_jax.data.clean.cleaning import (
     Rules,
     conversation_reason,
     pair_reason,
@@ -17,7 +17,7 @@ from transllm_jax.data.cleaning import (
     text_of,
     text_reason,
 )
-from transllm_jax.data.contamination import EvaluationTexts
+from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.errors import UserError
 
 THAI = "ที่บ้านมีน้ำ"  # 12 code points, four of them marks

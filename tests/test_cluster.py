@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.clusters import cloud_tpu_cluster
 
-from transllm_jax.distributed.connection import Connection, Options, connection_from
-from transllm_jax.distributed.hosts import address, joined, slurm_hosts, worker_hosts
 from transllm_jax.errors import UserError
+from transllm_jax.hosts.connection import Connection, Options, connection_from
+from transllm_jax.hosts.names import address, joined, slurm_hosts, worker_hosts
 
 
 @pytest.fixture(autouse=True)

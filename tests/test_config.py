@@ -16,8 +16,8 @@ import yaml
 
 from transllm_jax import config as config_module
 from transllm_jax.config import Config, Section, Source, load_config
-from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.sources import read_documents, read_jsonl, read_pairs
+from transllm_jax.data.clean.contamination import EvaluationTexts
+from transllm_jax.data.read.sources import read_documents, read_jsonl, read_pairs
 from transllm_jax.errors import UserError
 from transllm_jax.storage import open_workdir
 

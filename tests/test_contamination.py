@@ -8,8 +8,8 @@ import unicodedata
 
 import pytest
 
-from transllm_jax.data import contamination
-from transllm_jax.data.contamination import SHORTEST, EvaluationTexts, N, compared
+from transllm_jax.data.clean import contamination
+from transllm_jax.data.clean.contamination import SHORTEST, EvaluationTexts, N, compared
 from transllm_jax.errors import UserError
 
 ENGLISH = "What are the names of some famous actors that started their careers on Broadway?"

@@ -23,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from conversion.directories import check_destination, fingerprint_of, new_directory, sha256_of
-from conversion.export_hf import export_hf
 from conversion.fetch import fetch
-from conversion.hf import open_hf, read_config, read_weights, write_model
+from conversion.hf.directory import open_hf, read_config, read_weights, write_model
+from conversion.hf.export import export_hf
 from conversion.import_base import base_fingerprint, import_base
 from conversion.merged import Merged
 from conversion.names import collapse, kernel_shapes, tensors, weight_shapes

@@ -22,17 +22,18 @@ from conftest import Command, random_weights, tiny_run, write_tiny_model
 from test_families import FAMILIES
 
 from conversion.directories import read_json, write_json
-from conversion.hf import open_hf, read_config, read_weights, write_model
+from conversion.hf.directory import open_hf, read_config, read_weights, write_model
+from conversion.hf.safetensors_io import DTYPES, write_tensors
 from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.opened import Opened
-from conversion.safetensors_io import DTYPES, write_tensors
 from conversion.verify import compare
-from transllm_jax import cli, convert
-from transllm_jax.open_source import open_source
+from transllm_jax.cli.main import main as cli
+from transllm_jax.commands import convert
+from transllm_jax.commands.open_model import open_source
+from transllm_jax.disk import parse_size
 from transllm_jax.progress import Progress
-from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -148,7 +149,7 @@ def test_a_type_can_be_chosen(tmp_path: Path, command: Command) -> None:
 
 def test_a_checkpoint_of_ours_is_a_model_to_run_and_to_talk_to(tmp_path: Path, command: Command) -> None:
     from conversion.import_base import import_base
-    from transllm_jax.chat import open_session
+    from transllm_jax.commands.chat import open_session
 
     write_tiny_model(tmp_path / "model")
     assert command("from-hf", tmp_path / "model", tmp_path / "ours", "--mesh", "fsdp=2,tensor=2")[0] == 0

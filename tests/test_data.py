@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.data.examples import (
+from transllm_jax.data.read.sources import check_no_special, read_documents, read_jsonl, read_pairs
+from transllm_jax.data.rows.examples import (
     conversation_examples,
     conversation_rows,
     document_example,
@@ -21,7 +22,6 @@ from transllm_jax.data.examples import (
     pair_examples,
     translation_examples,
 )
-from transllm_jax.data.sources import check_no_special, read_documents, read_jsonl, read_pairs
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

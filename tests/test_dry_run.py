@@ -18,12 +18,11 @@ import yaml
 from conftest import EXAMPLES, Command, call, tiny_run
 
 from conversion.directories import sha256_of
-from transllm_jax import pipeline
+from transllm_jax.commands.dry_run import CHARACTERS, measure
 from transllm_jax.config import load_config
-from transllm_jax.dry_run import CHARACTERS, measure
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pretrain, transfer, translate
+from transllm_jax.stages import pipeline, pretrain, transfer, translate
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, Part, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.atoms import ends_between_characters, token_bytes
-from transllm_jax.tokenizer.expand import Expansion, expand, tokens_per_character
+from transllm_jax.tokenizer.growing.atoms import ends_between_characters, token_bytes
+from transllm_jax.tokenizer.growing.expand import Expansion, expand, tokens_per_character
 from transllm_jax.tokenizer.scripts import SCRIPTS
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

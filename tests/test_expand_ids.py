@@ -14,8 +14,8 @@ from test_expand import ENGLISH, MARKERS, SIZE, THAI, made, mixed, no_thai
 from tokenizers import normalizers
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.atoms import ends_between_characters
-from transllm_jax.tokenizer.expand import Expansion, expand, save_expanded, with_markers
+from transllm_jax.tokenizer.growing.atoms import ends_between_characters
+from transllm_jax.tokenizer.growing.expand import Expansion, expand, save_expanded, with_markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 BASES = ["smollm2", "llama3"]

@@ -15,7 +15,7 @@ from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
 from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from transllm_jax.tokenizer.expand import Expansion, expand, save_expanded
+from transllm_jax.tokenizer.growing.expand import Expansion, expand, save_expanded
 from transllm_jax.tokenizer.scripts import JOINERS
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from test_expand import ENGLISH, made
 from tiny_sentencepiece import build_tiny_sentencepiece
 
-from transllm_jax.tokenizer.expand import expand
+from transllm_jax.tokenizer.growing.expand import expand
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 TURKISH = [

@@ -12,15 +12,15 @@ from test_expand import BASES, ENGLISH, MARKERS, SIZE, THAI, made
 from tokenizers import Tokenizer, models
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.atoms import AtomCoder, ends_between_characters
-from transllm_jax.tokenizer.encoded import Encoded, Recount, count, encode
-from transllm_jax.tokenizer.expand import expand
-from transllm_jax.tokenizer.merges import MergeOptions
-from transllm_jax.tokenizer.piece_runs import PieceRuns
-from transllm_jax.tokenizer.pieces import PieceOptions, PieceTable
-from transllm_jax.tokenizer.prune import choose
+from transllm_jax.tokenizer.growing.atoms import AtomCoder, ends_between_characters
+from transllm_jax.tokenizer.growing.encoded import Encoded, Recount, count, encode
+from transllm_jax.tokenizer.growing.expand import expand
+from transllm_jax.tokenizer.growing.merges import MergeOptions
+from transllm_jax.tokenizer.growing.piece_runs import PieceRuns
+from transllm_jax.tokenizer.growing.pieces import PieceOptions, PieceTable
+from transllm_jax.tokenizer.growing.prune import choose
+from transllm_jax.tokenizer.growing.symbols import BARRIER, train_merges
 from transllm_jax.tokenizer.scripts import script_of
-from transllm_jax.tokenizer.symbols import BARRIER, train_merges
 
 LETTERS = "abcd"
 PAIRS = [(a, b) for a in LETTERS for b in LETTERS]
@@ -77,7 +77,7 @@ def test_only_what_changed_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> 
         seen.extend(some)
         return encode(tokenizer, some)
 
-    monkeypatch.setattr("transllm_jax.tokenizer.encoded.encode", watched)
+    monkeypatch.setattr("transllm_jax.tokenizer.growing.encoded.encode", watched)
     recount.count(backend(second, whole=False), second)
     assert seen == ["abab", "bdbd"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
 
-from conversion.hf import read_config, read_weights, write_model
+from conversion.hf.directory import read_config, read_weights, write_model
 from transllm_jax.errors import UserError
 from transllm_jax.model.cache import decode, prefill
 from transllm_jax.model.config import LlamaConfig

@@ -18,20 +18,19 @@ import yaml
 from conftest import Command, call, random_weights, tiny_config, tiny_run
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf import open_hf, read_weights, write_model
+from conversion.hf.directory import open_hf, read_weights, write_model
 from conversion.merged import Merged
 from conversion.names import tensors
-from transllm_jax import pipeline
-from transllm_jax.artifacts import Artifact
-from transllm_jax.chat import open_session
+from transllm_jax.commands.chat import open_session
+from transllm_jax.commands.open_model import open_source
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
 from transllm_jax.generation.sampling import Sampling
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.open_source import open_source
 from transllm_jax.progress import Progress
-from transllm_jax.stages import base, training, transfer, vocabulary
+from transllm_jax.stages import base, pipeline, training, transfer, vocabulary
+from transllm_jax.stages.manifest import Artifact
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays

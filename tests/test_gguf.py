@@ -15,11 +15,11 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import SCALES, TEMPLATE, TEXTS, field, hf_weights, tiny_config, write_gguf
 
-from conversion import gguf_weights
 from conversion.fetch import cache_directory
-from conversion.gguf_tokenizer import write_tokenizer
-from conversion.gguf_weights import gguf_name, open_gguf, permute, unpermute
-from conversion.hf import read_config, read_weights
+from conversion.gguf import weights as gguf_weights
+from conversion.gguf.tokenizer import write_tokenizer
+from conversion.gguf.weights import gguf_name, open_gguf, permute, unpermute
+from conversion.hf.directory import read_config, read_weights
 from conversion.import_base import base_fingerprint, import_base
 from conversion.names import tensors, to_hf
 from transllm_jax.model.config import LlamaConfig

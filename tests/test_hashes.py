@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from transllm_jax import artifacts
-from transllm_jax.artifacts import FileHashes
+from transllm_jax.disk import FileHashes
+from transllm_jax.stages import manifest as artifacts
 
 
 def sha(text: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from transllm_jax.distributed.hlo import Counts, CustomCall, count_hlo
-from transllm_jax.distributed.hlo_text import parse_groups, parse_hlo, parse_pairs, parse_shapes
+from transllm_jax.preflight.program.hlo import Counts, CustomCall, count_hlo
+from transllm_jax.preflight.program.hlo_text import parse_groups, parse_hlo, parse_pairs, parse_shapes
 
 # Rows, inner sizes, rounds of the loops, and the shape of the step: layers, width, feed-forward, vocabulary, length.
 M, K, N, ROUNDS, INNER = 256, 512, 1024, 6, 3
@@ -30,7 +30,7 @@ def compile_programs(platform: str, out: Path) -> None:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from transllm_jax.distributed.chips import topology_devices
+    from transllm_jax.preflight.program.chips import topology_devices
 
     devices = jax.devices() if platform == "cpu" else topology_devices(platform)
     count = len(devices)

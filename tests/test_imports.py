@@ -53,52 +53,33 @@ def importing(packages: Iterable[str]) -> set[str]:
 def test_the_walk_sees_the_package() -> None:
     assert len(MODULES) > 50 and "transllm_jax.stages.recover" in MODULES and "transllm_jax" in MODULES
     assert "transllm_jax.errors.UserError" in IMPORTS["transllm_jax.config.load"]
-    assert "transllm_jax.pipeline.run_pipeline" in IMPORTS["transllm_jax.cli"]  # inside a function
+    assert "transllm_jax.stages.pipeline.run_pipeline" in IMPORTS["transllm_jax.cli.main"]  # inside a function
     assert imports_of("import a.b\nfrom c import d as e\ndef f():\n    import g") == {"a.b", "c.d", "g"}
 
 
-# What each part of the package may import of the package, itself aside: cli -> pipeline -> stages -> the rest.
-BOTTOM = {"errors", "hub_name"}
+# What each part of the package may import of the package, itself aside: cli -> commands -> stages -> the rest.
+BOTTOM = {"errors", "hub_name", "disk"}
 TOOLS = {"model", "data", "tokenizer"}
-COMMON = {"config", "errors", "progress", "interrupt"}
+COMMON = BOTTOM | {"config", "progress", "hosts"}
 ALLOWED = {
     "errors": set(),
     "hub_name": set(),
-    "config": BOTTOM,
-    "artifacts": BOTTOM,
+    "disk": {"errors"},
     "progress": BOTTOM,
-    "interrupt": BOTTOM,
+    "config": BOTTOM,
     "model": BOTTOM,
     "tokenizer": BOTTOM,
     "data": BOTTOM | {"tokenizer"},
-    # `distributed.mesh` makes the layout of a model.
-    "distributed": BOTTOM | {"model"},
-    "storage": BOTTOM | {"artifacts"},
-    "site": BOTTOM | {"artifacts", "distributed", "storage"},
-    "training": COMMON | TOOLS | {"distributed"},
+    "storage": BOTTOM,
+    "hosts": BOTTOM | {"storage"},
+    "training": COMMON | TOOLS,
     "generation": COMMON | TOOLS,
     "evaluation": COMMON | TOOLS | {"training", "generation"},
-    "stages": COMMON
-    | TOOLS
-    | {"artifacts", "training", "generation", "evaluation", "conversion", "distributed", "site"},
-    "preflight": COMMON | TOOLS | {"stages", "training", "generation", "distributed", "conversion"},
-    "pipeline": COMMON | {"artifacts", "stages", "site", "training"},
-    "status": {"errors", "artifacts", "pipeline", "training", "evaluation", "storage"},
-    "dry_run": COMMON | TOOLS | {"stages", "training", "distributed"},
-    "chat": COMMON | TOOLS | {"artifacts", "generation", "stages", "conversion", "storage"},
-    "sizes": BOTTOM,
-    "open_tokenizer": BOTTOM | {"tokenizer", "conversion"},
-    "tokenizer_commands": COMMON | TOOLS | {"artifacts", "evaluation", "open_tokenizer", "conversion"},
-    "open_source": COMMON | TOOLS | {"training", "stages", "conversion"},
-    "convert": COMMON | TOOLS | {"artifacts", "training", "open_source", "sizes", "conversion"},
-    # The commands bring the parts together, and show the report's table.
-    "cli": COMMON
-    | {"artifacts", "pipeline", "dry_run", "status", "chat", "generation", "evaluation", "conversion"}
-    | {"cli_convert", "cli_preflight", "cli_tokenizer", "distributed", "storage", "site"},
-    "cli_convert": COMMON | {"convert", "cli_working"},
-    "cli_tokenizer": COMMON | {"tokenizer_commands", "sizes", "cli_working"},
-    "cli_preflight": COMMON | {"preflight"},
-    "cli_working": COMMON,
+    "stages": COMMON | TOOLS | {"training", "generation", "evaluation", "conversion"},
+    "preflight": COMMON | TOOLS | {"stages", "training", "generation", "conversion"},
+    "commands": COMMON | TOOLS | {"stages", "training", "generation", "evaluation", "conversion", "storage"},
+    # The doors: they parse, call, and say how it ended.
+    "cli": COMMON | {"commands", "stages", "preflight", "generation", "evaluation", "conversion", "storage"},
     # `from transllm_jax import __version__`
     "": set(),
 }
@@ -127,7 +108,7 @@ def test_imports_run_one_way(part: str) -> None:
 
 
 def test_conversion_imports_model_tokenizer_and_what_is_below_only() -> None:
-    allowed = ("conversion", *(f"transllm_jax.{name}" for name in ("model", "tokenizer", "errors", "hub_name")))
+    allowed = ("conversion", *(f"transllm_jax.{name}" for name in ("model", "tokenizer", "errors", "hub_name", "disk")))
     wrong = [
         f"{module} imports {name}"
         for module in MODULES
@@ -140,9 +121,11 @@ def test_conversion_imports_model_tokenizer_and_what_is_below_only() -> None:
 
 def test_a_stage_never_imports_another_stage() -> None:
     shared = tuple(
-        f"transllm_jax.stages.{name}" for name in ("bad_rows", "generated", "run", "sources", "trained", "training")
+        f"transllm_jax.stages.{name}"
+        for name in ("bad_rows", "generated", "manifest", "new_rows", "run", "token_rows", "trained", "training")
     )
     stages = [module for module in MODULES if within(module, ["transllm_jax.stages"])]
+    stages.remove("transllm_jax.stages.pipeline")  # which puts them in their order
     wrong = [
         f"{module} imports {name}"
         for module in stages
@@ -173,54 +156,55 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 # Libraries that move fast, or that cost much to import: where each may be imported.
 DOORS = {
     "orbax": {"transllm_jax.training.checkpoint", "transllm_jax.training.arrays"},
-    "grain": {"transllm_jax.data.batches"},
-    "array_record": {"transllm_jax.data.token_cache"},
+    "grain": {"transllm_jax.data.rows.batches"},
+    "array_record": {"transllm_jax.data.rows.token_cache"},
     "optax": {"transllm_jax.training.optimizer", "transllm_jax.training.step"},
     "tokenizers": {
         "transllm_jax.tokenizer",
-        "conversion.gguf_tokenizer",
-        "conversion.sentencepiece_tokenizer",
+        "conversion.gguf.tokenizer",
+        "conversion.hf.sentencepiece_tokenizer",
     },
-    "safetensors": {"conversion.safetensors_io"},
+    "safetensors": {"conversion.hf.safetensors_io"},
     "tensorstore": {"conversion.store"},
-    "gguf": {"conversion.gguf_header", "conversion.gguf_weights"},
+    "gguf": {"conversion.gguf.header", "conversion.gguf.weights"},
     "huggingface_hub": {"conversion.fetch"},
     "fsspec": {"transllm_jax.storage"},
     "etils": {"transllm_jax.storage"},
     "flax": {"transllm_jax.model"},
     "jax": {
         "transllm_jax.model",
-        "transllm_jax.distributed",
+        "transllm_jax.hosts",
         "transllm_jax.preflight",
         "transllm_jax.training",
         "transllm_jax.generation",
         "transllm_jax.evaluation.likelihood",
+        "transllm_jax.stages.new_rows",
         "transllm_jax.stages.run",
         "transllm_jax.stages.training",
-        "transllm_jax.chat",
-        "transllm_jax.dry_run",
-        "transllm_jax.cli",
+        "transllm_jax.commands.chat",
+        "transllm_jax.commands.dry_run",
+        "transllm_jax.cli.main",
     },
-    "matplotlib": {"transllm_jax.evaluation.plots"},
+    "matplotlib": {"transllm_jax.evaluation.page.plots"},
     "sacrebleu": {"transllm_jax.evaluation.point"},
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
     "typer": {
-        "transllm_jax.cli",
-        "transllm_jax.cli_convert",
-        "transllm_jax.cli_preflight",
-        "transllm_jax.cli_tokenizer",
-        "transllm_jax.cli_working",
+        "transllm_jax.cli.main",
+        "transllm_jax.cli.convert",
+        "transllm_jax.cli.preflight",
+        "transllm_jax.cli.tokenizer",
+        "transllm_jax.cli.stopping",
     },
     "babel": {"transllm_jax.tokenizer.scripts"},
     "fontTools": {"transllm_jax.tokenizer.scripts"},
     "torch": set(),
     "transformers": set(),
-    "datasets": {"transllm_jax.data.hub"},
-    "tensorflow_datasets": {"transllm_jax.data.catalog"},
-    "pyarrow": {"transllm_jax.data.parquet"},
-    "zstandard": {"transllm_jax.data.files"},
-    "tensorboardX": {"transllm_jax.training.board"},
+    "datasets": {"transllm_jax.data.read.hub"},
+    "tensorflow_datasets": {"transllm_jax.data.read.catalog"},
+    "pyarrow": {"transllm_jax.data.read.parquet"},
+    "zstandard": {"transllm_jax.data.read.files"},
+    "tensorboardX": {"transllm_jax.training.record.board"},
     "sentencepiece": {"transllm_jax.tokenizer.sentencepiece_model"},
     "peft": set(),
     "pickle": set(),
@@ -261,12 +245,12 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_help_is_fast() -> None:
-    assert loaded_by("import transllm_jax.cli") == set()
-    assert loaded_by("import transllm_jax.config, transllm_jax.artifacts") == set()
+    assert loaded_by("import transllm_jax.cli.main") == set()
+    assert loaded_by("import transllm_jax.config, transllm_jax.stages.manifest") == set()
 
 
 def test_no_stage_loads_transformers_or_torch() -> None:
-    loaded = loaded_by("import transllm_jax.pipeline, transllm_jax.chat, conversion.fetch")
+    loaded = loaded_by("import transllm_jax.stages.pipeline, transllm_jax.commands.chat, conversion.fetch")
     assert "jax" in loaded and not loaded & {"transformers", "torch", "matplotlib"}
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transllm_jax.errors import UserError
-from transllm_jax.training import ledger as module
-from transllm_jax.training.ledger import CATEGORIES, Ledger, summarise
+from transllm_jax.training.record import ledger as module
+from transllm_jax.training.record.ledger import CATEGORIES, Ledger, summarise
 
 
 class Clock:
@@ -301,5 +301,5 @@ def test_a_category_that_is_none_is_a_defect(path: Path) -> None:
 
 
 def test_jax_is_not_imported() -> None:
-    code = "import sys, transllm_jax.training.ledger; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, transllm_jax.training.record.ledger; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

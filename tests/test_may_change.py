@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import EXAMPLES, tiny_run
 
-from transllm_jax import pipeline
-from transllm_jax.artifacts import State
 from transllm_jax.config import Pretraining, Transfer, Validation, load_config
 from transllm_jax.errors import UserError
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages import pipeline
+from transllm_jax.stages.manifest import State
 from transllm_jax.stages.run import Run
 
 # Where the stage was cut off, where it is done: whether the change is taken.

@@ -18,7 +18,7 @@ from conftest import random_weights, tiny_config
 from flax import nnx
 from test_families import FAMILIES
 
-from conversion.hf import write_model
+from conversion.hf.directory import write_model
 from conversion.names import tensors
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine

@@ -23,11 +23,11 @@ from reliability.harness import FILES, require_same, results
 from rich.console import Console
 from test_storage import Emulator, gcs  # noqa: F401
 
-from transllm_jax.chat import open_session
-from transllm_jax.status import status_table
+from transllm_jax.commands.chat import open_session
+from transllm_jax.commands.status import status_table
 from transllm_jax.storage.store import Store
 from transllm_jax.training.arrays import load_arrays
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.record.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 HOST = socket.gethostname()
@@ -41,7 +41,7 @@ BEFORE = ("base", "vocabulary", "evaluation/base", "evaluation/vocabulary")
 # `transllm ARGUMENTS`, which sends itself a signal when a step was dispatched.
 HARMED = """
 import os, sys
-from transllm_jax.distributed.agreement import Agreement
+from transllm_jax.hosts.agreement import Agreement
 
 tell = Agreement.tell
 
@@ -76,7 +76,7 @@ def start(
         line = ["run", str(config), *more, "--workdir", str(place)]
         if harm is not None and harm[0] == number:
             return HARMED.format(step=harm[2], signal=int(harm[1]), arguments=line)
-        return ["-m", "transllm_jax.cli", *line]
+        return ["-m", "transllm_jax.cli.main", *line]
 
     return run_processes(count, command, devices=devices, **options)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transllm_jax.data import near_duplicates
-from transllm_jax.data.near_duplicates import (
+from transllm_jax.data.clean import near_duplicates
+from transllm_jax.data.clean.near_duplicates import (
     SIZE,
     N,
     bands,
@@ -113,7 +113,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signatures_are_the_same_everywhere() -> None:
     """Stored signatures and keys are compared with those of later runs: these are what they must always be."""
     code = (
-        "from transllm_jax.data.near_duplicates import *\n"
+        "from transllm_jax.data.clean.near_duplicates import *\n"
         "s = signature('ที่บ้านมีน้ำ และมีปลา'); print(s.dtype, s.shape, *s[:3], exact_key('ที่บ้านมีน้ำ'))"
     )
     printed = {

@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES, tiny_run, write_tiny_model
 
-from conversion.hf import read_config, read_weights
+from conversion.hf.directory import read_config, read_weights
 from conversion.token_rows import open_token_rows
-from transllm_jax import convert, pipeline
+from transllm_jax.commands import convert
 from transllm_jax.config import Config
 from transllm_jax.errors import UserError
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import seed_for
-from transllm_jax.tokenizer.tokenizer import Tokenizer
-from transllm_jax.training.arrays import load_arrays
-from transllm_jax.training.new_rows import (
+from transllm_jax.stages import pipeline
+from transllm_jax.stages.new_rows import (
     BOOST,
     HALF,
     calibrated,
@@ -30,6 +28,9 @@ from transllm_jax.training.new_rows import (
     token_counts,
     weighted_rows,
 )
+from transllm_jax.stages.run import seed_for
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.arrays import load_arrays
 
 
 def test_a_mean_row_is_the_mean_of_its_pieces() -> None:
@@ -107,7 +108,7 @@ def test_random_rows_are_like_the_tables_and_follow_the_seed() -> None:
 
 
 def test_tokens_are_counted_in_a_range_of_ids(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transllm_jax.training.new_rows.DOCUMENTS", 2)
+    monkeypatch.setattr("transllm_jax.stages.new_rows.DOCUMENTS", 2)
     tokenizer = Tokenizer.load(tiny_model)
     texts = ["the cat", "the dog, the dog", "สวัสดี", "the end", "a"]
     ids = [number for text in texts for number in tokenizer.encode(text)]

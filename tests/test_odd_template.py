@@ -14,15 +14,15 @@ from conftest import tiny_run, write_tiny_model
 from test_ends import END, EOS, change
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.artifacts import read_json
 from transllm_jax.config import load_config
-from transllm_jax.data.examples import conversation_examples
+from transllm_jax.data.rows.examples import conversation_examples
+from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
-from transllm_jax.interrupt import Interrupt
-from transllm_jax.pipeline import run_pipeline
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import run as run_module
+from transllm_jax.stages.pipeline import run_pipeline
 from transllm_jax.tokenizer.chat import (
     Message,
     check_template,

@@ -13,11 +13,11 @@ from conftest import call, random_weights, tiny_config, tiny_run, write_tiny_mod
 from test_sentencepiece_chat import TEMPLATE
 from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
 
-from conversion.hf import write_model
+from conversion.hf.directory import write_model
 from conversion.logits import logits_of
-from transllm_jax.open_source import open_source
+from transllm_jax.commands.open_model import open_source
 from transllm_jax.tokenizer.chat import render
-from transllm_jax.tokenizer.expand import expand, save_expanded
+from transllm_jax.tokenizer.growing.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transllm_jax.data.batches import Ahead, Batch, Batches, Proportions
-from transllm_jax.data.examples import Example, split_example
-from transllm_jax.data.packing import FIELDS, PackedRows, pack, plan
+from transllm_jax.data.rows.batches import Ahead, Batch, Batches, Proportions
+from transllm_jax.data.rows.examples import Example, split_example
+from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack, plan
 from transllm_jax.errors import UserError
 
 LENGTH = 16
@@ -149,8 +149,8 @@ def test_batches_are_a_pure_function_of_seed_and_number() -> None:
 def test_batches_are_the_same_in_another_process() -> None:
     """Nothing depends on hash seeds or on what ran before."""
     code = (
-        "import numpy as np; from transllm_jax.data.packing import PackedRows; "
-        "from transllm_jax.data.batches import Batches; "
+        "import numpy as np; from transllm_jax.data.rows.packing import PackedRows; "
+        "from transllm_jax.data.rows.batches import Batches; "
         "t = np.zeros((11, 2), np.int32); r = PackedRows(t, t, t, t, t.astype(np.float32)); "
         "b = Batches([('a', r, None), ('b', r, None)], 3, seed=5); "
         "print([b.rows(k).tolist() for k in (9, 2)])"

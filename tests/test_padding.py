@@ -17,19 +17,20 @@ from conftest import random_weights, tiny_config, tiny_run
 from tiny_tokenizer import build_tiny_tokenizer
 
 from conversion.directories import read_json
-from conversion.hf import open_hf, read_config, read_weights, write_model
+from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.logits import logits_of
 from conversion.merged import Merged
-from transllm_jax import cli, convert
-from transllm_jax.chat import open_session
+from transllm_jax.cli.main import main as cli
+from transllm_jax.commands import convert
+from transllm_jax.commands.chat import open_session
+from transllm_jax.commands.open_model import open_source
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.model.vocabulary import padding_of, without
-from transllm_jax.open_source import open_source
 from transllm_jax.progress import Progress
 from transllm_jax.stages.run import Run, token_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -268,7 +269,7 @@ def test_peft_and_back(run: Path, tmp_path: Path, rows: Any) -> None:
 
 
 def test_rows_that_are_not_zero_need_tokens(run: Path, tmp_path: Path) -> None:
-    from conversion.export_hf import export_hf
+    from conversion.hf.export import export_hf
 
     trainable = load_arrays(run / "transfer/trainable")
     for change, fits in ((1e-30, False), (0.0, True)):

@@ -21,9 +21,9 @@ from conftest import random_weights, tiny_config
 from safetensors.numpy import load_file, save_file
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf import HFModel, open_hf, read_weights, stacked, write_model
-from conversion.peft_read import PeftAdapter, open_peft, read_peft
-from conversion.peft_write import Rows, write_peft
+from conversion.hf.directory import HFModel, open_hf, read_weights, stacked, write_model
+from conversion.peft.read import PeftAdapter, open_peft, read_peft
+from conversion.peft.write import Rows, write_peft
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import abstract, assemble, load_frozen, merge

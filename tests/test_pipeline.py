@@ -20,18 +20,19 @@ import yaml
 from conftest import tiny_run
 
 from conversion.directories import sha256_of
-from conversion.hf import read_weights
-from transllm_jax import cli, pipeline
+from conversion.hf.directory import read_weights
+from transllm_jax.cli.main import main as cli
 from transllm_jax.config import load_config
-from transllm_jax.data.sources import read_jsonl
+from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, count, load_frozen
 from transllm_jax.progress import Progress
+from transllm_jax.stages import pipeline
 from transllm_jax.stages.run import POINTS, Run
 from transllm_jax.training.arrays import load_arrays
-from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
+from transllm_jax.training.record.metrics import read_rows
 
 TRAINED = ("pretrain", "translate", "transfer")
 # What must be the same, byte for byte, however often a run was cut off.
@@ -155,7 +156,7 @@ def test_nohup_stays_nohup() -> None:
 # A piece of work that tells of itself, and is asked to stop.
 WORKING = """
 import sys, time
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 with Progress() as progress, Interrupt() as interrupt:
     with progress.task("work", total=2000) as bar:
@@ -326,7 +327,7 @@ def test_stopped_on_request_it_goes_on(
 def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path) -> None:
     _, workdir, _ = finished
     config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
-    command = [sys.executable, "-m", "transllm_jax.cli", "run", str(config)]
+    command = [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)]
     # Within a stage's training, in the save of a checkpoint, between answers, between stages: some moments after the
     # first sign of each, other ones in every run of this test.
     moments = random.Random(os.getpid())
@@ -359,7 +360,7 @@ def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_
 
 
 def test_one_run_at_a_time(tiny_config_file: Path) -> None:
-    from transllm_jax.artifacts import locked
+    from transllm_jax.disk import locked
 
     workdir = Path(load_config(tiny_config_file).workdir)
     with locked(workdir), pytest.raises(UserError, match="another run"):
@@ -394,7 +395,7 @@ def test_the_export_is_the_model_in_transformers(finished: tuple[Path, Path, Run
 def test_chat_speaks_with_the_run_its_original_and_the_export(
     finished: tuple[Path, Path, Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transllm_jax.chat import open_session
+    from transllm_jax.commands.chat import open_session
 
     _, workdir, _ = finished
     question = "ฝนตกไหม"

@@ -20,12 +20,13 @@ from rich.table import Table
 from rich.text import Text
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax import chat, cli, dry_run
+from transllm_jax.cli.main import main as cli
+from transllm_jax.commands import chat, dry_run
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import Cost, cost_table
 from transllm_jax.generation.chain import Answer
+from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Phases, Progress, plain_console
-from transllm_jax.site import Site
 from transllm_jax.stages.training import say_left_out
 from transllm_jax.storage import open_workdir
 

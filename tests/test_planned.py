@@ -14,20 +14,20 @@ from tiny_shards import DOCUMENTS, conversation, items_of, shards_of, some_shard
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.config import Source
-from transllm_jax.data import planned as module
-from transllm_jax.data.batches import Batches
-from transllm_jax.data.cleaning import Rules
-from transllm_jax.data.examples import Example, conversation_examples, document_examples, translation_examples
-from transllm_jax.data.near_duplicates import Kept
-from transllm_jax.data.packing import FIELDS, PackedRows, pack
-from transllm_jax.data.planned import Choice, PlannedRows
-from transllm_jax.data.shards import Content, Shard
-from transllm_jax.data.tokenise import tokenise
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.clean.cleaning import Rules
+from transllm_jax.data.clean.near_duplicates import Kept
+from transllm_jax.data.read.shards import Content, Shard
+from transllm_jax.data.rows import planned as module
+from transllm_jax.data.rows.batches import Batches
+from transllm_jax.data.rows.examples import Example, conversation_examples, document_examples, translation_examples
+from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
+from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.tokenise import tokenise
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.stages import sources as stage_sources
+from transllm_jax.stages import token_rows as stage_sources
 from transllm_jax.stages.bad_rows import BadRows
-from transllm_jax.stages.sources import left_out, planned_rows
+from transllm_jax.stages.token_rows import left_out, planned_rows
 from transllm_jax.tokenizer.chain import MARKERS
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -13,16 +13,16 @@ import pytest
 
 from conversion.directories import read_json
 from transllm_jax.config import Config, load_config
-from transllm_jax.distributed.chips import parse_topology, topology_devices
-from transllm_jax.distributed.hlo import CustomCall
-from transllm_jax.distributed.hlo_text import Shape
-from transllm_jax.distributed.mesh import make_layout, mesh_shape
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE
+from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import abstract, count
 from transllm_jax.model.splash import kernel_bytes, splash_flops
 from transllm_jax.preflight.measure import BEST, Measured, _explain, measure
+from transllm_jax.preflight.program.chips import parse_topology, topology_devices
+from transllm_jax.preflight.program.hlo import CustomCall
+from transllm_jax.preflight.program.hlo_text import Shape
 from transllm_jax.preflight.programs import Model, generation, model_of, training
 from transllm_jax.preflight.search import candidates
 from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
@@ -139,7 +139,7 @@ def run(*arguments: str) -> tuple[int, str]:
     """The command, in this process: exit code and what it printed."""
     from typer.testing import CliRunner
 
-    from transllm_jax.cli import app
+    from transllm_jax.cli.main import app
 
     done = CliRunner().invoke(app, ["preflight", str(RECIPE), *arguments])
     if isinstance(done.exception, UserError):

@@ -12,15 +12,14 @@ import pytest
 import yaml
 from conftest import tiny_run
 
-from transllm_jax import pipeline
 from transllm_jax.config import load_config
-from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.hosts.runtime import Peers
+from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Progress
-from transllm_jax.site import Site
-from transllm_jax.stages import evaluate, recover
+from transllm_jax.stages import evaluate, pipeline, recover
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import Workdir
 

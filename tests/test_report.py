@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from transllm_jax.evaluation import report
-from transllm_jax.evaluation.measures import percent, rows, written
-from transllm_jax.evaluation.plots import validation_plot
-from transllm_jax.evaluation.report import (
+from transllm_jax.commands.status import status_table
+from transllm_jax.evaluation.page import report
+from transllm_jax.evaluation.page.measures import percent, rows, written
+from transllm_jax.evaluation.page.plots import validation_plot
+from transllm_jax.evaluation.page.report import (
     conversation_panel,
     render_report,
     summary_table,
     time_sentence,
     write_report,
 )
-from transllm_jax.evaluation.verdict import verdict
-from transllm_jax.pipeline import artifact
+from transllm_jax.evaluation.page.verdict import verdict
+from transllm_jax.stages.pipeline import artifact
 from transllm_jax.stages.report import SKIPPED, SKIPPED_ROWS, _speed, _trained
-from transllm_jax.status import status_table
-from transllm_jax.training.ledger import CATEGORIES, Ledger, summarise
+from transllm_jax.training.record.ledger import CATEGORIES, Ledger, summarise
 
 QUESTION = "ช่วยแนะนำวิธีนอนหลับให้ดีขึ้นหน่อย"
 ANSWER = "ลองเข้านอนเวลาเดิมทุกคืน งดกาแฟหลังเที่ยง และปิดหน้าจอก่อนนอนหนึ่งชั่วโมง"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from transllm_jax.distributed import roofline
-from transllm_jax.distributed.chips import CHIPS, FLAT, parse_topology, topology_devices
-from transllm_jax.distributed.hlo import Collective, Counts, Work
-from transllm_jax.distributed.roofline import axes_of, collective_seconds, estimate_step, group_bandwidth
 from transllm_jax.errors import UserError
+from transllm_jax.preflight.program import roofline
+from transllm_jax.preflight.program.chips import CHIPS, FLAT, parse_topology, topology_devices
+from transllm_jax.preflight.program.hlo import Collective, Counts, Work
+from transllm_jax.preflight.program.roofline import axes_of, collective_seconds, estimate_step, group_bandwidth
 from transllm_jax.training.flops import PEAK
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -79,7 +79,7 @@ def test_the_table_of_chips() -> None:
 
 ASK = """
 import json, sys
-from transllm_jax.distributed.chips import parse_topology, topology_devices
+from transllm_jax.preflight.program.chips import parse_topology, topology_devices
 found = {}
 for name in sys.argv[1:]:
     devices = topology_devices(name)

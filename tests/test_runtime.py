@@ -13,11 +13,11 @@ import jax
 import pytest
 from multi_process import ROOT, Ended, Kill, free_port, run_processes
 
-from transllm_jax.distributed.agreement import Agreement
-from transllm_jax.distributed.connection import Connection, Options, connection_from
-from transllm_jax.distributed.runtime import Peers, connect
-from transllm_jax.distributed.wire import IDLE, INTERVAL, PROBES, watched
 from transllm_jax.errors import UserError
+from transllm_jax.hosts.agreement import Agreement
+from transllm_jax.hosts.connection import Connection, Options, connection_from
+from transllm_jax.hosts.runtime import Peers, connect
+from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, watched
 
 HOST = socket.gethostname()
 AGAIN = "run the same command on all hosts again to go on"
@@ -26,8 +26,8 @@ AGAIN = "run the same command on all hosts again to go on"
 PROGRAM = """
 import os, sys, time
 from transllm_jax.distributed import runtime
-from transllm_jax.distributed.agreement import Agreement
-from transllm_jax.distributed.connection import Options, connection_from
+from transllm_jax.hosts.agreement import Agreement
+from transllm_jax.hosts.connection import Options, connection_from
 from transllm_jax.errors import Diverged, Preempted, UserError
 
 def reduced():
@@ -168,7 +168,7 @@ def test_one_process_waits_for_nobody() -> None:
 
 
 def test_nothing_heavy_is_loaded_to_read_the_flags() -> None:
-    code = "import transllm_jax.distributed.runtime, sys; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = "import transllm_jax.hosts.runtime, sys; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from processes import alive, wait_for
 
-from transllm_jax.data import files
-from transllm_jax.data import sample as sample_module
-from transllm_jax.data.files import Collector
-from transllm_jax.data.sample import Sample, sample_documents
-from transllm_jax.data.shards import iter_texts
-from transllm_jax.data.sources import iter_documents, read_documents
+from transllm_jax.data.read import files
+from transllm_jax.data.read import sample as sample_module
+from transllm_jax.data.read.files import Collector
+from transllm_jax.data.read.sample import Sample, sample_documents
+from transllm_jax.data.read.shards import iter_texts
+from transllm_jax.data.read.sources import iter_documents, read_documents
 from transllm_jax.errors import UserError
 
 
@@ -266,7 +266,7 @@ PARENT = """
 import os, signal, sys, time
 from pathlib import Path
 from transllm_jax.data import sample
-from transllm_jax.data.files import Place
+from transllm_jax.data.read.files import Place
 from transllm_jax.errors import UserError
 
 def endless(path, reading, collector, *, at, **options):

@@ -9,7 +9,7 @@ import pytest
 from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
 
 from transllm_jax.tokenizer.chat import Message, encode_conversation, encode_prompt, render
-from transllm_jax.tokenizer.expand import expand, save_expanded
+from transllm_jax.tokenizer.growing.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # LLaMA-2's own, without its system prompt.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from scripted import Script, asked, chain_tokenizer, chat_of
 
-from transllm_jax.chat import Session, show
+from transllm_jax.commands.chat import Session, show
 from transllm_jax.generation.chain import Answer
 from transllm_jax.progress import plain_console
 from transllm_jax.tokenizer.chain import parse, visible

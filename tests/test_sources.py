@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from transllm_jax.data import hub
-from transllm_jax.data.files import Collector, read_lines
-from transllm_jax.data.shards import Item, Reading, Shard, shards
-from transllm_jax.data.sources import read_documents
+from transllm_jax.data.read import hub
+from transllm_jax.data.read.files import Collector, read_lines
+from transllm_jax.data.read.shards import Item, Reading, Shard, shards
+from transllm_jax.data.read.sources import read_documents
 from transllm_jax.errors import UserError
 
 THAI = "สวัสดีครับ วันนี้อากาศดี"
@@ -365,7 +365,7 @@ def test_lists_are_cut_at_their_objects_alone(tmp_path: Path) -> None:
 
 
 def test_an_object_that_never_ends_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transllm_jax.data.records._LARGEST", 1000)
+    monkeypatch.setattr("transllm_jax.data.read.records._LARGEST", 1000)
     path = write(tmp_path / "a.json", '[\n{"text": "a",\n' + '"b": [1,\n' * 500)
     with pytest.raises(UserError, match=r"a\.json:2 has an object of more than"):
         items(Reading(str(path)))

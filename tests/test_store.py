@@ -24,7 +24,7 @@ from conftest import random_weights, tiny_config
 
 from conversion import store
 from conversion.directories import new_directory, read_json, write_json
-from conversion.hf import open_hf, read_weights, write_config, write_model
+from conversion.hf.directory import open_hf, read_weights, write_config, write_model
 from conversion.names import EMBEDDING, OUTPUT, Tensor, tensors, weight_shapes
 from conversion.opened import Opened
 from conversion.store import MANIFEST, MAX_CHUNK_BYTES, Store, open_store, transposed, write_store

@@ -17,11 +17,11 @@ import pytest
 from multi_process import free_port, run_processes
 from test_runtime import all_said, program
 
-from transllm_jax.distributed import watch
-from transllm_jax.distributed.connection import Connection
-from transllm_jax.distributed.watch import OTHER_KEY, PROTOCOL, Hub, Member
-from transllm_jax.distributed.wire import everywhere, lines, listen, say, sign
 from transllm_jax.errors import PeerLost, UserError
+from transllm_jax.hosts import watch
+from transllm_jax.hosts.connection import Connection
+from transllm_jax.hosts.watch import OTHER_KEY, PROTOCOL, Hub, Member
+from transllm_jax.hosts.wire import everywhere, lines, listen, say, sign
 
 KEY, COUNT = b"the key of this run", 3
 Call = Callable[[], socket.socket]

@@ -21,15 +21,15 @@ import pytest
 from tiny_shards import DOCUMENTS, items_of, shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.data import token_cache
-from transllm_jax.data.array_file import read_arrays, sweep, write_arrays
-from transllm_jax.data.cleaning import Rules
-from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.examples import Example
-from transllm_jax.data.near_duplicates import signature
-from transllm_jax.data.shards import Content, Shard
-from transllm_jax.data.token_cache import ShardTokens, shard_path, write_shard
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.clean.cleaning import Rules
+from transllm_jax.data.clean.contamination import EvaluationTexts
+from transllm_jax.data.clean.near_duplicates import signature
+from transllm_jax.data.read.shards import Content, Shard
+from transllm_jax.data.rows import token_cache
+from transllm_jax.data.rows.array_file import read_arrays, sweep, write_arrays
+from transllm_jax.data.rows.examples import Example
+from transllm_jax.data.rows.token_cache import ShardTokens, shard_path, write_shard
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message, encode_conversation
@@ -208,7 +208,7 @@ import os, signal, sys
 from pathlib import Path
 from tiny_shards import shards_of
 from transllm_jax.data import token_cache
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 data, cache, tokenizer, moment = map(Path, sys.argv[1:])
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)

@@ -16,12 +16,12 @@ from processes import alive, wait_for
 from tiny_shards import shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.data import tokenise as module
 from transllm_jax.data.pool import cores, share_out
-from transllm_jax.data.shards import Shard
-from transllm_jax.data.token_cache import ShardTokens
-from transllm_jax.data.tokenise import tokenise
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.read.shards import Shard
+from transllm_jax.data.rows import tokenise as module
+from transllm_jax.data.rows.token_cache import ShardTokens
+from transllm_jax.data.rows.tokenise import tokenise
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -138,7 +138,7 @@ from __future__ import annotations
 import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
-from transllm_jax.data.files import Place
+from transllm_jax.data.read.files import Place
 
 @dataclass(frozen=True)
 class Strange:
@@ -209,7 +209,7 @@ import sys
 from pathlib import Path
 from strange import Strange
 from test_tokenise import TEXT
-from transllm_jax.data.tokenise import tokenise
+from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 if __name__ == "__main__":
     shards = [Strange("a", "slow"), Strange("b", "slow")]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_tokenizer
 
+from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.errors import UserError
-from transllm_jax.open_tokenizer import open_tokenizer
-from transllm_jax.tokenizer.expand import with_markers
+from transllm_jax.tokenizer.growing.expand import with_markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 

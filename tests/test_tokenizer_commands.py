@@ -15,10 +15,10 @@ from conftest import EXAMPLES, Command
 from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import models, pre_tokenizers
 
+from transllm_jax.commands.open_tokenizer import open_tokenizer
+from transllm_jax.disk import parse_size
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import Cost, costs, cut, example_words
-from transllm_jax.open_tokenizer import open_tokenizer
-from transllm_jax.sizes import parse_size
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -18,23 +18,22 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config, tiny_run, write_tiny_model
 
-from conversion.hf import read_weights
-from transllm_jax import pipeline
+from conversion.hf.directory import read_weights
 from transllm_jax.config import Config
 from transllm_jax.errors import Diverged, Preempted, UserError
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, count, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages import base as base_stage
-from transllm_jax.stages import vocabulary
+from transllm_jax.stages import pipeline, vocabulary
 from transllm_jax.stages.run import Run
 from transllm_jax.training.arrays import load_arrays, save_arrays
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.ledger import LEDGER, Ledger, summarise
 from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
-from transllm_jax.training.metrics import MetricsLog, read_rows, read_validations
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, schedule
+from transllm_jax.training.record.ledger import LEDGER, Ledger, summarise
+from transllm_jax.training.record.metrics import MetricsLog, read_rows, read_validations
 from transllm_jax.training.step import TrainState, initial_state, make_step, summed_loss
 
 # A frozen array that was given away with the state.

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import pre_tokenizers
 
-from conversion.gguf_weights import gguf_name, permute
+from conversion.gguf.weights import gguf_name, permute
 from conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.sentencepiece_tokenizer import write_tokenizer_json
+from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
 
 # The base knows a few Thai characters and one Thai word, as LLaMA-2 knows some characters.
 TEXT = [

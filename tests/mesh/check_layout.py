@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from meshes import GROUPED, LORA, NEW, PLAIN, RATES, VOCAB, Case, Shape, batch_of, layout_of, train
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.distributed.mesh import make_layout
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher, bits_per_byte
 from transllm_jax.generation.engine import Engine
 from transllm_jax.model.layout import SINGLE, Index, Layout
+from transllm_jax.model.mesh import make_layout
 from transllm_jax.model.parameters import abstract, assemble, load_frozen, read_frozen
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.checkpoint import Checkpoints

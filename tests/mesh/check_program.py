@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec
 from meshes import LORA, NEW, PLAIN, VOCAB, Case, Shape, layout_of, prepare
 
-from transllm_jax.distributed.hlo import Counts, count_hlo
-from transllm_jax.distributed.hlo_text import parse_hlo
 from transllm_jax.model.layout import SINGLE, sum_scattered
 from transllm_jax.model.parameters import abstract, count
+from transllm_jax.preflight.program.hlo import Counts, count_hlo
+from transllm_jax.preflight.program.hlo_text import parse_hlo
 from transllm_jax.training.loss import CHUNK
 
 # Tokens of a device are no size of the model, nor a multiple of one.

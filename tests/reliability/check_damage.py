@@ -11,11 +11,11 @@ from conftest import EXAMPLES
 from reliability.damage import check_damaged_cache, check_damaged_checkpoints, damages, put
 from reliability.harness import UNTIL, Whole, copied, goes_on, run, undisturbed
 
-from transllm_jax.artifacts import file_hash
-from transllm_jax.data.planned import Choice, PlannedRows
-from transllm_jax.data.shards import Reading, shards
-from transllm_jax.data.tokenise import tokenise
-from transllm_jax.data.transform import Transform
+from transllm_jax.data.read.shards import Reading, shards
+from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.tokenise import tokenise
+from transllm_jax.data.rows.transform import Transform
+from transllm_jax.disk import file_hash
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.reliability

@@ -32,7 +32,7 @@ from reliability.harness import (
     undisturbed,
 )
 
-from transllm_jax.training.metrics import read_rows
+from transllm_jax.training.record.metrics import read_rows
 
 pytestmark = pytest.mark.reliability
 

@@ -114,8 +114,9 @@ def watch(events: Events) -> None:
     """Have the package tell of steps, stages, validations and lines."""
     import numpy as np
 
-    from transllm_jax.training import loop, metrics
-    from transllm_jax.training.ledger import Ledger
+    from transllm_jax.training import loop
+    from transllm_jax.training.record import metrics
+    from transllm_jax.training.record.ledger import Ledger
 
     stages: list[str] = []
     whole_stage, whole_spend, whole_write = Ledger.stage, Ledger.spend, metrics.MetricsLog.write
@@ -169,7 +170,7 @@ def main() -> None:
     events = Events(log, json.loads(harm), workdir)
     watch(events)
     sys.addaudithook(events.audit)
-    from transllm_jax import cli
+    from transllm_jax.cli.main import main as cli
 
     sys.argv = ["transllm", *arguments]
     cli.main()

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transllm_jax.data.examples import make_example, split_example
-from transllm_jax.data.packing import pack
+from transllm_jax.data.rows.examples import make_example, split_example
+from transllm_jax.data.rows.packing import pack
 from transllm_jax.generation.engine import filled
 from transllm_jax.model.parameters import Flat, Split, merge
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from transllm_jax.model.parameters import Split
 from transllm_jax.tokenizer.chain import Markers, visible
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
-from transllm_jax.tokenizer.expand import tokens_per_character
+from transllm_jax.tokenizer.growing.expand import tokens_per_character
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # Gives what a part of the evaluation, by its name, found before; or makes it, as JSON can hold it, and keeps it.

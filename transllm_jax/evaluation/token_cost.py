@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transllm_jax.data.files import Collector, Controls
-from transllm_jax.data.shards import iter_texts, text_files
+from transllm_jax.data.read.files import Collector, Controls
+from transllm_jax.data.read.shards import iter_texts, text_files
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-from transllm_jax.data.sources import read_jsonl
+from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.tokenizer.chain import Markers

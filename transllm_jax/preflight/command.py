@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from transllm_jax.config import Config, Training
-from transllm_jax.distributed.chips import Topology, parse_topology, topology_devices
-from transllm_jax.distributed.mesh import make_layout, mesh_shape
 from transllm_jax.errors import UserError
 from transllm_jax.model.layout import AXES
 from transllm_jax.model.llama import Remat
+from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.preflight.measure import Measured, measure
+from transllm_jax.preflight.program.chips import Topology, parse_topology, topology_devices
 from transllm_jax.preflight.programs import STAGES, TRAININGS, Model, Program, generation, model_of, training
 from transllm_jax.preflight.search import candidates
 from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology

@@ -9,10 +9,10 @@ from functools import partial
 
 import jax
 
-from transllm_jax.distributed.chips import Topology
-from transllm_jax.distributed.hlo import Counts, CustomCall, count_hlo
-from transllm_jax.distributed.roofline import Estimate, estimate_step
 from transllm_jax.model.splash import kernel_bytes, kernel_flops
+from transllm_jax.preflight.program.chips import Topology
+from transllm_jax.preflight.program.hlo import Counts, CustomCall, count_hlo
+from transllm_jax.preflight.program.roofline import Estimate, estimate_step
 from transllm_jax.preflight.programs import Program
 
 # Of the peak: what the best published run implies, and what an ordinary one does; see distributed/roofline.py.

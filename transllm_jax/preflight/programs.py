@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from conversion.directories import read_json
-from conversion.hf import parse_config
+from conversion.hf.directory import parse_config
 from transllm_jax.config import Config, Training
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig

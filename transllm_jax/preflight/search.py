@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transllm_jax.distributed.chips import Topology
-from transllm_jax.distributed.mesh import make_layout
-from transllm_jax.distributed.roofline import group_bandwidth
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.llama import Remat
+from transllm_jax.model.mesh import make_layout
 from transllm_jax.preflight.measure import BEST
+from transllm_jax.preflight.program.chips import Topology
+from transllm_jax.preflight.program.roofline import group_bandwidth
 from transllm_jax.preflight.programs import Model, Program, training
 
 # Executed FLOPs over the model's, as counted in compiled steps of LLaMA-2-7B, and the policies worth trying: `none`

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from transllm_jax.distributed.chips import Topology
 from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
+from transllm_jax.preflight.program.chips import Topology
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transllm_jax.config import Source
-from transllm_jax.data.bad_rows import check_share, first_of_each
+from transllm_jax.data.read.bad_rows import check_share, first_of_each
 
 # In a stage's directory.
 FILE = "bad_rows.jsonl"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from conversion.import_base import base_fingerprint
-from transllm_jax.artifacts import read_json, write_json
-from transllm_jax.data.sources import check_no_special, read_jsonl, read_pairs
+from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
+from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.export_hf import export_hf
-from conversion.hf import open_hf
+from conversion.hf.directory import open_hf
+from conversion.hf.export import export_hf
 from conversion.merged import Merged
-from transllm_jax.artifacts import write_json
+from transllm_jax.disk import write_json
 from transllm_jax.stages.run import Run, about
 from transllm_jax.tokenizer.llama_cpp import misread, readers_of
 from transllm_jax.training.arrays import load_arrays

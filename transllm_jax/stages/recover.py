@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from transllm_jax.artifacts import write_text
 from transllm_jax.config import Translation
-from transllm_jax.data.files import Place
-from transllm_jax.data.sources import check_no_special, read_jsonl
+from transllm_jax.data.read.files import Place
+from transllm_jax.data.read.sources import check_no_special, read_jsonl
+from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transllm_jax.artifacts import read_json, write_json
-from transllm_jax.data.sources import read_jsonl, read_pairs
-from transllm_jax.evaluation.measures import number, percent, written
-from transllm_jax.evaluation.report import write_report
+from transllm_jax.data.read.sources import read_jsonl, read_pairs
+from transllm_jax.disk import read_json, write_json
+from transllm_jax.evaluation.page.measures import number, percent, written
+from transllm_jax.evaluation.page.report import write_report
 from transllm_jax.stages.run import POINTS, Run
-from transllm_jax.training.ledger import LEDGER, summarise
-from transllm_jax.training.metrics import read_rows, read_validations
+from transllm_jax.training.record.ledger import LEDGER, summarise
+from transllm_jax.training.record.metrics import read_rows, read_validations
 
 TRAINED = ("pretrain", "translate", "transfer")
 STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")

@@ -20,35 +20,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.hf import open_hf, read_config, read_parts
-from transllm_jax.artifacts import Artifact, FileHashes
+from conversion.hf.directory import open_hf, read_config, read_parts
 from transllm_jax.config import Config, Source
-from transllm_jax.data.bad_rows import check_share, first_of_each
-from transllm_jax.data.cleaning import text_of
-from transllm_jax.data.contamination import EvaluationTexts
-from transllm_jax.data.files import Collector, Loaded, Place, attempt, resolve, texts_of
-from transllm_jax.data.shards import Item, Reading, Shard, shards
-from transllm_jax.data.sources import read_jsonl, refuse_special
-from transllm_jax.distributed.mesh import make_layout, mesh_shape
-from transllm_jax.distributed.runtime import Peers
+from transllm_jax.data.clean.cleaning import text_of
+from transllm_jax.data.clean.contamination import EvaluationTexts
+from transllm_jax.data.read.bad_rows import check_share, first_of_each
+from transllm_jax.data.read.files import Collector, Loaded, Place, attempt, resolve, texts_of
+from transllm_jax.data.read.shards import Item, Reading, Shard, shards
+from transllm_jax.data.read.sources import read_jsonl, refuse_special
+from transllm_jax.disk import FileHashes
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.hosts.runtime import Peers
+from transllm_jax.hosts.site import Site
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import Index, Layout
 from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
 from transllm_jax.model.vocabulary import Padding, padding_of
 from transllm_jax.progress import Progress
-from transllm_jax.site import Site
 from transllm_jax.stages.bad_rows import BadRows
+from transllm_jax.stages.manifest import Artifact
 from transllm_jax.stages.trained import lora_of, trains
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import encode_conversation, encode_prompt
 from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
-from transllm_jax.training.ledger import LEDGER, Ledger
+from transllm_jax.training.record.ledger import LEDGER, Ledger
 
 T = TypeVar("T", bound=Item)
 

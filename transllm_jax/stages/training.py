@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from transllm_jax.config import Training
-from transllm_jax.data.batches import Batches
-from transllm_jax.data.packing import Rows
+from transllm_jax.data.rows.batches import Batches
+from transllm_jax.data.rows.packing import Rows
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import nats
 from transllm_jax.model.layout import Layout
@@ -24,13 +24,13 @@ from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.model.splash import splash_supports
 from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.sources import fields_not_read, left_out, planned_rows, validation_rows
+from transllm_jax.stages.token_rows import fields_not_read, left_out, planned_rows, validation_rows
 from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
 from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
-from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig
-from transllm_jax.training.reporting import Speed
+from transllm_jax.training.record.metrics import read_rows
+from transllm_jax.training.record.reporting import Speed
 
 # Keys of a training section that no result depends on.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.examples import conversation_examples
-from transllm_jax.data.files import Collector
-from transllm_jax.data.packing import pack
-from transllm_jax.data.sources import read_jsonl
+from transllm_jax.data.read.files import Collector
+from transllm_jax.data.read.sources import read_jsonl
+from transllm_jax.data.rows.examples import conversation_examples
+from transllm_jax.data.rows.packing import pack
 from transllm_jax.errors import UserError
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import (

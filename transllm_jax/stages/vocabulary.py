@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 
 from conversion.adapter import ADAPTER, read_adapter
-from conversion.hf import open_hf, read_parts, read_weights
+from conversion.hf.directory import open_hf, read_parts, read_weights
+from conversion.hf.safetensors_io import dtype_of
 from conversion.names import tensors
-from conversion.safetensors_io import dtype_of
 from conversion.store import MANIFEST
 from conversion.token_rows import TokenRows, open_token_rows
-from transllm_jax.artifacts import write_json
 from transllm_jax.config import Source
+from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.progress import Phases
+from transllm_jax.stages.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
 from transllm_jax.stages.run import Run, token_ids, tokenless
 from transllm_jax.tokenizer.chat import without_thinking
-from transllm_jax.tokenizer.expand import (
+from transllm_jax.tokenizer.growing.expand import (
     Expansion,
     expand,
     expansion_of,
@@ -34,14 +35,13 @@ from transllm_jax.tokenizer.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.growing.prune import OnProgress
+from transllm_jax.tokenizer.growing.runs import check_supported
 from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
-from transllm_jax.tokenizer.prune import OnProgress
 from transllm_jax.tokenizer.rewritten import rewritten_line
-from transllm_jax.tokenizer.runs import check_supported
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
-from transllm_jax.training.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
 
 # Bytes of a corpus a wanted token up to which it may be too small for them; to learn from so much takes seconds.
 TRIED = 200

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transllm_jax.artifacts import FileHashes, file_hash, read_json, write_json
+from transllm_jax.disk import FileHashes, file_hash, read_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.storage.store import Entry, Store
 

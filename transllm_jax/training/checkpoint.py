@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from transllm_jax.distributed.runtime import Peers
 from transllm_jax.errors import UserError
+from transllm_jax.hosts.runtime import Peers
 from transllm_jax.training.step import TrainState
 
 # The items of a step: the arrays, and what is known of them.

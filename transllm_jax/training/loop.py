@@ -12,26 +12,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from transllm_jax.data.batches import Ahead, Batch
-from transllm_jax.distributed.agreement import Agreement
-from transllm_jax.distributed.runtime import Peers
+from transllm_jax.data.rows.batches import Ahead, Batch
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.interrupt import Interrupt
+from transllm_jax.hosts.agreement import Agreement
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.hosts.runtime import Peers
 from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.ledger import Ledger
-from transllm_jax.training.metrics import read_rows
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.placement import Placement, used_memory
-from transllm_jax.training.reporting import Reporter, Speed
+from transllm_jax.training.record.ledger import Ledger
+from transllm_jax.training.record.metrics import read_rows
+from transllm_jax.training.record.reporting import Reporter, Speed
+from transllm_jax.training.record.trace import Trace
 from transllm_jax.training.step import Step, TrainState, compiler_options, initial_state, make_step
-from transllm_jax.training.trace import Trace
 
 
 class BatchSource(Protocol):
-    """Batch k is a pure function of k; see transllm_jax.data.batches."""
+    """Batch k is a pure function of k; see transllm_jax.data.rows.batches."""
 
     batch_size: int
 

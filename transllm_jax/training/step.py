@@ -17,7 +17,7 @@ from transllm_jax.model.vocabulary import held
 from transllm_jax.training.loss import cross_entropy
 from transllm_jax.training.optimizer import Rate
 
-# tokens, positions, segment_ids, labels [B, T] int32 and weights [B, T] float32 (see transllm_jax.data.packing), and
+# tokens, positions, segment_ids, labels [B, T] int32 and weights [B, T] float32 (see data.rows.packing), and
 # where losses are told apart by source, sources [B] int32: the number of each row's source.
 Batch = dict[str, jax.Array]
 _FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights", "sources")

@@ -1,0 +1,149 @@
+"""The commands `transllm convert ...`: they parse and call, nothing else."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transllm_jax.cli.stopping import working
+
+app = typer.Typer(
+    help="Checkpoints in and out, bit for bit: Hugging Face, GGUF, PEFT.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+Stage = Annotated[str | None, typer.Option(help="A run's base, vocabulary, pretrain, translate or transfer (newest).")]
+Base = Annotated[str | None, typer.Option(help="An adapter's base, if it is not where the adapter says.")]
+
+
+class Rows(StrEnum):
+    """How a PEFT adapter holds vocabulary rows."""
+
+    tokens = "tokens"
+    tables = "tables"
+
+
+@app.command("from-hf")
+def from_hf(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory, org/name on the hub, or a .gguf file.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    mesh: Annotated[str | None, typer.Option(help="Cut for these devices, such as fsdp=8,tensor=2.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="The expected hash of the source's weights.")] = None,
+    force: Force = False,
+) -> None:
+    """A model into a checkpoint of ours: the same bits, stacked by layer, cut for the devices of a mesh."""
+    with working() as progress:
+        from transllm_jax.commands import convert
+
+        convert.from_hf(source, dst, progress, mesh=mesh, sha256=sha256, force=force)
+
+
+@app.command("to-hf")
+def to_hf(
+    source: Annotated[str, typer.Argument(help="A run, an adapter (ours or PEFT's) or a model directory.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    stage: Stage = None,
+    base: Base = None,
+    unmerged: Annotated[
+        bool, typer.Option("--unmerged", help="Keep the adapters apart, in DST/adapter as PEFT reads them.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (each tensor's type in the base).")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB.")] = "5GB",
+    check: Annotated[bool, typer.Option(help="Measure what merging did to the logits of a prompt.")] = True,
+    force: Force = False,
+) -> None:
+    """A Hugging Face directory for transformers, vLLM and, where the base cuts text, llama.cpp: adapters merged, new
+    rows appended."""
+    with working() as progress:
+        from transllm_jax.commands import convert
+
+        convert.to_hf(
+            source,
+            dst,
+            progress,
+            base=base,
+            stage=stage,
+            merge=not unmerged,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            check=check,
+            force=force,
+        )
+
+
+@app.command("to-peft")
+def to_peft(
+    source: Annotated[str, typer.Argument(help="A run's directory, or an adapter of ours.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    stage: Stage = None,
+    base_model: Annotated[str | None, typer.Option(help="What the adapter names as its base (the run's own).")] = None,
+    rows: Annotated[
+        Rows | None,
+        typer.Option(help="New rows alone (tokens, PEFT 0.15 on), or whole tables, which all versions read."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """An adapter directory for PEFT, new rows included."""
+    with working() as progress:
+        from transllm_jax.commands import convert
+
+        convert.to_peft(
+            source,
+            dst,
+            progress,
+            stage=stage,
+            base_model=base_model,
+            rows=None if rows is None else rows.value,
+            force=force,
+        )
+
+
+@app.command("from-peft")
+def from_peft(
+    base: Annotated[str, typer.Argument(help="The base model: a directory, org/name on the hub, or a .gguf file.")],
+    adapter: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    force: Force = False,
+) -> None:
+    """An adapter that PEFT trained, for a run to go on with (vocabulary.adapter)."""
+    with working() as progress:
+        from transllm_jax.commands import convert
+
+        convert.from_peft(base, adapter, dst, progress, force=force)
+
+
+@app.command("verify")
+def verify(
+    a: Annotated[str, typer.Argument(help="A model: any directory or file that convert reads or writes.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="The largest difference of a weight or logit.")] = 0.0,
+    prompt: Annotated[str | None, typer.Option(help="The text whose logits are compared.")] = None,
+    logits: Annotated[bool, typer.Option(help="Compare logits.")] = True,
+    base_a: Annotated[str | None, typer.Option(help="The base of A, an adapter.")] = None,
+    base_b: Annotated[str | None, typer.Option(help="The base of B, an adapter.")] = None,
+    stage_a: Annotated[str | None, typer.Option(help="The stage of A, a run.")] = None,
+    stage_b: Annotated[str | None, typer.Option(help="The stage of B, a run.")] = None,
+) -> None:
+    """Compare two models, tensor by tensor and by the logits of a prompt; exit code 1 if they differ."""
+    with working() as progress:
+        from transllm_jax.commands import convert
+
+        same = convert.verify(
+            a,
+            b,
+            progress,
+            bases=(base_a, base_b),
+            stages=(stage_a, stage_b),
+            prompt=convert.PROMPT if prompt is None else prompt,
+            logits=logits,
+            tolerance=tolerance,
+        )
+    if not same:
+        raise typer.Exit(1)

@@ -1,0 +1,290 @@
+"""The commands: they parse and call, nothing else.
+
+Exit codes: 0 done; 2 the input is wrong (one line says what, where and the mend); 75 stopped on request, run again to
+go on; 1 another process of the run was lost, a difference that `convert verify` found, or a defect with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from transllm_jax import __version__
+from transllm_jax.cli.convert import app as convert_app
+from transllm_jax.cli.preflight import preflight
+from transllm_jax.cli.tokenizer import app as tokenizer_app
+from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
+
+if TYPE_CHECKING:
+    from transllm_jax.config import Config
+    from transllm_jax.hosts.runtime import Peers
+    from transllm_jax.hosts.site import Site
+
+INPUT_WRONG = 2
+# When the process began, nearly: imports are part of a run's time.
+STARTED = time.monotonic()
+
+app = typer.Typer(
+    help="Move a chat LLM to another language (TransLLM): train, talk to it, take it away.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(convert_app, name="convert")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(preflight)
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"transllm-jax {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A config file, such as configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, such as pretrain.steps=10", metavar="[KEY=VALUE]...")
+    ] = None,
+    workdir: Annotated[
+        str | None, typer.Option(help="Where everything is written (the config's workdir): a directory, or gs://...")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage (and its evaluation).")] = None,
+    force: Annotated[str | None, typer.Option(help="Redo this stage and all that builds on it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Prepare all and show what would be trained, how long and in what memory.")
+    ] = False,
+    profile: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps of each training stage (host 0's).")
+    ] = 0,
+    distributed: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="The run has a process on each host: of a TPU VM, GKE, SLURM or Open MPI."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Or by hand: where the processes meet, at process 0.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="How many processes the run has.")] = None,
+    process: Annotated[int | None, typer.Option(metavar="I", help="Which of them this is, from 0.")] = None,
+) -> None:
+    """Run all stages, the evaluation and the export; what is done is skipped, what was cut off goes on.
+
+    On several hosts each runs this command, with the same arguments.
+    """
+    from transllm_jax.hosts.connection import Options, connection_from
+    from transllm_jax.hosts.runtime import join
+
+    if dry_run and (until or force or profile):
+        raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
+    try:
+        with join(connection_from(Options(distributed, coordinator, processes, process), os.environ)) as peers:
+            # A directory may have another name on each host.
+            store = workdir if workdir and "://" in workdir else None
+            settings = _settings(peers, config, overrides or [], [store, until, force, dry_run, profile])
+            _run(peers, settings, workdir or settings.workdir, until, force, profile, dry_run)
+    except KeyboardInterrupt:
+        # Asked twice. Caught here: typer would make its own exit code of it.
+        raise Preempted("stopped at once, the last checkpoint stands") from None
+
+
+def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Sequence[object]) -> Config:
+    """The config, which is the same in all processes; jax is connected."""
+    from importlib.metadata import version
+
+    from transllm_jax.config import load_config
+
+    settings = load_config(config, overrides)
+    peers.require_equal(
+        {
+            **{f"the version of {name}": version(name) for name in ("transllm-jax", "jax", "jaxlib")},
+            "the config's hash": hashlib.sha256(settings.to_yaml().encode()).hexdigest()[:16],
+            "the command's options": " ".join(str(option) for option in options),
+        }
+    )
+    _prepare_jax()
+    peers.start_jax()
+    _require_devices()
+    if peers.count > 1:
+        import jax
+
+        peers.require_equal({"the number of devices": str(jax.local_device_count())})
+    return settings
+
+
+def _run(
+    peers: Peers, settings: Config, workdir: str, until: str | None, force: str | None, profile: int, dry_run: bool
+) -> None:
+    from transllm_jax.hosts.interrupt import Interrupt
+    from transllm_jax.hosts.site import Site
+    from transllm_jax.progress import Progress
+    from transllm_jax.stages.pipeline import plan, run_pipeline
+    from transllm_jax.storage import open_workdir
+
+    site = Site(peers.in_turn("--workdir", lambda: open_workdir(workdir)), peers)
+    with Progress(quiet=not peers.primary) as progress, Interrupt() as interrupt:
+        # What is drawn over and over would stand over the last line.
+        peers.at_loss(lambda: progress.live.stop() if progress.live else None)
+        if dry_run:
+            from transllm_jax.commands.dry_run import show_plan
+
+            plan(settings, site, progress, interrupt, show_plan, since=STARTED)
+            return
+        worked = run_pipeline(
+            settings, site, progress, interrupt, until=until, force=force, since=STARTED, profile=profile
+        )
+    if peers.primary:
+        if not worked:
+            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.")
+        _show_results(progress.console, site)
+
+
+def _show_results(console: Console, site: Site) -> None:
+    """The before/after table and one conversation, once there is a report."""
+    from transllm_jax.disk import read_json
+
+    workdir = site.workdir
+    results = workdir / "evaluation" / "results.json"
+    if not (results.exists() and (workdir / "report.html").exists()):
+        return
+    from transllm_jax.evaluation.page.report import conversation_panel, summary_table
+
+    found = read_json(results)
+    console.print(summary_table(found))
+    for goal in found["goals"]:
+        mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
+        told = f" {goal['name']}: {goal['measured']} "
+        console.print(Text.assemble(mark, told, (f"(wanted: {goal['wanted']})", "dim")))
+    console.print(conversation_panel(found))
+    name = site.place.name
+    console.print(f"report  {name}/report.html", soft_wrap=True)
+    console.print(f"model   {name}/export", soft_wrap=True)
+    console.print(f"talk    transllm chat {name} --show-chain", soft_wrap=True)
+
+
+@app.command()
+def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs://... .")]) -> None:
+    """What is done, what was cut off, what is left."""
+    from transllm_jax.commands.status import status_table
+    from transllm_jax.progress import plain_console
+
+    plain_console().print(status_table(workdir))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's directory (or gs://...), or an exported model directory.")],
+    question: Annotated[str | None, typer.Argument(help="Ask this and exit; without it, a conversation.")] = None,
+    show_chain: Annotated[bool, typer.Option("--show-chain", help="Show the English steps too.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the original model, for comparison.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling's mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
+    _prepare_jax()
+    _require_devices()
+    from transllm_jax.commands.chat import open_session, show
+    from transllm_jax.generation.sampling import Sampling
+    from transllm_jax.progress import plain_console
+
+    console = plain_console()
+    sampling = Sampling(temperature, top_p, seed)
+    session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
+    if question is not None:
+        show(console, session.ask(question), show_chain=show_chain)
+        return
+    console.print(f"{session.name}; /new forgets, /quit ends", style="dim")
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            session.history.clear()
+        elif text:
+            forgotten = session.forgotten
+            try:
+                show(console, session.ask(text), show_chain=show_chain)
+                if session.forgotten > forgotten:
+                    console.print("the context is full: the oldest turns are forgotten", style="dim")
+            except UserError as error:
+                console.print(str(error), style="red")
+            except KeyboardInterrupt:
+                console.print(" stopped", style="dim")
+
+
+def _prepare_jax() -> None:
+    """Keep compiled programs between runs: compiling is what is slow in a short one."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        from conversion.fetch import cache_directory
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Orbax logs the trace of every error before it raises it; what is wrong is said once, in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _require_devices() -> None:
+    """Whether jax has a device. Raises UserError: there is none of the kind asked for, or another process holds it."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "there is none of that kind").splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"jax finds no device: {reason} (JAX_PLATFORMS={asked}); correct JAX_PLATFORMS, install the jax of this "
+            "hardware, or end the process that holds the device"
+        ) from error
+
+
+def main() -> None:
+    """The entry point `transllm`."""
+    # A file's name may be no UTF-8, a terminal may know fewer letters: what cannot be printed is shown by its number.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(INPUT_WRONG)
+    except Preempted as stop:
+        print(f"{stop}; run the same command again to go on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    except (Diverged, PeerLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(LOST)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{place}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(INPUT_WRONG)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A conversation with a run's model, its original, or an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from conversion.open_directory import open_directory
+from transllm_jax.config import load_config
+from transllm_jax.config.sections import Mesh
+from transllm_jax.disk import read_json
+from transllm_jax.errors import UserError
+from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.engine import Engine, Mode
+from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.model.parameters import assemble, load_frozen
+from transllm_jax.progress import Progress
+from transllm_jax.stages.manifest import Artifact
+from transllm_jax.stages.run import POINTS, Run, newest_point, tokenless
+from transllm_jax.storage import open_workdir
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class Session:
+    """One conversation: a model, and what it remembers of the turns so far (in English, where there were chains).
+
+    forgotten: how many turns, the oldest, the model's context has no room for any more.
+    """
+
+    name: str
+    chat: ChainChat
+    tokenizer: Tokenizer
+    history: list[Message] = field(default_factory=list)
+    forgotten: int = 0
+
+    def ask(self, question: str) -> Iterator[Answer]:
+        """The answer as it grows. The turn is remembered when the last of it was taken.
+
+        Raises UserError for a question with a special token in it, or one that does not fit the context.
+        """
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise UserError("the question is not UTF-8; use a UTF-8 locale, such as LANG=C.UTF-8")
+        found = self.tokenizer.find_special(question)
+        if found:
+            raise UserError(f"the question contains the special token {found}; write it in another way")
+        if not question.strip():
+            raise UserError("the question is empty; ask something")
+        asked: Message = {"role": "user", "content": question}
+        while self.history and not self.chat.fits([*self.history, asked]):
+            del self.history[:2]
+            self.forgotten += 1
+        answer = None
+        for answer in self.chat.stream([*self.history, asked]):
+            yield answer
+        if answer is not None:
+            self.history += remembered(question, answer, self.tokenizer)
+
+
+def open_session(
+    given: Path | str, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+) -> Session:
+    """A session with a work directory's newest point (or its original model), or with an exported model.
+
+    given: a directory, or a run's on a store. Raises UserError for a directory that is neither.
+    """
+    mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a work directory or a model directory")
+    if (path / "run.yaml").is_file():
+        # The devices here are others than those that it was trained on.
+        config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
+        run = Run(config, path, Progress(quiet=True), Interrupt())
+        newest = newest_point(path)
+        point = "base" if base else newest
+        engine = Engine(run.split(point), run.model_config)
+        tokenizer, markers = run.tokenizer(point), run.markers
+        name = "the original model" if base else f"the model after {point}"
+    elif (path / "config.json").is_file():
+        if base:
+            raise UserError(f"{path} is an exported model, which has no original in it; give the work directory")
+        known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
+        markers = Markers(**known["markers"]) if known else Markers()
+        model = open_directory(path)
+        tokenizer, name = Tokenizer.load(path), path.name
+        frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
+        padding = tokenless(tokenizer, model.config.vocab_size)
+        engine = Engine(assemble(model.config, frozen, padding=padding), model.config)
+    else:
+        raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
+    chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
+    return Session(name, chat, tokenizer)
+
+
+def _fetched(url: str, base: bool) -> Path:
+    """A mirror of what a conversation needs of a run on a store."""
+    place = open_workdir(url)
+    if not place.pull("run.yaml"):
+        raise UserError(f"{url} is no work directory of a run (it has no run.yaml)")
+    for name in ("base", "vocabulary"):
+        place.pull(name)
+    for point in reversed(POINTS):
+        place.pull(point)
+        manifest = Artifact(place.local / point, point).manifest()
+        if base or (manifest is not None and manifest["state"] == "done"):
+            break
+    return place.local
+
+
+def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:
+    """Print an answer while it grows: its visible part, and with `show_chain` the chain before it."""
+    printed = ""
+
+    def print_more(text: str) -> None:
+        nonlocal printed
+        if text.startswith(printed):
+            console.print(text[len(printed) :], end="", soft_wrap=True)
+            printed = text
+
+    answer = None
+    for answer in answers:
+        print_more(_steady(answer, show_chain))
+    if answer is not None:
+        # All of it: a model that gives no chain shows at the end what it said, and what was held back is a character.
+        whole = answer.raw if show_chain else answer.visible
+        if not whole.startswith(printed):
+            console.print()
+            printed = ""
+        print_more(whole)
+    console.print()
+
+
+def _steady(answer: Answer, show_chain: bool) -> str:
+    """What may be shown of an answer that still grows: without `show_chain` only a chain's last part.
+
+    A character of which only some bytes are there is held back (the next tokens make another one of it).
+    """
+    if show_chain:
+        return answer.raw.rstrip("\ufffd")
+    return answer.chain.answer_target.rstrip("\ufffd") if answer.chain is not None else ""

@@ -1,0 +1,349 @@
+"""What the commands `transllm convert ...` do: open whatever a path is, write it as something else, compare."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from conversion.adapter import Adapter, write_adapter
+from conversion.directories import check_destination, new_directory, read_json
+from conversion.gguf.tokenizer import write_tokenizer
+from conversion.gguf.weights import GGUFModel
+from conversion.hf.directory import open_hf
+from conversion.hf.export import Rounding, check_tokenizer, export_hf
+from conversion.hf.tokenizer_files import copy_tokenizer, token_ids
+from conversion.import_base import import_base
+from conversion.logits import logits_of
+from conversion.merged import Merged
+from conversion.names import tensors
+from conversion.open_directory import open_directory
+from conversion.opened import Opened, size_of
+from conversion.peft.config import CONFIG
+from conversion.peft.read import read_peft
+from conversion.peft.write import Rows, write_peft
+from conversion.verify import Comparison, compare
+from transllm_jax.commands.open_model import open_source, tokenizer_of
+from transllm_jax.disk import parse_size, write_json
+from transllm_jax.errors import UserError
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.progress import Progress
+from transllm_jax.tokenizer.llama_cpp import misread, readers_of
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+from transllm_jax.training.arrays import save_arrays
+
+# A text with letters, digits, punctuation and another script, for logits where the user gives none.
+PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
+PROMPT_TOKENS = 64
+
+
+def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
+    """Write our checkpoint of a model (see `conversion.import_base`)."""
+    _destination(dst, force, source)
+    with _bytes(progress, "converting") as begin:
+        import_base(
+            source,
+            dst,
+            sha256=sha256,
+            overwrite=force,
+            layout="store",
+            mesh=None if mesh is None else parse_mesh(mesh),
+            say=lambda line: progress.say(line),
+            begin=begin,
+        )
+    progress.say(f"{dst}: {describe(open_directory(dst))}")
+
+
+def to_hf(
+    source: str,
+    dst: Path,
+    progress: Progress,
+    *,
+    base: str | None = None,
+    stage: str | None = None,
+    merge: bool = True,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    check: bool = True,
+    force: bool = False,
+) -> None:
+    """Write a Hugging Face directory; say what merging changed, in weights and in logits."""
+    size = parse_size(max_shard_size)
+    _destination(dst, force, source, base)
+    found = open_source(source, base=base, stage=stage)
+    if found.files is None:
+        raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
+    model = found.model
+    if not merge:
+        if not isinstance(model, Merged) or found.lora is None:
+            raise UserError(f"{source} has no adapters to keep apart{_why(model)}; leave --unmerged out")
+        model = Merged(model.base, model.trainable, found.lora.scale, merge_adapters=False)
+
+    def also(directory: Path) -> None:
+        if found.about is not None:
+            write_json(directory / "transllm.json", {**found.about, "readers": readers_of(directory)})
+        if not merge and isinstance(model, Merged) and found.lora is not None:
+            adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
+            write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
+
+    with _bytes(progress, "writing") as begin:
+        rounding = export_hf(
+            model,
+            found.files,
+            dst,
+            tokenizer_dir=found.tokenizer,
+            dtype=dtype,
+            max_shard_bytes=size,
+            overwrite=force,
+            begin=begin,
+            also=also,
+        )
+    written = open_hf(dst)
+    progress.say(f"{dst}: {describe(written)}")
+    if warning := misread(dst):
+        progress.say(warning)
+    if not merge:
+        progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")
+    elif isinstance(model, Merged) and (model.full or found.lora is not None):
+        progress.say(_merging(rounding, written, full=model.full))
+        if check:
+            progress.say(_merged_logits(model, written, dst, found.lora))
+
+
+def _why(model: Opened) -> str:
+    """Why a model that was trained has no adapters, for a message; nothing where it was not trained."""
+    return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
+
+
+def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
+    types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
+    return (
+        f"{'all weights trained' if full else 'merged'} in float32, rounded once to {types}: no weight moved by more "
+        f"than {rounding.largest:.2g}, all together by {rounding.share:.2%} of what "
+        f"{'training' if full else 'the adapters'} changed"
+    )
+
+
+def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
+    """The logits of what was trained beside those of what was written; without `lora` all weights were trained."""
+    tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
+    beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
+    same = np.mean(np.argmax(beside, axis=1) == np.argmax(merged, axis=1))
+    pair = "written against trained" if lora is None else "merged against unmerged"
+    return (
+        f"{pair}, logits of {len(tokens)} tokens: largest difference "
+        f"{np.max(np.abs(beside - merged)):.2g} (they spread by {beside.std():.2g}), "
+        f"same best token at {same:.0%} of the places"
+    )
+
+
+def to_peft(
+    source: str,
+    dst: Path,
+    progress: Progress,
+    *,
+    stage: str | None = None,
+    base_model: str | None = None,
+    rows: Rows | None = None,
+    force: bool = False,
+) -> None:
+    """Write a PEFT adapter directory of a run's point."""
+    _destination(dst, force, source)
+    found = open_source(source, stage=stage)
+    if not isinstance(found.model, Merged) or found.lora is None:
+        at = f"stage {stage} of {source}" if stage else source
+        if why := _why(found.model):
+            raise UserError(f"{at} has no adapters{why}; write the whole model, with transllm convert to-hf")
+        raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
+    write_peft(
+        dst,
+        found.model.base,
+        found.model.trainable,
+        found.lora,
+        base_model=base_model or str((found.files or Path()).resolve()),
+        tokenizer_dir=found.tokenizer,
+        rows=rows,
+        overwrite=force,
+    )
+    size = (dst / "adapter_model.safetensors").stat().st_size
+    progress.say(f"{dst}: rank {found.lora.rank}, {found.model.new_rows} new tokens, {size / 1e6:,.1f} MB")
+    if found.model.new_rows:
+        progress.say(
+            f"load it: base.resize_token_embeddings({found.model.config.vocab_size}), "
+            f"then peft.PeftModel.from_pretrained(base, {str(dst)!r})",
+        )
+
+
+def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force: bool = False) -> None:
+    """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
+    if not (adapter / CONFIG).is_file():
+        raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
+    _destination(dst, force, base, adapter)
+    below = open_source(base)
+    found = read_peft(adapter, below.model)
+    named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if named and _lasting(str(named)) != _lasting(base):
+        progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
+    if found.new_rows and found.tokenizer_dir is None:
+        raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
+    trainable, padding = dict(found.trainable), 0
+    if found.tokenizer_dir is not None and found.new_rows:
+        # A table is often padded to a round number of rows: those behind the last token say nothing.
+        tokens = max(token_ids(found.tokenizer_dir), default=-1) + 1 - below.model.config.vocab_size
+        padding = max(found.new_rows - max(tokens, 0), 0)
+        for path in ("vocabulary.new", "vocabulary.output_new"):
+            if path in trainable:
+                trainable[path] = trainable[path][: found.new_rows - padding]
+        check_tokenizer(found.tokenizer_dir, below.model.config.vocab_size, found.new_rows - padding)
+    with new_directory(dst, overwrite=force) as directory:
+        save_arrays(directory / "trainable", trainable)
+        if found.tokenizer_dir is not None:
+            copy_tokenizer(found.tokenizer_dir, directory)
+        elif below.files is not None:
+            copy_tokenizer(below.files, directory)
+        elif isinstance(below.model, GGUFModel):
+            write_tokenizer(below.model.fields, directory, below.model.where)
+        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
+    lora = found.lora
+    if padding:
+        progress.say(f"{padding} new rows have no token: padding, left out")
+    progress.say(
+        f"{dst}: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; "
+        f"{found.new_rows - padding} new tokens\n"
+        f"go on training: 'vocabulary={{adapter: {dst}}}' lora.rank={lora.rank} lora.alpha={lora.alpha:g} "
+        f"lora.rslora={str(lora.rslora).lower()} 'lora.targets=[{', '.join(lora.targets)}]'"
+        + (" embeddings=all" if "vocabulary.base_trained" in trainable else ""),
+    )
+
+
+def _lasting(source: str) -> str:
+    """A source's name that means the same from every directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
+    """Refuse a destination before anything is read. Raises UserError."""
+    paths = [Path(path) for path in reads if path is not None]
+    check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
+
+
+def verify(
+    a: str,
+    b: str,
+    progress: Progress,
+    *,
+    bases: tuple[str | None, str | None] = (None, None),
+    stages: tuple[str | None, str | None] = (None, None),
+    prompt: str = PROMPT,
+    logits: bool = True,
+    tolerance: float = 0.0,
+) -> bool:
+    """Compare two of anything that can be opened; print what differs. True if nothing does by more than allowed."""
+    left, right = (open_source(x, base=y, stage=z) for x, y, z in zip((a, b), bases, stages, strict=True))
+    ids = None
+    notes = []
+    if logits:
+        cuts = [None if found.bare else prompt_tokens(tokenizer_of(found), prompt) for found in (left, right)]
+        ids = cuts[0] or cuts[1] or list(range(1, PROMPT_TOKENS + 1))
+        if cuts[0] is None or cuts[1] is None:
+            notes.append("not both have a tokenizer; the logits are of the same ids")
+        elif cuts[0] != cuts[1]:
+            notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
+        limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
+        ids = [number for number in ids if number < limit]
+    with _bytes(progress, "comparing") as begin:
+        result = compare(left.model, right.model, ids, begin(size_of(left.model) + size_of(right.model)))
+    progress.say(comparison_table(result))
+    faults = [fault for group in result.groups for fault in group.faults]
+    for line in (*result.missing, *faults, *(f"config: {line}" for line in result.config), *notes):
+        progress.say(line)
+    worst = max(result.groups, key=lambda group: group.largest)
+    if worst.worst is not None:
+        progress.say(f"weights: largest difference {worst.largest:.3g}, in {worst.worst}")
+    if result.logits is not None:
+        progress.say(
+            f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
+            f"same best token at {result.same_best:.0%} of the places, KL {result.divergence:.3g} nats a token",
+        )
+    good = result.within(tolerance)
+    if good and result.largest > 0:
+        progress.say(f"within the tolerance of {tolerance:g}")
+    else:
+        progress.say("the same" if good else f"they differ by more than the tolerance of {tolerance:g}")
+    return good
+
+
+def comparison_table(result: Comparison) -> Table:
+    """A row for each kind of tensor."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("weights", "tensors", "identical", "largest", "mean", "types"):
+        numbers = heading in ("tensors", "identical", "largest", "mean")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading == "weights")
+    for group in result.groups:
+        table.add_row(
+            group.path,
+            str(group.tensors),
+            str(group.identical),
+            f"{group.largest:.3g}",
+            f"{group.mean:.3g}",
+            ", ".join(sorted(group.types)),
+        )
+    return table
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A text's ids, as a model is given them. Raises UserError for an empty text."""
+    ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)][:PROMPT_TOKENS]
+    if not ids:
+        raise UserError("the prompt is empty; give a text")
+    return ids
+
+
+def describe(model: Opened) -> str:
+    """Family, sizes and types in a line."""
+    config = model.config
+    table = tensors(config)
+    types = sorted({model.dtype(tensor).name for tensor in table})
+    count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in table)
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary "
+        f"{config.vocab_size}, {count / 1e6:,.1f} million parameters in {', '.join(types)}"
+    )
+
+
+@contextmanager
+def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar in bytes: gives `begin(total)`, which gives `advance(bytes)`."""
+    bars = []
+
+    def begin(total: int) -> Callable[[int], None]:
+        bar = progress.bytes(name, total)
+        bars.append(bar)
+
+        def advance(size: int) -> None:
+            progress.check()
+            bar.add(size)
+
+        return advance
+
+    try:
+        yield begin
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """A mesh such as `fsdp=8,tensor=2`. Raises UserError for what is not of that form."""
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+        if not match or match[1] in mesh:
+            raise UserError(f"the mesh {text!r} is not of the form fsdp=8,tensor=2; correct {part.strip()!r}")
+        mesh[match[1]] = int(match[2])
+    return mesh

@@ -1,0 +1,63 @@
+"""The tokenizer of whatever a path is: a model's or tokenizer's directory, a run, a GGUF file, a name on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversion.directories import read_json
+from conversion.fetch import fetch
+from conversion.gguf.header import read_header
+from conversion.gguf.tokenizer import write_tokenizer
+from conversion.hf.tokenizer_files import bring_tokenizer
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedTokenizer:
+    """A tokenizer and the directory of its files.
+
+    rows: of the embedding of the model beside it, which may be more than there are tokens; None without a model.
+    """
+
+    tokenizer: Tokenizer
+    directory: Path
+    rows: int | None = None
+
+
+def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None = None) -> OpenedTokenizer:
+    """Open a tokenizer. What has no tokenizer.json gets one in `scratch`, which must stay as long as the result.
+
+    source: a directory with tokenizer.json or tokenizer.model, a run's work directory (its newest vocabulary), a
+    `.gguf` file, or org/name on the hub (which fetches the model, too). Raises UserError for anything else.
+    """
+    path = Path(source).expanduser()
+    if (path / "run.yaml").is_file():
+        base = path / "base"
+        path = path / "vocabulary" if (path / "vocabulary" / "tokenizer.json").is_file() else base
+        return OpenedTokenizer(Tokenizer.load(path, model=base), path)
+    fetched = fetch(source, say=say)
+    if fetched.kind == "gguf":
+        fields, _ = read_header(fetched.path)
+        scratch.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(fields, scratch, fetched.path)
+        return OpenedTokenizer(_named(Tokenizer.load(scratch), source), scratch)
+    directory = fetched.path
+    rows = None
+    if (directory / "config.json").is_file():
+        rows = read_json(directory / "config.json").get("vocab_size")
+    if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
+        scratch.mkdir(parents=True, exist_ok=True)
+        bring_tokenizer(directory, scratch)
+        directory = scratch
+    return OpenedTokenizer(
+        _named(Tokenizer.load(directory, model=fetched.path), source),
+        directory,
+        rows if isinstance(rows, int) else None,
+    )
+
+
+def _named(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    tokenizer.source = source
+    return tokenizer

@@ -1,0 +1,405 @@
+"""What the commands `transllm tokenizer ...` do: expand a vocabulary, and say what vocabularies cost."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.directories import check_destination, new_directory, read_json
+from conversion.fetch import cache_directory
+from transllm_jax.commands.open_tokenizer import OpenedTokenizer, open_tokenizer
+from transllm_jax.data.read.files import Controls, Separator, resolve
+from transllm_jax.data.read.sample import Sample, sample_documents
+from transllm_jax.data.read.shards import text_files
+from transllm_jax.disk import write_json
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.page.plots import cost_plot
+from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of
+from transllm_jax.progress import Phases, Progress
+from transllm_jax.tokenizer.growing.expand import Cuts, Expansion, changed, expand, save_expanded
+from transllm_jax.tokenizer.growing.growth import check_markers
+from transllm_jax.tokenizer.growing.runs import check_supported
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override, rebuilt
+from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.scripts import Script, script_of
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_KEPT_SAMPLES = 64 << 20  # bytes of a corpus from which on its sample is kept in the cache
+_SHOWN_TEXT = 4_000_000  # characters of the training text that costs and examples are measured on
+_EXAMPLES, _CANDIDATES = 6, 500  # words that are shown, of the most frequent ones that the base cuts
+_WITHOUT_SCORES = (
+    "transformers and vLLM read the ids; llama.cpp takes the order of merges from tokenizer.model, which the base lacks"
+)
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator`, `controls` and `field` are
+    those of `data.shards.text_files`, `cuts` those of `expand`; `scripts` are names in place of the usual scripts."""
+
+    corpus: Sequence[str]
+    language: str
+    scripts: Sequence[str] = ()
+    markers: Sequence[str] = ()
+    min_count: int = 2
+    cuts: Cuts | None = None
+    sample: int = 100_000_000
+    seed: int = 0
+    separator: Separator = "blank line"
+    controls: Controls = "refuse"
+    field: str | None = None
+
+
+def expand_vocabulary(
+    source: str,
+    dst: Path,
+    size: int,
+    learning: Learning,
+    progress: Progress,
+    *,
+    english: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    force: bool = False,
+) -> None:
+    """Write a tokenizer directory: the base `source` with `size` new tokens, and report.json beside its files.
+
+    english: files of which is counted how many texts change. held_out: files whose cost before and after is measured
+    (the training text where there are none). Of records the texts are those of `learning.field`. Raises UserError for
+    what is wrong with any of these; then, and after a kill, nothing is at `dst`.
+    """
+    _check_idle([*learning.corpus, *english, *held_out], learning.separator, learning.field)
+    reads = [file for path in (*learning.corpus, *english, *held_out) for file in resolve(path)]
+    check_destination(dst, overwrite=force, reads=[*reads, *(p for p in [Path(source).expanduser()] if p.exists())])
+    with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
+        base = open_tokenizer(source, Path(scratch) / "base", _say(progress))
+        script = _check(base.tokenizer, [size], learning, [*english, *held_out])
+        sample = _read(learning, progress)
+        expansion = _learn(base, sample.documents, size, learning, progress)
+        new = expansion.tokenizer
+        files = save_expanded(new, base.directory, directory)
+
+        def texts(path: str) -> Iterator[str]:
+            return texts_of(path, learning.controls, learning.field)
+
+        measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
+        shown = _first(sample.documents)
+        if not measured:
+            measured = {"the training text": costs([base.tokenizer, new], shown)}
+        frequent = example_words(script, shown, _CANDIDATES)
+        words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
+        counted = {path: changed(base.tokenizer, new, texts(path)) for path in english}
+        report = {
+            **expansion.report,
+            "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
+            "name": script.language,
+            "scripts": list(script.scripts),
+            "shared_bytes_with": list(script.shared),
+            "corpus": list(learning.corpus),
+            "seed": learning.seed,
+            "sample": asdict(sample.report),
+            "measured": {
+                name: {"before": before.as_json(), "after": after.as_json()}
+                for name, (before, after) in measured.items()
+            },
+            "english_changed": _sum(counted) if counted else None,
+            "english_files": counted,
+            "examples": {word: [cut(t, word) for t in (base.tokenizer, new)] for word in words},
+        }
+        write_json(directory / "report.json", report)
+    _say_expansion(dst, files, expansion, script, sample, progress)
+    if lost := rewritten_line(base.tokenizer, script):
+        progress.say(lost)
+    short = _short_names(list(measured))
+    rows = [
+        (short[name], label, cost, before)
+        for name, (before, after) in measured.items()
+        for label, cost in (("before", before), ("after", after))
+    ]
+    progress.say(cost_table(rows))
+    if words:
+        progress.say("")
+        progress.say(example_table(words, base.tokenizer, new))
+    _say_english(counted, script, progress)
+
+
+def report_costs(
+    sources: Sequence[str],
+    files: Sequence[str],
+    progress: Progress,
+    *,
+    base: str | None = None,
+    curve: Sequence[int] = (),
+    learning: Learning | None = None,
+    controls: Controls = "refuse",
+    field: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Print what the files' texts cost with each tokenizer, beside the base; draw it against vocabulary size.
+
+    base: what the others are compared with; by default the one that the first of `sources` was expanded from, if that
+    is known and there, or else the first of `sources`. curve: numbers of new tokens that the base is expanded by, with
+    `learning`. field: of records, the one of the text. out: a .png, .svg or .pdf file. Raises UserError for what is
+    wrong with any of these.
+    """
+    if out is not None:
+        if out.suffix not in _PLOTS:
+            raise UserError(f"--out {out}: the plot is written as {', '.join(_PLOTS)}; choose such a name")
+        if out.exists() and not force:
+            raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
+    corpus = [] if learning is None else learning.corpus
+    _check_idle([*files, *corpus], "blank line" if learning is None else learning.separator, field)
+    _check_texts(files, controls, field)
+    with tempfile.TemporaryDirectory() as scratch:
+        named = [
+            (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
+        ]
+        found = base or _base_of(named[0][1], progress)
+        if found is not None and found not in sources:
+            named.insert(0, (found, open_tokenizer(found, Path(scratch) / "base", _say(progress))))
+        elif found is not None:
+            named.sort(key=lambda item: item[0] != found)
+        first = named[0][1]
+        rows: list[tuple[str, Tokenizer]] = [(name, opened.tokenizer) for name, opened in named]
+        if curve:
+            assert learning is not None
+            sizes = sorted(set(curve))
+            _check(first.tokenizer, sizes, learning, [])
+            sample = _read(learning, progress)
+            expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
+            rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
+        tokenizers = [tokenizer for _, tokenizer in rows]
+        measured = {path: costs(tokenizers, texts_of(path, controls, field)) for path in files}
+    texts, names = _short_names(files), _short_names([name for name, _ in rows])
+    progress.say(
+        cost_table(
+            [
+                (texts[path], names[name], cost, found[0])
+                for path, found in measured.items()
+                for (name, _), cost in zip(rows, found, strict=True)
+            ]
+        )
+    )
+    progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}")
+    if out is not None:
+        vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
+        points = {
+            texts[path]: [
+                (size, c.per_character, c.per_byte, c.per_word) for size, c in zip(vocabularies, found, strict=True)
+            ]
+            for path, found in measured.items()
+        }
+        cost_plot(out, points)
+        progress.say(f"plot    {out}")
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def _say(progress: Progress) -> Callable[[str], None]:
+    return lambda line: progress.say(line)
+
+
+def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
+    """What can be known to be wrong before a corpus is read. Raises UserError."""
+    script = script_of(learning.language, learning.scripts)
+    check_supported(json.loads(base.backend.to_str()), base.source)
+    check_markers(base, list(learning.markers))
+    small = [size for size in (*sizes, learning.min_count) if size < 1]
+    if small:
+        raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count begin at 1")
+    for path in learning.corpus:
+        resolve(path)
+    _check_texts(files, learning.controls, learning.field)
+    return script
+
+
+def _check_texts(files: Sequence[str], controls: Controls, field: str | None) -> None:
+    """Raises UserError for texts that cannot be measured on, before the hours that learning may take."""
+    for path in files:
+        for _ in texts_of(path, controls, field):
+            pass
+
+
+def _check_idle(files: Sequence[str], separator: Separator, field: str | None) -> None:
+    """Raises UserError for an option that none of the files has a use for."""
+    kinds = {reading.container for path in files for reading in text_files(path).values()}
+    if field is not None and kinds == {"lines"}:
+        raise UserError(f"--field {field} is of records (.jsonl, .json, .parquet), and no file is one: leave it out")
+    if separator == "line" and "lines" not in kinds:
+        raise UserError("--lines is of text in lines, and all files are records: leave it out")
+
+
+def _read(learning: Learning, progress: Progress) -> Sample:
+    """A sample of the corpus, with a bar in bytes; that of a large one is kept in the cache. Raises UserError."""
+    total = sum(file.stat().st_size for path in learning.corpus for file in resolve(path))
+    with progress.bytes("reading", total) as bar:
+        told = 0
+
+        def tell(done: int, _: int) -> None:
+            nonlocal told
+            bar.add(max(done - told, 0))
+            told = max(done, told)
+
+        return sample_documents(
+            learning.corpus,
+            max_bytes=learning.sample,
+            seed=learning.seed,
+            separator=learning.separator,
+            controls=learning.controls,
+            field=learning.field,
+            cache=cache_directory() / "samples" if total >= _KEPT_SAMPLES else None,
+            on_progress=tell,
+        )
+
+
+def _learn(
+    base: OpenedTokenizer, documents: Sequence[str], size: int, learning: Learning, progress: Progress
+) -> Expansion:
+    tokens = len(base.tokenizer.backend.get_vocab(with_added_tokens=True))
+    with Phases(progress) as tell:
+        return expand(
+            base.tokenizer,
+            documents,
+            size=size,
+            language=learning.language,
+            scripts=list(learning.scripts),
+            markers=list(learning.markers),
+            min_count=learning.min_count,
+            cuts=learning.cuts,
+            # Behind the rows of the model's embedding, where those are more than its tokens.
+            first_id=base.rows if base.rows is not None and base.rows > tokens else None,
+            on_progress=tell,
+        )
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
+
+
+def _use(report: dict[str, Any]) -> str:
+    """How the training text uses the new tokens."""
+    rare, never = report["produced_less_than_min_count"], report["never_produced"]
+    if not rare:
+        return f"each new token is produced there at least {_many(report['min_count'], 'time')}"
+    parts = f", of which {never} never" if never else ""
+    return (
+        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
+        "bytes of characters that the base cannot begin"
+    )
+
+
+def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Who reads the new ids. SentencePiece's pieces have scores in tokenizer.model, which tokenizer.json has not."""
+    everyone = "transformers, vLLM and llama.cpp read the ids"
+    if report["kind"] == "sentencepiece":
+        return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
+    if report["readers"]["transformers"] == OTHER_IDS:
+        lines = [f"{rebuilt(report['model_type'])} (--cuts base learns tokens that all read)"]
+    elif report["readers"]["llama.cpp"] == AS_TRAINED:
+        lines = [f"{everyone}: text is cut where the base cuts it"]
+    else:
+        lines = [
+            "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base "
+            "learns tokens that it reads, too, and a text takes more of them)"
+        ]
+        if (instead := report["llama_cpp_stand_in"]) is not None:
+            lines.append(override(instead))
+    if not report["passes_for_base"]:
+        lines.append(
+            "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "
+            "(get_vocab_base_pre) that this one has the base's pre-tokenizer"
+        )
+    return lines
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last parts of paths, where they tell them apart."""
+    last = [Path(path).name for path in paths]
+    return dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
+
+
+def _first(documents: Sequence[str]) -> list[str]:
+    """The first documents, as many as costs are measured on."""
+    found, size = [], 0
+    for document in documents:
+        if size >= _SHOWN_TEXT:
+            break
+        found.append(document)
+        size += len(document)
+    return found
+
+
+def _sum(counted: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {name: sum(found[name] for found in counted.values()) for name in ("changed", "texts", "more_tokens")}
+
+
+def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
+    """What a tokenizer was expanded from, if its report says so and that is there; of a run, its own base."""
+    path = opened.directory / "report.json"
+    found = read_json(path).get("base") if path.is_file() else None
+    for workdir in (opened.directory, opened.directory.parent):
+        if found is None and (workdir / "run.yaml").is_file():
+            found = str(workdir / "base")
+    if not isinstance(found, str) or not Path(found).expanduser().exists():
+        return None
+    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)")
+    return found
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _say_expansion(
+    dst: Path, files: Sequence[str], expansion: Expansion, script: Script, sample: Sample, progress: Progress
+) -> None:
+    report, read = expansion.report, sample.report
+    part = "all" if read.kept_bytes == read.bytes else f"{read.kept_bytes / 1e6:,.1f} MB"
+    lines = [
+        f"{dst}: {_many(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
+        + (f" and {_many(len(report['markers']), 'marker')}" if report["markers"] else "")
+        + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
+        f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
+    ]
+    lines += _readers(report, files)
+    if read.documents == 1:
+        lines.append("it is one document: without blank lines between documents, --lines makes each line one")
+    if read.too_long:
+        lines.append(f"{read.too_long:,} documents were larger than the sample and left out; --lines may cut them")
+    if read.removed:
+        lines.append(f"{read.removed:,} control characters were taken out")
+    if script.shared:
+        signs = {"Common", "Inherited"}
+        others = [name for name in script.shared if name not in signs]
+        others += ["signs of all scripts"] if signs.intersection(script.shared) else []
+        lines.append(
+            f"some characters share their first bytes with {', '.join(others)}: ids of such text can change, too"
+        )
+    for line in lines:
+        progress.say(line)
+
+
+def _say_english(counted: dict[str, dict[str, int]], script: Script, progress: Progress) -> None:
+    if counted:
+        progress.say("")
+    for path, found in counted.items():
+        progress.say(
+            f"English  {path}: {found['changed']:,} of {found['texts']:,} texts have other ids"
+            + (f" ({found['more_tokens']:+,} tokens)" if found["changed"] else ""),
+        )
+    if script.latin:
+        progress.say(
+            "The Latin script is that of English, too: not all English ids can stay."
+            + ("" if counted else " --english FILE counts which texts change."),
+        )

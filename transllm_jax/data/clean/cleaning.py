@@ -1,0 +1,138 @@
+"""What is wrong with one document, pair or conversation, as text to train on.
+
+All here looks at one item alone, so worker processes do it. What needs all items, duplicates, is in
+`transllm_jax.data.clean.near_duplicates`; `text_of` says what those are found by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+from transllm_jax.data.clean.contamination import EvaluationTexts, categories
+from transllm_jax.data.clean.near_duplicates import code_points
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.chat import Message
+from transllm_jax.tokenizer.scripts import script_of
+
+# A document; a pair (English, target); a conversation.
+Item = str | tuple[str, str] | Sequence[Message]
+Reason = Literal["too short", "too long", "other script", "contaminated"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Limits that an item must keep. Plain values: they are part of the key of a cache.
+
+    min_characters, max_characters: code points, white space at both ends apart; None is no limit. scripts: Unicode's
+    names (`Thai`) or codes. min_script_share: 0 to 1, of the letters and marks that are of one of these scripts; 0 lets
+    any text through. Raises UserError for limits that no text can keep, or a script that is unknown.
+    """
+
+    min_characters: int = 0
+    max_characters: int | None = None
+    scripts: tuple[str, ...] = ()
+    min_script_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scripts", tuple(self.scripts))  # a list, where read from JSON
+        faults = []
+        if self.min_characters < 0:
+            faults.append(f"min_characters is {self.min_characters}: it must be at least 0")
+        if self.max_characters is not None and self.max_characters < max(1, self.min_characters):
+            faults.append(f"max_characters is {self.max_characters}: it must be at least 1 and min_characters")
+        if not 0 <= self.min_script_share <= 1:
+            faults.append(f"min_script_share is {self.min_script_share}: it must be from 0 to 1")
+        if self.min_script_share > 0 and not self.scripts:
+            faults.append("min_script_share is set but scripts is empty: name the scripts, such as Thai")
+        for name in self.scripts:
+            try:
+                _points(name)
+            except UserError as error:
+                faults.append(str(error))
+        if faults:
+            raise UserError("; ".join(faults))
+
+
+def reason(item: Item, rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
+    """Why an item of any kind is to be left out: the first reason that holds, or None. See the kinds' functions."""
+    if isinstance(item, str):
+        return text_reason(item, rules, evaluation)
+    if isinstance(item, tuple):
+        return pair_reason(item, rules, evaluation)
+    return conversation_reason(item, rules, evaluation)
+
+
+def text_reason(text: str, rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
+    """Of a document, by all of its text."""
+    return _length(text, rules) or _script(text, rules) or _contamination(text, evaluation)
+
+
+def pair_reason(pair: tuple[str, str], rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
+    """Of a pair (English, target): each side must keep the lengths, the target the script, both the evaluation sets."""
+    english, target = pair
+    lengths = _length(english, rules) or _length(target, rules)
+    return lengths or _script(target, rules) or _contamination(text_of(pair), evaluation)
+
+
+def conversation_reason(
+    messages: Sequence[Message], rules: Rules, evaluation: EvaluationTexts | None = None
+) -> Reason | None:
+    """Of a conversation, by the contents of all its messages together; not by script, as it is often English."""
+    text = text_of(messages)
+    return _length(text, rules) or _contamination(text, evaluation)
+
+
+def text_of(item: Item) -> str:
+    """The whole text of an item, which its duplicates are found by: both sides, or all contents, a line each."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, tuple):
+        return "\n".join(item)
+    return "\n".join(message["content"] for message in item)
+
+
+def script_share(text: str, scripts: tuple[str, ...]) -> float:
+    """The share of a text's letters and marks that are of one of the scripts, 0 to 1; 0 for a text without any."""
+    _, other, own = np.bincount(_kinds(scripts)[code_points(text)], minlength=3).tolist()
+    return own / (own + other) if own else 0.0
+
+
+def _length(text: str, rules: Rules) -> Reason | None:
+    characters = len(text.strip())
+    if characters < rules.min_characters:
+        return "too short"
+    if rules.max_characters is not None and characters > rules.max_characters:
+        return "too long"
+    return None
+
+
+def _script(text: str, rules: Rules) -> Reason | None:
+    if rules.min_script_share > 0 and script_share(text, rules.scripts) < rules.min_script_share:
+        return "other script"
+    return None
+
+
+def _contamination(text: str, evaluation: EvaluationTexts | None) -> Reason | None:
+    return "contaminated" if evaluation is not None and evaluation.found_in(text) is not None else None
+
+
+@cache
+def _points(script: str) -> np.ndarray:
+    """The code points of a script, int64 [n]. Raises UserError for an unknown name."""
+    blocks = script_of("en", [script]).blocks  # the script decides, not the language
+    return np.concatenate([np.arange(first, last + 1) for first, last in blocks])
+
+
+@cache
+def _kinds(scripts: tuple[str, ...]) -> np.ndarray:
+    """Of every code point: 0 neither letter nor mark, 1 a letter or mark, 2 one of the scripts; uint8 [0x110000]."""
+    own = np.zeros(len(categories()), bool)
+    for script in scripts:  # one by one: of several together with Latin, marks would be missing
+        own[_points(script)] = True
+    letter = np.isin(categories(), np.frombuffer(b"LM", np.uint8))
+    return np.where(letter, 1 + own, 0).astype(np.uint8)

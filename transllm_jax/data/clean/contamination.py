@@ -1,0 +1,165 @@
+"""Training text that holds texts of an evaluation set.
+
+Both sides are normalised (compatibility forms, case; only letters, marks and digits stay, so neither spaces nor
+punctuation hide a copy) and compared by character n-grams. A document is contaminated by an evaluation text where it
+holds at least a share of that text's distinct n-grams: a copy with a few words changed is still found, and a document
+that shares a phrase with it is not. An evaluation text shorter than an n-gram counts where all of it stands in the
+document.
+
+Evaluation sets are small, training text is not: the n-grams of the sets are one sorted table, and a map of their
+hashes' upper bits in front of it lets few of the other n-grams through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+from math import ceil
+
+import numpy as np
+
+from transllm_jax.data.clean.near_duplicates import code_points, ngram_hashes
+from transllm_jax.errors import UserError
+
+SHORTEST = 12  # normalised characters; a shorter text stands in many documents by chance
+N = 2 * SHORTEST  # characters in an n-gram, normalised: about five English words
+SHARE = 0.5
+_FORMAT = 1  # of what is found; part of the key
+_ODD = np.uint64(0xD6E8FEB86659FD93)
+_CHUNK = 1 << 16  # characters at a time: bounds memory
+
+
+@cache
+def categories() -> np.ndarray:
+    """The first letter of the Unicode category of every code point, as its ASCII code: uint8 [0x110000]."""
+    return np.frombuffer("".join(unicodedata.category(chr(c))[0] for c in range(0x110000)).encode(), np.uint8)
+
+
+@cache
+def _stays() -> np.ndarray:
+    """bool [0x110000]: letters, marks and digits."""
+    return np.isin(categories(), np.frombuffer(b"LM", np.uint8)) | _digits()
+
+
+def _digits() -> np.ndarray:
+    numeric = np.flatnonzero(categories() == ord("N"))
+    digits = np.zeros(len(categories()), bool)
+    digits[[c for c in numeric.tolist() if unicodedata.category(chr(c)) == "Nd"]] = True
+    return digits
+
+
+def compared(text: str) -> np.ndarray:
+    """What is compared of a text: the code points of its letters, marks and digits, NFKC and case-folded, uint32 [T].
+
+    Thai vowels and tones are marks.
+    """
+    codes = code_points(unicodedata.normalize("NFKC", text).casefold())
+    return codes[_stays()[codes]]
+
+
+class _Table:
+    """A set of hashes that many others are looked up in."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        """hashes: uint64, sorted, without repeats."""
+        self.hashes = hashes
+        # 16 to 32 slots of the map a hash: it lets at most 6 % of what is not in the set through.
+        bits = max(16, (16 * len(hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._map = np.zeros(1 << bits, bool)
+        self._map[hashes >> self._shift] = True
+
+    def places(self, hashes: np.ndarray) -> np.ndarray:
+        """The places in the set of those of `hashes` (uint64 [n], any) that are in it: int64, rising, each once."""
+        maybe = hashes[self._map[hashes >> self._shift]]
+        if not len(maybe):
+            return np.empty(0, np.int64)
+        places = np.minimum(np.searchsorted(self.hashes, maybe), len(self.hashes) - 1)
+        return np.unique(places[self.hashes[places] == maybe])
+
+
+class EvaluationTexts:
+    """Texts of evaluation sets, to be kept out of training text.
+
+    names: the sets, in the order in which they came. texts: how many texts are looked for. ignored: how many are not,
+    as they have fewer than SHORTEST letters, marks and digits. key: changes with anything that `found_in` depends on.
+    """
+
+    def __init__(self, texts: Iterable[tuple[str, str]], *, share: float = SHARE) -> None:
+        """texts: (name of the evaluation set, text). share: of a text's distinct n-grams, above 0 to 1, from which on a
+        document that holds them is contaminated. Raises UserError for another share.
+        """
+        if not 0 < share <= 1:
+            raise UserError(f"the share of n-grams for contamination is {share}: it must be above 0 and at most 1")
+        digest = hashlib.sha256(json.dumps([_FORMAT, N, SHORTEST, share]).encode())
+        names: dict[str, int] = {}
+        grams: list[np.ndarray] = []  # by long text
+        sets: list[int] = []  # by long text: the number of its set
+        shorts: dict[str, int] = {}  # short text, normalised: the number of the first set that has it
+        self.ignored = 0
+        for name, text in texts:
+            digest.update(json.dumps([name, text]).encode())
+            number = names.setdefault(name, len(names))
+            codes = compared(text)
+            if len(codes) < SHORTEST:
+                self.ignored += 1
+            elif len(codes) < N:
+                shorts.setdefault(_string(codes), number)
+            else:
+                grams.append(np.unique(_doubled(ngram_hashes(codes, SHORTEST))))
+                sets.append(number)
+        self.names = tuple(names)
+        self.texts = len(sets) + len(shorts)
+        self.key = digest.hexdigest()[:32]
+        sizes = np.array([len(some) for some in grams], np.int64)
+        # The least number of n-grams; the product is rounded first, as 0.07 * 300 is a little more than 21.
+        self._needed = np.array([ceil(round(share * size, 6)) for size in sizes.tolist()], np.int64)
+        self._sets = np.array(sets, np.int64)
+        hashes = np.concatenate([*grams, np.empty(0, np.uint64)])
+        order = np.argsort(hashes, kind="stable")
+        # Of the n-gram at place i of the table, the texts that have it are owners[offsets[i] : offsets[i + 1]].
+        self._owners = np.repeat(np.arange(len(sizes)), sizes)[order]
+        unique, first = np.unique(hashes[order], return_index=True)
+        self._offsets = np.append(first, len(hashes))
+        self._table = _Table(unique)
+        self._shorts = shorts
+        starts = [ngram_hashes(code_points(text)[:SHORTEST], SHORTEST) for text in shorts]
+        self._starts = _Table(np.unique(np.concatenate([*starts, np.empty(0, np.uint64)])))
+
+    def found_in(self, text: str) -> str | None:
+        """The name of the first evaluation set that has a text in this document, or None."""
+        codes = compared(text)
+        longs, shorts = [], False
+        # In chunks, which bounds memory; each ends with what the first n-gram of the next one needs.
+        for start in range(0, max(1, len(codes) - N + 1), _CHUNK):
+            halves = ngram_hashes(codes[start : start + _CHUNK + N - 1], SHORTEST)
+            shorts = shorts or len(self._starts.places(halves)) > 0
+            longs.append(self._table.places(_doubled(halves)))
+        places = longs[0] if len(longs) == 1 else np.unique(np.concatenate(longs))
+        number = len(self.names)
+        if len(places):
+            number = self._first_held(places)
+        if shorts:
+            document = _string(codes)
+            number = min([number, *(of_set for short, of_set in self._shorts.items() if short in document)])
+        return self.names[number] if number < len(self.names) else None
+
+    def _first_held(self, places: np.ndarray) -> int:
+        """places: of a document's n-grams in the table. The least number of a set with a text that they make up enough
+        of; the number of sets without any."""
+        first, counts = self._offsets[places], self._offsets[places + 1] - self._offsets[places]
+        skipped = np.repeat(first - np.append(0, counts.cumsum()[:-1]), counts)
+        held = np.bincount(self._owners[skipped + np.arange(len(skipped))], minlength=len(self._needed))
+        return int(self._sets[held >= self._needed].min(initial=len(self.names)))
+
+
+def _string(codes: np.ndarray) -> str:
+    return codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+
+def _doubled(halves: np.ndarray) -> np.ndarray:
+    """Hashes of the n-grams of N characters from those of SHORTEST: uint64 [T] -> [T - SHORTEST]."""
+    return halves[:-SHORTEST] * _ODD + halves[SHORTEST:]

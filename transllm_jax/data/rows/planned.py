@@ -1,0 +1,171 @@
+"""The rows of a source: which examples stand side by side, planned once, stored, and read by index.
+
+The plan looks at what the token cache knows of each example and at no token. Duplicates are found here, over all
+shards, and a budget of tokens is kept to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from transllm_jax.data.clean.near_duplicates import SIZE, keep_first
+from transllm_jax.data.rows.array_file import read_arrays, write_arrays
+from transllm_jax.data.rows.packing import fill, plan
+from transllm_jax.data.rows.token_cache import ShardTokens
+from transllm_jax.errors import UserError
+
+_FORMAT = 3  # of a stored plan
+# What the names in `PlannedRows.counts` begin with of bad rows, by reason, and of fields that are not read.
+SKIPPED, IGNORED = "bad row: ", "field: "
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a source is trained on.
+
+    row_length: T. tokens: at most so many, a choice of items that the seed makes; None for all. exact: leave out items
+    that are equal to an earlier one; near: those whose estimated Jaccard similarity with an earlier one is at least
+    this. window: see `data.packing.plan`.
+    """
+
+    row_length: int
+    tokens: int | None = None
+    exact: bool = True
+    near: float | None = None
+    seed: int = 0
+    window: int = 256
+
+
+def plan_path(shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> Path:
+    """Where the plan of these shards lies or will lie."""
+    known = json.dumps([_FORMAT, asdict(choice), [shard.path.name for shard in shards]], sort_keys=True)
+    return directory / f"plan-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
+
+
+class PlannedRows:
+    """Packed rows over tokenised shards: row i by index, in any order, from disk."""
+
+    def __init__(self, shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> None:
+        """Plans, or takes the plan that `directory` holds; there may be nothing left to train on.
+
+        Raises UserError for a file that is damaged, and where the directory cannot be written to.
+        """
+        self.shards, self.choice = list(shards), choice
+        # The number of the first example of each shard.
+        self._firsts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        path = plan_path(self.shards, choice, directory)
+        if not path.is_file():
+            self._plan(path)
+        try:
+            self._starts, self._members, counts = read_arrays(path, ["starts", "members", "counts"])
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it and run again, it is made anew") from error
+        self.counts: dict[str, int] = json.loads(str(counts))
+
+    def _plan(self, path: Path) -> None:
+        counts: Counter[str] = sum((Counter(shard.counts) for shard in self.shards), Counter())
+        for shard in self.shards:
+            counts.update({f"{SKIPPED}{reason}": count for reason, count in shard.skipped.items()})
+            counts.update({f"{IGNORED}{name}": count for name, count in shard.ignored.items()})
+        counts["items"] = sum(shard.items for shard in self.shards)
+        lengths = np.concatenate([shard.lengths for shard in self.shards])
+        kept = np.flatnonzero(self._chosen(lengths, counts))
+        rows = plan(lengths[kept], self.choice.row_length, window=self.choice.window)
+        counts["examples"] = len(kept)
+        counts["tokens"] = int(lengths[kept].sum(dtype=np.int64))
+        for name in ("trained", "bytes"):
+            counts[name] = int(self._joined(name)[kept].sum(dtype=np.int64))
+        arrays = {
+            "starts": np.cumsum([0, *map(len, rows)]),
+            "members": kept[np.fromiter(chain.from_iterable(rows), np.int64, len(kept))],
+            "counts": np.array(json.dumps(counts)),
+        }
+        write_arrays(path, arrays)
+
+    def _chosen(self, lengths: np.ndarray, counts: Counter[str]) -> np.ndarray:
+        """Which examples are trained on, bool [examples]."""
+        items = np.cumsum([0, *(shard.items for shard in self.shards)])
+        of_item = np.concatenate(
+            [shard.column("item") + first for shard, first in zip(self.shards, items[:-1], strict=True)]
+        )
+        # An item without an example was left out already, and is nobody's first.
+        keep = np.zeros(items[-1], bool)
+        keep[of_item] = True
+        if self.choice.exact or self.choice.near is not None:
+            present = np.flatnonzero(keep)
+            exact = self._joined("exact")[present] if self.choice.exact else np.arange(len(present), dtype=np.uint64)
+            near = None if self.choice.near is None else self._signatures(keep, items)
+            kept = keep_first(exact, near, self.choice.near or 1.0)
+            keep[present] = kept.keep
+            counts["exact duplicates"], counts["near duplicates"] = kept.exact, kept.near
+            counts["unchecked"] = kept.unchecked
+        if self.choice.tokens is not None:
+            sizes = np.bincount(of_item, weights=lengths, minlength=len(keep)).astype(np.int64)
+            there = np.flatnonzero(keep)
+            order = np.random.default_rng(self.choice.seed).permutation(there)
+            within = order[np.cumsum(sizes[order]) <= self.choice.tokens]
+            counts["over the budget"] = len(there) - len(within)
+            keep[:] = False
+            keep[within] = True
+        return keep[of_item]
+
+    def _joined(self, name: str) -> np.ndarray:
+        return np.concatenate([shard.column(name) for shard in self.shards])
+
+    def _signatures(self, present: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """The signatures of the items that are present, uint32 [n, SIZE]; they are large, so in memory once."""
+        joined = np.empty((int(present.sum()), SIZE), np.uint32)
+        done = 0
+        for shard, first in zip(self.shards, items[:-1], strict=True):
+            some = shard.column("near")[present[first : first + shard.items]]
+            joined[done : done + len(some)] = some
+            done += len(some)
+        return joined
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def row_length(self) -> int:
+        """T, in tokens."""
+        return self.choice.row_length
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all rows, padding apart."""
+        return self.counts["tokens"]
+
+    @property
+    def padded_fraction(self) -> float:
+        """The share of positions that hold no token, 0 to 1."""
+        return 1 - self.token_count / (len(self) * self.row_length) if len(self) else 0.0
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """A row's arrays [T], by the names in `data.packing.FIELDS`. Raises UserError for a damaged cache."""
+        examples = [
+            example for shard, numbers in self._members_of(number) for example in self.shards[shard].examples(numbers)
+        ]
+        packed = fill(examples, [range(len(examples))], self.row_length)
+        return packed.row(0)
+
+    def _members_of(self, number: int) -> list[tuple[int, list[int]]]:
+        """The examples of a row as (shard, numbers in it): they rise, so those of a shard stand together."""
+        members = self._members[self._starts[number] : self._starts[number + 1]]
+        shards = np.searchsorted(self._firsts, members, side="right") - 1
+        return [(int(shard), (members[shards == shard] - self._firsts[shard]).tolist()) for shard in np.unique(shards)]
+
+    def bytes(self, number: int) -> int:
+        """The UTF-8 bytes of the text that a row trains."""
+        return sum(self.shards[shard].bytes_of(numbers) for shard, numbers in self._members_of(number))
+
+    def places(self, number: int) -> list[str]:
+        """Where the items of a row stand, as `file:line`."""
+        return [place for shard, numbers in self._members_of(number) for place in self.shards[shard].places(numbers)]

@@ -1,0 +1,278 @@
+"""Tokenised shards on disk: a shard is tokenised once for each tokenizer and transform, and never read for another.
+
+A shard's examples are an ArrayRecord file, read by index; beside it stand arrays of what is known of each example and
+item, so that a packing plan needs no token. The arrays are written last: what lacks them is not complete. The name of a
+shard's files holds a hash of its content, of the tokenizer and of the transform, so a change of one shard redoes that
+shard alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from transllm_jax.data.clean.cleaning import text_of
+from transllm_jax.data.clean.near_duplicates import SIZE
+from transllm_jax.data.read.files import Collector, Controls, OnBadRows, Place, attempt
+from transllm_jax.data.read.shards import Item, Shard
+from transllm_jax.data.rows.array_file import read_arrays, whole, write_arrays, writing
+from transllm_jax.data.rows.examples import Example
+from transllm_jax.data.rows.transform import Prepared, Transform, refuse_specials
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_FORMAT = 3  # of the files
+# Items that are tokenised at once: enough for all cores, little memory. By characters too, for long documents.
+_ITEMS, _CHARACTERS = 1000, 1 << 20
+_AHEAD = 2  # batches that wait for the tokenizer, so that it never waits for the reader
+# Each record can be read by itself; token ids as they are hardly compress.
+_OPTIONS = "group_size:1,uncompressed"
+_OPEN = 256  # files of records that are open at once: a source may have more shards than a process may open
+_EXAMPLE_COLUMNS = {"lengths": np.int32, "trained": np.int32, "bytes": np.int32, "item": np.int64}
+_ITEM_COLUMNS = {"line": np.int64, "file": np.int32, "exact": np.uint64}
+
+
+def shard_path(directory: Path, shard: Shard, transform: Transform, tokenizer: str) -> Path:
+    """Where a shard's arrays lie or will lie; `tokenizer` is its fingerprint."""
+    known = json.dumps([_FORMAT, shard.key, transform.key, tokenizer])
+    name = re.sub(r"[^\w.-]", "_", Path(shard.name).name, flags=re.ASCII)[:60]
+    return directory / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
+
+
+class _Batch(NamedTuple):
+    """Items on their way through the tokenizer."""
+
+    items: list[Item]
+    places: list[Place]
+    prepared: Prepared
+    ids: Future[list[list[int]]]
+
+
+def write_shard(
+    path: Path,
+    shard: Shard,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    controls: Controls,
+    tell: Callable[[int], None] = lambda items: None,
+    on_bad_rows: OnBadRows = "refuse",
+) -> None:
+    """Tokenise a shard into the files of `path`. `tell` is told how many more items are done, and may raise.
+
+    on_bad_rows: as the shard's reading has it; rows that are skipped are kept beside the counts. A thread encodes
+    (which uses all cores, and lets Python run) while this one reads, cleans and writes. Raises UserError for what the
+    shard's reader refuses, for a special token inside a text, and where the directory cannot be written to.
+    """
+    collector, counts = Collector(controls, on_bad_rows), Counter[str]()
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    with whole(records_path(path)) as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
+        with writing(path):
+            writer = ArrayRecordWriter(str(partial), _OPTIONS)
+        columns = _Columns(transform)
+        waiting: deque[_Batch] = deque()
+
+        def finish_first() -> None:
+            batch = waiting.popleft()
+            made = transform.finish(tokenizer, batch.prepared, batch.ids.result(), counts, batch.places)
+            with writing(path):
+                for examples, _ in made:
+                    for example in examples:
+                        writer.write(example.ids.astype(kind).tobytes() + np.packbits(example.mask).tobytes())
+            columns.add(batch, made)
+            tell(len(batch.items))
+
+        try:
+            for items, places in _batches(shard, collector, transform, tokenizer):
+                prepared = transform.prepare(items, counts)
+                waiting.append(_Batch(items, places, prepared, encoder.submit(tokenizer.encode_batch, prepared.texts)))
+                if len(waiting) > _AHEAD:
+                    finish_first()
+            while waiting:
+                finish_first()
+            with writing(path):
+                writer.close()
+        finally:
+            encoder.shutdown(cancel_futures=True)
+            if writer.is_open():
+                _abandon(writer)
+        size = partial.stat().st_size
+    counts |= Counter(normalised=collector.normalised, removed=collector.removed)
+    about = {"counts": counts, "size": size, "wide": kind is np.uint32, "files": list(columns.files)}
+    about |= {"unit": columns.unit, "items": columns.items, "skipped": collector.skipped, "ignored": collector.ignored}
+    bad_rows = np.frombuffer(json.dumps(collector.bad_rows, ensure_ascii=False).encode(), np.uint8)
+    write_arrays(path, {"about": np.array(json.dumps(about)), "bad_rows": bad_rows, **columns.arrays})
+
+
+def _batches(
+    shard: Shard, collector: Collector, transform: Transform, tokenizer: Tokenizer
+) -> Iterator[tuple[list[Item], list[Place]]]:
+    """The shard's items, checked, so many at a time."""
+    items: list[Item] = []
+    places: list[Place] = []
+    characters = 0
+    for item, place in shard.items(collector):
+        bad = attempt(refuse_specials, item, place, tokenizer, transform.markers)
+        if bad is not None:
+            collector.bad(bad, place)
+            continue
+        items.append(item)
+        places.append(place)
+        characters += len(text_of(item))
+        if len(items) >= _ITEMS or characters >= _CHARACTERS:
+            yield items, places
+            items, places, characters = [], [], 0
+    if items:
+        yield items, places
+
+
+def _abandon(writer: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # its file is removed, and why is being told already
+        writer.close()
+
+
+class _Columns:
+    """What is known of each example and item of a shard, by column, in one array a batch: small, whatever the shard."""
+
+    def __init__(self, transform: Transform) -> None:
+        self._transform = transform
+        kinds = _EXAMPLE_COLUMNS | _ITEM_COLUMNS
+        self._parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in kinds.items()}
+        if transform.near:
+            self._parts["near"] = [np.zeros((0, SIZE), np.uint32)]
+        self.files: dict[str, int] = {}
+        self.unit = "line"
+        self.items = 0
+
+    def add(self, batch: _Batch, made: Sequence[tuple[list[Example], list[int]]]) -> None:
+        examples = [example for found, _ in made for example in found]
+        self._add("lengths", [len(example) for example in examples])
+        self._add("trained", [np.count_nonzero(example.mask[1:]) for example in examples])
+        self._add("bytes", [size for _, sizes in made for size in sizes])
+        self._add("item", np.repeat(np.arange(len(made)), [len(found) for found, _ in made]) + self.items)
+        self._add("line", [place.line for place in batch.places])
+        self._add("file", [self.files.setdefault(place.path, len(self.files)) for place in batch.places])
+        keys = [self._transform.keys(item) for item in batch.items]
+        self._add("exact", [exact for exact, _ in keys])
+        if self._transform.near:
+            self._add("near", [near for _, near in keys])
+        self.unit = batch.places[0].unit
+        self.items += len(batch.items)
+
+    def _add(self, name: str, values: Any) -> None:
+        self._parts[name].append(np.asarray(values, self._parts[name][0].dtype))
+
+    @property
+    def arrays(self) -> dict[str, list[np.ndarray]]:
+        return self._parts
+
+
+def records_path(path: Path) -> Path:
+    """Where the records of the arrays at `path` lie."""
+    return path.with_suffix(".array_record")
+
+
+@lru_cache(_OPEN)
+def _reader(path: str, version: tuple[int, int]) -> Any:
+    """version: tells a file from one that took its place."""
+    return ArrayRecordReader(path, "readahead_buffer_size:0")
+
+
+class ShardTokens:
+    """A tokenised shard.
+
+    lengths: tokens of each example, int32. items: of how many items they were made. counts: what happened to items, by
+    reason. skipped: bad rows by reason. ignored: fields of records that were not read, and of how many. Only `lengths`
+    stays in memory; other columns are read when they are asked for.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Raises UserError for files that are damaged."""
+        self.path, self.name = path, name
+        try:
+            about, self.lengths = read_arrays(path, ["about", "lengths"])
+            known = json.loads(str(about))
+            records = records_path(path).stat()
+            if records.st_size != known["size"]:
+                raise ValueError("its records are not whole")
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
+        self.counts: dict[str, int] = known["counts"]
+        self.items: int = known["items"]
+        self.skipped: dict[str, int] = known["skipped"]
+        self.ignored: dict[str, int] = known["ignored"]
+        self._files, self._unit = known["files"], known["unit"]
+        self._kind = np.dtype(np.uint32 if known["wide"] else np.uint16)
+        self._version = records.st_mtime_ns, records.st_ino
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column, read from disk. Raises UserError where it is damaged.
+
+        Of examples: `lengths`; `trained`, tokens that are trained; `bytes` of the text that they stand for; `item`,
+        which item of the shard it was made of. Of items: `line`, where it begins in its file; `exact`, uint64, a hash
+        to find equal items by; `near`, uint32 [items, SIZE], MinHash signatures, where the transform asked for them.
+        """
+        try:
+            return read_arrays(self.path, [name])[0]
+        except ValueError as error:
+            raise self._damaged(error) from error
+
+    def bad_rows(self) -> list[dict[str, str]]:
+        """The rows that were skipped: place, reason, fault and row of each, read from disk."""
+        found: list[dict[str, str]] = json.loads(self.column("bad_rows").tobytes())
+        return found
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        return self.column("bytes")
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.column("item"), self.column("file"), self.column("line")
+
+    def bytes_of(self, numbers: list[int]) -> int:
+        """The UTF-8 bytes of the text that these examples train."""
+        return int(self._bytes[numbers].sum())
+
+    def places(self, numbers: list[int]) -> list[str]:
+        """Where the items of these examples stand, as `file:line`."""
+        item, file, line = self._places
+        return [
+            str(Place(self._files[file[at]], int(line[at]), self._unit)) for at in (item[number] for number in numbers)
+        ]
+
+    def examples(self, numbers: list[int]) -> list[Example]:
+        """The examples of these numbers. Raises UserError for a damaged file."""
+        try:
+            records = _reader(str(records_path(self.path)), self._version).read(numbers)
+            return [self._example(record, number) for record, number in zip(records, numbers, strict=True)]
+        except (ValueError, IndexError, RuntimeError, OSError) as error:
+            raise self._damaged(error) from error
+
+    def _example(self, record: bytes, number: int) -> Example:
+        length = int(self.lengths[number])
+        size = length * self._kind.itemsize
+        if len(record) != size + -(-length // 8):
+            raise ValueError(f"record {number} has {len(record)} bytes")
+        ids = np.frombuffer(record, self._kind, length).astype(np.int32)
+        mask = np.unpackbits(np.frombuffer(record, np.uint8, offset=size), count=length)
+        return Example(ids, mask)
+
+    def _damaged(self, error: Exception) -> UserError:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+        return UserError(
+            f"{self.path} is damaged ({reason}): remove it and run again, it is made anew from {self.name}"
+        )

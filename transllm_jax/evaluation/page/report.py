@@ -1,0 +1,374 @@
+"""The report of a run: one self-contained HTML file, made from the results and from nothing else.
+
+What the results lack is called "not measured". The file needs no network, no script and no other file. For
+the terminal there are `summary_table` and `conversation_panel`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from transllm_jax.evaluation.page.measures import (
+    ARROWS,
+    BASE,
+    NOT_MEASURED,
+    Results,
+    clean,
+    duration,
+    language_name,
+    number,
+    part,
+    percent,
+    point_label,
+    points,
+    rows,
+    size,
+    written,
+)
+from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
+from transllm_jax.evaluation.page.terminal import conversation_panel, summary_table
+from transllm_jax.evaluation.page.verdict import verdict
+
+__all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
+
+_EXPECTED_CURVES = ("pretrain", "translate", "transfer")
+_CHAIN = ("question_en", "answer_en", "answer_target")
+# What the time of a run is shown as, in this order; the keys are those of transllm_jax.training.record.ledger.
+_SPENT = {
+    "step": "training steps",
+    "compile": "compiling",
+    "init": "starting",
+    "data": "waiting for data",
+    "save": "saving",
+    "validate": "validation",
+    "other": "other work",
+    "redone": "done, then begun anew",
+    "lost": "lost to restarts",
+}
+# The most characters of the places of a row's texts.
+_PLACE = 240
+_MODEL_LABELS = {
+    "source": "Original model",
+    "parameters": "Parameters, all",
+    "trainable": "Parameters, trained",
+    "new_tokens": "New tokens",
+    "hidden_size": "Hidden size",
+    "layers": "Layers",
+}
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Write the report of `results` (the contents of evaluation/results.json) to `path`, atomically.
+
+    The file appears complete or not at all: a reader never sees half of it, and an earlier report stays where
+    this one fails.
+    """
+    # Rendered before anything is opened; a lone surrogate, which UTF-8 has no bytes for, becomes "?".
+    data = render_report(results).encode("utf-8", errors="replace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def render_report(results: Results) -> str:
+    """The report of `results` as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("transllm_jax.evaluation.page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clean"] = clean
+    environment.filters["point"] = point_label
+    environment.filters["count"] = _count
+    language = part(results, "language")
+    measured = list(rows(results))
+    return environment.get_template("report.html.j2").render(
+        title=results.get("title") or "Report",
+        created=_date(results.get("created")),
+        language=language_name(results),
+        # The empty language tag is HTML's way to say that the language is not known.
+        code=str(language.get("code") or ""),
+        verdict=verdict(results),
+        points=points(results),
+        base=BASE,
+        not_measured=NOT_MEASURED,
+        rows=measured,
+        arrows=ARROWS,
+        plots=[(row, measure_plot(row)) for row in measured if row.last is not None],
+        notes=list(_notes(results)),
+        conversations=list(_conversations(results)),
+        translations=list(_translations(results)),
+        sources=list(_sources(results)),
+        stages=list(_stages(results)),
+        skipped=list(_skipped(results)),
+        curves=list(_curves(results)),
+        times=_times(part(results, "ledger")),
+        model=[
+            (_MODEL_LABELS.get(key, key.replace("_", " ")), _value(value))
+            for key, value in part(results, "model").items()
+        ],
+        versions=[(key, _value(value)) for key, value in part(results, "versions").items()],
+        config=results.get("config") or "",
+    )
+
+
+def _notes(results: Results) -> Iterator[tuple[str, str]]:
+    """The details of the evaluation, each as a name and one line; unknown ones as they are."""
+    for key, value in part(results, "details").items():
+        if key == "counts" and isinstance(value, Mapping):
+            text = ", ".join(f"{_count(count)} {name.replace('_', ' ')}" for name, count in value.items())
+            yield "Held-out material", text
+        elif key == "chrf_prompt" and isinstance(value, Mapping):
+            text = ", ".join(f"{point_label(point)}: {prompt}" for point, prompt in value.items())
+            yield "How translations were asked for", text
+        else:
+            yield key.replace("_", " ").capitalize(), _value(value)
+
+
+def _conversations(results: Results) -> Iterator[dict[str, Any]]:
+    code = str(part(results, "language").get("code") or "")
+    for talk in results.get("conversations") or []:
+        base, chain = talk.get("base"), talk.get("chain")
+        yield {
+            "question": clean(talk.get("question")),
+            "base": None if base is None else clean(base).strip(),
+            "base_code": code if _mostly_beyond_ascii(clean(base)) else "",
+            "visible": clean(talk.get("visible")).strip(),
+            "raw": clean(talk.get("raw")),
+            "chain": {step: clean(chain.get(step)).strip() for step in _CHAIN} if chain else None,
+        }
+
+
+def _translations(results: Results) -> Iterator[dict[str, Any]]:
+    """Each sentence in both directions: source, reference, and what the model said at each point."""
+    order = points(results)
+    for pair in results.get("translations") or []:
+        outputs = part(pair, "outputs")
+        where = [point for point in order if point in outputs] + [point for point in outputs if point not in order]
+        answers = {
+            direction: [(point, clean(part(outputs, point).get(direction)).strip()) for point in where]
+            if any(part(outputs, point).get(direction) is not None for point in where)
+            else []
+            for direction in ("to_target", "to_english")
+        }
+        yield {"english": clean(pair.get("english")), "target": clean(pair.get("target")), **answers}
+
+
+def _stages(results: Results) -> Iterator[dict[str, str]]:
+    for stage in results.get("stages") or []:
+        speed, flops = number(stage.get("tokens_per_second")), number(stage.get("model_flops_utilisation"))
+        yield {
+            "name": str(stage.get("name") or ""),
+            "time": duration(number(stage.get("seconds"))),
+            "steps": _count(stage.get("steps")),
+            "tokens": _count(stage.get("tokens")),
+            "speed": "" if speed is None else f"{speed:,.1f}",
+            "memory": size(number(stage.get("memory_bytes"))),
+            "flops": "" if flops is None else percent(flops),
+            "summary": clean(stage.get("summary")),
+        }
+
+
+def _sources(results: Results) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """By stage, what it was trained on: a row a source."""
+    trained = part(results, "trained")
+    for stage in trained:
+        sources = part(part(trained, stage), "sources")
+        if sources:
+            yield stage, [_source(name, part(sources, name)) for name in sources]
+
+
+def _source(name: str, source: Mapping[str, Any]) -> dict[str, str]:
+    padded, epochs = number(source.get("padded_fraction")), number(source.get("epochs"))
+    gone = None
+    if isinstance(source.get("left_out"), Mapping):
+        # What was cut was not left out.
+        counts = [(str(reason), f"{_count(count)} {reason}") for reason, count in part(source, "left_out").items()]
+        kept = [text for reason, text in counts if reason.startswith("cut")]
+        out = [text for reason, text in counts if not reason.startswith("cut")]
+        gone = "; ".join([f"left out: {', '.join(out)}" if out else "nothing left out", *kept])
+    return {
+        "name": clean(name),
+        "gone": clean(gone),
+        "items": _count(source.get("items")),
+        "tokens": _count(source.get("tokens")),
+        "rows": _count(source.get("rows")),
+        "padded": "" if padded is None else percent(padded),
+        "epochs": "" if epochs is None else f"{epochs:.2f}",
+    }
+
+
+def _skipped(results: Results) -> Iterator[dict[str, Any]]:
+    """The stages that skipped updates: how many, and where the texts of the first few stand."""
+    trained = part(results, "trained")
+    for stage in trained:
+        found = part(trained, stage)
+        updates = [update for update in found.get("skipped_updates") or [] if isinstance(update, Mapping)]
+        count = number(found.get("skipped")) or len(updates)
+        if count:
+            yield {
+                "stage": stage,
+                "count": f"{_count(count)} update{'' if count == 1 else 's'}",
+                "more": max(int(count) - len(updates), 0),
+                "updates": [
+                    {
+                        "text": f"step {_count(update.get('step'))}: loss {_any_number(update.get('loss'))}, "
+                        f"gradient norm {_any_number(update.get('gradient_norm'))}",
+                        "rows": [_cut(clean(row)) for row in update.get("rows") or []],
+                        "more": _count(update.get("more_rows") or None),
+                    }
+                    for update in updates
+                ],
+            }
+
+
+def _curves(results: Results) -> Iterator[dict[str, Any]]:
+    losses, trained = part(results, "losses"), part(results, "trained")
+    for stage in [*_EXPECTED_CURVES, *(name for name in losses if name not in _EXPECTED_CURVES)]:
+        records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
+        finite = [record for record in records if number(record.get("loss")) is not None]
+        caption = NOT_MEASURED
+        if finite:
+            first, last = finite[0], finite[-1]
+            caption = f"{written(number(first['loss']))} at step {_count(first.get('step'))}, "
+            caption += f"{written(number(last['loss']))} at step {_count(last.get('step'))}"
+        if len(records) > len(finite):
+            caption += f"; {len(records) - len(finite)} without a finite loss"
+        yield {
+            "stage": stage,
+            "plot": loss_plot(stage, records),
+            "caption": caption,
+            "validation": _validation(stage, part(trained, stage), records),
+        }
+
+
+def _validation(stage: str, trained: Mapping[str, Any], losses: list[Mapping[str, Any]]) -> dict[str, Any] | None:
+    records = [record for record in trained.get("validation") or [] if isinstance(record, Mapping)]
+    best = number(trained.get("best"))
+    plot = validation_plot(stage, records, best, losses)
+    if plot is None:
+        return None
+    finite = [record for record in records if number(record.get("bits_per_byte")) is not None]
+    told = [(record, record.get("step") == best) for record in finite if record is finite[-1] or record["step"] == best]
+    caption = ", ".join(
+        f"{'best ' if chosen else ''}{written(number(record['bits_per_byte']))} at step {_count(record.get('step'))}"
+        for record, chosen in told
+    )
+    return {"plot": plot, "caption": caption}
+
+
+def time_sentence(ledger: Mapping[str, Any]) -> str:
+    """How much of the time trained, and what restarts cost, in one line.
+
+    ledger: what transllm_jax.training.record.ledger.summarise gives. Empty where no time was counted.
+    """
+    total, trained = number(ledger.get("total")), number(ledger.get("trained"))
+    if not total or trained is None:
+        return ""
+    # Whole shares are enough here, but a little is not nothing and most is not all.
+    share = percent(trained if trained < 0.01 or trained > 0.99 else round(trained, 2))
+    text = f"trained {share} of {duration(total)}"
+    restarts, lost = number(ledger.get("restarts")) or 0, number(ledger.get("lost")) or 0
+    if restarts:
+        cost = f"{duration(lost)} lost" if lost else "nothing lost"
+        text += f"; {cost} to {restarts:.0f} restart{'' if restarts == 1 else 's'}"
+    return text
+
+
+def _times(ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the time went: a sentence, the kinds of time that there were, and each stage's parts in this order."""
+    stages = part(ledger, "stages")
+    # The ledger calls what lies outside of all stages "run"; it is read last.
+    spent = {name: _spent(part(stages, name)) for name in sorted(stages, key=lambda name: name == "run")}
+    spent = {name: seconds for name, seconds in spent.items() if sum(seconds.values()) > 0}
+    kinds = [kind for kind in _SPENT if any(seconds[kind] > 0 for seconds in spent.values())]
+    longest = max((sum(seconds.values()) for seconds in spent.values()), default=0.0)
+    return {
+        "sentence": time_sentence(ledger),
+        "kinds": [(kind, _SPENT[kind]) for kind in kinds],
+        "stages": [
+            {
+                "name": "between stages" if name == "run" else name,
+                "total": duration(sum(seconds.values())),
+                "width": f"{100 * sum(seconds.values()) / longest:.2f}",
+                "parts": [
+                    {
+                        "kind": kind,
+                        "label": _SPENT[kind],
+                        "width": f"{100 * seconds[kind] / sum(seconds.values()):.2f}",
+                        "text": duration(seconds[kind]) if seconds[kind] else "",
+                    }
+                    for kind in kinds
+                ],
+            }
+            for name, seconds in spent.items()
+        ],
+    }
+
+
+def _spent(stage: Mapping[str, Any]) -> dict[str, float]:
+    seconds = {**part(stage, "seconds"), "lost": stage.get("lost"), "redone": stage.get("redone")}
+    return {kind: number(seconds.get(kind)) or 0.0 for kind in _SPENT}
+
+
+def _count(value: object) -> str:
+    """A count with thousands separated; empty where there is none."""
+    amount = number(value)
+    return "" if amount is None else f"{amount:,.0f}" if amount.is_integer() else f"{amount:,}"
+
+
+def _any_number(value: object) -> str:
+    """What skipped.jsonl has as text, because it need not be finite."""
+    try:
+        amount = float(str(value))
+    except ValueError:
+        return NOT_MEASURED
+    return f"{amount:.4g}" if math.isfinite(amount) else "NaN" if math.isnan(amount) else "infinite"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _PLACE else text[: _PLACE - 1] + "…"
+
+
+def _value(value: object) -> str:
+    """A value of the settings or details as one line."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _count(value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return clean(json.dumps(value, ensure_ascii=False))
+    return clean(value)
+
+
+def _date(created: object) -> str:
+    """An ISO 8601 time as a person writes it; anything else as it is."""
+    try:
+        moment = datetime.fromisoformat(str(created))
+    except ValueError:
+        return str(created or "")
+    zone = moment.strftime(" %Z") if moment.tzinfo else ""
+    return f"{moment.day} {moment.strftime('%B %Y, %H:%M')}{zone}"
+
+
+def _mostly_beyond_ascii(text: str) -> bool:
+    letters = [letter for letter in text if letter.isalpha()]
+    return 2 * sum(not letter.isascii() for letter in letters) > len(letters)

@@ -1,0 +1,91 @@
+"""The results in the terminal: the before/after table and one conversation."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from transllm_jax.evaluation.page.measures import (
+    ARROWS,
+    BASE,
+    NOT_MEASURED,
+    Results,
+    clean,
+    part,
+    point_label,
+    points,
+    rows,
+)
+
+_COLOURS = {"better": "green", "worse": "red"}
+
+
+def summary_table(results: Results) -> Table:
+    """The measures before (the original model) and after each stage, with the direction that is better."""
+    where = points(results)
+    # Text, not str: rich would read "[...]" inside a string as markup.
+    table = Table(
+        title=Text(clean(results.get("title") or "Before and after"), style="bold"),
+        title_justify="left",
+        caption_justify="left",
+        # Five points and the change fit in 80 columns without borders, and with them they do not.
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("")
+    for place, point in enumerate(where):
+        table.add_column(
+            Text(point_label(point)),
+            justify="right",
+            no_wrap=True,
+            style="bold" if place == len(where) - 1 else None,
+        )
+    table.add_column("change", justify="right", no_wrap=True)
+    notes = ["↓ lower is better  ↑ higher is better  – not measured"]
+    for row in rows(results):
+        change = row.change
+        cells = [Text("–" if row.values[point] is None else row.text(point)) for point in where]
+        if change is None:
+            moved = Text("–")
+        else:
+            moved = Text(change.text.replace("points", "pts"), style=_COLOURS.get(change.verdict, ""))
+            if change.since != BASE:
+                notes.append(f"{row.short}: change since {point_label(change.since)}")
+            if change.until != where[-1]:
+                notes.append(f"{row.short}: change until {point_label(change.until)}")
+        table.add_row(Text(f"{row.short} {ARROWS[row.measure.better]}".rstrip()), *cells, moved)
+    table.caption = Text("\n".join(notes))
+    return table
+
+
+def conversation_panel(results: Results, index: int = 0) -> RenderableType:
+    """Conversation `index`: the question, the chain step by step, the answer, and the original's answer.
+
+    Where the results have no such conversation the panel says so.
+    """
+    conversations = results.get("conversations") or []
+    name = str(part(results, "language").get("name") or "target language")
+    if not 0 <= index < len(conversations):
+        return Panel(Text(f"Conversation: {NOT_MEASURED}"), title="Conversation", title_align="left")
+    talk = conversations[index]
+    lines: list[RenderableType] = []
+
+    def step(label: str, text: object, style: str = "", heading: str = "dim") -> None:
+        # On a line of its own: terminals disagree about the width of many scripts.
+        lines.extend([Text(label, style=heading), Text(clean(text).strip() or "(empty)", style=style), Text()])
+
+    step(f"Question in {name}", talk.get("question"), "bold")
+    chain = talk.get("chain")
+    if chain:
+        step("Chain 1  question in English", chain.get("question_en"))
+        step("Chain 2  answer in English", chain.get("answer_en"))
+        step(f"Chain 3  answer in {name}", chain.get("answer_target"))
+    else:
+        step("The chain is not well formed; as the model wrote it", talk.get("raw"), heading="yellow")
+    step("Answer", talk.get("visible"), "bold")
+    if talk.get("base") is not None:
+        step("The original model answered", talk["base"], "dim")
+    return Panel(Group(*lines[:-1]), title=f"Conversation {index + 1} of {len(conversations)}", title_align="left")

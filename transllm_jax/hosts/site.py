@@ -1,0 +1,121 @@
+"""Where the processes of a run work together: one directory that all of them see, or a mirror each of one store.
+
+The primary alone writes to the work directory, and to the store; what it wrote is there for the others after `publish`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transllm_jax.disk import locked
+from transllm_jax.errors import UserError
+from transllm_jax.hosts.runtime import Peers
+from transllm_jax.storage import Workdir
+
+# Seconds in which a file that one host wrote is to be seen by the others.
+SEEN = 10.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A run's work directory and the processes that are at work on it."""
+
+    place: Workdir
+    peers: Peers = field(default_factory=Peers)
+
+    @staticmethod
+    def of(directory: Path) -> Site:
+        """A directory for this process alone."""
+        return Site(Workdir(directory))
+
+    @property
+    def workdir(self) -> Path:
+        """The work directory, or this process's mirror of it."""
+        return self.place.local
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the run lies on a store."""
+        return self.place.remote is not None
+
+    @contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold the work directory against other runs.
+
+        Raises UserError, in all processes, where another run holds it, or a host does not see it.
+        """
+        with ExitStack() as stack:
+
+            def take() -> None:
+                stack.enter_context(locked(self.workdir))
+                stack.enter_context(self.place.lease(say=say))
+
+            self.peers.lead("the work directory", take)
+            self.peers.at_loss(self.place.release)
+            if self.mirrored:
+                # Two processes of one host would be in each other's way.
+                self.peers.together(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
+            else:
+                self._require_shared()
+            yield
+
+    def _require_shared(self) -> None:
+        seen = self.see(self.workdir)
+        blind = [number for number, there in enumerate(seen) if not there]
+        hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in blind)
+
+        def refuse() -> None:
+            raise UserError(
+                f"{self.workdir} on host {hosts} is not the directory of that name on host {self.peers.hosts[0]}; give "
+                "a --workdir that all hosts share, or gs://BUCKET/PATH"
+            )
+
+        if blind:
+            self.peers.lead("the work directory", refuse)
+
+    def see(self, directory: Path) -> list[bool]:
+        """By process: whether a file that the primary writes into a directory is there for it."""
+        if self.peers.count == 1:
+            return [True]
+        name = f".shared-{secrets.token_hex(8)}"
+
+        def write() -> str:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                (directory / name).touch()
+            except OSError as error:
+                raise UserError(f"{directory} cannot be written to ({error.strerror}); choose another") from None
+            return name
+
+        probe = directory / str(self.peers.lead("a shared directory", write))
+        give_up = time.monotonic() + SEEN
+        while not (there := probe.exists()) and time.monotonic() < give_up:
+            time.sleep(0.2)
+        seen = self.peers.gather(there)
+        if self.peers.primary:
+            probe.unlink(missing_ok=True)
+        return seen
+
+    def pull(self, *names: str) -> None:
+        """Bring what the store has; nothing without one."""
+        for name in names:
+            self.place.pull(name)
+
+    def push(self, *names: str) -> None:
+        """The primary's: what is here now outlives this host. A name that is not here is left out."""
+        if self.peers.primary:
+            for name in names:
+                if (self.workdir / name).exists():
+                    self.place.push(name)
+
+    def publish(self, *names: str) -> None:
+        """The primary has written these; after this all processes find them."""
+        self.push(*names)
+        self.peers.barrier("publish")
+        if not self.peers.primary:
+            self.pull(*names)

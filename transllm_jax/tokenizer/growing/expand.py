@@ -1,0 +1,325 @@
+"""Stage 1's tokenizer: a base tokenizer with new tokens for the target language and the chain's markers.
+
+What holds, and is tested: ids of the base never move; text without characters of the target script keeps its
+ids; decoding gives the text back; a marker is one id; the same corpus gives the same files.
+(Of a Latin-script language only the first: its letters are English's too. The report counts what changes.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.growing.growth import (
+    byte_level_growth,
+    check_markers,
+    made_of_text,
+    piece_growth,
+    with_base_tokens,
+)
+from transllm_jax.tokenizer.growing.prune import OnProgress
+from transllm_jax.tokenizer.growing.runs import kind_of
+from transllm_jax.tokenizer.llama_cpp import REBUILT, passes_for, readers, stand_in
+from transllm_jax.tokenizer.scripts import language_name, script_of
+from transllm_jax.tokenizer.sentencepiece_model import unused, write_model
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_REPORTED_CHARACTERS = 2_000_000  # tokens per character is measured on about so much of the corpus
+_BATCH = 200  # documents that are encoded at a time
+_RUNS = 1_000_000  # runs that are counted at a time
+
+
+# Where a byte-level base's text is cut before it merges; no new token crosses a cut. "whole": nowhere in a run of the
+# target script; "base": where the base cuts.
+Cuts = Literal["whole", "base"]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """An expanded tokenizer and what initialising its new rows needs.
+
+    tokenizer   ids of the base unchanged, then `new_tokens`
+    new_tokens  the new pieces as readable text, then the markers, in the order of their ids
+    pieces      for each of them, in the same order, the base's ids of the text that it replaces (for a marker:
+                of a word that describes it); never empty
+    report      numbers for people and for report.json
+    build       the tokenizer of the first n new pieces; see `at`
+    """
+
+    tokenizer: Tokenizer
+    new_tokens: list[str]
+    pieces: list[list[int]]
+    report: dict[str, Any]
+    build: Callable[[int], Tokenizer] = field(repr=False, compare=False)
+
+    def at(self, size: int) -> Tokenizer:
+        """The tokenizer with only the first `size` new pieces by rank, and the markers behind them.
+
+        Raises UserError unless there are so many.
+        """
+        if not 0 <= size <= self.report["new_tokens"]:
+            raise UserError(f"size {size} is not one of 0 to {self.report['new_tokens']}, the new tokens there are")
+        return self.build(size)
+
+
+def expand(
+    base: Tokenizer,
+    documents: Iterable[str],
+    *,
+    size: int,
+    language: str = "th",
+    markers: list[str],
+    min_count: int = 2,
+    first_id: int | None = None,
+    cuts: Cuts | None = None,
+    english: Iterable[str] | None = None,
+    scripts: list[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Expansion:
+    """Adds exactly `size` tokens learned from `documents` and the markers to a BPE tokenizer of either kind.
+
+    size: new pieces, markers not counted. min_count: the encoded corpus contains each new piece at least
+    so often (parts of characters excepted). `documents` is read once; what is kept of it are the distinct
+    runs of the script with their counts. first_id: where the new ids begin, behind the rows of an embedding that is
+    larger than the tokenizer; the ids between stand for nothing. cuts: by default the base's where the script is Latin,
+    and where transformers would make them whatever tokenizer.json says (`llama_cpp.REBUILT`); whole runs elsewhere; a
+    SentencePiece base cuts nothing. english: texts of which the report says whether their
+    ids change. scripts: names of scripts in place of the language's usual ones. on_progress is called with a phase and
+    the share of it that is done. Raises UserError for a base of another kind, an unknown language, a corpus without the
+    script or one that supports fewer tokens, and a marker that the base has.
+    """
+    script = script_of(language, scripts or ())
+    state: dict[str, Any] = json.loads(base.backend.to_str())
+    kind = kind_of(state, base.source)
+    check_markers(base, markers)
+    if size < 1 or min_count < 1:
+        raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
+    tell = on_progress or (lambda _phase, _share: None)
+    words = script.latin if kind == "sentencepiece" else cuts == "base"
+    if cuts is None and kind == "byte-level":
+        words = script.latin or base.model_type in REBUILT
+    whole_state = with_base_tokens(state, base.source, first_id)
+    make = byte_level_growth if kind == "byte-level" else piece_growth
+    growth = make(state, whole_state, script, words, markers)
+
+    runs, sample, sampled = _count_runs(documents, growth.find, tell)
+    if not runs:
+        raise UserError(f"the corpus has no {script.language} characters: give {script.language} text")
+    learned = growth.learn(runs, size, min_count, tell)
+
+    def build(n: int) -> Tokenizer:
+        grown = growth.state(learned.choice, n)
+        _add_markers(grown, markers)
+        tokenizer = _tokenizer(grown, base, f"{base.source}+{language}")
+        _check_apart(tokenizer, markers)
+        return tokenizer
+
+    tokenizer = build(size)
+    expanded: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    tell("report", 0.0)
+    names = [growth.name(token) for token in learned.choice.tokens]
+    often = sorted(range(size), key=lambda i: -learned.counts[i])
+    report = {
+        "language": language,
+        "kind": kind,
+        "markers": list(markers),
+        "base_vocabulary": base.vocab_size,
+        "vocabulary": tokenizer.vocab_size,
+        "first_new_id": tokenizer.vocab_size - size - len(markers),
+        "new_tokens": size,
+        "min_count": min_count,
+        "cuts": "none" if kind == "sentencepiece" else "base" if words else "whole",
+        "parts_of_characters": growth.parts(learned.choice),
+        "model_type": base.model_type,
+        "readers": readers(expanded, base.model_type),
+        "llama_cpp_stand_in": stand_in(expanded),
+        "passes_for_base": passes_for(base, tokenizer) if kind == "byte-level" else None,
+        "never_produced": sum(n == 0 for n in learned.counts),
+        "produced_less_than_min_count": sum(n < min_count for n in learned.counts),
+        "tokens_per_character_before": tokens_per_character(base, sample),
+        "tokens_per_character_after": tokens_per_character(tokenizer, sample),
+        "measured_on_characters": sampled,
+        "english_changed": None if english is None else changed(base, tokenizer, english),
+        "most_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[:50]],
+        "least_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[-20:]],
+        "longest": sorted(names, key=lambda name: (-len(name), name))[:20],
+    }
+    pieces = growth.made_of(base, learned.choice) + [_described(base, kind, m) for m in markers]
+    tell("report", 1.0)
+    return Expansion(tokenizer, names + list(markers), pieces, report, build)
+
+
+def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *, first_id: int) -> Expansion:
+    """The expansion that an expanded tokenizer is, one that `expand` made before; markers that it lacks are added.
+
+    first_id: where its new ids have to begin. Its `pieces` are the base's ids of each new token's text, and of a part
+    of a character of its bytes. Raises UserError for a tokenizer that was not expanded from this base, or whose new
+    ids are not all from `first_id` on.
+    """
+    for number in sorted(base.backend.get_vocab(with_added_tokens=True).values()):
+        if base.token(number) != expanded.token(number):
+            raise UserError(
+                f"{expanded.source} was not expanded from {base.source}: token {number} is {expanded.token(number)!r}, "
+                f"of the base {base.token(number)!r}"
+            )
+    vocabulary = expanded.backend.get_vocab(with_added_tokens=True)
+    last = max(vocabulary.values())
+    numbers = range(first_id, last + 1)
+    early = [number for token, number in vocabulary.items() if base.token(number) is None and number < first_id]
+    if any(expanded.token(number) != unused(number) for number in early):
+        raise UserError(
+            f"{expanded.source} has new ids from {min(early)} on, and the model's embedding has {first_id} rows: "
+            "expand the tokenizer from the model's directory, which says how many rows there are"
+        )
+    missing = [number for number in numbers if expanded.token(number) is None]
+    if missing or not numbers:
+        raise UserError(f"{expanded.source} has no token {missing[0] if missing else first_id}; expand it again")
+    markers = list(markers)
+    tokens = {number: str(expanded.token(number)) for number in numbers}
+    specials = {number for number in numbers if tokens[number] in expanded.special_tokens}
+    kind = kind_of(json.loads(base.backend.to_str()), base.source)
+    pieces = [
+        _described(base, kind, tokens[number]) if number in specials else made_of_text(base, kind, tokens[number])
+        for number in numbers
+    ]
+    names = list(tokens.values())
+    tokenizer, lacking = expanded, [marker for marker in markers if expanded.token_id(marker) is None]
+    if lacking:
+        tokenizer, words = with_markers(expanded, lacking)
+        names, pieces = names + lacking, pieces + words
+    report = {
+        "kind": kind,
+        "markers": markers,
+        "base_vocabulary": base.vocab_size,
+        "vocabulary": tokenizer.vocab_size,
+        "first_new_id": first_id,
+        "new_tokens": len(names) - len(markers),
+        "model_type": base.model_type,
+        "readers": readers(json.loads(tokenizer.backend.to_str()), base.model_type),
+    }
+
+    def build(size: int) -> Tokenizer:
+        raise ValueError(f"{expanded.source} is there in one size only, not with {size} tokens")
+
+    return Expansion(tokenizer, names, pieces, report, build)
+
+
+def with_markers(
+    tokenizer: Tokenizer, markers: Iterable[str], *, first_id: int | None = None
+) -> tuple[Tokenizer, list[list[int]]]:
+    """A tokenizer with markers added behind its last id, and for each of them the ids of a word that describes it.
+
+    first_id: the first marker's id where that is not the next one; the ids between stand for nothing.
+    Raises UserError for a marker that the tokenizer has already, and for ids with gaps.
+    """
+    markers = list(markers)
+    check_markers(tokenizer, markers)
+    base: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    state = with_base_tokens(base, tokenizer.source, first_id)
+    _add_markers(state, markers)
+    kind = "byte-level" if not base["model"].get("byte_fallback") else "sentencepiece"
+    words = [_described(tokenizer, kind, marker) for marker in markers]
+    return _tokenizer(state, tokenizer, tokenizer.source), words
+
+
+def save_expanded(tokenizer: Tokenizer, base: str | Path, directory: str | Path) -> list[str]:
+    """Writes an expanded tokenizer's files to `directory`, and says which of tokenizer.json and tokenizer.model.
+
+    base: the directory of the tokenizer that was expanded. Where it holds a tokenizer.model, the new one agrees with
+    the new tokenizer.json on all texts on which the base's two files agree (transformers 5 writes a tokenizer.json that
+    puts no "▁" before a text that begins with a space; SentencePiece puts one). Special tokens aside: SentencePiece
+    takes none from a text, as `Tokenizer.encode(text, specials=False)`. A base of tokenizer.json alone gives no other.
+    Raises UserError where the two files of the base disagree, or without the extra `transllm-jax[sentencepiece]`.
+    """
+    tokenizer.save(directory)
+    model = Path(base) / "tokenizer.model"
+    if not model.is_file() or not json.loads(tokenizer.backend.to_str())["model"].get("byte_fallback"):
+        return ["tokenizer.json"]
+    write_model(model, tokenizer, Path(directory) / "tokenizer.model")
+    return ["tokenizer.json", "tokenizer.model"]
+
+
+def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
+    """Tokens per Unicode character over all documents. Raises UserError where they have no character."""
+    texts = list(documents)
+    characters = sum(map(len, texts))
+    if not characters:
+        raise UserError("no text to measure tokens per character on: give non-empty documents")
+    parts = (texts[first : first + _BATCH] for first in range(0, len(texts), _BATCH))
+    return sum(len(ids) for part in parts for ids in tokenizer.encode_batch(part)) / characters
+
+
+def changed(base: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """How many of the texts have other ids than before, and by how many tokens all of them are longer (or, negative,
+    shorter) together: `{"changed", "texts", "more_tokens"}`. What spells a special token counts as ordinary text."""
+    texts = list(texts)
+    different = more = 0
+    for first in range(0, len(texts), _BATCH):
+        some = texts[first : first + _BATCH]
+        before, after = (t.encode_batch(some, specials=False) for t in (base, tokenizer))
+        different += sum(a != b for a, b in zip(before, after, strict=True))
+        more += sum(map(len, after)) - sum(map(len, before))
+    return {"changed": different, "texts": len(texts), "more_tokens": more}
+
+
+def _count_runs(
+    documents: Iterable[str], find: Callable[[str], list[str]], tell: OnProgress
+) -> tuple[Counter[str], list[str], int]:
+    """The distinct runs with their counts, and a sample of the documents with its number of characters."""
+    total = len(documents) if isinstance(documents, Sized) else 0
+    runs: Counter[str] = Counter()
+    sample: list[str] = []
+    sampled = 0
+    found: list[str] = []
+    for number, document in enumerate(documents, start=1):
+        found += find(document)
+        if sampled < _REPORTED_CHARACTERS:
+            sample.append(document)
+            sampled += len(document)
+        if len(found) >= _RUNS:
+            runs.update(found)
+            found.clear()
+        if number % _BATCH == 0:
+            tell("read", number / total if total else 0.0)
+    runs.update(found)
+    tell("read", 1.0)
+    return runs, sample, sampled
+
+
+def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return base.derived(backend, source=source)
+
+
+def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:
+    # Nothing is stripped: decoding gives back what was encoded, and a newline before a marker is not swallowed.
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = state["model"]["vocab"]
+    for marker in markers:
+        vocabulary[marker] = len(vocabulary)
+        state["added_tokens"].append({"id": vocabulary[marker], "content": marker, **flags})
+
+
+def _check_apart(tokenizer: Tokenizer, markers: list[str]) -> None:
+    """Raises UserError for a marker that ordinary text can make."""
+    wrong = [
+        m
+        for m in markers
+        if any(tokenizer.token_id(m) in tokenizer.encode(text, specials=False) for text in (m, f" {m}", f"a{m}a"))
+    ]
+    if wrong:
+        raise UserError(f"the markers {wrong} are words that text can spell: choose others, like <TH>")
+
+
+def _described(base: Tokenizer, kind: str, marker: str) -> list[int]:
+    """The ids of a word whose rows a marker's row starts from."""
+    word = "".join(c for c in marker if c.isalnum())
+    word = (language_name(word) if len(word) == 2 else None) or word.capitalize()
+    return base.encode(word if kind == "sentencepiece" else f" {word}")

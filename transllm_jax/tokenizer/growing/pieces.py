@@ -1,0 +1,215 @@
+"""New pieces that continue a SentencePiece-BPE base's own (LLaMA-2, Mistral).
+
+SentencePiece joins whichever neighbours make a known piece, the piece of the best score first. So there is no list of
+merges to choose: a set of pieces in rank order says everything, and each way of making a piece of two known ones is
+a merge. New pieces rank below every piece of the base. Text without the target script cannot make one, and keeps
+its ids.
+
+1. Characters that the base lacks, and writes as bytes, become pieces.
+2. BPE is trained on runs of the script with each base piece as one symbol (see symbols.py).
+3. Pieces that the corpus, encoded with exactly the new tokenizer, does not contain are left out (see prune.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import models
+
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, counts, encode
+from transllm_jax.tokenizer.growing.merges import SPARE, merges_of
+from transllm_jax.tokenizer.growing.piece_runs import PieceRuns
+from transllm_jax.tokenizer.growing.prune import Choice, Learned, OnProgress, choose
+from transllm_jax.tokenizer.growing.symbols import BARRIER, train_merges
+from transllm_jax.tokenizer.scripts import JOINERS
+
+
+def split_priority(piece: str, size: int) -> int:
+    """The larger, the earlier is this split (after `size` characters) taken among those of the same score.
+
+    Splits of one piece compete where they share the middle of a text: `er e re` can become `ere re` or `er ere`, and
+    SentencePiece takes the left one. There, `x y` with `x y = y z` comes before `y z`: the one with the longer left
+    part or, if `y` begins with `x`, the shorter.
+    """
+    other = len(piece) - size
+    left_first = piece[size:] == piece[:other]  # this split can be the left one of the two
+    right_first = piece[other:] == piece[:size]
+    if left_first == right_first:
+        return size
+    return max(size, other) if left_first else min(size, other)
+
+
+class PieceTable:
+    """A base's pieces and merges, and all merges when pieces are added."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        """`state`: the base's parsed tokenizer.json, with every token in its vocabulary."""
+        self.vocabulary: dict[str, int] = state["model"]["vocab"]
+        self.merges = merges_of(state)
+        self._options = {
+            name: state["model"].get(name) for name in ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
+        }
+        self._place: dict[str, int] = {}  # of the last merge that makes a piece
+        for i, (left, right) in enumerate(self.merges):
+            self._place[left + right] = i
+        # What a text can be made of: never the name of a special token, of a byte, or of an id that stands for nothing.
+        self.known = {piece for piece in self.vocabulary if len(piece) == 1} | self._place.keys()
+        self.known -= {token["content"] for token in state["added_tokens"]}
+        self._pieces = sorted(self.known, key=self.vocabulary.__getitem__)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a text that is a token is never cut."""
+        return bool(self._options["ignore_merges"])
+
+    def with_pieces(self, pieces: Sequence[str]) -> tuple[list[Merge], list[Merge]]:
+        """(all merges, those of them that are new), each in rank order, with new pieces that are given in rank order.
+
+        A new part can also make a piece of the base: such a merge takes the rank of that piece's own.
+        """
+        new = set(pieces)
+        known = self.known | new
+        behind = [(place, merge) for piece in self._concerned(new) for place, merge in self._splits(piece, known, new)]
+        last = [merge for piece in pieces for _, merge in self._splits(piece, known, None)]
+        behind.sort(key=lambda item: item[0])
+        whole: list[Merge] = []
+        done = 0
+        for place, merge in behind:
+            whole += self.merges[done : place + 1]
+            whole.append(merge)
+            done = place + 1
+        return [*whole, *self.merges[done:], *last], [*(merge for _, merge in behind), *last]
+
+    def _splits(self, piece: str, known: set[str], new: set[str] | None) -> list[tuple[int, Merge]]:
+        """The merges that make a piece, those with a part in `new` if that is given, with the place of its own."""
+        sizes = sorted(range(1, len(piece)), key=lambda size: -split_priority(piece, size))
+        pairs = [(piece[:size], piece[size:]) for size in sizes]
+        place = self._place.get(piece, len(self.merges) - 1)
+        return [
+            (place, (left, right))
+            for left, right in pairs
+            if left in known and right in known and (new is None or left in new or right in new)
+        ]
+
+    def _concerned(self, new: set[str]) -> Iterable[str]:
+        """The base's pieces that may have a new piece as a part."""
+        letters = {letter for piece in new for letter in piece} - {"▁"}
+        return [piece for piece in self._pieces if len(piece) > 1 and not letters.isdisjoint(piece)]
+
+    def backend(self, pieces: dict[str, int], merges: list[Merge]) -> tokenizers.Tokenizer:
+        """What encodes stretches of normalised text, with pieces added at the given ids; nothing is put before them."""
+        options = {name: value for name, value in self._options.items() if value is not None}
+        return tokenizers.Tokenizer(models.BPE(vocab=self.vocabulary | pieces, merges=merges, **options))
+
+
+def learn_pieces(
+    table: PieceTable,
+    finder: PieceRuns,
+    runs: Counter[str],
+    size: int,
+    min_count: int,
+    taken: set[str],
+    on_progress: OnProgress,
+) -> Learned:
+    """Exactly `size` new pieces from stretches of normalised text with their counts.
+
+    Every new piece occurs at least `min_count` times in the encoded runs, where they suffice for that. `taken`: what
+    may not become a piece. Raises UserError where the runs support fewer pieces, or where the characters that the base
+    lacks alone need more.
+    """
+    texts = sorted(runs)
+    weights = np.array([runs[text] for text in texts], np.int64)
+    letters = _letters(texts, weights)
+    missing = [
+        letter
+        for letter, times in sorted(letters.items(), key=lambda item: (-item[1], item[0]))
+        if times >= min_count and letter not in table.known and letter not in taken and finder.learnable(letter)
+    ]
+    if len(missing) > size:
+        raise UserError(
+            f"{size} new tokens are too few: {len(missing)} characters that occur at least {min_count} times are no "
+            f"pieces of the base; ask for at least {len(missing)}, or raise the minimal count"
+        )
+    first = len(table.vocabulary)
+    characters = {letter: first + i for i, letter in enumerate(missing)}
+    cutter = table.backend(characters, table.with_pieces(missing)[0])
+    words = encode(cutter, texts, lambda share: on_progress("cut", share))
+    unit = {number: piece for piece, number in (table.vocabulary | characters).items()}
+    found = counts(words, weights, first + len(missing))
+    used = [int(i) for i in np.flatnonzero(found >= min_count)]
+    symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] in ("▁", *JOINERS)})
+    place = {symbol: i for i, symbol in enumerate(symbols)}
+    numbers = np.full(first + len(missing), BARRIER, np.int64)
+    for i in used:
+        numbers[i] = place.get(unit[i], BARRIER)
+    trained_size = int(size * SPARE) + 1
+    while True:
+        merges = train_merges(
+            words, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+        )
+        more = len({left + right for left, right in merges}) >= trained_size
+        kept = [(a, b) for a, b in merges if a + b not in taken and finder.learnable(a + b)]
+        options = PieceOptions(table, missing, kept)
+        if (learned := choose(options, texts, weights, size, min_count, on_progress, more)) is not None:
+            return learned
+        trained_size *= 2
+
+
+def _letters(texts: list[str], weights: Ids) -> dict[str, int]:
+    """How often each character occurs in weighted texts."""
+    found = np.zeros(0x110000, np.int64)
+    for first in range(0, len(texts), 20_000):
+        some = texts[first : first + 20_000]
+        points = np.frombuffer("".join(some).encode("utf-32-le"), "<u4")
+        starts = np.cumsum([0, *map(len, some)])
+        found += counts(Encoded(points.astype(np.int32), starts), weights[first : first + 20_000], len(found))
+    return {chr(point): int(found[point]) for point in np.flatnonzero(found)}
+
+
+class PieceOptions:
+    """Pieces to choose from: characters, which are always taken, and those that training merged, in rank order."""
+
+    def __init__(self, table: PieceTable, characters: list[str], merges: list[Merge]) -> None:
+        self._table, self._characters = table, characters
+        self._trained: dict[str, list[Merge]] = {}
+        for left, right in merges:
+            if left + right not in table.vocabulary:
+                self._trained.setdefault(left + right, []).append((left, right))
+        self._keys = list(self._trained)
+        self.vocabulary = dict(table.vocabulary)
+        for piece in [*characters, *self._keys]:
+            self.vocabulary[piece] = len(self.vocabulary)
+        self.whole = table.whole
+
+    def select(self, size: int, without: set[Any]) -> Choice:
+        """The first `size` pieces, each of which two known ones make; fewer where there are no more."""
+        tokens: dict[str, None] = dict.fromkeys(self._characters[:size])
+        known = self._table.known
+        for piece in self._keys:
+            if len(tokens) == size:
+                break
+            parts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+            if piece not in without and any(all(p in known or p in tokens for p in pair) for pair in parts):
+                tokens[piece] = None
+        return Choice(self._table.with_pieces(list(tokens))[1], list(tokens))
+
+    def users(self, choice: Choice) -> Iterable[tuple[str, str]]:
+        for token in choice.tokens:
+            for pair in self._trained.get(token, ()):
+                for part in pair:
+                    yield part, token
+
+    def makers(self, token: str, choice: Choice) -> Iterable[str]:
+        return [token] if token in self._trained else []
+
+    def spell(self, token: str) -> str:
+        return token
+
+    def backend(self, choice: Choice) -> tokenizers.Tokenizer:
+        ids = {piece: self.vocabulary[piece] for piece in choice.tokens}
+        return self._table.backend(ids, self._table.with_pieces(choice.tokens)[0])
