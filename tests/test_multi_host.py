@@ -51,7 +51,7 @@ def harmed(self, step, flag):
     return tell(self, step, flag)
 
 Agreement.tell = harmed
-from transllm_jax import cli
+from transllm_jax.cli import main as cli
 sys.argv = ["transllm", *{arguments}]
 cli.main()
 """
