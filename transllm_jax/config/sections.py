@@ -58,7 +58,7 @@ class Vocabulary(Section):
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
     # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of
     # another model that has the same tokens (`copy`; the tokens that it lacks start from the mean). See
-    # training/new_rows.py.
+    # stages/new_rows.py.
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     english: TextSource | None = None
     # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.

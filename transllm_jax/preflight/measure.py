@@ -15,7 +15,7 @@ from transllm_jax.preflight.program.hlo import Counts, CustomCall, count_hlo
 from transllm_jax.preflight.program.roofline import Estimate, estimate_step
 from transllm_jax.preflight.programs import Program
 
-# Of the peak: what the best published run implies, and what an ordinary one does; see distributed/roofline.py.
+# Of the peak: what the best published run implies, and what an ordinary one does; see preflight/program/roofline.py.
 BEST, ORDINARY = 0.93, 0.83
 
 
