@@ -20,7 +20,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from conversion.hf.directory import write_model
 from conversion.names import weight_shapes
-from transllm_jax.cli.main import main as cli
+from transllm_jax.cli import main as cli
 from transllm_jax.model.config import LlamaConfig
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -25,7 +25,7 @@ from conftest import EXAMPLES, random_weights, tiny_run, write_tiny_model
 
 from conversion.hf.directory import read_config, write_model
 from conversion.names import weight_shapes
-from transllm_jax.cli.main import main as cli
+from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.files import Place, resolve
 from transllm_jax.errors import UserError

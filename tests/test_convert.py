@@ -29,7 +29,7 @@ from conversion.merged import Merged
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.opened import Opened
 from conversion.verify import compare
-from transllm_jax.cli.main import main as cli
+from transllm_jax.cli import main as cli
 from transllm_jax.commands import convert
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.disk import parse_size

@@ -53,13 +53,13 @@ KEYS: Mapping[str, tuple[Any, tuple[bool, bool]]] = {
     "clip_norm": (0.3, NEVER),
     "z_loss": (0.3, NEVER),
     "sources": ([{"path": str(EXAMPLES / "english.train.txt"), "weight": 1.0}], NEVER),
-    "pairs": ({"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "limit": 9}, NEVER),
+    "pairs": ({"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "max_items": 9}, NEVER),
     "contamination": (False, NEVER),
     "chains": (0.9, NEVER),
     "english": (0.9, NEVER),
     "translations": (0.9, NEVER),
 }
-VALIDATION = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "limit": 4000}, "every": 2, "rows": 4}
+VALIDATION = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 2, "rows": 4}
 
 
 def write(here: Path, model: Path, stage: str, change: Mapping[str, Any], validation: Any = VALIDATION) -> Path:

@@ -20,7 +20,7 @@ from conversion.directories import read_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.logits import logits_of
 from conversion.merged import Merged
-from transllm_jax.cli.main import main as cli
+from transllm_jax.cli import main as cli
 from transllm_jax.commands import convert
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.open_model import open_source

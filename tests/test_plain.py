@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.cli.main import main as cli
+from transllm_jax.cli import main as cli
 from transllm_jax.commands import chat, dry_run
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import Cost, cost_table
@@ -119,7 +119,7 @@ def test_a_conversation_by_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def refused(question: str) -> Iterator[Answer]:
         raise UserError(question)
 
-    monkeypatch.setattr(chat, "open_session", lambda *_, **__: SimpleNamespace(name=ODD, ask=refused))
+    monkeypatch.setattr(chat, "open_session", lambda *_, **__: SimpleNamespace(name=ODD, ask=refused, forgotten=0))
     monkeypatch.setattr("builtins.input", lambda _: questions.pop(0))
     questions = [ODD, "/quit"]
     cli.chat("model")

@@ -170,7 +170,7 @@ def main() -> None:
     events = Events(log, json.loads(harm), workdir)
     watch(events)
     sys.addaudithook(events.audit)
-    from transllm_jax.cli.main import main as cli
+    from transllm_jax.cli import main as cli
 
     sys.argv = ["transllm", *arguments]
     cli.main()
