@@ -286,7 +286,9 @@ class FakeRun:
         self.shards = lambda source: shards_of(Path(source.path))
         self.ledger = SimpleNamespace(spend=lambda what: nullcontext())
         bar = SimpleNamespace(update=lambda done, note: None)
-        self.progress = SimpleNamespace(say=self.said.append, task=lambda *_, **__: nullcontext(bar))
+        self.progress = SimpleNamespace(
+            say=lambda text, **_: self.said.append(text), task=lambda *_, **__: nullcontext(bar)
+        )
         self.interrupt = SimpleNamespace(check=self.check)
         self.bad_rows = BadRows(lambda place: place, directory, self.said.append)
         # Of one process, whose disk is its own.

@@ -54,7 +54,8 @@ def check(run: Run) -> None:
     check_training(run, "transfer")
     run.check(section.pairs)
     if section.translations and section.contamination:
-        run.check_clean((item for item, _ in run.items(section.pairs, Collector("remove"))), section.pairs.path, _CLEAN)
+        collector = Collector("remove", section.pairs.on_bad_rows)
+        run.check_clean((item for item, _ in run.items(section.pairs, collector)), section.pairs.path, _CLEAN)
     # A chain of three texts of a token each, with its markers and its end.
     least = len(encode_prompt(run.tokenizer("base"), [{"role": "user", "content": "a"}])) + 7
     if section.length < least:
