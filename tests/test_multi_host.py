@@ -111,8 +111,8 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tree[stage]["batch_size"] = 4
     held_out = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 3, "rows": 3}
     tree["pretrain"] |= {"steps": STEPS, "checkpoint_every": EVERY, "validation": held_out}
-    # Nothing is clipped: the gradient's norm is a sum over processes in an order that is gloo's own, so its last digits,
-    # and all that is scaled by it, differ between processes and devices.
+    # Nothing is clipped: the gradient's norm is a sum over processes in an order that is gloo's own, so that its last
+    # digits, and all that is scaled by it, differ between processes and devices.
     tree["pretrain"]["clip_norm"] = 1e6
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
