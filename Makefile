@@ -1,4 +1,4 @@
-# make demo: the whole method on a real chat model.  make test: the tests.  make test-reliability: minutes of kills.
+# make demo: the whole method on a real chat model.  make quick, make test, make test-full: the tests, in tiers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(VERSION).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-reliability newest lock lint check clean help
+.PHONY: demo quick test test-full newest lock lint check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -30,11 +30,20 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/transllm run configs/demo.yaml
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Configs, data, tokenizers, launch scripts, imports: no model is run.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,bad_rows chat cleaning cluster config contamination data ends expand \
+  expand_cuts expand_ids expand_latin expand_pieces flops hashes headers imports metadata near_duplicates packing planned \
+  sample scripts session sources strangers token_cache tokenise tokenizer))
 
-test-reliability: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -s tests/test_reliability.py tests/reliability/check_*.py
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -q $(wildcard $(QUICK))
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+
+test-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -s tests/reliability/check_*.py
 
 newest:
 	$(PYTHON) -m venv .venv-newest

@@ -81,6 +81,7 @@ def test_on_one_device_everything_is_what_it_was() -> None:
     assert not any(jax.tree.leaves(placement.shardings(cut)))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("check", sorted(path.stem for path in CHECKS.glob("check_*.py")))
 def test_on_eight_devices(check: str) -> None:

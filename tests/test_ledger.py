@@ -212,7 +212,7 @@ def test_marks_write_now_and_then(path: Path) -> None:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from transllm_jax.training import ledger
+from transllm_jax.training.record import ledger
 ledger.FLUSH_EVERY = 0.05
 book = ledger.Ledger(Path(sys.argv[1]))
 with book.stage("evaluation"), book.spend("validate"):

@@ -29,7 +29,7 @@ from transllm_jax.storage.store import Store
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.record.metrics import read_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 HOST = socket.gethostname()
 AGAIN = "run the same command on all hosts again to go on"
 STAGES = ("pretrain", "translate", "transfer")

@@ -43,6 +43,7 @@ def write_sentencepiece_model(directory: Path) -> None:
     write_model(directory, shape, random_weights(shape), tokenizer_dir=tokenizer, extra_config=ids)
 
 
+@pytest.mark.full
 @pytest.mark.reference
 def test_a_run_on_a_sentencepiece_base(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

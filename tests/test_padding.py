@@ -158,6 +158,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here / "run"
 
 
+@pytest.mark.full
 def test_the_report_says_what_the_table_holds(run: Path) -> None:
     report = json.loads((run / "vocabulary/report.json").read_text(encoding="utf-8"))
     assert report["table"] == {
@@ -174,6 +175,7 @@ def test_the_report_says_what_the_table_holds(run: Path) -> None:
     assert "and 49 rows of padding" in json.dumps(manifest)
 
 
+@pytest.mark.full
 def test_new_ids_begin_behind_the_bases_rows(run: Path) -> None:
     tokenizer, base = Tokenizer.load(run / "vocabulary"), Tokenizer.load(run / "base")
     assert token_ids(tokenizer) == [*range(TOKENS), *range(ROWS, ROWS + NEW)]
@@ -183,6 +185,7 @@ def test_new_ids_begin_behind_the_bases_rows(run: Path) -> None:
     assert max(tokenizer.encode(thai)) >= ROWS and tokenizer.decode(tokenizer.encode(thai)) == thai
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("point", ["vocabulary", "pretrain", "translate", "transfer"])
 def test_padding_stays_zero_and_the_rest_trains(run: Path, point: str) -> None:
     rows = load_arrays(run / point / "trainable")["vocabulary.new"]
@@ -191,6 +194,7 @@ def test_padding_stays_zero_and_the_rest_trains(run: Path, point: str) -> None:
     assert rows[:NEW].any(axis=1).all()
 
 
+@pytest.mark.full
 def test_only_tokens_are_answered(run: Path) -> None:
     config = load_config(run / "run.yaml")
     made = Run(config, run, Progress(quiet=True), Interrupt())
@@ -206,6 +210,7 @@ def test_only_tokens_are_answered(run: Path) -> None:
         assert answer.raw and "<unused" not in answer.raw
 
 
+@pytest.mark.full
 def test_the_export_has_the_whole_table(run: Path) -> None:
     assert read_config(run / "export") == replace(read_config(run / "base"), vocab_size=ROWS + ROUNDED)
     generation = read_json(run / "export/generation_config.json")
@@ -219,6 +224,7 @@ def test_the_export_has_the_whole_table(run: Path) -> None:
 IDS = [1, 65, 70, 99, 300, 399, *range(ROWS, ROWS + 20), ROWS + NEW - 1, 7]
 
 
+@pytest.mark.full
 @pytest.mark.reference
 def test_transformers_computes_the_same_and_produces_no_padding(run: Path) -> None:
     torch = pytest.importorskip("torch")
@@ -240,6 +246,7 @@ def test_transformers_computes_the_same_and_produces_no_padding(run: Path) -> No
     assert theirs_ids == Tokenizer.load(run / "vocabulary").encode(text)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rows", ["tokens", "tables"])
 def test_peft_and_back(run: Path, tmp_path: Path, rows: Any) -> None:
     quiet = Progress(quiet=True)
@@ -268,6 +275,7 @@ def test_peft_and_back(run: Path, tmp_path: Path, rows: Any) -> None:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_rows_that_are_not_zero_need_tokens(run: Path, tmp_path: Path) -> None:
     from conversion.hf.export import export_hf
 

@@ -101,6 +101,7 @@ def test_frozen_weights_are_gathered_and_what_trains_is_summed_where_it_is_kept(
     assert not any(found.kind == "reduce-scatter" for found in counts.collectives.values())
 
 
+@pytest.mark.full
 @needs_compiler
 def test_the_split_needs_less_than_full_fine_tuning(measured: Measured, small: Config, tmp_path: Path) -> None:
     full = measure(program_of(small, tmp_path, full=True), parse_topology("v5e:2x2"))
@@ -121,6 +122,7 @@ def test_generation_moves_no_weights(small: Config, tmp_path: Path) -> None:
     assert measure(first, parse_topology("v5e:2x2")).fits
 
 
+@pytest.mark.full
 @needs_compiler
 def test_search_finds_what_fits(small: Config, tmp_path: Path) -> None:
     topology, devices = parse_topology("v5e:2x2"), topology_devices("v5e:2x2")
@@ -149,6 +151,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.full
 @needs_compiler
 def test_the_command(small: Config, tmp_path: Path) -> None:
     shape = [f"model.shape={small.model.shape}", "vocabulary.size=1000", "pretrain.batch_size=32"]
@@ -238,6 +241,7 @@ def with_window(small: Config, tmp_path: Path, window: int | None) -> Model:
     return replace(model, shape=replace(model.shape, sliding_window=window))
 
 
+@pytest.mark.full
 def test_a_window_bounds_the_keys_of_training_and_of_generation(small: Config, tmp_path: Path) -> None:
     """Of 3 layers of width 512, 2 FLOPs for each of scores and sums, a query and key; three times that in training."""
     options: Any = {"remat": "full", "batch_size": 8, "accumulate": 1, "length": 256}

@@ -1,4 +1,4 @@
-"""Kills, damage and full disks in short; `make test-reliability` runs the long forms, in tests/reliability."""
+"""Kills, damage and full disks in short; `make test-full` runs the long forms, in tests/reliability."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return undisturbed(tmp_path_factory.mktemp("whole"), tiny_model)
 
 
+@pytest.mark.full
 def test_killed_in_packing_in_a_save_and_in_a_step_it_ends_as_one_that_was_not(whole: Whole, tmp_path: Path) -> None:
     harms = [
         {"kind": "plan", "number": 1, "do": "kill"},
@@ -52,6 +53,7 @@ def test_killed_in_packing_in_a_save_and_in_a_step_it_ends_as_one_that_was_not(w
     goes_on(whole, workdir, *ended)
 
 
+@pytest.mark.full
 def test_the_disk_fills_up_in_a_save(whole: Whole, tmp_path: Path) -> None:
     workdir = copied(whole.prepared, tmp_path / "run")
     ended = run(whole.config, workdir, *UNTIL, harm={"kind": "save", "number": 40, "do": "full"})
@@ -62,6 +64,7 @@ def test_the_disk_fills_up_in_a_save(whole: Whole, tmp_path: Path) -> None:
     goes_on(whole, workdir, ended)
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_as_one_without(whole: Whole, tmp_path: Path) -> None:
     workdir = copied(whole.prepared, tmp_path / "run")
     ended = run(whole.config, workdir, *UNTIL, harm={"kind": "batch", "number": 10, "do": "term"})

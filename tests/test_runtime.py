@@ -25,7 +25,7 @@ AGAIN = "run the same command on all hosts again to go on"
 # Each process runs this, with its `work(peers)` in place of WORK; it ends as the command line does.
 PROGRAM = """
 import os, sys, time
-from transllm_jax.distributed import runtime
+from transllm_jax.hosts import runtime
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.connection import Options, connection_from
 from transllm_jax.errors import Diverged, Preempted, UserError

@@ -265,7 +265,7 @@ def test_progress_is_told_in_bytes_of_the_files(corpus: list[Path], monkeypatch:
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path
-from transllm_jax.data import sample
+from transllm_jax.data.read import sample
 from transllm_jax.data.read.files import Place
 from transllm_jax.errors import UserError
 

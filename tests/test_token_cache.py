@@ -207,7 +207,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tiny_shards import shards_of
-from transllm_jax.data import token_cache
+from transllm_jax.data.rows import token_cache
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 data, cache, tokenizer, moment = map(Path, sys.argv[1:])
