@@ -25,6 +25,7 @@ from conftest import EXAMPLES, random_weights, tiny_run, write_tiny_model
 
 from conversion.hf.directory import read_config, write_model
 from conversion.names import weight_shapes
+from transllm_jax import disk
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.files import Place, resolve
@@ -32,7 +33,6 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.translate import translation_prompt
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import manifest as artifacts
 from transllm_jax.stages import recover
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
@@ -675,7 +675,7 @@ def test_home_is_where_a_path_says_it_is(config: Path, tmp_path: Path, monkeypat
 
 def test_two_runs_on_one_work_directory(refused: Refused, begun: Path) -> None:
     before = contents(begun)
-    with artifacts.locked(begun):
+    with disk.locked(begun):
         message = refused("run", begun / "config.yaml", "--workdir", begun)
     holds(message, f"{begun}: another run is at work here", "wait for it or stop it")
     assert not lost(before, begun)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from transllm_jax import disk
 from transllm_jax.disk import FileHashes
-from transllm_jax.stages import manifest as artifacts
 
 
 def sha(text: str) -> str:
@@ -29,13 +29,13 @@ def old(path: Path, text: str, age: float = 60) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read for their hash, in order."""
     found: list[Path] = []
-    hash_of = artifacts.file_hash
+    hash_of = disk.file_hash
 
     def noted(path: Path) -> str:
         found.append(path)
         return hash_of(path)
 
-    monkeypatch.setattr(artifacts, "file_hash", noted)
+    monkeypatch.setattr(disk, "file_hash", noted)
     return found
 
 
@@ -103,5 +103,5 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    artifacts.write_text(tmp_path / "a", "ก\n")
+    disk.write_text(tmp_path / "a", "ก\n")
     assert done == ["fsync of 4 bytes", "rename"]
