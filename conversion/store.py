@@ -30,6 +30,7 @@ from conversion.hf.directory import not_finite, read_config
 from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
 from conversion.names import Tensor, tensors, weight_shapes
 from conversion.opened import Opened
+from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import AXES, partition
@@ -339,7 +340,7 @@ def open_store(directory: str | Path) -> Store:
 def _open(directory: Path, path: str, layout: Layout, *, create: bool) -> Any:
     """A future of the array. One that exists has to have exactly this layout, or tensorstore raises ValueError."""
     place = str((directory / WEIGHTS / path).absolute())
-    if any("\ud800" <= letter <= "\udfff" for letter in place):
+    if not is_utf8(place):
         raise UserError(f"{directory}: the path is not UTF-8, as the library that keeps weights needs; choose another")
     spec: dict[str, Any] = {
         "driver": "zarr3",

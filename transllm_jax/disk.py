@@ -16,6 +16,11 @@ from typing import Any
 from transllm_jax.errors import UserError
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: what the system gives that is not holds halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is the old one or the new one, whole, whatever stops: the process or the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from conversion.open_directory import open_directory
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
-from transllm_jax.disk import read_json
+from transllm_jax.disk import is_utf8, read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer, ChainChat, remembered
 from transllm_jax.generation.engine import Engine, Mode
@@ -46,7 +46,7 @@ class Session:
 
         Raises UserError for a question with a special token in it, or one that does not fit the context.
         """
-        if any("\ud800" <= letter <= "\udfff" for letter in question):
+        if not is_utf8(question):
             raise UserError("the question is not UTF-8; use a UTF-8 locale, such as LANG=C.UTF-8")
         found = self.tokenizer.find_special(question)
         if found:

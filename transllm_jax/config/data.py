@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from transllm_jax.config.section import Location, Positive, Section, Share
+from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
 
 
 class Cleaning(Section):
@@ -73,13 +73,9 @@ class Source(Section):
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
         """`limit` meant bytes of text and a number of anything else, so it was taken for what it was not."""
-        if not isinstance(given, dict) or "limit" not in given:
-            return given
-        if given["limit"] is None:  # as run.yaml of an older run has it
-            return {key: value for key, value in given.items() if key != "limit"}
-        kind = given.get("format", "text")
+        kind = given.get("format", "text") if isinstance(given, dict) else "text"
         text = "bytes of text: name it max_bytes (or max_items, to count documents)"
-        raise ValueError(f"limit counted {text if kind == 'text' else f'{kind}: name it max_items'}")
+        return without_limit(given, text if kind == "text" else f"{kind}: name it max_items")
 
     @model_validator(mode="after")
     def _has_no_idle_key(self) -> Source:

@@ -13,6 +13,18 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def without_limit(given: Any, successor: str) -> Any:
+    """What a section is given, without the `limit` of null that run.yaml of an older run has.
+
+    Raises ValueError that says what it counted and what to name it, where it has another.
+    """
+    if not isinstance(given, dict) or "limit" not in given:
+        return given
+    if given["limit"] is not None:
+        raise ValueError(f"limit counted {successor}")
+    return {key: value for key, value in given.items() if key != "limit"}
+
+
 class Section(BaseModel):
     """A part of the config; frozen, and strict about its keys."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from transllm_jax.config.data import Source, TextSource, WholeSource
-from transllm_jax.config.section import Location, Positive, Section
+from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
 class Model(Section):
@@ -161,11 +161,7 @@ class Recover(Section):
     @model_validator(mode="before")
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "limit" not in given:
-            return given
-        if given["limit"] is None:  # as run.yaml of an older run has it
-            return {key: value for key, value in given.items() if key != "limit"}
-        raise ValueError("limit counted instructions: name it max_instructions")
+        return without_limit(given, "instructions: name it max_instructions")
 
 
 class Prompts(Section):

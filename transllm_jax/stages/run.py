@@ -213,7 +213,7 @@ class Run:
     def token_cache(self) -> Path:
         """Where tokenised text is kept."""
         given = self.config.token_cache
-        return Path(given).expanduser() if given else self.workdir / TOKENS
+        return Path(given) if given else self.workdir / TOKENS
 
     @cached_property
     def tokens_are_shared(self) -> bool:

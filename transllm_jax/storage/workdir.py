@@ -12,6 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
+from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
 from transllm_jax.storage.lease import Lease
 from transllm_jax.storage.mirror import CHECKPOINTS, Mirror, checked
@@ -110,7 +111,7 @@ def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
         raise UserError(f"--workdir {given}: a bucket is written gs://BUCKET/PATH, with two slashes")
     if "://" not in given:
         # The library that writes checkpoints takes no other.
-        if any("\ud800" <= letter <= "\udfff" for letter in given):
+        if not is_utf8(given):
             raise UserError(f"--workdir {given}: the path is not UTF-8; choose another")
         return Workdir(Path(given).expanduser())
     scheme, _, rest = given.partition("://")
