@@ -31,12 +31,11 @@ demo: $(VENV)/.installed
 	$(BIN)/transllm run configs/demo.yaml
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
-QUICK := $(addprefix tests/test_,$(addsuffix .py,bad_rows chat cleaning cluster config contamination data ends expand \
-  expand_cuts expand_ids expand_latin expand_pieces flops hashes headers imports metadata near_duplicates packing planned \
-  sample scripts session sources strangers token_cache tokenise tokenizer))
+QUICK := $(wildcard tests/test_*.py) tests/config tests/data tests/tokenizer tests/generation/test_session.py \
+  tests/commands/test_chat.py tests/hosts/test_cluster.py tests/hosts/test_strangers.py tests/training/test_flops.py
 
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -q $(wildcard $(QUICK))
+	$(BIN)/python -m pytest -n 2 -q $(QUICK)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'

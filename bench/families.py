@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "model")]
 
 from conftest import random_weights  # noqa: E402
-from test_families import FAMILIES, PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
+from test_families import PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
+from tiny_families import FAMILIES  # noqa: E402
 
 from conversion.hf.directory import HFModel, open_hf, write_model  # noqa: E402
 from conversion.hf.export import export_hf  # noqa: E402

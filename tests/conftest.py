@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from gcs_emulator import gcs  # noqa: F401
 from tiny_tokenizer import build_tiny_tokenizer
 
 from conversion.hf.directory import write_model

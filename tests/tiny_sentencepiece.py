@@ -8,6 +8,13 @@ from typing import Any
 
 from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
 
+# LLaMA-2's own.
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
 # The base knows a few Thai characters and one Thai word, as LLaMA-2 knows some characters.
 TEXT = [
     "the quick brown fox's tail, and the lazy dog's tail; he doesn't know where they'll go",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS, END = "<|endoftext|>", "<|im_end|>"
+SPECIAL_TOKENS = [EOS, "<|im_start|>", END]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -67,3 +69,10 @@ def build_tiny_tokenizer(directory: str | Path, vocab_size: int = 400) -> Path:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return directory
+
+
+def change(path: Path, **fields: Any) -> None:
+    """Change fields of a JSON file; None removes one."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {key: value for key, value in {**known, **fields}.items() if value is not None}
+    path.write_text(json.dumps(known), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Models and trainings for the checks on meshes: every size that a mesh of eight cuts is a multiple of eight.
 
-The checks run on eight virtual CPU devices, in a process of their own: tests/test_layout.py starts it.
+The checks run on eight virtual CPU devices, in a process of their own: test_layout.py starts it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from transllm_jax.progress import Phases, Progress, plain_console
 from transllm_jax.stages.training import say_left_out
 from transllm_jax.storage import open_workdir
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ODD = "[ab] [/bold] [red] :smile: 12"
 # Of a file: without a slash.
 NAME = "[ab] [bold] [red] :smile:"

@@ -302,7 +302,7 @@ def test_jax_reads_it_onto_a_mesh(tmp_path: Path) -> None:
         [sys.executable, "-c", ON_A_MESH, str(directory)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=environment,
     )
     assert done.returncode == 0, done.stderr

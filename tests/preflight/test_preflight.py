@@ -27,7 +27,7 @@ from transllm_jax.preflight.programs import Model, generation, model_of, trainin
 from transllm_jax.preflight.search import candidates
 from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "llama2_7b_thai.yaml"
 SMALL = {
     "vocab_size": 2000,

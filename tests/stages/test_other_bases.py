@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import call, random_weights, tiny_config, tiny_run, write_tiny_model
-from test_sentencepiece_chat import TEMPLATE
-from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
+from tiny_sentencepiece import TEMPLATE, TEXT, build_tiny_sentencepiece
 
 from conversion.hf.directory import write_model
 from conversion.logits import logits_of
@@ -21,7 +20,7 @@ from transllm_jax.tokenizer.growing.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
-THAI = Path(__file__).parents[1] / "examples" / "thai" / "text.train.txt"
+THAI = Path(__file__).parents[2] / "examples" / "thai" / "text.train.txt"
 
 
 def write_config(directory: Path, model: Path, **changes: Any) -> Path:

@@ -120,7 +120,7 @@ def test_signatures_are_the_same_everywhere() -> None:
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         ).stdout

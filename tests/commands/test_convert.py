@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import Command, random_weights, tiny_run, write_tiny_model
-from test_families import FAMILIES
+from tiny_families import FAMILIES
 
 from conversion.directories import read_json, write_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model

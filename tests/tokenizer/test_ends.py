@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizer import build_tiny_tokenizer
+from tiny_tokenizer import END, EOS, build_tiny_tokenizer, change
 
 from conversion.gguf.tokenizer import end_ids as gguf_ends
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import encode_conversation
 from transllm_jax.tokenizer.ends import answer_end_id, end_ids, unnamed_end
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-
-EOS, END = "<|endoftext|>", "<|im_end|>"
-
-
-def change(path: Path, **fields: Any) -> None:
-    """Change fields of a JSON file; None removes one."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = {key: value for key, value in {**known, **fields}.items() if value is not None}
-    path.write_text(json.dumps(known), encoding="utf-8")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import abstract
 from transllm_jax.training.placement import Placement
 
-CHECKS = Path(__file__).parent / "mesh"
+CHECKS = Path(__file__).parent
 LORA = LoraConfig(rank=2, alpha=4.0)
 FAMILIES = {
     "llama": replace(tiny_config(40, tied=False), attention_bias=True, mlp_bias=True),

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from transllm_jax.errors import UserError
 from transllm_jax.training.record.board import Board
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def checksum(data: bytes) -> int:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny_run, write_tiny_model
-from test_ends import END, EOS, change
-from tiny_tokenizer import build_tiny_tokenizer
+from tiny_tokenizer import END, EOS, build_tiny_tokenizer, change
 
 from transllm_jax.config import load_config
 from transllm_jax.data.rows.examples import conversation_examples

@@ -480,7 +480,7 @@ def test_two_processes_with_one_destination_do_not_meet(tmp_path: Path) -> None:
             "import sys; from pathlib import Path; from conversion.directories import new_directory\n"
             "with new_directory(Path(sys.argv[1])) as d: (d / 'config.json').write_text('two')"
         )
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "dst")], check=True, cwd=Path(__file__).parents[1])
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "dst")], check=True, cwd=Path(__file__).parents[2])
         assert one.exists()
     assert (tmp_path / "dst/config.json").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["dst"]

@@ -21,7 +21,7 @@ from transllm_jax.data.read.sources import read_documents, read_jsonl, read_pair
 from transllm_jax.errors import UserError
 from transllm_jax.storage import open_workdir
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo.yaml"
 THAI = ROOT / "examples" / "thai"

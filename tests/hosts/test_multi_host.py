@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import yaml
 from conftest import EXAMPLES, tiny_run
+from gcs_emulator import Emulator
 from multi_process import Ended, run_processes
 from reliability.harness import FILES, require_same, results
 from rich.console import Console
-from test_storage import Emulator, gcs  # noqa: F401
 
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.status import status_table
@@ -262,7 +262,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(threads: None, gcs: Emulator) -> Iterator[Emulator]:  # noqa: F811
+def store(threads: None, gcs: Emulator) -> Iterator[Emulator]:
     """The emulator, which now knows of generations: what tensorstore reads and writes hangs on them."""
     from gcp_storage_emulator import server
     from gcp_storage_emulator.exceptions import NotFound

@@ -162,7 +162,7 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").write_bytes(b"")
     config = write(tmp_path / "config.yaml", small_run(model, tmp_path / "run"))
     command = [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     holds(done.stderr, "model.safetensors is truncated", "fetch it again")

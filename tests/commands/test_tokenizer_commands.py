@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 from conftest import EXAMPLES, Command
+from tiny_sentencepiece import build_tiny_sentencepiece
 from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import models, pre_tokenizers
 
@@ -242,10 +243,8 @@ def test_a_latin_script_says_what_happens_to_english(tmp_path: Path, command: Co
 
 def test_a_sentencepiece_base_gives_both_files(tmp_path: Path, command: Command, corpus: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    from test_sentencepiece import train
-
-    (tmp_path / "base").mkdir()
-    train(tmp_path / "base")
+    build_tiny_sentencepiece(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
     (tmp_path / "base" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     code, printed = command("expand", tmp_path / "base", corpus, tmp_path / "out", "--size", 100, "--language", "th")
     assert code == 0 and "tokenizer.json and tokenizer.model" in printed

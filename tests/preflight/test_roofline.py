@@ -94,7 +94,7 @@ def test_one_process_gets_devices_of_every_generation() -> None:
     names = ["v5e:4x4", "v4:2x2x4", "v5p:2x2x1", "v6e:2x2", "v5e:1x1", "v6e:2x4", "v4:2x2x1", "v5e:16x16", "v5p:4x4x8"]
     inherited = ("TPU_", "JAX_PLATFORMS", "ALLOW_MULTIPLE_LIBTPU_LOAD")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(inherited)}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", ASK, *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 # What the scripts may use besides the tool that they start.
 COMMON = (
     "bash",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
 from flax import nnx
-from test_families import FAMILIES
+from tiny_families import FAMILIES
 
 from conversion.hf.directory import write_model
 from conversion.names import tensors

@@ -6,19 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_sentencepiece import TEXT, build_tiny_sentencepiece
+from tiny_sentencepiece import TEMPLATE, TEXT, build_tiny_sentencepiece
 
 from transllm_jax.tokenizer.chat import Message, encode_conversation, encode_prompt, render
 from transllm_jax.tokenizer.growing.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # LLaMA-2's own, without its system prompt.
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
 TALK: list[Message] = [
     {"role": "user", "content": "the capital of France"},
     {"role": "assistant", "content": "Paris is the capital of France"},
