@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{'bits per byte':20}" + "".join(f"{name[:24]:>26}" for name in held_out) + f"{'made in':>12}", flush=True)
 
     def line(name: str, run: Run, point: str, seconds: float | None) -> None:
-        split, tokenizer = run.split(point), run.tokenizer(point)
+        split, tokenizer = run.models.split(point), run.models.tokenizer(point)
         found = [bits_per_byte(split, tokenizer, texts, length=256, batch_size=4) for texts in held_out.values()]
         made = "" if seconds is None else f"{seconds:.0f} s"
         print(f"{name:20}" + "".join(f"{bits:26.4f}" for bits in found) + f"{made:>12}", flush=True)
@@ -91,7 +91,7 @@ def main() -> None:
             (here / way / "vocabulary").mkdir(parents=True)
             (here / way / "base").symlink_to(here / "base")
             if frozen is None:
-                frozen = run.frozen
+                frozen = run.models.frozen
                 line("the original", run, "base", None)
             run.__dict__["frozen"] = frozen  # read once
             vocabulary.check(run)

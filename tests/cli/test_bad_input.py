@@ -601,11 +601,11 @@ def test_a_question_that_leaves_no_room_for_a_chain(refused: Refused, config: Pa
 def test_a_text_that_leaves_no_room_for_its_translation(expanded: Path) -> None:
     run = Run(load_config(expanded / "config.yaml"), expanded, Progress(quiet=True), Interrupt())
     text, place = "Read this, " * 20, Place("a.jsonl", 7)
-    needed = len(translation_prompt(run.tokenizer("vocabulary"), run.markers, text, "to_target"))
-    room = run.model_config.context - needed
-    run.check_room([(text, place)], "recover.max_new_tokens", room, chat=False)
+    needed = len(translation_prompt(run.models.tokenizer("vocabulary"), run.markers, text, "to_target"))
+    room = run.models.config.context - needed
+    run.models.check_room([(text, place)], "recover.max_new_tokens", room, chat=False)
     with pytest.raises(UserError, match=rf"a.jsonl:7: a prompt of {needed} tokens and recover.max_new_tokens"):
-        run.check_room([(text, place)], "recover.max_new_tokens", room + 1, chat=False)
+        run.models.check_room([(text, place)], "recover.max_new_tokens", room + 1, chat=False)
 
 
 def test_a_chain_needs_more_than_the_template(refused: Refused, begun: Path) -> None:

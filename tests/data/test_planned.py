@@ -280,10 +280,10 @@ class FakeRun:
     """What a stage's sources need of a run."""
 
     def __init__(self, tokenizer: Tokenizer, directory: Path) -> None:
-        self.token_cache, self.said, self.stopped = directory / "cache", list[str](), False
-        self.markers, self.evaluation_texts, self.config = MARKERS, None, SimpleNamespace(seed=1)
-        self.tokenizer = lambda point: tokenizer
-        self.shards = lambda source: shards_of(Path(source.path))
+        self.said, self.stopped, self.markers = list[str](), False, MARKERS
+        self.config = SimpleNamespace(seed=1, token_cache=str(directory / "cache"))
+        self.models = SimpleNamespace(tokenizer=lambda point: tokenizer)
+        self.inputs = SimpleNamespace(shards=lambda source: shards_of(Path(source.path)), evaluation_texts=None)
         self.ledger = SimpleNamespace(spend=lambda what: nullcontext())
         bar = SimpleNamespace(update=lambda done, note: None)
         self.progress = SimpleNamespace(
@@ -292,7 +292,7 @@ class FakeRun:
         self.interrupt = SimpleNamespace(check=self.check)
         self.bad_rows = BadRows(lambda place: place, directory, self.said.append)
         # Of one process, whose disk is its own.
-        self.site, self.tokens_are_shared = SimpleNamespace(mirrored=False, place=None), False
+        self.site = SimpleNamespace(mirrored=False, place=None, shares=lambda directory: False)
 
     def check(self, where: str) -> None:
         if self.stopped:

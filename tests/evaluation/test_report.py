@@ -26,8 +26,8 @@ from transllm_jax.evaluation.page.report import (
     write_report,
 )
 from transllm_jax.evaluation.page.verdict import verdict
-from transllm_jax.stages.pipeline import artifact
 from transllm_jax.stages.report import SKIPPED, SKIPPED_ROWS, _speed, _trained
+from transllm_jax.stages.steps import artifact
 from transllm_jax.training.record.ledger import CATEGORIES, Ledger, summarise
 
 QUESTION = "ช่วยแนะนำวิธีนอนหลับให้ดีขึ้นหน่อย"

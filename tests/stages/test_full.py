@@ -29,7 +29,7 @@ from transllm_jax.generation.sampling import Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.progress import Progress
-from transllm_jax.stages import base, pipeline, training, transfer, vocabulary
+from transllm_jax.stages import base, steps, training, transfer, vocabulary
 from transllm_jax.stages.manifest import Artifact
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def test_the_teacher_stays_the_original_model(finished: tuple[str, Path], qwen: 
     assert drift["base"] == 0 and min(drift[point] for point in POINTS[1:]) > 0
     assert all(np.isfinite(value) for values in results["metrics"].values() for value in values.values())
     run, original = opened(workdir), read_weights(qwen)
-    for path, array in run.split("base").frozen.items():
+    for path, array in run.models.split("base").frozen.items():
         assert np.asarray(array).tobytes() == original[path].tobytes(), path
     # What the chains are made of are its answers.
     ids = [1, 5, 9, 40, 200, 17]
@@ -176,7 +176,7 @@ def begun(directory: Path, model: Path, **changes: Any) -> Run:
     """A run of which stages base and vocabulary are done, nothing measured."""
     config = load_config(write_config(directory, model, **changes))
     run = Run(config, directory / "run", Progress(quiet=True), Interrupt())
-    base.run_stage(run, run.base)
+    base.run_stage(run, run.models.base)
     vocabulary.run_stage(run, run.workdir / "vocabulary")
     return run
 
@@ -187,7 +187,7 @@ def test_a_base_of_a_wider_type_than_the_run_keeps_its_bits(tmp_path: Path, lora
     write_qwen(tmp_path / "model", "float32")
     path = write_config(tmp_path, tmp_path / "model", lora=lora, embeddings=embeddings)
     run = Run(load_config(path, ["model.dtype=bfloat16"]), tmp_path / "run", Progress(quiet=True), Interrupt())
-    base.run_stage(run, run.base)
+    base.run_stage(run, run.models.base)
     vocabulary.run_stage(run, run.workdir / "vocabulary")
     original, begun_at = read_weights(tmp_path / "model"), arrays(run.workdir, "vocabulary")
     copied = {path.removesuffix("_trained"): array for path, array in begun_at.items()}
@@ -393,7 +393,7 @@ def test_training_holds_the_base_once(
     """What is on the device when the first step begins: the base, what trains, what is held of it, and two moments."""
     run = begun(tmp_path, qwen, lora="none", embeddings=embeddings)
     gc.collect()
-    known = {id(array) for array in jax.live_arrays()} - {id(array) for array in run.frozen.values()}
+    known = {id(array) for array in jax.live_arrays()} - {id(array) for array in run.models.frozen.values()}
     seen: dict[str, int] = {}
 
     def look(split: Any, *_: Any, **__: Any) -> Outcome:
@@ -411,7 +411,7 @@ def test_training_holds_the_base_once(
         start="vocabulary",
         parts=training.source_parts(run, "pretrain"),
     )
-    frozen = sum(array.nbytes for array in run.frozen.values())
+    frozen = sum(array.nbytes for array in run.models.frozen.values())
     rows = sum(
         array.nbytes for path, array in arrays(tmp_path / "run", "vocabulary").items() if path in HELD[embeddings]
     )
@@ -480,7 +480,7 @@ def test_weights_of_0_leave_a_part_out_and_conversations_join_in(adapted: Path) 
     assert all(sources[name]["items"] == 3 and sources[name]["epochs"] > 0 for name in names)
     config = load_config(adapted / "run.yaml", ["transfer.english=0", "transfer.translations=0"])
     run = Run(config, adapted, Progress(quiet=True), Interrupt())
-    tokenizer, parts = run.tokenizer("vocabulary"), transfer.parts(run)
+    tokenizer, parts = run.models.tokenizer("vocabulary"), transfer.parts(run)
     assert [part.name for part in parts] == names and [part.weight for part in parts] == [0.2, 0.3, 0.5]
     rows = [[part.rows.row(number) for number in range(len(part.rows))] for part in parts]
     assert len(rows[0]) == len(rows[1]) == len(rows[2]) > 0
@@ -511,4 +511,4 @@ def test_a_last_stage_of_nothing_is_refused(qwen: Path, tmp_path: Path, transllm
 
 
 def test_the_pipeline_knows_the_stages_of_these_tests() -> None:
-    assert {*POINTS, "export"} <= set(pipeline.NAMES)
+    assert {*POINTS, "export"} <= set(steps.NAMES)

@@ -32,7 +32,8 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.model.vocabulary import padding_of, without
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import Run, token_ids
+from transllm_jax.stages.points import token_ids
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.loss import cross_entropy
@@ -198,7 +199,7 @@ def test_padding_stays_zero_and_the_rest_trains(run: Path, point: str) -> None:
 def test_only_tokens_are_answered(run: Path) -> None:
     config = load_config(run / "run.yaml")
     made = Run(config, run, Progress(quiet=True), Interrupt())
-    assert made.split("base").structure != made.split("transfer").structure
+    assert made.models.split("base").structure != made.models.split("transfer").structure
     for row in read_json(run / "evaluation/original_answers.json")["rows"]:
         assert set(row["answer"]) <= set(range(TOKENS))
     for place in (run, run / "export"):

@@ -28,8 +28,9 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, count, load_frozen
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pipeline
-from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.stages import pipeline, steps
+from transllm_jax.stages.points import POINTS
+from transllm_jax.stages.run import Run
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
 from transllm_jax.training.record.metrics import read_rows
@@ -98,8 +99,8 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
 
 def test_a_run_leaves_what_is_promised(finished: tuple[Path, Path, Run]) -> None:
     _, workdir, _ = finished
-    for name in pipeline.NAMES:
-        manifest = pipeline.artifact(workdir, name).manifest()
+    for name in steps.NAMES:
+        manifest = steps.artifact(workdir, name).manifest()
         assert manifest is not None and manifest["state"] == "done", name
     results = json.loads((workdir / "evaluation" / "results.json").read_text(encoding="utf-8"))
     assert set(results["metrics"]) == {
@@ -209,14 +210,14 @@ def test_frozen_is_frozen(finished: tuple[Path, Path, Run], tiny_model: Path) ->
     _, workdir, run = finished
     assert sha256_of(workdir / "base" / "model.safetensors") == sha256_of(tiny_model / "model.safetensors")
     original = read_weights(tiny_model)
-    assert set(run.frozen) == set(original)
-    for path, array in run.frozen.items():  # the very arrays that all four stages trained with
+    assert set(run.models.frozen) == set(original)
+    for path, array in run.models.frozen.items():  # the very arrays that all four stages trained with
         assert np.asarray(array).tobytes() == original[path].tobytes(), path
 
 
 def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, Run]) -> None:
     _, _, run = finished
-    split = run.split("transfer")
+    split = run.models.split("transfer")
     assert not set(split.trainable) & set(split.frozen)
     state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
     assert moments_size(state) == 2 * count(split.trainable)
@@ -228,9 +229,9 @@ def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, R
 
 def test_adapters_off_is_the_original_model(finished: tuple[Path, Path, Run], tiny_model: Path) -> None:
     _, _, run = finished
-    imported = assemble(run.model_config, load_frozen(run.model_config, read_weights(tiny_model))).merge()
-    moved = run.split("transfer").merge()
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.model_config.vocab_size, (2, 24)))
+    imported = assemble(run.models.config, load_frozen(run.models.config, read_weights(tiny_model))).merge()
+    moved = run.models.split("transfer").merge()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.models.config.vocab_size, (2, 24)))
     positions, segments = jnp.broadcast_to(jnp.arange(24), (2, 24)), jnp.ones((2, 24), jnp.int32)
     wanted = imported.vocabulary.logits(imported(tokens, positions, segments))
     got = moved.vocabulary.logits(moved(tokens, positions, segments, adapters=False), base_only=True)
@@ -375,7 +376,7 @@ def test_the_export_is_the_model_in_transformers(finished: tuple[Path, Path, Run
     _, workdir, run = finished
     model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
     theirs = AutoTokenizer.from_pretrained(workdir / "export")
-    ours, tokenizer = run.split("transfer").merge(), run.tokenizer("transfer")
+    ours, tokenizer = run.models.split("transfer").merge(), run.models.tokenizer("transfer")
     assert model.config.tie_word_embeddings and model.get_input_embeddings().weight.shape[0] == len(theirs)
     for text in ("The cat sits on the warm roof.", "แมวนั่งอยู่บนหลังคา <TH>ฝนตก", "<EN>Hello<RESPONSE>Hi!<TH>สวัสดีครับ"):
         ids = theirs(text)["input_ids"]

@@ -633,9 +633,9 @@ def test_a_run_with_all_embeddings_trains_copies_of_the_base_rows(tiny_model: Pa
     whole, off, wanted = (
         model.vocabulary.logits(model(*rows, adapters=adapters), base_only=True, adapters=adapters)
         for model, adapters in (
-            (run.split("pretrain").merge(), True),
-            (run.split("pretrain").merge(), False),
-            (run.split("base").merge(), True),
+            (run.models.split("pretrain").merge(), True),
+            (run.models.split("pretrain").merge(), False),
+            (run.models.split("base").merge(), True),
         )
     )
     assert np.array_equal(off, wanted) and not np.array_equal(whole, wanted)

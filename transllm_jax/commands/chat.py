@@ -21,7 +21,8 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages.manifest import Artifact
-from transllm_jax.stages.run import POINTS, Run, newest_point, tokenless
+from transllm_jax.stages.points import POINTS, newest_point, tokenless
+from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
@@ -80,8 +81,8 @@ def open_session(
         run = Run(config, path, Progress(quiet=True), Interrupt())
         newest = newest_point(path)
         point = "base" if base else newest
-        engine = Engine(run.split(point), run.model_config)
-        tokenizer, markers = run.tokenizer(point), run.markers
+        engine = Engine(run.models.split(point), run.models.config)
+        tokenizer, markers = run.models.tokenizer(point), run.markers
         name = "the original model" if base else f"the model after {point}"
     elif (path / "config.json").is_file():
         if base:

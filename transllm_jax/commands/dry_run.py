@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transllm_jax.stages import pretrain, transfer, translate
+from transllm_jax.stages.chains import CHAINS
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def show_plan(run: Run) -> None:
     """Print the plan of the three trainings; stage `vocabulary` is done."""
     console, say = run.progress.console, run.progress.say
     for name, stage in STAGES.items():
-        missing = name == "transfer" and not (run.workdir / "recover" / "chains.jsonl").is_file()
+        missing = name == "transfer" and not (run.workdir / "recover" / CHAINS).is_file()
         console.print(f"\n{name}", style="bold")
         parts = stage.parts(run) if not missing else transfer.known_parts(run)
         if missing:
@@ -71,7 +72,7 @@ def show_plan(run: Run) -> None:
         for source, row in islice(_rows(job), ROWS):
             console.print(Text(f"    {source}", style="cyan"))
             # Indented as a whole: a long row stays one block.
-            console.print(Padding(shown(row, run.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
+            console.print(Padding(shown(row, run.models.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
 
 
 def _sources(job: Job) -> Table:

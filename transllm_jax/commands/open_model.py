@@ -24,7 +24,8 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import POINTS, Run, about, newest_point
+from transllm_jax.stages.points import POINTS, about, newest_point
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
@@ -96,12 +97,12 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
     if point not in POINTS:
         raise UserError(f"--stage {point} does not change the model; use one of {', '.join(POINTS)}")
     if point == "base":
-        return Source(open_hf(run.base), run.base, run.base, name="base")
-    trainable = run.trainable(point)
+        return Source(open_hf(run.models.base), run.models.base, run.models.base, name="base")
+    trainable = run.models.trainable(point)
     if not trainable.is_dir():
         raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
-    merged = Merged(open_hf(run.base), load_arrays(trainable), run.scale)
-    return Source(merged, run.base, workdir / "vocabulary", run.lora, about(run), point)
+    merged = Merged(open_hf(run.models.base), load_arrays(trainable), run.models.scale)
+    return Source(merged, run.models.base, workdir / "vocabulary", run.models.lora, about(run.config), point)
 
 
 def peft_base(directory: Path) -> str:

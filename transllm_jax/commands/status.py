@@ -12,7 +12,8 @@ from rich.text import Text
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.measures import number
 from transllm_jax.evaluation.page.report import time_sentence
-from transllm_jax.stages.pipeline import NAMES, RUN, artifact, directory_of
+from transllm_jax.stages.pipeline import RUN
+from transllm_jax.stages.steps import NAMES, STEPS, artifact
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
@@ -32,7 +33,7 @@ def status_table(given: Path | str) -> RenderableType:
         place = open_workdir(str(given), Path(directory))
         for name in (RUN, LEDGER):
             place.pull(name)
-        for step in map(directory_of, NAMES):
+        for step in (step.directory for step in STEPS):
             if place.pull(f"{step}/{MANIFEST}"):
                 for log in (METRICS, VALIDATION, SKIPPED):
                     place.pull(f"{step}/{log}")

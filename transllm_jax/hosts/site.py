@@ -27,6 +27,7 @@ class Site:
 
     place: Workdir
     peers: Peers = field(default_factory=Peers)
+    _shared: dict[Path, bool] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(directory: Path) -> Site:
@@ -77,6 +78,12 @@ class Site:
 
         if blind:
             self.peers.lead("the work directory", refuse)
+
+    def shares(self, directory: Path) -> bool:
+        """Whether all processes see one directory of this name; found out once. To be asked by all."""
+        if directory not in self._shared:
+            self._shared[directory] = all(self.see(directory))
+        return self._shared[directory]
 
     def see(self, directory: Path) -> list[bool]:
         """By process: whether a file that the primary writes into a directory is there for it."""

@@ -21,7 +21,7 @@ from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, abstract
-from transllm_jax.stages.trained import lora_of, trains
+from transllm_jax.stages.points import lora_of, trains
 from transllm_jax.stages.training import check_layout, loop_config
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.flops import forward_flops_per_token, mean_keys, train_flops_per_token

@@ -57,7 +57,7 @@ def generated_rows(
             bar.update(len(rows))
             stops = run.peers.any(run.interrupt.requested)
             if stops or time.monotonic() - pushed > KEEP_EVERY:
-                run.keep(stage)
+                run.push(stage)
                 pushed = time.monotonic()
             if stops:
                 raise Preempted(f"{stage}: {len(rows)} of {len(known)} {what}: stopped, what is done is saved")

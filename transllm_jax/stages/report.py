@@ -13,7 +13,8 @@ from transllm_jax.data.read.sources import read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
-from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.stages.points import POINTS
+from transllm_jax.stages.run import Run
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
 
@@ -59,8 +60,8 @@ def collect(run: Run) -> dict[str, Any]:
             "parameters": vocabulary["frozen_parameters"],
             "trainable": vocabulary["trainable_parameters"],
             "new_tokens": vocabulary["new_tokens"],
-            "hidden_size": run.model_config.hidden_size,
-            "layers": run.model_config.num_hidden_layers,
+            "hidden_size": run.models.config.hidden_size,
+            "layers": run.models.config.num_hidden_layers,
         },
         "versions": {name: version(name) for name in VERSIONS},
         "points": list(POINTS),

@@ -8,6 +8,7 @@ from pathlib import Path
 from transllm_jax.config import Cleaning, Source
 from transllm_jax.data.clean.cleaning import Rules
 from transllm_jax.data.read.shards import Shard
+from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.data.rows.planned import IGNORED as _IGNORED
 from transllm_jax.data.rows.planned import SKIPPED as _SKIPPED
 from transllm_jax.data.rows.planned import Choice, PlannedRows, plan_path
@@ -16,9 +17,11 @@ from transllm_jax.data.rows.tokenise import OnProgress, tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.stages.bad_rows import BAD_ROWS
-from transllm_jax.stages.run import TOKENS, Run
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.scripts import script_of
 
+# Tokenised text, in the work directory.
+TOKENS = "tokens"
 # Bytes on disk of a source whose tokenising is stopped on request.
 LARGE = 16 << 20
 # Shards that are tokenised before they are copied to a store.
@@ -37,7 +40,7 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
         length=length,
         markers=run.markers,
         rules=_rules(run, cleaning),
-        evaluation=run.evaluation_texts if cleaning.contamination else None,
+        evaluation=run.inputs.evaluation_texts if cleaning.contamination else None,
         exact=cleaning.exact_duplicates,
         near=cleaning.near_duplicates is not None,
     )
@@ -51,6 +54,29 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
     return rows
 
 
+def chain_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
+    """The rows of conversations that the run made itself: they hold the chain's markers, and nothing is cleaned."""
+    transform = Transform("conversations", length, run.markers, exact=False, holds_markers=True)
+    return _rows(run, stage, source, transform)
+
+
+def instruction_rows(run: Run, stage: str, pairs: Source, length: int, *, contamination: bool) -> PlannedRows:
+    """The rows of translation instructions, made of pairs.
+
+    contamination: leave out pairs that hold an evaluation text.
+    """
+    prompts, language = run.config.prompts, run.config.language.name
+    transform = Transform(
+        "pairs",
+        length,
+        run.markers,
+        Instructions(tuple(prompts.to_target), tuple(prompts.to_english), language),
+        evaluation=run.inputs.evaluation_texts if contamination else None,
+        exact=False,
+    )
+    return _rows(run, stage, pairs, transform)
+
+
 def validation_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
     """The rows of held-out text: as the stage's own, and nothing left out but what no row can hold."""
     transform = Transform(content=source.format, length=length, markers=run.markers, exact=False)
@@ -58,7 +84,7 @@ def validation_rows(run: Run, stage: str, source: Source, length: int) -> Planne
 
 
 def _rows(run: Run, stage: str, source: Source, transform: Transform) -> PlannedRows:
-    shards = run.shards(source)
+    shards = run.inputs.shards(source)
     total = sum(shard.size for shard in shards)
     long = total >= LARGE or not all(shard.size for shard in shards)  # a size of 0 is not known
     with (
@@ -103,15 +129,17 @@ class _Cache:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self._directory = run, run.token_cache
-        self._mirrored = run.site.mirrored and run.config.token_cache is None
-        self._divided = self._mirrored or run.tokens_are_shared
+        given = run.config.token_cache
+        self._run, self._directory = run, Path(given) if given else run.workdir / TOKENS
+        self._mirrored = run.site.mirrored and given is None
+        # A cache of the user's is not always on a disk that all hosts share.
+        self._divided = given is None or run.site.shares(self._directory)
 
     def tokens(
         self, shards: Sequence[Shard], transform: Transform, source: Source, tell: OnProgress
     ) -> list[ShardTokens]:
         """The tokens of all shards, which are there after it."""
-        run, tokenizer = self._run, self._run.tokenizer("vocabulary")
+        run, tokenizer = self._run, self._run.models.tokenizer("vocabulary")
         paths = {shard: shard_path(self._directory, shard, transform, tokenizer.fingerprint) for shard in shards}
         mine: Sequence[Shard] = shards
         if self._divided:

@@ -81,6 +81,7 @@ def write_shard(
             writer = ArrayRecordWriter(str(partial), _OPTIONS)
         columns = _Columns(transform)
         waiting: deque[_Batch] = deque()
+        read = 0
 
         def finish_first() -> None:
             batch = waiting.popleft()
@@ -94,7 +95,8 @@ def write_shard(
 
         try:
             for items, places in _batches(shard, collector, transform, tokenizer):
-                prepared = transform.prepare(items, counts)
+                prepared = transform.prepare(items, counts, read)
+                read += len(items)
                 waiting.append(_Batch(items, places, prepared, encoder.submit(tokenizer.encode_batch, prepared.texts)))
                 if len(waiting) > _AHEAD:
                     finish_first()
@@ -122,7 +124,9 @@ def _batches(
     places: list[Place] = []
     characters = 0
     for item, place in shard.items(collector):
-        bad = attempt(refuse_specials, item, place, tokenizer, transform.markers)
+        bad = None
+        if not transform.holds_markers:
+            bad = attempt(refuse_specials, item, place, tokenizer, transform.markers)
         if bad is not None:
             collector.bad(bad, place)
             continue
