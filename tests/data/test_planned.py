@@ -19,7 +19,14 @@ from transllm_jax.data.clean.near_duplicates import Kept
 from transllm_jax.data.read.shards import Content, Shard
 from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
-from transllm_jax.data.rows.examples import Example, conversation_examples, document_examples, translation_examples
+from transllm_jax.data.rows.examples import (
+    Example,
+    conversation_rows,
+    document_examples,
+    make_example,
+    pair_texts,
+    whole_text,
+)
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
 from transllm_jax.data.rows.planned import Choice, PlannedRows
 from transllm_jax.data.rows.tokenise import tokenise
@@ -64,7 +71,7 @@ def assert_equal_rows(found: PlannedRows, wanted: PackedRows) -> None:
     assert found.token_count == wanted.token_count
     assert found.padded_fraction == pytest.approx(wanted.padded_fraction)
     assert found.row_length == wanted.row_length
-    assert found.counts["trained"] == wanted.trained_count
+    assert found.counts["trained"] == (wanted.weights > 0).sum()
 
 
 def texts_of_rows(rows: PlannedRows, tokenizer: Tokenizer) -> Counter[str]:
@@ -88,15 +95,18 @@ def test_rows_are_those_of_packing_in_memory(
     items: list[Any] = items_of(shards)
     examples: list[Example]
     if content == "text":
-        examples, documents = document_examples(tokenizer, items, length)
-        assert documents.split == rows.counts["split"] > 0
+        examples = document_examples(tokenizer, items, length)
+        assert len(examples) > len(items) and rows.counts["split"] > 0
     elif content == "pairs":
-        examples, pairs = translation_examples(tokenizer, items, length)
+        texts = [text for pair in items for text in pair_texts(*pair)]
+        whole = [whole_text(tokenizer, tokenizer.encode(text)) for text in texts]
+        examples = [example for example in whole if len(example) <= length]
         # Counted by pairs; both directions of each are longer here.
-        assert pairs.dropped == 2 * rows.counts["longer than a row"] > 0
+        assert len(whole) - len(examples) == 2 * rows.counts["longer than a row"] > 0
     else:
-        examples, report = conversation_examples(tokenizer, items, length)
-        assert report.cut == rows.counts["cut at a turn"] > 0 and report.dropped == 0
+        made = [conversation_rows(tokenizer, item, length) for item in items]
+        examples = [make_example(row.ids, row.mask) for of_item, _ in made for row in of_item]
+        assert [how for _, how in made].count("cut") == rows.counts["cut at a turn"] > 0
     assert rows.counts["items"] == len(items) and rows.counts["examples"] == len(examples)
     assert_equal_rows(rows, pack(examples, length, window=window))
     assert sum(rows.bytes(number) for number in range(len(rows))) == rows.counts["bytes"] > 0
