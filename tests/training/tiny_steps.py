@@ -1,0 +1,123 @@
+"""What the tests of the step share: models of which adapters or all weights train, batches, and steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from conftest import random_weights, tiny_config
+
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen
+from transllm_jax.training.optimizer import OptimizerConfig, schedule
+from transllm_jax.training.step import Batch, Metrics, initial_state, make_step
+
+VOCAB, NEW, ROWS, LENGTH = 40, 5, 8, 12
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
+RATES = OptimizerConfig(1e-2, steps=8, warmup_steps=3, new_rows_multiplier=2.0, weight_decay=0.01)
+# Optimizers that remember the last gradient; and that always give 1.
+GRADIENTS = optax.GradientTransformationExtraArgs(
+    lambda parameters: jax.tree.map(jnp.zeros_like, parameters),
+    lambda gradient, state, parameters=None, *, finite: (gradient, gradient),
+)
+ONES = optax.GradientTransformationExtraArgs(
+    lambda parameters: (),
+    lambda gradient, state, parameters=None, *, finite: (jax.tree.map(jnp.ones_like, gradient), state),
+)
+FAMILY = replace(tiny_config(VOCAB, tied=False), attention_bias=True, mlp_bias=True)
+
+
+def adapted_split(*, train_base: bool = False, tied: bool = True) -> Split:
+    """Adapters and new rows in the middle of training: nothing is zero."""
+    config = tiny_config(VOCAB, tied=tied)
+    rng = np.random.default_rng(1)
+    shapes = abstract(config, LORA, NEW, train_base=train_base).trainable
+    trainable = {path: 0.1 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
+    return assemble(config, load_frozen(config, random_weights(config)), lora=LORA, trainable=trainable)
+
+
+def full_split(config: LlamaConfig = FAMILY, dtype: Any = jnp.float32, **options: Any) -> Split:
+    """All weights train, and new rows."""
+    frozen = load_frozen(config, random_weights(config), dtype)
+    rows = {path: leaf.shape for path, leaf in abstract(config, None, NEW).trainable.items()}
+    rng = np.random.default_rng(1)
+    drawn = {path: 0.1 * rng.standard_normal(shape, dtype=np.float32) for path, shape in sorted(rows.items())}
+    return assemble(config, frozen, trainable={**frozen, **drawn}, **options)
+
+
+def batch_of(rows: int = ROWS, seed: int = 0) -> Batch:
+    """Random tokens of the whole vocabulary; very different numbers of them count in each row, one of them 0."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB + NEW, (rows, LENGTH), dtype=np.int32)
+    counted = rng.permutation(np.arange(rows) * (LENGTH - 1) // max(rows - 1, 1))
+    weights = (np.arange(LENGTH) < counted[:, None]).astype(np.float32)
+    batch = {
+        "tokens": tokens,
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape),
+        "segment_ids": np.ones_like(tokens),
+        "labels": np.roll(tokens, -1, axis=1),
+        "weights": weights,
+        "sources": np.arange(rows, dtype=np.int32) % 3,
+    }
+    return {field: jnp.asarray(values) for field, values in batch.items()}
+
+
+def rows_of(batch: Batch, chosen: Any) -> Batch:
+    return {field: values[chosen] for field, values in batch.items()}
+
+
+def in_parts(batch: Batch, accumulate: int) -> Batch:
+    """A batch as a step with `accumulate` takes it: its rows in so many parts, one after the other."""
+    if accumulate == 1:
+        return batch
+    return {field: values.reshape(accumulate, -1, *values.shape[1:]) for field, values in batch.items()}
+
+
+def tree_bytes(tree: Any) -> dict[str, bytes]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def near(ours: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    """Relative to each array's largest value: float32, sums in another order."""
+    assert ours.keys() == wanted.keys()
+    for path, values in wanted.items():
+        scale = np.abs(values).max()
+        assert scale > 0 and np.abs(np.asarray(ours[path]) - values).max() < tolerance * scale, path
+
+
+@cache
+def stepper(accumulate: int = 1, dropout: bool = False, z_loss: float = 0.0) -> Any:
+    return make_step(
+        adapted_split().structure,
+        GRADIENTS,
+        schedule(RATES),
+        seed=11,
+        dropout=dropout,
+        remat="none",
+        accumulate=accumulate,
+        z_loss=z_loss,
+        sources=3,
+    )
+
+
+def gradient_of(step: Any, batch: Batch, split: Split | None = None) -> tuple[dict[str, np.ndarray], Metrics]:
+    """The gradient that a step gives its optimizer, and the step's metrics."""
+    split = split or adapted_split()
+    state, metrics = step(initial_state(split.trainable, GRADIENTS), split.frozen, batch)
+    return {path: np.asarray(values) for path, values in state.optimizer.items()}, metrics
+
+
+ADAPTERS = {
+    f"blocks.{part}.{name}.{factor}"
+    for part, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down")))
+    for name in names
+    for factor in "ab"
+}
+NEW_ROWS = {"vocabulary.new", "vocabulary.output_new"}
