@@ -14,8 +14,8 @@ from tiny_training import STEPS, Dying, run, some_state, tree_bytes
 from transllm_jax.errors import Preempted
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.loop import Watch
 from transllm_jax.training.record.metrics import read_rows, read_validations
+from transllm_jax.training.validation import Watch
 
 # A frozen array that was given away with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")

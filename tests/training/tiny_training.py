@@ -19,10 +19,11 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints
-from transllm_jax.training.loop import LoopConfig, Outcome, Watch, train
+from transllm_jax.training.loop import LoopConfig, Outcome, train
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from transllm_jax.training.record.ledger import LEDGER, Ledger
 from transllm_jax.training.step import TrainState, initial_state, summed_loss
+from transllm_jax.training.validation import Watch
 
 VOCAB, NEW, LENGTH, STEPS = 40, 5, 16, 6
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)

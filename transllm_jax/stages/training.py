@@ -29,10 +29,11 @@ from transllm_jax.stages.run import Run
 from transllm_jax.stages.token_rows import fields_not_read, left_out, planned_rows, validation_rows
 from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
-from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
+from transllm_jax.training.loop import Environment, LoopConfig, Outcome, train
 from transllm_jax.training.optimizer import OptimizerConfig
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Speed
+from transllm_jax.training.validation import Watch
 
 # Keys of a training section that no result depends on.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
@@ -295,7 +296,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         run.interrupt,
         run.ledger,
         job.watch,
-        Around(run.peers, run.site.place.checkpoints(name), lambda: run.push(name), run.profile),
+        Environment(run.peers, run.site.place.checkpoints(name), lambda: run.push(name), run.profile),
     )
 
     def finish() -> dict[str, Any]:
