@@ -18,7 +18,7 @@ from transllm_jax.data.read.headers import is_header
 from transllm_jax.data.read.shards import Container, Content, Item, Reading, shards
 from transllm_jax.data.read.sources import read_pairs
 from transllm_jax.data.rows import token_cache
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
@@ -212,7 +212,7 @@ def tokens_of(path: Path, tokenizer: Tokenizer, cache: Path, content: Content, *
     found = shards(Reading(str(path), content, on_bad_rows="skip"), hash_of)
     transform = Transform(content, 32)
     made = tokenise(found, transform, tokenizer, "refuse", cache, on_bad_rows="skip", **more)
-    return PlannedRows(made, Choice(32), cache)
+    return PlannedRows(made, Selection(32), cache)
 
 
 def test_counts_and_rows_come_back_from_the_cache(

@@ -21,7 +21,7 @@ from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.examples import Example, conversation_examples, document_examples, translation_examples
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import Preempted, UserError
@@ -44,7 +44,7 @@ def planned(
 ) -> PlannedRows:
     transform = transform or Transform("text", T)
     tokens = tokenise(shards, transform, tokenizer, "refuse", cache, processes=1)
-    return PlannedRows(tokens, Choice(transform.length, **choice), cache)
+    return PlannedRows(tokens, Selection(transform.length, **choice), cache)
 
 
 def written(directory: Path, *files: list[object]) -> list[Shard]:
@@ -257,7 +257,7 @@ def test_rows_of_hosts_are_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> No
     for k in (5, 0, 17):
         whole = batches[k]
         for hosts in (1, 2, 4, 8):
-            parts = [batches.of_rows(k, places) for places in np.split(np.arange(8), hosts)]
+            parts = [batches.select_rows(k, places) for places in np.split(np.arange(8), hosts)]
             for name, values in whole.items():
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
         assert batches.rows(k)[:, 0].tolist() == whole["sources"].tolist()

@@ -35,15 +35,15 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return allowed
 
 
-def share_out(
+def run_in_processes(
     work: Callable[..., None],
     items: Sequence[T],
     processes: int,
     *,
-    given: tuple[Any, ...] = (),
+    arguments: tuple[Any, ...] = (),
     environment: dict[str, str] | None = None,
-    tell: Callable[[list[T], int], None] = lambda done, count: None,
-    lost: str,
+    on_progress: Callable[[list[T], int], None] = lambda done, count: None,
+    if_killed: str,
 ) -> None:
     """Call `work(item, *given)` for every item, each in some process; the first items begin first.
 
@@ -58,7 +58,7 @@ def share_out(
         processes,
         mp_context=context,
         initializer=_begin_process,
-        initargs=(counter, stop, environment or {}, given),
+        initargs=(counter, stop, environment or {}, arguments),
     )
     try:
         waiting = {pool.submit(_work, work, item): item for item in items}
@@ -66,10 +66,10 @@ def share_out(
             ready, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
             for future in ready:
                 future.result()
-            tell([waiting.pop(future) for future in ready], counter.value)
+            on_progress([waiting.pop(future) for future in ready], counter.value)
     except BrokenProcessPool as error:
-        tell([], counter.value)  # a signal that asks to stop may have ended processes that were just beginning
-        raise UserError(f"a process was killed, most likely as memory ran out: {lost}") from error
+        on_progress([], counter.value)  # a signal that asks to stop may have ended processes that were just beginning
+        raise UserError(f"a process was killed, most likely as memory ran out: {if_killed}") from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -90,13 +90,13 @@ class _Stopped(Exception):
 _shared: dict[str, Any] = {}  # of a process of the pool
 
 
-def _begin_process(counter: Any, stop: Any, environment: dict[str, str], given: tuple[Any, ...]) -> None:
+def _begin_process(counter: Any, stop: Any, environment: dict[str, str], arguments: tuple[Any, ...]) -> None:
     # Ctrl-C and the end of a terminal reach all of its processes; the first one tells the others.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
-    _shared.update(counter=counter, stop=stop, given=given)
+    _shared.update(counter=counter, stop=stop, arguments=arguments)
 
 
 def _end_with_parent() -> None:
@@ -108,4 +108,4 @@ def _end_with_parent() -> None:
 
 
 def _work(work: Callable[..., None], item: Any) -> None:
-    work(item, *_shared["given"])
+    work(item, *_shared["arguments"])

@@ -55,7 +55,7 @@ def stand_in(state: dict[str, Any]) -> str | None:
     return "qwen35" if any(_QWEN2 in pattern for pattern in _own_patterns(state) or []) else None
 
 
-def override(name: str) -> str:
+def override_message(name: str) -> str:
     """What there is to say of a `stand_in`."""
     return f"llama.cpp with --override-kv tokenizer.ggml.pre=str:{name} reads most texts as trained"
 
@@ -84,7 +84,7 @@ def readers_of(directory: Path) -> dict[str, str]:
     return readers(state, model_type_of(directory))
 
 
-def rebuilt(model_type: str | None) -> str:
+def rebuilt_message(model_type: str | None) -> str:
     """What there is to say of a tokenizer with cuts of its own, of a model whose pre-tokenizer transformers makes."""
     return (
         f"transformers 5 and vLLM read other ids than it is trained on: of a {model_type} model they take the base's "
@@ -92,20 +92,20 @@ def rebuilt(model_type: str | None) -> str:
     )
 
 
-def misread(directory: Path) -> str | None:
+def misread_message(directory: Path) -> str | None:
     """What there is to say where somebody gives a model directory's text other ids; None where nobody does."""
     if not (directory / "tokenizer.json").is_file():
         return None
     found = readers_of(directory)
     if found["transformers"] == OTHER_IDS:
-        return f"{rebuilt(model_type_of(directory))} (vocabulary.cuts: base learns tokens that all read)"
+        return f"{rebuilt_message(model_type_of(directory))} (vocabulary.cuts: base learns tokens that all read)"
     if found["llama.cpp"] == AS_TRAINED:
         return None
     instead = stand_in(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
     return (
         "transformers and vLLM read the ids it is trained on, llama.cpp others: a GGUF file has no place for its "
         "tokenizer's cuts (vocabulary.cuts: base learns tokens that llama.cpp reads, too"
-        + ("" if instead is None else f"; {override(instead)}")
+        + ("" if instead is None else f"; {override_message(instead)}")
         + ")"
     )
 

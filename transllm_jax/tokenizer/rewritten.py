@@ -31,7 +31,7 @@ def rewritten(base: Tokenizer, script: Script) -> list[str]:
     ]
 
 
-def rewritten_line(base: Tokenizer, script: Script) -> str | None:
+def rewritten_letters_message(base: Tokenizer, script: Script) -> str | None:
     """A line about these letters for whoever adds tokens; None where there are none."""
     found = rewritten(base, script)
     if not found:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from transllm_jax.data.rows.batches import Ahead, Batch
+from transllm_jax.data.rows.batches import Batch, Prefetcher
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.interrupt import Interrupt
@@ -35,7 +35,7 @@ class BatchSource(Protocol):
 
     batch_size: int
 
-    def of_rows(self, k: int, places: np.ndarray) -> Batch: ...
+    def select_rows(self, k: int, places: np.ndarray) -> Batch: ...
 
     def places(self, k: int) -> list[str]: ...
 
@@ -188,7 +188,7 @@ def train(
     history = [] if watch is None else _history(peers, directory, watch, checkpoints, progress)
     agreement = Agreement(peers)
     trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}"))
-    ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
+    ahead = Prefetcher(lambda k: batches.select_rows(k, places), steps, config.ahead)
     try:
         for number in range(first, steps):
             if watch is not None and _exhausted(history, watch.patience):

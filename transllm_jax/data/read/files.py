@@ -92,7 +92,7 @@ class BadRow(UserError):
         return BadRow, (str(self), self.reason), {"row": self.row}
 
 
-def attempt(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
+def catch_bad_row(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
     """`make(row, *arguments)`, or what is wrong with the row."""
     try:
         return make(row, *arguments)
@@ -308,7 +308,7 @@ def read_lines(
                     place = Place(str(file), number)
                     if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
                         raise UserError(f"{place} is longer than {_LONGEST_LINE >> 20} MiB: break the line")
-                    yield attempt(_line, raw, collector, place, offset), place
+                    yield catch_bad_row(_line, raw, collector, place, offset), place
                     offset += len(raw)
                     if at is not None and number % _TOLD_LINES == 0:
                         at(whole.tell())

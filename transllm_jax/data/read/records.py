@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.read.files import BadRow, Collector, Place, attempt, is_blank, read_lines, refusing, texts_of
+from transllm_jax.data.read.files import (
+    BadRow,
+    Collector,
+    Place,
+    catch_bad_row,
+    is_blank,
+    read_lines,
+    refusing,
+    texts_of,
+)
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -110,7 +119,7 @@ def iter_json(
         elif not begun and line.lstrip().startswith("["):
             yield from _in_list(line, place, refusing(lines))
         elif line.strip():
-            yield attempt(parse_object, line, place, fields), place
+            yield catch_bad_row(parse_object, line, place, fields), place
         begun = begun or isinstance(line, BadRow) or bool(line.strip())
 
 
@@ -141,7 +150,7 @@ def _in_list(
                 if depth == 1:
                     parts.append(line[cut : found.end()])
                     cut = found.end()
-                    yield attempt(_parse_item, "\n".join(parts), start), start
+                    yield catch_bad_row(_parse_item, "\n".join(parts), start), start
         if depth > 1:
             parts.append(line[cut:])
             size += len(line) - cut

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.pool import cores, count, share_out
+from transllm_jax.data.pool import cores, count, run_in_processes
 from transllm_jax.data.read.files import Collector, Controls, Separator
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
 from transllm_jax.errors import UserError
@@ -259,14 +259,14 @@ def _read_all(
             _read_file(job, parts[job], tell)
             done += job.size
         return
-    share_out(
+    run_in_processes(
         _read_in_process,
         # The largest first, so that the last one does not keep one core busy alone.
         sorted(todo, key=lambda job: -job.size),
         min(processes, len(todo)),
-        given=(parts,),
-        tell=lambda _, read: tell(read),
-        lost="run again, with more memory, or with a smaller sample",
+        arguments=(parts,),
+        on_progress=lambda _, read: tell(read),
+        if_killed="run again, with more memory, or with a smaller sample",
     )
 
 

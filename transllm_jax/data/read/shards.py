@@ -24,7 +24,7 @@ from transllm_jax.data.read.files import (
     OnBadRows,
     Place,
     Separator,
-    attempt,
+    catch_bad_row,
     no_items,
     refusing,
     resolve,
@@ -115,7 +115,7 @@ def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
     if reading.content == "conversations" and len(parts) > 1 and isinstance(first, _JsonFile | _ParquetFile):
         # Each shard is read by itself, so the first file's first record says which form is that of all.
         for record, place in first.records(Collector(reading.controls)):
-            known = record if isinstance(record, BadRow) else attempt(form_of, record, place)
+            known = record if isinstance(record, BadRow) else catch_bad_row(form_of, record, place)
             if not isinstance(known, BadRow):
                 form = known
                 break
@@ -250,12 +250,12 @@ class _Shard:
                     yield record, place
                     continue
                 if reading.content == "conversations" and form is None:
-                    found = attempt(form_of, record, place)
+                    found = catch_bad_row(form_of, record, place)
                     if isinstance(found, BadRow):
                         yield found, place
                         continue
                     form = found
-                yield attempt(self._item, record, form, place, collector), place
+                yield catch_bad_row(self._item, record, form, place, collector), place
 
     def _item(self, record: Record, form: Form | None, place: Place, collector: Collector) -> Item:
         """A record's text, pair or conversation."""

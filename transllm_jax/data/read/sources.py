@@ -19,7 +19,7 @@ from transllm_jax.data.read.files import (
     Loaded,
     Place,
     Separator,
-    attempt,
+    catch_bad_row,
     is_blank,
     map_texts,
     read_lines,
@@ -150,7 +150,7 @@ def pair_rows(
 ) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
     """`iter_pairs`, with what is wrong with a line in place of a pair that is bad."""
     for line, place in read_lines(path, collector):
-        yield (line if isinstance(line, BadRow) else attempt(_pair_of_line, line, place)), place
+        yield (line if isinstance(line, BadRow) else catch_bad_row(_pair_of_line, line, place)), place
 
 
 def _pair_of_line(line: str, place: Place) -> tuple[str, str]:
@@ -177,7 +177,7 @@ def aligned_rows(english: Path, target: Path, collector: Collector) -> Iterator[
             )
         last = one[1]
         bad = next((line for line, _ in (one, other) if isinstance(line, BadRow)), None)
-        yield (attempt(_pair, (one[0], other[0]), one[1], other[1]) if bad is None else bad), one[1]
+        yield (catch_bad_row(_pair, (one[0], other[0]), one[1], other[1]) if bad is None else bad), one[1]
 
 
 def _pair(sides: tuple[str, str], place: Place, target_place: Place) -> tuple[str, str]:

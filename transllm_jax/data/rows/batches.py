@@ -102,9 +102,9 @@ class Batches:
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         """Batch k: tokens, positions, segment_ids, labels int32 [B, T], weights float32 [B, T], sources int32 [B]."""
-        return self.of_rows(k, np.arange(self.batch_size))
+        return self.select_rows(k, np.arange(self.batch_size))
 
-    def of_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
+    def select_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of batch k at these places, 0 to B - 1: what a host reads whose devices hold them.
 
         The batch is the same whoever reads it, so whatever the number of hosts.
@@ -166,7 +166,7 @@ def _parts(sources: Sequence[tuple[str, Rows, float | None]]) -> list[int]:
     return [int(fraction * factor) for fraction in fractions]
 
 
-class Ahead:
+class Prefetcher:
     """Batches that are made in a thread while the step before them runs; which is asked for next is known."""
 
     def __init__(self, batches: Callable[[int], Batch], last: int, depth: int = 2) -> None:

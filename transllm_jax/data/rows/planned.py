@@ -28,7 +28,7 @@ SKIPPED, IGNORED = "bad row: ", "field: "
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What of a source is trained on.
 
     row_length: T. tokens: at most so many, a choice of items that the seed makes; None for all. exact: leave out items
@@ -44,7 +44,7 @@ class Choice:
     window: int = 256
 
 
-def plan_path(shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> Path:
+def plan_path(shards: Sequence[ShardTokens], choice: Selection, directory: Path) -> Path:
     """Where the plan of these shards lies or will lie."""
     known = json.dumps([_FORMAT, asdict(choice), [shard.path.name for shard in shards]], sort_keys=True)
     return directory / f"plan-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
@@ -53,7 +53,7 @@ def plan_path(shards: Sequence[ShardTokens], choice: Choice, directory: Path) ->
 class PlannedRows:
     """Packed rows over tokenised shards: row i by index, in any order, from disk."""
 
-    def __init__(self, shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> None:
+    def __init__(self, shards: Sequence[ShardTokens], choice: Selection, directory: Path) -> None:
         """Plans, or takes the plan that `directory` holds; there may be nothing left to train on.
 
         Raises UserError for a file that is damaged, and where the directory cannot be written to.

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from transllm_jax.data.clean.cleaning import text_of
 from transllm_jax.data.clean.near_duplicates import SIZE
-from transllm_jax.data.read.files import Collector, Controls, OnBadRows, Place, attempt
+from transllm_jax.data.read.files import Collector, Controls, OnBadRows, Place, catch_bad_row
 from transllm_jax.data.read.shards import Item, Shard
 from transllm_jax.data.rows.array_file import read_arrays, whole, write_arrays, writing
 from transllm_jax.data.rows.examples import Example
@@ -122,7 +122,7 @@ def _batches(
     places: list[Place] = []
     characters = 0
     for item, place in shard.items(collector):
-        bad = attempt(refuse_specials, item, place, tokenizer, transform.markers)
+        bad = catch_bad_row(refuse_specials, item, place, tokenizer, transform.markers)
         if bad is not None:
             collector.bad(bad, place)
             continue
