@@ -64,7 +64,9 @@ def test_a_header_is_no_pair_by_default(tmp_path: Path) -> None:
     path.write_text("\ufeff" + PAIRS, encoding="utf-8")
     (shard,) = shards(Reading(str(path), "pairs"), hash_of)
     for read in (lambda: list(shard.items(Collector("refuse"))), lambda: read_pairs(path)):
-        with pytest.raises(UserError, match=r"a\.tsv:1 names the columns \('English' and 'Thai'\) and is no pair: rem"):
+        with pytest.raises(
+            UserError, match=r"a\.tsv:1 names the columns \('English' and 'Thai'\) and is not a pair: rem"
+        ):
             read()
     # Elsewhere than in the first line, these words are a pair.
     path.write_text("a\tb\nEnglish\tThai\n", encoding="utf-8")

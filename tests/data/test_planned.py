@@ -233,7 +233,7 @@ def test_a_damaged_plan_is_the_users_and_named(tmp_path: Path, tokenizer: Tokeni
     for broken in (content[:-30], b"", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
         path.write_bytes(broken)
         with pytest.raises(
-            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again, it is made anew"
+            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again; it is made again"
         ):
             planned(shards, tokenizer, cache)
     path.unlink()

@@ -256,7 +256,7 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
     ("reading", "message"),
     [
         (Reading("a.txt", "conversations"), "lines hold no conversations"),
-        (Reading("a.txt", fields=("a",)), "fields are of records"),
+        (Reading("a.txt", fields=("a",)), "fields are for records"),
         (Reading("a.jsonl", "pairs"), "jsonl of pairs need fields: name two, the English one first"),
         (Reading("a.jsonl", "pairs", fields=("a",)), "need fields: name two"),
         (Reading("a.jsonl", fields=("a", "b")), "fields are a, b: name the one"),
@@ -484,9 +484,9 @@ def flagged(**fields: object) -> dict[str, Any]:
         ({**turns("user", "assistant"), "chosen": ["a"], "tools": "[]"}, "has 'tools', 'chosen', which is not supp"),
         (flagged(reasoning_content="So."), "message 2 has 'reasoning_content', which is not supported"),
         (flagged(refusal="No."), "message 2 has 'refusal'"),
-        (flagged(masked=False), "message 2 has 'masked', which is not read: say by `train: true`"),
+        (flagged(masked=False), "message 2 has 'masked', which is not read: set `train: true`"),
         (flagged(train_detail=[]), "message 2 has 'train_detail', which is not read"),
-        (flagged(weight=0.5), "message 2 has the weight 0.5: an answer is trained on .1. or is context alone .0."),
+        (flagged(weight=0.5), "message 2 has the weight 0.5: an answer is trained on .1. or is only context .0."),
         (flagged(weight=True), "message 2 has the weight True"),
         (flagged(train="no"), "message 2 has 'no' in 'train': write true or false"),
         (flagged(train=False, weight=1), "message 2 has the weight 1 and train false: leave one"),
@@ -777,7 +777,7 @@ def test_tfds_never_loads_code_that_a_dataset_names(prepared: Path, tmp_path: Pa
     assert len(items(reading)) == 6
     features = root / "features.json"
     features.write_text(features.read_text().replace("tensorflow_datasets.core.features.text_feature", "antigravity"))
-    with pytest.raises(UserError, match=r"names code that is not TFDS's own \(antigravity\.Text\)"):
+    with pytest.raises(UserError, match=r"names code outside of TFDS \(antigravity\.Text\)"):
         shards(reading, hash_of)
 
 
@@ -797,14 +797,14 @@ def test_tfds_names(prepared: Path, tmp_path: Path) -> None:
         ("tiny_thai:2.0.0", r"has no version 2\.0\.0, but 1\.0\.0, 10\.0\.0, 9\.0\.0: name one, or prepare it by"),
         ("other", "has configs: name one of a, b, as other/CONFIG"),
         ("other/a", "has no features.json"),
-        ("../tiny_thai", "is no name of a TFDS dataset"),
-        ("huggingface:name", "is no name of a TFDS dataset"),
+        ("../tiny_thai", "is not the name of a TFDS dataset"),
+        ("huggingface:name", "is not the name of a TFDS dataset"),
     ):
         with pytest.raises(UserError, match=message):
             shards(Reading(name, **options), hash_of)
     info = tmp_path / "tiny_thai" / "10.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"prepared as tfrecord, read is array_record: prepare it by"):
+    with pytest.raises(UserError, match=r"prepared as tfrecord, but only array_record is read: prepare it by"):
         shards(Reading("tiny_thai", **options), hash_of)
 
 

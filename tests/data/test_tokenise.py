@@ -204,7 +204,7 @@ def test_an_error_in_a_process_is_told_with_its_place(tmp_path: Path, tokenizer:
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path, tokenizer: Tokenizer, strange: ModuleType) -> None:
     shards = [strange.Strange("a", "killed"), strange.Strange("b", "killed")]
-    with pytest.raises(UserError, match="was killed, most likely as memory ran out: whole shards stay; run again"):
+    with pytest.raises(UserError, match="was killed, most likely because memory ran out: whole shards stay; run again"):
         run(shards, tokenizer, tmp_path / "cache", processes=2)
 
 

@@ -244,7 +244,7 @@ class Run:
                 if bad is None:
                     yield item, place
                 else:
-                    collector.bad(bad, place)
+                    collector.refuse_or_skip(bad, place)
 
     def read(self, source: Source, stage: str, find_special: Callable[[str], str | None] | None = None) -> Loaded[Any]:
         """All items of a source: documents, (English, target) pairs, or conversations; see `items`.
