@@ -457,8 +457,8 @@ def flagged(**fields: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "a"}, r"is no conversation \(it has: text\): write one of"),
-        ({"messages": None}, "is no conversation"),
+        ({"text": "a"}, r"is not a conversation \(it has: text\): write one of"),
+        ({"messages": None}, "is not a conversation"),
         ({**turns("user"), "instruction": "a"}, "has 'messages' and 'instruction'"),
         ({"messages": []}, "'messages' is empty"),
         ({"messages": "hello"}, "'messages' must be a list"),
@@ -489,7 +489,7 @@ def flagged(**fields: object) -> dict[str, Any]:
         (flagged(weight=0.5), "message 2 has the weight 0.5: an answer is trained on .1. or is only context .0."),
         (flagged(weight=True), "message 2 has the weight True"),
         (flagged(train="no"), "message 2 has 'no' in 'train': write true or false"),
-        (flagged(train=False, weight=1), "message 2 has the weight 1 and train false: leave one"),
+        (flagged(train=False, weight=1), "message 2 has the weight 1 and train false: keep only one"),
         (flagged(weight=0), "no answer to train on"),
         (flagged(train=False), "no answer to train on"),
         ({"messages": [{"role": "user", "content": "x", "train": True}]}, "message 1 is the user's and has train true"),

@@ -221,9 +221,7 @@ def _stretch(c: int) -> Range:
 def _blocks(codes: frozenset[str]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
     """Code points of the scripts as sorted ranges, and the other scripts that share their first two bytes."""
     if _LATIN in codes:
-        own = (range(first, last + 1) for first, last, code in _scripts_in(0, 0xFFFF) if code in codes)
-        letters = {c for points in own for c in points if _is_letter(c)}
-        return _ranges(letters | set(range(_MARKS[0], _MARKS[1] + 1))), ()
+        return _latin_blocks(codes), ()
     chosen: set[int] = set()
     additions: set[int] = set()
     for first, last, name in _pieces(Blocks.RANGES, Blocks.VALUES, 0, 0x10FFFF):
@@ -258,6 +256,13 @@ def _blocks(codes: frozenset[str]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
         else:
             chosen |= set(range(first, last + 1))
     return _ranges(chosen), tuple(sorted(str(ucd.script_name(code)) for code in shared))
+
+
+def _latin_blocks(codes: frozenset[str]) -> tuple[Range, ...]:
+    """The letters of the scripts, one of which is Latin, and combining marks, as sorted ranges."""
+    points = (range(first, last + 1) for first, last, code in _scripts_in(0, 0xFFFF) if code in codes)
+    letters = {c for some in points for c in some if _is_letter(c)}
+    return _ranges(letters | set(range(_MARKS[0], _MARKS[1] + 1)))
 
 
 def _others(first: int, last: int, chosen: set[int]) -> set[str]:

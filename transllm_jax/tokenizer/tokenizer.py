@@ -152,28 +152,28 @@ class Tokenizer:
         `continuing`: the text follows other text, so a SentencePiece tokenizer must not put a space before it, as it
         does at the beginning of a text.
         """
-        if continuing and self._inner is not None:
+        if continuing and self._without_prefix_space is not None:
             found = self._special_pattern.search(text) if specials else None
             head = text if found is None else text[: found.start()]
-            ids = list(self._inner.encode(head, add_special_tokens=False).ids) if head else []
+            ids = list(self._without_prefix_space.encode(head, add_special_tokens=False).ids) if head else []
             return ids if found is None else ids + self.encode(text[found.start() :])
-        backend = self.backend if specials else self._plain
+        backend = self.backend if specials else self._without_parsing_specials
         return list(backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Iterable[str], specials: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores."""
-        backend = self.backend if specials else self._plain
+        backend = self.backend if specials else self._without_parsing_specials
         return [list(e.ids) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
+    def _without_parsing_specials(self) -> tokenizers.Tokenizer:
         """A copy that parses no special tokens: the library has a switch per object, not per call."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
         plain.encode_special_tokens = True
         return plain
 
     @cached_property
-    def _inner(self) -> tokenizers.Tokenizer | None:
+    def _without_prefix_space(self) -> tokenizers.Tokenizer | None:
         """A copy that puts no space before a text, for ordinary text only; None if the tokenizer itself puts none."""
         state = json.loads(self.backend.to_str())
         changed = False

@@ -64,7 +64,7 @@ def form_of(record: Record, place: Place) -> Form:
         )
     has = ", ".join(map(str, record)) or "none"
     raise BadRow(
-        f"{place} is no conversation (it has: {has}): write one of {'; '.join(_SHAPES.values())}", "no conversation"
+        f"{place} is not a conversation (it has: {has}): write one of {'; '.join(_SHAPES.values())}", "no conversation"
     )
 
 
@@ -115,7 +115,8 @@ def _with_system(messages: list[Message], record: Record, place: Place, collecto
         messages = messages[1:]
     if len({text.strip() for text in found.values()}) > 1:
         raise BadRow(
-            f"{place} has different system messages in {' and '.join(found)}: leave one of them", "two system messages"
+            f"{place} has different system messages in {' and '.join(found)}: keep only one of them",
+            "two system messages",
         )
     return [*[Message(role="system", content=text) for text in list(found.values())[-1:]], *messages]
 
@@ -181,7 +182,9 @@ def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
     if train is not None and not isinstance(train, bool):
         raise BadRow(f"{where} has {str(train)[:40]!r} in 'train': write true or false", "unsupported weight")
     if weight is not None and train is not None and bool(weight) != train:
-        raise BadRow(f"{where} has the weight {weight} and train {str(train).lower()}: leave one", "unsupported weight")
+        raise BadRow(
+            f"{where} has the weight {weight} and train {str(train).lower()}: keep only one", "unsupported weight"
+        )
     if role != "assistant":
         # Exports give every message weight 1; train: true is set on purpose.
         if train:

@@ -109,10 +109,31 @@ def sample_documents(
         for path in paths
         for file, reading in text_files(path, separator=separator, controls=controls, field=field).items()
     }
+    jobs = _jobs(readings, max_bytes, seed)
+    key = hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:32]
+    with tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache)) as directory:
+        sample = Path(directory) / f"sample-{key}.jsonl"
+        sample.parent.mkdir(parents=True, exist_ok=True)
+        if not sample.is_file():
+            _make_sample(sample, jobs, max_bytes, processes, on_progress)
+        report = SampleReport(**_header(sample)["report"])
+        texts = [json.loads(text) for _, _, text in _items(sample)]
+    if on_progress is not None:
+        total = sum(job.size for job in jobs)
+        on_progress(total, total)
+    if not texts:
+        what = f"only documents of more than {max_bytes:,} bytes" if report.documents else "no documents"
+        fix = "take a larger sample, or a document a line" if report.documents else "give files with text in them"
+        raise UserError(f"{', '.join(map(str, paths))} has {what}: {fix}")
+    return Sample(texts, report)
+
+
+def _jobs(readings: dict[str, Reading], max_bytes: int, seed: int) -> list[_Job]:
+    """A job for each file of `readings` (path -> reading), in the order of their paths."""
     files = sorted(readings)
     stats = [os.stat(file) for file in files]
     total = sum(stat.st_size for stat in stats)
-    jobs = [
+    return [
         _Job(
             file,
             stat.st_size,
@@ -124,33 +145,28 @@ def sample_documents(
         )
         for file, stat in zip(files, stats, strict=True)
     ]
-    whole = hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:32]
-    with tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache)) as directory:
-        place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        sample = place / f"sample-{whole}.jsonl"
-        if not sample.is_file():
-            parts = {job: place / f"part-{job.key}.jsonl" for job in jobs}
-            _read_all(jobs, parts, processes, on_progress)
-            cut, short = _merged(jobs, parts, max_bytes)
-            if short:
-                more = {job: replace(job, limit=max_bytes) for job in short}
-                parts |= {job: place / f"part-{job.key}.jsonl" for job in more.values()}
-                _read_all(list(more.values()), parts, processes, on_progress)
-                jobs = [more.get(job, job) for job in jobs]
-                cut, _ = _merged(jobs, parts, max_bytes)
-            _write_sample(sample, [parts[job] for job in jobs], cut)
-            for part in parts.values():
-                part.unlink(missing_ok=True)
-        report = SampleReport(**_header(sample)["report"])
-        texts = [json.loads(text) for _, _, text in _items(sample)]
-    if on_progress is not None:
-        on_progress(total, total)
-    if not texts:
-        what = f"only documents of more than {max_bytes:,} bytes" if report.documents else "no documents"
-        fix = "take a larger sample, or a document a line" if report.documents else "give files with text in them"
-        raise UserError(f"{', '.join(map(str, paths))} has {what}: {fix}")
-    return Sample(texts, report)
+
+
+def _make_sample(
+    sample: Path, jobs: list[_Job], max_bytes: int, processes: int | None, on_progress: OnProgress | None
+) -> None:
+    """Write the sample of all jobs to `sample`; the parts of the files are next to it until it is complete."""
+
+    def part_of(job: _Job) -> Path:
+        return sample.with_name(f"part-{job.key}.jsonl")
+
+    parts = {job: part_of(job) for job in jobs}
+    _read_all(jobs, parts, processes, on_progress)
+    cut, short = _merged(jobs, parts, max_bytes)
+    if short:
+        again = {job: replace(job, limit=max_bytes) for job in short}
+        parts |= {job: part_of(job) for job in again.values()}
+        _read_all(list(again.values()), parts, processes, on_progress)
+        jobs = [again.get(job, job) for job in jobs]
+        cut, _ = _merged(jobs, parts, max_bytes)
+    _write_sample(sample, [parts[job] for job in jobs], cut)
+    for part in parts.values():
+        part.unlink(missing_ok=True)
 
 
 # --- one file -------------------------------------------------------------------------------------------------------

@@ -87,9 +87,10 @@ def document_rows(
     """As `iter_documents`, with a BadRow in place of a bad document."""
     if separator not in ("blank line", "line"):
         raise UserError(f"separator is {separator!r}: it must be 'blank line' or 'line'")
-    lines: list[str] = []
-    size, given, start = 0, False, Place("", 0)
-    fault: BadRow | None = None  # of the first bad line of the document
+    lines: list[str] = []  # of the current document; empty once it is longer than `longest`
+    size, start = 0, Place("", 0)  # its UTF-8 bytes, and its place
+    fault: BadRow | None = None  # its first bad line
+    given = False  # whether a document was yielded already
 
     def document() -> str | BadRow | None:
         if fault is not None:

@@ -44,7 +44,7 @@ def kind_of(state: dict[str, Any], source: str) -> str:
         raise UserError(f"{source} is a {model['type']} tokenizer: only BPE bases can be expanded; choose one")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not know it")
+            raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not support it")
     if steps and steps[-1]["type"] == "ByteLevel":
         _check_byte_level(state, source)
         return "byte-level"
@@ -55,7 +55,7 @@ def kind_of(state: dict[str, Any], source: str) -> str:
 def _check_byte_level(state: dict[str, Any], source: str) -> None:
     steps = _steps(state)
     if steps[-1].get("add_prefix_space"):
-        raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not know it")
+        raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not support it")
     for step in steps[:-1]:
         known = step["type"] == "Digits" or (
             step["type"] == "Split"
@@ -64,7 +64,7 @@ def _check_byte_level(state: dict[str, Any], source: str) -> None:
             and not step["invert"]
         )
         if not known:
-            raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not know it")
+            raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not support it")
 
 
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -76,18 +76,19 @@ def _check_sentencepiece(state: dict[str, Any], source: str) -> None:
     if not state["model"].get("byte_fallback"):
         raise UserError(
             f"{source} is neither a byte-level BPE tokenizer nor a SentencePiece one with byte_fallback: "
-            f"expansion does not know it; choose another base"
+            f"expansion does not support it; choose another base"
         )
     normalizer, pre = state["normalizer"], state["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     if pre is not None and (pre["type"] != "Metaspace" or pre.get("split", True) or pre["replacement"] != "▁"):
         raise UserError(
-            f"{source}, a SentencePiece tokenizer, has the pre-tokenizer {json.dumps(pre)}: expansion does not know it"
+            f"{source}, a SentencePiece tokenizer, has the pre-tokenizer {json.dumps(pre)}: "
+            "expansion does not support it"
         )
     if steps not in ([], [_SPACES], [_PREFIX, _SPACES]) or (pre is None) == (not steps):
         raise UserError(
             f"{source}, a SentencePiece tokenizer, has the normalizer {json.dumps(normalizer, ensure_ascii=False)} "
-            f"and the pre-tokenizer {json.dumps(pre)}: expansion does not know them"
+            f"and the pre-tokenizer {json.dumps(pre)}: expansion does not support them"
         )
 
 
