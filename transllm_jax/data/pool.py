@@ -42,15 +42,15 @@ def run_in_processes(
     *,
     arguments: tuple[Any, ...] = (),
     environment: dict[str, str] | None = None,
-    on_progress: Callable[[list[T], int], None] = lambda done, count: None,
+    on_progress: Callable[[list[T], int], None] = lambda finished, progress: None,
     if_killed: str,
 ) -> None:
     """Call `work(item, *arguments)` for every item in worker processes; items start in their order.
 
     work: a module-level function. arguments: sent to each process once. environment: variables set in each process
     first. on_progress: called now and then with the items finished since the last call, and the sum of all values given
-    to `count`; it may raise to stop the work. if_killed: what to do if a process was killed, for the message. Raises
-    whatever `work` raises, and UserError if a process was killed.
+    to `add_progress`; it may raise to stop the work. if_killed: what to do if a process was killed, for the message.
+    Raises whatever `work` raises, and UserError if a process was killed.
     """
     # Spawned: a process with threads (of jax, of tokenizers) must not be forked.
     context = multiprocessing.get_context("spawn")
@@ -76,7 +76,7 @@ def run_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def count(more: int) -> None:
+def add_progress(more: int) -> None:
     """Called by `work`: add to the sum that `on_progress` gets. Ends the work if the parent has stopped it."""
     if _shared["stop"].is_set():
         raise _Stopped

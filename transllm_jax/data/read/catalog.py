@@ -23,7 +23,7 @@ _CLASS = re.compile(r'"pythonClassName"\s*:\s*"([^"]*)"')
 
 
 @dataclass(frozen=True)
-class CatalogPart:
+class TfdsPart:
     """The records of a split that are in one file: `count` records from number `first` of the split on, from 0."""
 
     directory: str
@@ -48,7 +48,7 @@ class CatalogPart:
             yield _plain(record), place
 
 
-def parts_of(name: str, split: str, data_dir: str | None, hash_of: Callable[[Path], str]) -> list[CatalogPart]:
+def parts_of(name: str, split: str, data_dir: str | None, hash_of: Callable[[Path], str]) -> list[TfdsPart]:
     """The parts of a split of the dataset `name[/config][:version]`, one for each of its files.
 
     data_dir: where datasets are prepared (by default TFDS's own directory). hash_of: returns a file's SHA-256. Nothing
@@ -67,13 +67,13 @@ def parts_of(name: str, split: str, data_dir: str | None, hash_of: Callable[[Pat
         has = ", ".join(builder.info.splits) or "none"
         raise UserError(f"{directory} has no split {split!r} (it has: {has}): set split") from error
     described = hash_of(directory / "features.json")
-    parts: list[CatalogPart] = []
+    parts: list[TfdsPart] = []
     first = 0
     for piece in pieces:
         file = Path(str(piece.filename))
         origin = [builder.info.full_name, described, hash_of(file), piece.skip, piece.take]
         key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
-        parts.append(CatalogPart(str(directory), split, first, piece.take, file.name, key, file.stat().st_size))
+        parts.append(TfdsPart(str(directory), split, first, piece.take, file.name, key, file.stat().st_size))
         first += piece.take
     return parts
 

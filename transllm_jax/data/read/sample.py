@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.pool import cores, count, run_in_processes
+from transllm_jax.data.pool import add_progress, cores, run_in_processes
 from transllm_jax.data.read.files import Collector, Controls, Separator
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
 from transllm_jax.errors import UserError
@@ -291,7 +291,7 @@ def _read_in_process(job: _Job, parts: dict[_Job, Path]) -> None:
 
     def on_read(read: int) -> None:
         nonlocal counted
-        count(read - counted)
+        add_progress(read - counted)
         counted = read
 
     _read_file(job, parts[job], on_read)

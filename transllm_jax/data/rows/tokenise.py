@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transllm_jax.data.pool import cores, count, run_in_processes
+from transllm_jax.data.pool import add_progress, cores, run_in_processes
 from transllm_jax.data.read.files import Controls, OnBadRows
 from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows.array_file import sweep
@@ -50,14 +50,14 @@ def tokenise(
     processes = min(processes, len(todo))
     items = 0
 
-    def more(count: int) -> None:
+    def on_items(more: int) -> None:
         nonlocal items
-        items += count
+        items += more
         on_progress(done, items)
 
     if processes <= 1:
         for shard in todo:
-            write_shard(paths[shard], shard, transform, tokenizer, controls, more, on_bad_rows)
+            write_shard(paths[shard], shard, transform, tokenizer, controls, on_items, on_bad_rows)
             done += shard.size
             on_progress(done, items)
     else:
@@ -70,7 +70,7 @@ def tokenise(
 def _in_processes(
     todo: Sequence[Shard],
     paths: dict[Shard, Path],
-    given: tuple[Transform, Tokenizer, Controls, OnBadRows],
+    settings: tuple[Transform, Tokenizer, Controls, OnBadRows],
     done: int,
     on_progress: OnProgress,
     processes: int,
@@ -86,7 +86,7 @@ def _in_processes(
         # The largest first, so that no core is left working alone on a large one at the end.
         sorted(todo, key=lambda shard: -shard.size),
         processes,
-        arguments=(paths, *given),
+        arguments=(paths, *settings),
         environment={"RAYON_NUM_THREADS": str(max(available // processes, 1))},
         on_progress=advance,
         if_killed="whole shards stay; run again, with more memory, or with smaller files",
@@ -101,4 +101,4 @@ def _write_in_process(
     controls: Controls,
     on_bad_rows: OnBadRows,
 ) -> None:
-    write_shard(paths[shard], shard, transform, tokenizer, controls, count, on_bad_rows)
+    write_shard(paths[shard], shard, transform, tokenizer, controls, add_progress, on_bad_rows)

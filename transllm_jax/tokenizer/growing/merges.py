@@ -7,8 +7,8 @@ Training starts from text as the base encodes it, so the parts of every merge ex
    between characters, except the parts of an atom that takes more than one merge.
 3. Merges whose tokens the corpus does not contain are left out (see prune.py).
 
-All merges of step 1 begin where an atom begins, so no other merge uses an atom's remaining pieces. So atoms are
-complete before a merge of step 2 can apply.
+A left-to-right part of an atom always continues in the same atom, and no other merge uses that atom's remaining pieces,
+as all merges of step 1 begin where an atom begins. So atoms are complete before a merge of step 2 can apply.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _check_sentencepiece(state: dict[str, Any], source: str) -> None:
 def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
     """The pre-tokenizer of `state`, a parsed tokenizer.json, changed so that runs of `script` stay whole.
 
-    A `Digits` step stays in front: if the base isolates single digits, so are the script's own digits.
+    A `Digits` step stays in front: if it splits the base's digits one by one, it does so with the script's own digits.
     """
     run = f" ?{script.stretch()}"
 
