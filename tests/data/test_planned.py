@@ -15,7 +15,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.config import Source
 from transllm_jax.data.clean.cleaning import Rules
-from transllm_jax.data.clean.near_duplicates import Kept
+from transllm_jax.data.clean.near_duplicates import Deduplicated
 from transllm_jax.data.read.shards import Content, Shard
 from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
@@ -153,7 +153,7 @@ def test_what_was_left_out_is_nobodys_first(tmp_path: Path, tokenizer: Tokenizer
 
 
 def test_items_not_compared_are_counted(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     assert planned(some_shards(tmp_path / "data"), tokenizer, tmp_path / "cache").counts["unchecked"] == 3
 
 
@@ -320,7 +320,7 @@ def test_a_stage_says_why_nothing_is_left(fake_run: Any, tmp_path: Path) -> None
 def test_a_stage_says_what_was_not_compared(fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"contamination": False})
     assert left_out(planned_rows(fake_run, "pretrain", source, T)) == {} and fake_run.said == []
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     planned_rows(fake_run, "pretrain", source, T + 1)
     assert len(fake_run.said) == 1 and "pretrain: 3 items of" in fake_run.said[0]
 

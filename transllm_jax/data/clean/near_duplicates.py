@@ -44,7 +44,7 @@ _FULL = np.uint64(0xFFFFFFFFFFFFFFFF)  # above every key
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class Deduplicated:
     """keep: bool [n], the texts that stay. exact, near: numbers of texts removed as exact and as near duplicates.
 
     unchecked: number of texts that were not compared with all their candidates, because too many dissimilar texts share
@@ -177,7 +177,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def keep_first(
     exact: np.ndarray, signatures: np.ndarray | None, threshold: float = 0.8, *, leaders: int = 1000
-) -> Kept:
+) -> Deduplicated:
     """Which texts to keep: the first of those with the same exact key, then the first of those that are similar.
 
     exact: uint64 [n], of `exact_key`. signatures: uint32 [n, SIZE] (may be a memory map), or None for exact duplicates
@@ -199,7 +199,7 @@ def keep_first(
     removed = len(exact) - int(keep.sum())
     del order
     if signatures is None:
-        return Kept(keep, removed, 0, 0)
+        return Deduplicated(keep, removed, 0, 0)
     if signatures.shape != (len(exact), SIZE):
         raise ValueError(f"signatures {signatures.shape} of {len(exact)} texts must be [{len(exact)}, {SIZE}]")
     unchecked = np.zeros(len(exact), bool)
@@ -207,7 +207,7 @@ def keep_first(
     for band in range(count):
         _remove_alike(signatures, band * width, width, keep, unchecked, threshold, leaders)
     near = len(exact) - removed - int(keep.sum())
-    return Kept(keep, removed, near, int((unchecked & keep).sum()))
+    return Deduplicated(keep, removed, near, int((unchecked & keep).sum()))
 
 
 def _remove_alike(

@@ -29,7 +29,7 @@ _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an objec
 _MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]')
 
 
-def parse_object(text: str, place: Place, fields: Sequence[str] = (), first_line: int = 1) -> dict[str, Any]:
+def parse_object(text: str, place: Place, fields: Sequence[str] = ()) -> dict[str, Any]:
     """Parse a text as a JSON object. fields: the fields of a good one, for the message.
 
     Raises BadRow with the place if the text is not JSON or not an object.
