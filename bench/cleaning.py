@@ -82,7 +82,7 @@ def time_signatures(count: int, threshold: float) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     print(
         f"{count:,} signatures at {threshold} ({bands(threshold)} bands and hashes a band): {took:.1f} s, "
-        f"{result.near:,} of {len(copies):,} copies of likeness 0.93 removed, {peak / count:.0f} bytes a text"
+        f"{result.near:,} of {len(copies):,} copies of similarity 0.93 removed, {peak / count:.0f} bytes a text"
     )
 
 

@@ -31,7 +31,7 @@ from transllm_jax.data.read.shards import Content, Item, Reading, Shard, shards
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.examples import pair_texts
 from transllm_jax.data.rows.packing import plan
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.token_cache import ShardTokens
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
@@ -131,7 +131,7 @@ def main() -> None:
         print(f"  the cache holds {disk / 1e6:.1f} MB, {disk / tokens.lengths.sum():.2f} bytes a token")
 
         # Repeats would be taken for duplicates.
-        rows = PlannedRows([tokens], Choice(options.length, exact=False), cache)
+        rows = PlannedRows([tokens], Selection(options.length, exact=False), cache)
         print_padding(tokens.lengths.astype(np.int64), rows, options.length, options.batch)
         lengths = np.random.default_rng(0).choice(tokens.lengths, options.examples)
         print(f"plan of {options.examples:,} examples: {timed(lambda: plan(lengths, options.length)):.1f} s")

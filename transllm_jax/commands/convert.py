@@ -32,7 +32,7 @@ from transllm_jax.disk import parse_size, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
-from transllm_jax.tokenizer.llama_cpp import misread, readers_of
+from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
@@ -104,7 +104,7 @@ def to_hf(
         )
     written = open_hf(dst)
     progress.say(f"{dst}: {describe(written)}")
-    if warning := misread(dst):
+    if warning := misread_message(dst):
         progress.say(warning)
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")

@@ -23,8 +23,8 @@ from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.growing.expand import Cuts, Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growing.growth import check_markers
 from transllm_jax.tokenizer.growing.runs import check_supported
-from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override, rebuilt
-from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override_message, rebuilt_message
+from transllm_jax.tokenizer.rewritten import rewritten_letters_message
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -112,7 +112,7 @@ def expand_vocabulary(
         }
         write_json(directory / "report.json", report)
     _say_expansion(dst, files, expansion, script, sample, progress)
-    if lost := rewritten_line(base.tokenizer, script):
+    if lost := rewritten_letters_message(base.tokenizer, script):
         progress.say(lost)
     short = _short_names(list(measured))
     rows = [
@@ -306,7 +306,7 @@ def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
     if report["kind"] == "sentencepiece":
         return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
     if report["readers"]["transformers"] == OTHER_IDS:
-        lines = [f"{rebuilt(report['model_type'])} (--cuts base learns tokens that all read)"]
+        lines = [f"{rebuilt_message(report['model_type'])} (--cuts base learns tokens that all read)"]
     elif report["readers"]["llama.cpp"] == AS_TRAINED:
         lines = [f"{everyone}: text is cut where the base cuts it"]
     else:
@@ -315,7 +315,7 @@ def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
             "learns tokens that it reads, too, and a text takes more of them)"
         ]
         if (instead := report["llama_cpp_stand_in"]) is not None:
-            lines.append(override(instead))
+            lines.append(override_message(instead))
     if not report["passes_for_base"]:
         lines.append(
             "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "

@@ -11,7 +11,7 @@ from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.data.rows.planned import IGNORED as _IGNORED
 from transllm_jax.data.rows.planned import SKIPPED as _SKIPPED
-from transllm_jax.data.rows.planned import Choice, PlannedRows, plan_path
+from transllm_jax.data.rows.planned import PlannedRows, Selection, plan_path
 from transllm_jax.data.rows.token_cache import ShardTokens, records_path, shard_path
 from transllm_jax.data.rows.tokenise import OnProgress, tokenise
 from transllm_jax.data.rows.transform import Transform
@@ -100,7 +100,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
 
         cache = _Cache(run)
         tokens = cache.tokens(shards, transform, source, tell)
-        choice = Choice(
+        choice = Selection(
             row_length=transform.length,
             tokens=source.tokens,
             exact=transform.exact,
@@ -149,7 +149,7 @@ class _Cache:
 
         def made(some: Iterable[Shard]) -> list[ShardTokens]:
             policy = source.controls, self._directory
-            return tokenise(list(some), transform, tokenizer, *policy, tell=tell, on_bad_rows=source.on_bad_rows)
+            return tokenise(list(some), transform, tokenizer, *policy, on_progress=tell, on_bad_rows=source.on_bad_rows)
 
         if self._mirrored:
             self._fetch(paths[shard] for shard in mine)
@@ -167,7 +167,7 @@ class _Cache:
             self._fetch(paths.values())
         return made(shards)
 
-    def rows(self, tokens: Sequence[ShardTokens], choice: Choice) -> PlannedRows:
+    def rows(self, tokens: Sequence[ShardTokens], choice: Selection) -> PlannedRows:
         """The rows, planned by the primary where the others can read the plan."""
         path, place = plan_path(tokens, choice, self._directory), self._run.site.place
 

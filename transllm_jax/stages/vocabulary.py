@@ -38,8 +38,8 @@ from transllm_jax.tokenizer.growing.expand import (
 )
 from transllm_jax.tokenizer.growing.prune import OnProgress
 from transllm_jax.tokenizer.growing.runs import check_supported
-from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
-from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt_message
+from transllm_jax.tokenizer.rewritten import rewritten_letters_message
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
@@ -164,7 +164,7 @@ def check(run: Run) -> None:
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write the expanded tokenizer, its report, and the adapters and rows that training starts from."""
     language = run.config.language
-    if lost := rewritten_line(run.models.tokenizer("base"), script_of(language.code, language.scripts)):
+    if lost := rewritten_letters_message(run.models.tokenizer("base"), script_of(language.code, language.scripts)):
         run.progress.say(f"  warning: {lost}")
     given = run.config.vocabulary.adapter
     tokenizer, trainable, report = _learned(run) if given is None else _brought(run, Path(given))
@@ -203,7 +203,7 @@ def _written(
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
     readers = report.get("readers", {})
     if readers.get("transformers") == OTHER_IDS:
-        text += f"; {rebuilt(run.models.config.model_type)} (vocabulary.cuts: base is)"
+        text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base is)"
     elif readers.get("llama.cpp") == OTHER_IDS:
         text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if given is not None:

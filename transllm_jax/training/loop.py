@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from transllm_jax.data.rows.batches import Ahead, Batch
+from transllm_jax.data.rows.batches import Batch, Prefetcher
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.interrupt import Interrupt
@@ -36,7 +36,7 @@ class BatchSource(Protocol):
 
     batch_size: int
 
-    def of_rows(self, k: int, places: np.ndarray) -> Batch: ...
+    def select_rows(self, k: int, places: np.ndarray) -> Batch: ...
 
     def places(self, k: int) -> list[str]: ...
 
@@ -167,7 +167,7 @@ def train(
     )
     agreement = Agreement(peers)
     trace = Trace(directory / "profile", environment.profile, lambda line: progress.say(f"  {line}"))
-    ahead = Ahead(lambda k: batches.of_rows(k, rows), steps, config.ahead)
+    ahead = Prefetcher(lambda k: batches.select_rows(k, rows), steps, config.ahead)
     try:
         for number in range(first, steps):
             if validation.exhausted:
