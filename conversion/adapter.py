@@ -1,6 +1,6 @@
-"""The description beside an adapter of ours that stands alone: its shape, and the base that it belongs to.
+"""adapter.json, which describes an adapter without its base: the adapter's shape, and the base that it was made for.
 
-Its arrays lie in `trainable/`, written by `transllm_jax.training.checkpoint`, and its tokenizer beside them.
+The arrays are in `trainable/` next to it, written by `transllm_jax.training.checkpoint`, and so is the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FORMAT = "transllm-adapter-1"
 
 @dataclass(frozen=True)
 class Adapter:
-    """`base`: where the base was when the adapter was made; `embedding_sha256`: of its embedding, as float32.
+    """`base`: the path or name of the base at the time; `embedding_sha256`: the hash of its embedding, as float32.
 
-    `source`: what the adapter was made of.
+    `source`: what the adapter was made from.
     """
 
     lora: LoraConfig
@@ -36,16 +36,16 @@ class Adapter:
 
     @classmethod
     def of(cls, base: Opened, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
-        """The description of an adapter for an opened base."""
+        """Describe an adapter for an opened base."""
         return cls(lora, base_name, embedding_sha256(base), source)
 
     def fits(self, base: Opened) -> bool:
-        """Whether a base has the embedding that the adapter was made for."""
+        """Whether a base has the same embedding as the one that the adapter was made for."""
         return embedding_sha256(base) == self.embedding_sha256
 
 
 def embedding_sha256(model: Opened) -> str:
-    """The SHA-256 of the embedding's values as float32: equal for the same model in different files and types."""
+    """The SHA-256 of the embedding's values as float32, which does not depend on the model's file format or dtype."""
     tensor = next(tensor for tensor in tensors(model.config) if tensor.name == EMBEDDING)
     table = model.read(tensor)
     digest = hashlib.sha256()
@@ -64,7 +64,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     path = Path(directory) / ADAPTER
     raw: dict[str, Any] = read_json(path)
     if raw.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not of the format {FORMAT}; make it again with transllm convert from-peft")
+        raise UserError(f"{path} does not have the format {FORMAT}; make it again with transllm convert from-peft")
     try:
         lora = dict(raw.pop("lora"))
         targets = tuple(lora.pop("targets"))

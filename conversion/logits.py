@@ -1,4 +1,4 @@
-"""What an opened checkpoint says of a prompt, read one layer at a time."""
+"""The logits of a prompt from an opened checkpoint, which is read one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transllm_jax.model.lora import LoraConfig
 def logits_of(model: Opened, tokens: list[int], lora: LoraConfig | None = None) -> np.ndarray:
     """Float32 logits [T, V] of one text, [T] ids. Memory: one layer, or one vocabulary table.
 
-    With `lora`, `model` is a `Merged` whose adapters are computed beside the kernels, as training does, and not
-    merged into them.
+    With `lora`, `model` is a `Merged`, and its adapters are computed separately, as in training, instead of being
+    merged into the kernels.
     """
     table = tensors(model.config)
     named = {tensor.name: tensor for tensor in table}

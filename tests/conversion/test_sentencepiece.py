@@ -176,7 +176,7 @@ def test_what_the_config_puts_around_a_text(tmp_path: Path) -> None:
         ours = Tokenizer.from_file(str(out / "tokenizer.json"))
         for pair in (("the cat",), ("the cat", "the")):
             assert ours.encode(*pair).ids == theirs(*pair).input_ids, (config, pair)
-    with pytest.raises(UserError, match=r"no EOS piece; say add_eos_token: false"):
+    with pytest.raises(UserError, match=r"no EOS piece; set add_eos_token: false"):
         write_tokenizer_json(train(tmp_path, eos_id=-1), tmp_path, add_eos=True)
 
 
