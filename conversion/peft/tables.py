@@ -155,8 +155,8 @@ class Tables:
                 )
         elif EMBED_MODULE in self.saved and not self.config.tied and (embed.trained is not None or len(embed.new)):
             self.faults.append(
-                "embed_tokens was trained without lm_head, which PEFT then leaves unchanged, but the base ties them; train "
-                "them as one (ensure_weight_tying)"
+                "embed_tokens was trained without lm_head, which PEFT then leaves unchanged, but the base ties them; "
+                "train them as one (ensure_weight_tying)"
             )
 
     def _base(self, module: str) -> np.ndarray:
