@@ -14,7 +14,7 @@ import numpy as np
 
 from conversion.directories import read_json, write_json
 from conversion.names import EMBEDDING, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import TARGETS, LoraConfig
 
@@ -35,16 +35,16 @@ class Adapter:
     source: str
 
     @classmethod
-    def of(cls, base: Opened, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
+    def of(cls, base: OpenedModel, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
         """Describe an adapter for an opened base."""
         return cls(lora, base_name, embedding_sha256(base), source)
 
-    def fits(self, base: Opened) -> bool:
+    def fits(self, base: OpenedModel) -> bool:
         """Whether a base has the same embedding as the one that the adapter was made for."""
         return embedding_sha256(base) == self.embedding_sha256
 
 
-def embedding_sha256(model: Opened) -> str:
+def embedding_sha256(model: OpenedModel) -> str:
     """The SHA-256 of the embedding's values as float32, which does not depend on the model's file format or dtype."""
     tensor = next(tensor for tensor in tensors(model.config) if tensor.name == EMBEDDING)
     table = model.read(tensor)

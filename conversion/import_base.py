@@ -20,10 +20,10 @@ from conversion.gguf.weights import open_gguf
 from conversion.hf.directory import HFModel, parse_config, require_all_finite, write_config
 from conversion.hf.export import copy_generation_config, copy_notices
 from conversion.hf.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer, token_ids
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened, size_of
+from conversion.opened import OpenedModel, size_of
 from conversion.store import write_store
 from transllm_jax.errors import UserError
 
@@ -137,7 +137,7 @@ class _Narrowed:
     llama.cpp stores them as float32, whatever the model's type was. So a bfloat16 model stays bfloat16.
     """
 
-    def __init__(self, model: Opened) -> None:
+    def __init__(self, model: OpenedModel) -> None:
         self.where, self.config, self._model = model.where, model.config, model
         self._main = widest({model.dtype(tensor) for tensor in tensors(model.config) if len(tensor.shape) == 2})
         self._small = {
@@ -166,7 +166,7 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
     if options.layout == "store" and not has_tokenizer(src):
         options.say(f"{src} has no tokenizer; the weights alone are converted")
     else:
-        bring_tokenizer(src, directory)  # before the weights, so that its errors are reported at once
+        copy_or_make_tokenizer(src, directory)  # before the weights, so that its errors are reported at once
     raw = read_json(src / "config.json")
     if isinstance(model, HFModel) and options.layout == "hf":
         _copy_weights(fetched, model, directory, options)
@@ -199,7 +199,7 @@ def _copy_weights(fetched: Fetched, model: HFModel, directory: Path, options: _O
         require_sha256(fetched.path, [directory / file.name for file in files], options.sha256)
 
 
-def _write(model: Opened, directory: Path, options: _Options) -> None:
+def _write(model: OpenedModel, directory: Path, options: _Options) -> None:
     advance = options.begin(size_of(model))
     if options.layout == "store":
         write_store(directory, model, mesh=options.mesh, advance=advance)

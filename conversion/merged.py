@@ -10,7 +10,7 @@ import numpy as np
 
 from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
@@ -35,7 +35,7 @@ class Merged:
     """
 
     def __init__(
-        self, base: Opened, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
+        self, base: OpenedModel, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
     ) -> None:
         """Raises UserError, which lists every array that is missing, extra, of the wrong shape or not finite.
 
@@ -120,7 +120,7 @@ class Merged:
         return self.merges(tensor)
 
 
-def _base_tensor(base: Opened, tensor: Tensor) -> Tensor:
+def _base_tensor(base: OpenedModel, tensor: Tensor) -> Tensor:
     """The base's own tensor of the same name: its tables have fewer rows."""
     if tensor.name in _ROWS:
         return replace(tensor, shape=(base.config.vocab_size, base.config.hidden_size))

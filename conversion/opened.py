@@ -15,7 +15,7 @@ from conversion.names import Tensor, tensors
 from transllm_jax.model.config import LlamaConfig
 
 
-class Opened(Protocol):
+class OpenedModel(Protocol):
     """An opened model. `where` names it in messages."""
 
     @property
@@ -31,6 +31,6 @@ class Opened(Protocol):
         """One tensor of `names.tensors(config)`, with `tensor.shape` and its stored type; it may not be finite."""
 
 
-def size_of(model: Opened) -> int:
+def size_of(model: OpenedModel) -> int:
     """The size of all tensors in bytes, in their stored types."""
     return sum(math.prod(tensor.shape) * model.dtype(tensor).itemsize for tensor in tensors(model.config))

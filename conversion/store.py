@@ -29,7 +29,7 @@ from conversion.directories import read_json, write_json
 from conversion.hf.directory import not_finite, read_config
 from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
 from conversion.names import Tensor, tensors, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -113,7 +113,7 @@ class ArraySpec:
 
 def write_store(
     directory: str | Path,
-    source: Opened,
+    source: OpenedModel,
     *,
     mesh: Mapping[str, int] | None = None,
     advance: Callable[[int], None] | None = None,
@@ -164,7 +164,7 @@ def write_store(
     write_json(directory / MANIFEST, manifest)
 
 
-def _plan(source: Opened, mesh: Mapping[str, int] | None) -> dict[str, ArraySpec]:
+def _plan(source: OpenedModel, mesh: Mapping[str, int] | None) -> dict[str, ArraySpec]:
     types: dict[str, list[np.dtype[Any]]] = {}
     for tensor in tensors(source.config):
         types.setdefault(tensor.path, []).append(source.dtype(tensor))

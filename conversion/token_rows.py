@@ -11,7 +11,7 @@ import numpy as np
 from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class TokenRows:
     """A model from which rows are taken, for a model with the config `config`."""
 
-    model: Opened
+    model: OpenedModel
     tokenizer: Tokenizer
     config: LlamaConfig
 

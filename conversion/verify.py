@@ -10,7 +10,7 @@ import numpy as np
 from conversion.hf.safetensors_io import DTYPES
 from conversion.logits import logits_of
 from conversion.names import Tensor, collapse, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.model.config import LlamaConfig
 
 # Fields that are not compared, because a difference shows in the names and shapes of the tensors.
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare(
-    a: Opened, b: Opened, prompt: list[int] | None = None, advance: Callable[[int], None] | None = None
+    a: OpenedModel, b: OpenedModel, prompt: list[int] | None = None, advance: Callable[[int], None] | None = None
 ) -> Comparison:
     """Compare two models tensor by tensor, and their logits on a prompt of token ids, if it is given.
 
@@ -101,7 +101,9 @@ def _config(a: LlamaConfig, b: LlamaConfig) -> list[str]:
     ]
 
 
-def _compare(group: Group, a: Opened, b: Opened, left: Tensor, right: Tensor, advance: Callable[[int], None]) -> None:
+def _compare(
+    group: Group, a: OpenedModel, b: OpenedModel, left: Tensor, right: Tensor, advance: Callable[[int], None]
+) -> None:
     x, y = a.read(left), b.read(right)
     advance(x.nbytes + y.nbytes)
     group.tensors += 1

@@ -51,7 +51,7 @@ _VALUES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.Opened`).
+    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.OpenedModel`).
 
     `fields` are its metadata by name. No weights are kept in memory: every `read` reads the file.
     """

@@ -24,7 +24,7 @@ from conversion.hf.safetensors_io import (
 )
 from conversion.hf.tokenizer_files import copy_tokenizer
 from conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
@@ -142,7 +142,7 @@ def read_weights(directory: str | Path, dtype: DTypeLike = np.float32) -> dict[s
     return open_hf(directory).weights(dtype)
 
 
-def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+def stacked(model: OpenedModel, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
     """All weights of an opened model in our layout.
 
     Raises UserError, which lists all tensors with values that are NaN or infinite.
@@ -159,7 +159,7 @@ def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarra
     return weights
 
 
-def read_parts(model: Opened, path: str, parts: Sequence[tuple[slice, ...]], dtype: DTypeLike) -> list[np.ndarray]:
+def read_parts(model: OpenedModel, path: str, parts: Sequence[tuple[slice, ...]], dtype: DTypeLike) -> list[np.ndarray]:
     """Parts of one of our weights, for a `transllm_jax.model.layout.Reader`; each of the weight's tensors is read once.
 
     A part has a slice without a step for each dimension, and all layers. Memory is the parts plus one tensor.
@@ -183,7 +183,7 @@ def read_parts(model: Opened, path: str, parts: Sequence[tuple[slice, ...]], dty
     return found
 
 
-def require_all_finite(model: Opened, advance: Callable[[int], None] | None = None) -> None:
+def require_all_finite(model: OpenedModel, advance: Callable[[int], None] | None = None) -> None:
     """Read every tensor once. Raises UserError, which lists all tensors with values that are NaN or infinite."""
     bad: dict[str, int] = {}
     for tensor in tensors(model.config):

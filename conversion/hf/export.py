@@ -17,7 +17,7 @@ from conversion.hf.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_fini
 from conversion.hf.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
 from conversion.merged import Merged
 from conversion.names import Tensor, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.sentencepiece_model import unused
@@ -55,7 +55,7 @@ class Rounding:
 
 
 def export_hf(
-    model: Opened,
+    model: OpenedModel,
     files: str | Path,
     dst: str | Path,
     *,

@@ -31,7 +31,7 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(src / name, dst / name)
 
 
-def bring_tokenizer(src: Path, dst: Path) -> None:
+def copy_or_make_tokenizer(src: Path, dst: Path) -> None:
     """Copy a tokenizer's files; if it has no `tokenizer.json`, make one from its `tokenizer.model`.
 
     Raises UserError if `src` holds no tokenizer, or one from which no tokenizer.json can be made.

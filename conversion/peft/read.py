@@ -11,7 +11,7 @@ import numpy as np
 from conversion.hf.safetensors_io import DTYPES, Entry, count_not_finite, read_header, read_tensor
 from conversion.merged import Merged
 from conversion.names import KERNELS, collapse, kernel_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import PREFIX, WEIGHTS, PeftConfig, read_peft_config
 from conversion.peft.tables import Tables
 from transllm_jax.errors import UserError
@@ -37,7 +37,7 @@ class PeftAdapter:
     tokenizer_dir: Path | None
 
 
-def read_peft(adapter_dir: str | Path, base: Opened) -> PeftAdapter:
+def read_peft(adapter_dir: str | Path, base: OpenedModel) -> PeftAdapter:
     """Read the directory of a LoRA adapter that was trained on `base` and saved by PEFT's `save_pretrained`.
 
     Raises UserError for options that are not supported; for tensors that are missing, extra, of the wrong shape, not
@@ -79,7 +79,7 @@ def read_peft(adapter_dir: str | Path, base: Opened) -> PeftAdapter:
     )
 
 
-def open_peft(adapter: PeftAdapter, base: Opened) -> Merged:
+def open_peft(adapter: PeftAdapter, base: OpenedModel) -> Merged:
     """The base with the adapter merged, read tensor by tensor. Raises UserError if it does not fit the base."""
     return Merged(base, adapter.trainable, adapter.lora.scale)
 

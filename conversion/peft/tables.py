@@ -14,7 +14,7 @@ import numpy as np
 
 from conversion.hf.safetensors_io import Entry, read_tensor, require_finite
 from conversion.names import EMBEDDING, OUTPUT, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import EMBED_MODULE, HEAD_MODULE, PREFIX, WEIGHTS, PeftConfig
 from transllm_jax.errors import UserError
 
@@ -42,7 +42,7 @@ class Tables:
     `faults` are messages about the config. Call `read` only if there are no faults.
     """
 
-    def __init__(self, base: Opened, config: PeftConfig, entries: dict[str, Entry], directory: Path) -> None:
+    def __init__(self, base: OpenedModel, config: PeftConfig, entries: dict[str, Entry], directory: Path) -> None:
         self.base, self.config, self.entries, self.directory = base, config, entries, directory
         self.model_tied = base.config.tie_word_embeddings
         self.size, self.hidden = base.config.vocab_size, base.config.hidden_size

@@ -14,7 +14,7 @@ from conversion.hf.safetensors_io import SINGLE, dtype_of, write_tensors
 from conversion.hf.tokenizer_files import copy_tokenizer, require_tokenizer
 from conversion.merged import Merged
 from conversion.names import EMBEDDING, KERNELS, OUTPUT, Tensor, kernel_shapes, to_hf
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG, PREFIX, WEIGHTS, make_peft_config
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
@@ -27,7 +27,7 @@ _NEW = {EMBEDDING: "vocabulary.new", OUTPUT: "vocabulary.output_new"}
 
 def write_peft(
     dst: str | Path,
-    base: Opened,
+    base: OpenedModel,
     trainable: Mapping[str, np.ndarray],
     lora: LoraConfig,
     *,

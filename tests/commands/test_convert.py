@@ -27,7 +27,7 @@ from conversion.hf.safetensors_io import DTYPES, write_tensors
 from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import EMBEDDING, OUTPUT, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.verify import compare
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import convert
@@ -68,7 +68,7 @@ def write_source(directory: Path, name: str, dtype: str, **options: Any) -> Path
     return directory
 
 
-def bits(model: Opened) -> dict[str, tuple[str, str]]:
+def bits(model: OpenedModel) -> dict[str, tuple[str, str]]:
     """Type and hash of every tensor."""
     found = {}
     for tensor in tensors(model.config):

@@ -32,7 +32,7 @@ from transllm_jax.model.parameters import (
     Split,
     abstract,
     assemble,
-    count,
+    count_parameters,
     initial_adapters,
     load_frozen,
     merge,
@@ -529,7 +529,7 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
     batch = training_batch(VOCAB + NEW)
 
     of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
-    assert of_frozen.keys() == frozen.keys() and count(frozen) > count(trainable)
+    assert of_frozen.keys() == frozen.keys() and count_parameters(frozen) > count_parameters(trainable)
     for path, values in of_frozen.items():
         assert not np.asarray(values).any(), path
     for path, values in of_trainable.items():

@@ -23,7 +23,7 @@ from transllm_jax.config import Config
 from transllm_jax.errors import Diverged, Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
-from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, count, load_frozen
+from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, count_parameters, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages import base as base_stage
 from transllm_jax.stages import pipeline, vocabulary
@@ -146,7 +146,7 @@ def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else(train_b
     split = new_split(train_base=train_base)
     assert ("vocabulary.base_trained" in split.trainable) == train_base
     state = make_optimizer(OPTIMIZER).init(split.trainable)
-    assert moments_size(state) == 2 * count(split.trainable)
+    assert moments_size(state) == 2 * count_parameters(split.trainable)
     held = [jax.tree_util.keystr(path) for path, leaf in _leaves(state) if leaf.ndim]
     assert len(held) == 2 * len(split.trainable)
     for path in split.trainable:

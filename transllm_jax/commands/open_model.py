@@ -13,10 +13,10 @@ from conversion.fetch import fetch
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
 from transllm_jax.config import load_config
@@ -36,7 +36,7 @@ class Source:
     `files` is None of a GGUF file, which holds everything itself.
     """
 
-    model: Opened
+    model: OpenedModel
     files: Path | None
     tokenizer: Path | None
     lora: LoraConfig | None = None
@@ -126,5 +126,5 @@ def tokenizer_of(found: Source) -> Tokenizer:
         if isinstance(found.model, GGUFModel):
             write_tokenizer(found.model.fields, scratch, found.model.where)
         elif found.tokenizer is not None:
-            bring_tokenizer(found.tokenizer, Path(scratch))
+            copy_or_make_tokenizer(found.tokenizer, Path(scratch))
         return Tokenizer.load(scratch)

@@ -40,7 +40,7 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
         return block(x, angles, attend_whole, adapters=adapters, layout=model.layout)
 
     x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens, adapters=adapters), model.blocks)
-    k, v = (model.layout.computed(kv, None, "batch", "kv_heads", None, None) for kv in (k, v))
+    k, v = (model.layout.constrain(kv, None, "batch", "kv_heads", None, None) for kv in (k, v))
     padding = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
     cache = Cache(
         k=jnp.pad(k, padding),
@@ -53,7 +53,7 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
 
 def _output_states(model: Llama, x: jax.Array) -> jax.Array:
     """States [B, D] normalised and placed for the output product: they move, because the table is far larger."""
-    return model.final_norm(model.layout.decoding.computed(x, "batch", None))
+    return model.final_norm(model.layout.decoding.constrain(x, "batch", None))
 
 
 def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> tuple[jax.Array, Cache]:
@@ -77,8 +77,8 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
 
         def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             # Cut by rows, like the cache, so that attention needs no communication.
-            q = model.layout.computed(q, "batch", "heads", None, None)
-            k, v = (model.layout.computed(kv, "batch", "kv_heads", None, None) for kv in (k, v))
+            q = model.layout.constrain(q, "batch", "heads", None, None)
+            k, v = (model.layout.constrain(kv, "batch", "kv_heads", None, None) for kv in (k, v))
             start = (index, 0, 0, cache.end, 0)
             new_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
             new_values = jax.lax.dynamic_update_slice(values, v[None], start)

@@ -55,7 +55,7 @@ _RULES = {
 }
 _BATCH = ("data", "fsdp")
 # The mesh axes that cut one axis of a computed value (an activation).
-_COMPUTED = {
+_ACTIVATION_AXES = {
     "batch": _BATCH,
     "batch_data": ("data",),
     "length": ("tensor",),
@@ -94,7 +94,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
 
 
 def partition(path: str) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes that cut each dimension of a parameter as it is stored."""
+    """The mesh axes that cut each dimension of the stored parameter."""
     return tuple(_RULES[name].stored for name in logical_axes(path))
 
 
@@ -153,18 +153,18 @@ class Layout:
         return None if self.mesh is None else NamedSharding(self.mesh, _spec(partition(path)))
 
     @property
-    def everywhere(self) -> NamedSharding | None:
+    def replicated(self) -> NamedSharding | None:
         """The sharding with a copy on each device; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def rows(self, *, parts: bool = False) -> NamedSharding | None:
+    def batch_sharding(self, *, parts: bool = False) -> NamedSharding | None:
         """The sharding of a batch's fields [B, ..], or with `parts` [parts, B / parts, ..]; None without a mesh."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(None, _BATCH) if parts else PartitionSpec(_BATCH))
 
     @property
-    def cache(self) -> NamedSharding | None:
+    def cache_sharding(self) -> NamedSharding | None:
         """The sharding of the decoding cache [L, B, K, S, H]; None without a mesh."""
         if self.mesh is None:
             return None
@@ -212,7 +212,7 @@ class Layout:
         ]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    def used(self, parameter: jax.Array, *axes: str) -> jax.Array:
+    def gathered(self, parameter: jax.Array, *axes: str) -> jax.Array:
         """A parameter (without the axis of layers) as a product uses it; its gradient is cut as the parameter is.
 
         It is gathered here, inside a layer, so that only the layers being computed are whole.
@@ -223,13 +223,13 @@ class Layout:
         return _resharded(parameter, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
 
     def stored_spec(self, *axes: str) -> PartitionSpec:
-        """How a parameter (without the axis of layers) is cut as it is stored."""
+        """How the stored parameter (without the axis of layers) is cut."""
         return _spec([_RULES[name].stored for name in axes])
 
     @staticmethod
     def tokens_spec(name: str | None) -> PartitionSpec:
         """How values [tokens, axis `name`] are cut: tokens like the rows of a batch, each row whole."""
-        return PartitionSpec(_BATCH, _COMPUTED.get(name or "") if name != "embed" else None)
+        return PartitionSpec(_BATCH, _ACTIVATION_AXES.get(name or "") if name != "embed" else None)
 
     def parts(self, gradient: jax.Array, name: str) -> jax.Array:
         """Inside a shard_map: an adapter's gradient [size, R] as parts [fsdp, n, R], to be summed over devices.
@@ -242,28 +242,30 @@ class Layout:
         cut = gradient.reshape(fsdp, tensor, -1, gradient.shape[1])
         return jax.lax.dynamic_index_in_dim(cut, jax.lax.axis_index("tensor"), axis=1, keepdims=False)
 
-    # Computed values.
+    # Activations.
 
-    def computed(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """Shard a value by the names of its axes (None: whole). An axis that the mesh does not divide stays whole."""
-        sharding = self._computed(x.shape, names)
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Shard an activation by its axes' names (None: whole). An axis that the mesh does not divide stays whole."""
+        sharding = self._activation_sharding(x.shape, names)
         return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    def between(self, x: jax.Array) -> jax.Array:
-        """States [B, T, D] between the parts of a layer."""
-        return self.computed(x, "batch", "length", None)
+    def residual(self, x: jax.Array) -> jax.Array:
+        """Shard the residual stream [B, T, D]."""
+        return self.constrain(x, "batch", "length", None)
 
     def whole_rows(self, x: jax.Array) -> jax.Array:
-        """States [B, T, D] with every position of a row on one device; their gradient is sharded as by `between`."""
-        there, back = (self._computed(x.shape, names) for names in (("batch", None, None), ("batch", "length", None)))
+        """States [B, T, D] with every position of a row on one device; their gradient is sharded as by `residual`."""
+        there, back = (
+            self._activation_sharding(x.shape, names) for names in (("batch", None, None), ("batch", "length", None))
+        )
         return x if there is None or back is None else _resharded(x, there, back)
 
-    def _computed(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding | None:
+    def _activation_sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding | None:
         if self.mesh is None:
             return None
         axes = []
         for size, name in zip(shape, names, strict=True):
-            cut = _COMPUTED[name] if name else ()
+            cut = _ACTIVATION_AXES[name] if name else ()
             if self.stationary and name in ("batch", "length"):
                 cut = ("data",) if name == "batch" else ()
             axes.append(cut if cut and size % self.size(*cut) == 0 else ())

@@ -185,8 +185,8 @@ class Block(nnx.Module):
         keys = _DropoutKeys(dropout)
         normed = self.attention_norm(x)
         attended, carried = self.attention(normed, angles, attend, adapters=adapters, keys=keys, layout=layout)
-        x = x + layout.between(attended)
-        return x + layout.between(self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys, layout=layout)), carried
+        x = x + layout.residual(attended)
+        return x + layout.residual(self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys, layout=layout)), carried
 
 
 class Llama(nnx.Module):

@@ -74,9 +74,9 @@ class _AdaptedLayers(NamedTuple):
         """x with dropout: 0 where `keep` is false, and the rest scaled up so that the mean stays. None: x itself."""
         return x if keep is None else jnp.where(keep, x * (256 / (256 - _dropped_of_256(self.dropout))), 0)
 
-    def used(self, ws: Arrays, a_s: Arrays, bs: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    def gathered(self, ws: Arrays, a_s: Arrays, bs: Arrays) -> tuple[Arrays, Arrays, Arrays]:
         """The parameters as the products use them: gathered from the devices that store their parts."""
-        use, axes = self.layout.used, [LINEAR[name] for name in self.names]
+        use, axes = self.layout.gathered, [LINEAR[name] for name in self.names]
         return (
             tuple(use(w, inner, outer) for w, (inner, outer) in zip(ws, axes, strict=True)),
             tuple(use(a, f"{inner}_adapter", "rank") for a, (inner, _) in zip(a_s, axes, strict=True)),
@@ -132,7 +132,7 @@ def _adapted(
 
     h is x after dropout.
     """
-    ws, a_s, bs = group.used(ws, a_s, bs)
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
     h = group.dropped(x, keep)
     return tuple(x @ w + (h @ (a * group.scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
 
@@ -142,7 +142,7 @@ def _adapted_forward(
 ) -> tuple[Arrays, tuple[Any, ...]]:
     # Saved for the backward pass are the parameters as they are stored, not the gathered ones.
     stored = ws, a_s, bs
-    ws, a_s, bs = group.used(ws, a_s, bs)
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
     h = group.dropped(x, keep)
     us = tuple(checkpoint_name(h @ (a * group.scale), DOWN_PROJECTED) for a in a_s)
     ys = tuple(checkpoint_name(x @ w + u @ b, name) for name, w, u, b in zip(group.names, ws, us, bs, strict=True))
@@ -152,7 +152,7 @@ def _adapted_forward(
 
 def _adapted_backward(group: _AdaptedLayers, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
     x, keep, us, ws, a_s, bs = residuals
-    ws, a_s, bs = group.used(ws, a_s, bs)
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
     # The barrier keeps XLA from fusing the operation that makes a gradient, with its transposes, into each of the
     # products below: on a CPU that recomputation costs more than the products themselves.
     if group.layout.platform == "cpu":
@@ -219,14 +219,14 @@ def project(
     `dropout` is a random key, given in training if the rate is not 0; all layers drop the same values.
     """
     inner, outer = LINEAR[layers[0].name]
-    x = layout.whole_rows(x) if inner == "embed" else layout.computed(x, "batch", None, inner)
+    x = layout.whole_rows(x) if inner == "embed" else layout.constrain(x, "batch", None, inner)
     flat = x.reshape(-1, x.shape[-1])
     lora = next((layer.lora for layer in layers if layer.lora is not None), None) if adapters else None
     adapted = [layer for layer in layers if lora is not None and layer.lora is not None]
     plain = [layer for layer in layers if lora is None or layer.lora is None]
     ys = {}
     for layer in plain:
-        kernel = layout.used(layer.kernel[...].astype(x.dtype), *LINEAR[layer.name])
+        kernel = layout.gathered(layer.kernel[...].astype(x.dtype), *LINEAR[layer.name])
         ys[id(layer)] = checkpoint_name(flat @ kernel, layer.name)
     if lora is not None:
         keep = None
@@ -243,7 +243,7 @@ def project(
         ys |= {id(layer): y for layer, y in zip(adapted, adapted_ys, strict=True)}
     outputs = [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
     # The outputs of o and down are sums over `tensor`; the caller decides where they go.
-    return outputs if outer == "embed" else [layout.computed(y, "batch", None, outer) for y in outputs]
+    return outputs if outer == "embed" else [layout.constrain(y, "batch", None, outer) for y in outputs]
 
 
 def _dropped_of_256(rate: float) -> int:

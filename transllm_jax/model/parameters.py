@@ -43,7 +43,7 @@ class Split(NamedTuple):
         """How the arrays are placed on devices."""
         return self.merge().layout
 
-    def hold(self, paths: Iterable[str]) -> Split:
+    def freeze(self, paths: Iterable[str]) -> Split:
         """The same split with these trainable arrays frozen at their present values: no gradient, no moments.
 
         Raises ValueError, which lists the paths, if any is not trainable.
@@ -205,6 +205,6 @@ def _check(given: Mapping[str, np.ndarray | jax.Array], wanted: Mapping[str, Any
         raise UserError(f"{what}: {'; '.join(faults)}; is this the model that the config describes?")
 
 
-def count(tree: Mapping[str, Any]) -> int:
+def count_parameters(tree: Mapping[str, Any]) -> int:
     """The number of parameters in a flat tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in tree.values())

@@ -41,13 +41,13 @@ def _is_padding(padding: Padding, first: int, size: int) -> jax.Array | None:
     return jnp.stack([(ids >= start) & (ids < stop) for start, stop in ranges]).any(axis=0)
 
 
-def without(scores: jax.Array, padding: Padding, first: int = 0) -> jax.Array:
+def mask_padding(scores: jax.Array, padding: Padding, first: int = 0) -> jax.Array:
     """Logits [..., n] of the ids from `first` on, with -inf for padding."""
     is_padding = _is_padding(padding, first, scores.shape[-1])
     return scores if is_padding is None else jnp.where(is_padding, -jnp.inf, scores)
 
 
-def held(changes: jax.Array, padding: Padding) -> jax.Array:
+def zero_padding(changes: jax.Array, padding: Padding) -> jax.Array:
     """Changes of base rows [V, D], with 0 for padding."""
     is_padding = _is_padding(padding, 0, len(changes))
     return changes if is_padding is None else jnp.where(is_padding[:, None], 0, changes)
@@ -100,7 +100,7 @@ class Vocabulary(nnx.Module):
         table = self.base_trained[...] if self.train_base and adapters else self.base[...]
         # Each device looks up its part of D for all rows of its group, so that the table's gradient is summed where the
         # table is stored. The states then change from parts of D to parts of the batch, one axis at a time.
-        tokens = self.layout.computed(tokens, "batch_data", None)
+        tokens = self.layout.constrain(tokens, "batch_data", None)
         if not self.new_rows:
             x = self._rows(table, tokens)
         else:
@@ -108,10 +108,10 @@ class Vocabulary(nnx.Module):
             known = self._rows(table, jnp.minimum(tokens, size - 1))
             added = self._rows(self.new[...], jnp.maximum(tokens - size, 0))
             x = jnp.where((tokens < size)[..., None], known, added)
-        return self.layout.between(self.layout.computed(x, "batch_data", "length", "embed"))
+        return self.layout.residual(self.layout.constrain(x, "batch_data", "length", "embed"))
 
     def _rows(self, table: jax.Array, indices: jax.Array) -> jax.Array:
-        return self.layout.computed(table[indices].astype(self.dtype), "batch_data", None, "embed_table")
+        return self.layout.constrain(table[indices].astype(self.dtype), "batch_data", None, "embed_table")
 
     def output_rows(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
         """The output rows as they are stored: base [V, D] and new [n, D] (None without new rows).
@@ -141,8 +141,8 @@ class Vocabulary(nnx.Module):
         if new is None or base_only:
             return scores
         added = jnp.einsum("...D,VD->...V", hidden, new, preferred_element_type=jnp.float32)
-        return jnp.concatenate([scores, without(added, self.padding, base.shape[0])], axis=-1)
+        return jnp.concatenate([scores, mask_padding(added, self.padding, base.shape[0])], axis=-1)
 
     def choices(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
         """`logits` to choose a token from: -inf for every id without a token."""
-        return without(self.logits(hidden, base_only=base_only, adapters=adapters), self.padding)
+        return mask_padding(self.logits(hidden, base_only=base_only, adapters=adapters), self.padding)
