@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
-from conversion.adapter import Adapter, write_adapter  # noqa: E402
+from conversion.adapter import AdapterDescription, write_adapter  # noqa: E402
 from conversion.hf.directory import open_hf, write_config  # noqa: E402
 from conversion.hf.safetensors_io import write_tensors  # noqa: E402
 from conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
@@ -121,7 +121,7 @@ def write_random_adapter(directory: Path, base: Path, config: LlamaConfig, rank:
     save_arrays(directory / "trainable", arrays)
     copy_tokenizer(base, directory)
     model = open_directory(base)
-    write_adapter(directory, Adapter.of(model, lora, base_name=str(base), source="random"))
+    write_adapter(directory, AdapterDescription.of(model, lora, base_name=str(base), source="random"))
 
 
 def hashes(directory: Path) -> dict[str, tuple[str, str]]:

@@ -23,7 +23,7 @@ FORMAT = "transllm-adapter-1"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterDescription:
     """`base`: the path or name of the base at the time; `embedding_sha256`: the hash of its embedding, as float32.
 
     `source`: what the adapter was made from.
@@ -35,7 +35,7 @@ class Adapter:
     source: str
 
     @classmethod
-    def of(cls, base: OpenedModel, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
+    def of(cls, base: OpenedModel, lora: LoraConfig, *, base_name: str, source: str) -> AdapterDescription:
         """Describe an adapter for an opened base."""
         return cls(lora, base_name, embedding_sha256(base), source)
 
@@ -54,12 +54,12 @@ def embedding_sha256(model: OpenedModel) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(directory: Path, adapter: Adapter) -> None:
+def write_adapter(directory: Path, adapter: AdapterDescription) -> None:
     """Write adapter.json."""
     write_json(directory / ADAPTER, {"format": FORMAT, **asdict(adapter)})
 
 
-def read_adapter(directory: str | Path) -> Adapter:
+def read_adapter(directory: str | Path) -> AdapterDescription:
     """Read adapter.json. Raises UserError if it is missing, damaged, or of another version."""
     path = Path(directory) / ADAPTER
     raw: dict[str, Any] = read_json(path)
@@ -70,6 +70,6 @@ def read_adapter(directory: str | Path) -> Adapter:
         targets = tuple(lora.pop("targets"))
         if not targets or set(targets) - set(TARGETS):
             raise ValueError(f"targets {targets}")
-        return Adapter(LoraConfig(**lora, targets=targets), **raw)
+        return AdapterDescription(LoraConfig(**lora, targets=targets), **raw)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); make it again with transllm convert from-peft") from None

@@ -27,13 +27,13 @@ from conversion.opened import OpenedModel, size_of
 from conversion.store import write_store
 from transllm_jax.errors import UserError
 
-Layout = Literal["hf", "store"]
+Format = Literal["hf", "store"]
 SOURCE = "source.json"
 
 
 @dataclass(frozen=True)
 class _Options:
-    layout: Layout
+    layout: Format
     sha256: str | None
     mesh: Mapping[str, int] | None
     say: Callable[[str], None]
@@ -47,7 +47,7 @@ def import_base(
     *,
     sha256: str | None = None,
     overwrite: bool = False,
-    layout: Layout = "hf",
+    layout: Format = "hf",
     mesh: Mapping[str, int] | None = None,
     say: Callable[[str], None] | None = None,
     begin: Callable[[int], Callable[[int], None]] | None = None,

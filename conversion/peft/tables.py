@@ -110,41 +110,49 @@ class Tables:
         return arrays
 
     def _table(self, module: str) -> _Table:
-        trained: np.ndarray | None = None
-        new = np.zeros((0, self.hidden), np.float32)
-        whole = self._entry(module, _WHOLE) or self._entry(module, _BASE_LAYER)
-        if whole is not None:
-            table = read_tensor(whole)
-            if not self._is_base(module, table):
-                trained = table[: self.size].astype(np.float32)
-            new = table[self.size :].astype(np.float32)
-            copy, replaced = self._entry(module, _COPY), self._entry(module, _REPLACED)
-            if copy is not None and not _same(read_tensor(copy), table):
-                self.faults.append(f"{module}{_COPY} differs from {module}{_WHOLE}; remove the wrong one")
-            if replaced is not None and not self._is_base(module, read_tensor(replaced)):
-                self.faults.append(f"{module}{_REPLACED} is not the table of {self.base.where}; give the adapter's own")
+        """A module's table from the adapter's whole table and single rows; adds to `faults`."""
+        entry = self._entry(module, _WHOLE) or self._entry(module, _BASE_LAYER)
+        table = None if entry is None else self._whole_table(module, read_tensor(entry))
         rows = self._entry(module, _ROWS)
-        if rows is None:
-            return _Table(trained, new)
-        ids, values = np.array(self.tokens[module]), read_tensor(rows).astype(np.float32)
-        above = sorted(ids[ids >= self.size] - self.size)
-        if whole is None and above != list(range(len(above))):
-            self.faults.append(
-                f"trainable_token_indices of {module} leaves out new tokens: {len(above)} ids from {self.size} on, "
-                f"up to {above[-1] + self.size}; train all new tokens, because their rows are stored nowhere else"
-            )
-            return _Table(trained, new)
-        if whole is None:
-            new = np.zeros((len(above), self.hidden), np.float32)
-        elif above and above[-1] >= len(new):
-            self.faults.append(f"trainable_token_indices of {module} names {above[-1] + self.size}, above the table")
-            return _Table(trained, new)
+        if rows is not None:
+            return self._with_rows(module, table, read_tensor(rows).astype(np.float32))
+        return self._zeros(0) if table is None else table
+
+    def _whole_table(self, module: str, table: np.ndarray) -> _Table:
+        copy, replaced = self._entry(module, _COPY), self._entry(module, _REPLACED)
+        if copy is not None and not _same(read_tensor(copy), table):
+            self.faults.append(f"{module}{_COPY} differs from {module}{_WHOLE}; remove the wrong one")
+        if replaced is not None and not self._is_base(module, read_tensor(replaced)):
+            self.faults.append(f"{module}{_REPLACED} is not the table of {self.base.where}; give the adapter's own")
+        trained = None if self._is_base(module, table) else table[: self.size].astype(np.float32)
+        return _Table(trained, table[self.size :].astype(np.float32))
+
+    def _with_rows(self, module: str, table: _Table | None, values: np.ndarray) -> _Table:
+        """The table (None if none is stored) with the rows of `tokens` replaced by `values`, float32 [n, D]."""
+        ids = np.array(self.tokens[module])
         is_new = ids >= self.size
-        new[ids[is_new] - self.size] = values[is_new]
-        if not is_new.all():
-            trained = self._base(module) if trained is None else trained
-            trained[ids[~is_new]] = values[~is_new]
-        return _Table(trained, new)
+        new_rows = sorted(ids[is_new] - self.size)
+        if table is None:
+            if new_rows != list(range(len(new_rows))):
+                self.faults.append(
+                    f"trainable_token_indices of {module} leaves out new tokens: {len(new_rows)} ids from {self.size} "
+                    f"on, up to {new_rows[-1] + self.size}; train all new tokens, because their rows are stored "
+                    "nowhere else"
+                )
+                return self._zeros(0)
+            table = self._zeros(len(new_rows))
+        elif new_rows and new_rows[-1] >= len(table.new):
+            self.faults.append(f"trainable_token_indices of {module} names {new_rows[-1] + self.size}, above the table")
+            return table
+        table.new[ids[is_new] - self.size] = values[is_new]
+        if is_new.all():
+            return table
+        trained = self._base(module) if table.trained is None else table.trained
+        trained[ids[~is_new]] = values[~is_new]
+        return _Table(trained, table.new)
+
+    def _zeros(self, new_rows: int) -> _Table:
+        return _Table(None, np.zeros((new_rows, self.hidden), np.float32))
 
     def _require_tied(self, embed: _Table, head: _Table | None) -> None:
         if head is not None:

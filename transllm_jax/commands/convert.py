@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from conversion.adapter import Adapter, write_adapter
+from conversion.adapter import AdapterDescription, write_adapter
 from conversion.directories import check_destination, new_directory, read_json
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel
@@ -207,7 +207,9 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
             copy_tokenizer(below.files, directory)
         elif isinstance(below.model, GGUFModel):
             write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
+        write_adapter(
+            directory, AdapterDescription.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter))
+        )
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.adapter import ADAPTER, Adapter, read_adapter
+from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
 from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.tokenizer import write_tokenizer
@@ -112,7 +112,7 @@ def peft_base(directory: Path) -> str:
     return base
 
 
-def check_base(adapter: Adapter, base: Source, where: Path) -> None:
+def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
     """Raises UserError if an adapter was made for another base."""
     if not adapter.fits(base.model):
         raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
