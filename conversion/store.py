@@ -269,7 +269,7 @@ class Store:
             array = array[tuple(slice(start, stop) for start, stop, _ in ranges)]
         try:
             return array.read().result()
-        except ValueError as error:  # tensorstore's, whatever went wrong
+        except ValueError as error:  # tensorstore raises it for every failure
             raise UserError(f"{self.where}: {path} cannot be read ({_short(error)}); {_DAMAGED}") from error
 
     def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
