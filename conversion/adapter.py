@@ -64,7 +64,7 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
     path = Path(directory) / ADAPTER
     raw: dict[str, Any] = read_json(path)
     if raw.pop("format", None) != FORMAT:
-        raise UserError(f"{path} does not have the format {FORMAT}; make it again with transllm convert from-peft")
+        raise UserError(f"{path} is not of the format {FORMAT}; make it again with transllm convert from-peft")
     try:
         lora = dict(raw.pop("lora"))
         targets = tuple(lora.pop("targets"))
