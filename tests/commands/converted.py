@@ -12,7 +12,7 @@ from tiny_families import FAMILIES
 
 from conversion.hf.directory import write_model
 from conversion.names import tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 
 LLAMA = FAMILIES["llama2"]
 
@@ -39,7 +39,7 @@ def write_source(directory: Path, name: str, dtype: str, **options: Any) -> Path
     return directory
 
 
-def bits(model: Opened) -> dict[str, tuple[str, str]]:
+def bits(model: OpenedModel) -> dict[str, tuple[str, str]]:
     """Type and hash of every tensor."""
     found = {}
     for tensor in tensors(model.config):

@@ -73,7 +73,7 @@ def test_what_follows_from_other_fields_is_left_out_and_said(tmp_path: Path, com
     arrays[OUTPUT] = arrays[EMBEDDING]
     write_tensors(source, more, lambda tensor: arrays[tensor.name], DTYPES["BF16"])
     code, printed = command("from-hf", source, tmp_path / "ours")
-    assert code == 0 and "left out, because other fields say the same: lm_head.weight" in printed
+    assert code == 0 and "left out, because other tensors determine them: lm_head.weight" in printed
 
 
 def test_padding_rows_are_kept_and_said(tmp_path: Path, command: Command) -> None:

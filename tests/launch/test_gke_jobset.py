@@ -236,7 +236,7 @@ def test_gke_by_exit_code(capsys: pytest.CaptureFixture[str], code: int, disrupt
         (("--mount", "bucket"), "BUCKET:/PATH"),
         (("--max-restarts", "-1"), "0 or more"),
         (("--config", str(CONFIG)), "not allowed with"),
-        (("steps",), "no key=value"),
+        (("steps",), "nor key=value"),
     ],
 )
 def test_gke_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:

@@ -17,7 +17,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE
 from transllm_jax.model.mesh import make_layout, mesh_shape
-from transllm_jax.model.parameters import abstract, count
+from transllm_jax.model.parameters import abstract, count_parameters
 from transllm_jax.model.splash import kernel_bytes, splash_flops
 from transllm_jax.preflight.measure import BEST, Measured, _explain, measure
 from transllm_jax.preflight.program.chips import parse_topology, topology_devices
@@ -69,8 +69,8 @@ def test_a_step_compiles_for_a_slice_and_its_memory_is_told_by_kind(measured: Me
     shape = LlamaConfig.from_hf(json.loads(Path(str(small.model.shape)).read_text()))
     split = abstract(shape, model_of(small, Path("none")).lora, NEW)
     norms = sum(leaf.size for path, leaf in split.frozen.items() if path.endswith("scale"))
-    assert program.arguments["frozen"] == 2 * ((count(split.frozen) - norms) // 4 + norms)
-    assert program.arguments["adapters"] == 4 * count(split.trainable) // 4
+    assert program.arguments["frozen"] == 2 * ((count_parameters(split.frozen) - norms) // 4 + norms)
+    assert program.arguments["adapters"] == 4 * count_parameters(split.trainable) // 4
     # Two moments, and counts of updates.
     assert 0 <= program.arguments["optimizer"] - 2 * program.arguments["adapters"] < 64
     # What the compiler says of all arguments is their sum, padded to its tiles.
@@ -281,4 +281,4 @@ def test_a_kernels_work_is_that_of_the_window_and_of_its_numbers() -> None:
 def test_the_shapes_are_the_published_models(name: str) -> None:
     shape = LlamaConfig.from_hf(read_json(ROOT / "configs" / "models" / f"{name}.json"))
     published = {"llama2_7b": 6_738_415_616, "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192}
-    assert count(abstract(shape, None, 0, layout=SINGLE).frozen) == published[name]
+    assert count_parameters(abstract(shape, None, 0, layout=SINGLE).frozen) == published[name]

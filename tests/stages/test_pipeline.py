@@ -26,7 +26,7 @@ from transllm_jax.config import load_config
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.model.parameters import assemble, count, load_frozen
+from transllm_jax.model.parameters import assemble, count_parameters, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages import pipeline, steps
 from transllm_jax.stages.points import POINTS
@@ -220,7 +220,7 @@ def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, R
     split = run.models.split("transfer")
     assert not set(split.trainable) & set(split.frozen)
     state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
-    assert moments_size(state) == 2 * count(split.trainable)
+    assert moments_size(state) == 2 * count_parameters(split.trainable)
     saved = json.loads(
         (run.workdir / "transfer" / "checkpoints" / "4" / "state" / "_METADATA").read_text(encoding="utf-8")
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from conversion.adapter import Adapter, write_adapter
+from conversion.adapter import AdapterDescription, write_adapter
 from conversion.directories import check_destination, new_directory, read_json
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel
@@ -22,7 +22,7 @@ from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened, size_of
+from conversion.opened import OpenedModel, size_of
 from conversion.peft.config import CONFIG
 from conversion.peft.read import read_peft
 from conversion.peft.write import Rows, write_peft
@@ -114,12 +114,12 @@ def to_hf(
             progress.say(_merged_logits(model, written, dst, found.lora))
 
 
-def _why(model: Opened) -> str:
+def _why(model: OpenedModel) -> str:
     """Why a model that was trained has no adapters, for a message; nothing where it was not trained."""
     return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
 
 
-def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
+def _merging(rounding: Rounding, written: OpenedModel, *, full: bool) -> str:
     types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
     return (
         f"{'all weights trained' if full else 'merged'} in float32, rounded once to {types}: no weight moved by more "
@@ -128,7 +128,7 @@ def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
     )
 
 
-def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
+def _merged_logits(model: OpenedModel, written: OpenedModel, tokenizer: Path, lora: LoraConfig | None) -> str:
     """The logits of what was trained beside those of what was written; without `lora` all weights were trained."""
     tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
     beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
@@ -207,7 +207,9 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
             copy_tokenizer(below.files, directory)
         elif isinstance(below.model, GGUFModel):
             write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
+        write_adapter(
+            directory, AdapterDescription.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter))
+        )
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out")
@@ -304,7 +306,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def describe(model: Opened) -> str:
+def describe(model: OpenedModel) -> str:
     """Family, sizes and types in a line."""
     config = model.config
     table = tensors(config)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.adapter import ADAPTER, Adapter, read_adapter
+from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
 from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
 from transllm_jax.config import load_config
@@ -37,7 +37,7 @@ class Source:
     `files` is None of a GGUF file, which holds everything itself.
     """
 
-    model: Opened
+    model: OpenedModel
     files: Path | None
     tokenizer: Path | None
     lora: LoraConfig | None = None
@@ -113,7 +113,7 @@ def peft_base(directory: Path) -> str:
     return base
 
 
-def check_base(adapter: Adapter, base: Source, where: Path) -> None:
+def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
     """Raises UserError if an adapter was made for another base."""
     if not adapter.fits(base.model):
         raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
@@ -127,5 +127,5 @@ def tokenizer_of(found: Source) -> Tokenizer:
         if isinstance(found.model, GGUFModel):
             write_tokenizer(found.model.fields, scratch, found.model.where)
         elif found.tokenizer is not None:
-            bring_tokenizer(found.tokenizer, Path(scratch))
+            copy_or_make_tokenizer(found.tokenizer, Path(scratch))
         return Tokenizer.load(scratch)

@@ -10,7 +10,7 @@ from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.header import read_header
 from conversion.gguf.tokenizer import write_tokenizer
-from conversion.hf.tokenizer_files import bring_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -49,7 +49,7 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
         rows = read_json(directory / "config.json").get("vocab_size")
     if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
         scratch.mkdir(parents=True, exist_ok=True)
-        bring_tokenizer(directory, scratch)
+        copy_or_make_tokenizer(directory, scratch)
         directory = scratch
     return OpenedTokenizer(
         _named(Tokenizer.load(directory, model=fetched.path), source),

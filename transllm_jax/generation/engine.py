@@ -56,10 +56,10 @@ def filled(size: int, layout: Layout) -> int:
 
 def _readable(layout: Layout, state: _State) -> _State:
     """What the host looks at is whole on each device, so that every process can."""
-    if layout.everywhere is None:
+    if layout.replicated is None:
         return state
     out, done, step = (
-        jax.lax.with_sharding_constraint(of, layout.everywhere) for of in (state.out, state.done, state.step)
+        jax.lax.with_sharding_constraint(of, layout.replicated) for of in (state.out, state.done, state.step)
     )
     return state._replace(out=out, done=done, step=step)
 
@@ -227,7 +227,7 @@ def lowered(
     there: the programs are for a compiler.
     """
     layout = split.layout
-    shape = partial(jax.ShapeDtypeStruct, sharding=layout.everywhere)
+    shape = partial(jax.ShapeDtypeStruct, sharding=layout.replicated)
     given = (
         shape((batch_size, width), jnp.int32),
         shape((batch_size, width), jnp.bool_),
@@ -246,8 +246,8 @@ def lowered(
 
 def _lies(layout: Layout) -> _State:
     """Where a state lies: the cache by its rows and heads, the rest whole."""
-    whole: Any = layout.everywhere
-    heads: Any = layout.cache
+    whole: Any = layout.replicated
+    heads: Any = layout.cache_sharding
     return _State(whole, whole, whole, whole, whole, whole, Cache(heads, heads, whole, whole))
 
 

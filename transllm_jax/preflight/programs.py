@@ -99,7 +99,7 @@ class Model:
         train_base = not self.full and self.config.embeddings == "all"
         whole = abstract(self.shape, self.lora, self.new_rows, dtype, train_base=train_base, layout=layout)
         if not self.full:
-            return whole.hold(path for path in whole.trainable if not trains(self.config, path))
+            return whole.freeze(path for path in whole.trainable if not trains(self.config, path))
         masters: dict[str, Any] = {
             path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
             for path, leaf in whole.frozen.items()

@@ -182,7 +182,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
         whole = run.models.split(start)
-        split = whole.hold(path for path in whole.trainable if not trains(run.config, path))
+        split = whole.freeze(path for path in whole.trainable if not trains(run.config, path))
     lora = run.models.lora
     new_rows = len(whole.trainable["vocabulary.new"])
     flops = train_flops_per_token(

@@ -22,7 +22,7 @@ from conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.config import Source, Vocabulary
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
-from transllm_jax.model.parameters import assemble, count, initial_adapters
+from transllm_jax.model.parameters import assemble, count_parameters, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
 from transllm_jax.stages.points import token_ids, tokenless, trains
@@ -193,7 +193,10 @@ def _written(
     save_expanded(without_thinking(tokenizer), run.models.base, directory)
     save_arrays(directory / "trainable", trainable)
     trained = {path: array for path, array in trainable.items() if trains(run.config, path)}
-    counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.models.frozen)}
+    counts = {
+        "trainable_parameters": count_parameters(trained),
+        "frozen_parameters": count_parameters(run.models.frozen),
+    }
     write_json(directory / "report.json", {**report, **counts})
     text = f"{report['new_tokens']} new tokens"
     if table["padding_rows"]:
