@@ -157,7 +157,7 @@ def test_one_process_waits_for_nobody() -> None:
             peers.barrier("here", timeout=0)
             peers.require_equal({"jax": "1"})
             assert peers.share({"a": 1}) == {"a": 1} and peers.any(True) and not peers.any(False)
-            assert peers.lead("work", lambda: Path("x")) == Path("x")
+            assert peers.run_on_primary("work", lambda: Path("x")) == Path("x")
             agreement = Agreement(peers)
             assert [agreement.tell(step, step == 1) for step in range(3)] == [False, True, False]
             with pytest.raises(ValueError, match="step 2 is told after step 2"):
@@ -178,21 +178,21 @@ peers.require_equal({"config": "abc", "devices": "2"})
 assert peers.share({"x": [1, "ก"]} if me == 0 else None) == {"x": [1, "ก"]}
 assert peers.any(me == 3) is True and peers.any(False) is False
 peers.barrier("here", timeout=20)
-assert peers.lead("count", lambda: {"rows": 7} if me == 0 else fail(ValueError())) == {"rows": 7}
-assert peers.lead("path", lambda: ...) == (... if me == 0 else None)
+assert peers.run_on_primary("count", lambda: {"rows": 7} if me == 0 else fail(ValueError())) == {"rows": 7}
+assert peers.run_on_primary("path", lambda: ...) == (... if me == 0 else None)
 assert reduced() == 8
 agreement = Agreement(peers)
 print("told", [agreement.tell(step, step == 2 and me == 2) for step in range(5)])
 # Each only to its own.
 try:
-    peers.lead("stop", lambda: fail(Preempted("stopped")))
+    peers.run_on_primary("stop", lambda: fail(Preempted("stopped")))
 except Preempted as stop:
     print("caught", stop)
 try:
-    peers.lead("diverge", lambda: fail(Diverged("too many")))
+    peers.run_on_primary("diverge", lambda: fail(Diverged("too many")))
 except Diverged as error:
     print("caught", error)
-peers.lead("data", lambda: fail(UserError("data.txt: no such file; give another")))
+peers.run_on_primary("data", lambda: fail(UserError("data.txt: no such file; give another")))
 """
 
 
@@ -238,8 +238,8 @@ def test_processes_that_differ_end_at_once() -> None:
 
 # The main thread of each is somewhere else when process 1 or 0 is lost.
 WAITING = """
-peers.stands = f"the checkpoint of step {10 * 2} stands"
-peers.at_loss(lambda: print("last call"))
+peers.last_saved = f"the checkpoint of step {10 * 2} stands"
+peers.on_peer_loss(lambda: print("last call"))
 reduced()
 print("ready", flush=True)
 if me == LOST:
@@ -295,7 +295,7 @@ def test_an_error_of_one_process_ends_the_other(error: str, own: str, code: int,
 
 
 def test_a_defect_of_the_primary_while_it_leads() -> None:
-    primary, other = run_processes(2, program("peers.lead('work', lambda: fail(KeyError('rows')))"))
+    primary, other = run_processes(2, program("peers.run_on_primary('work', lambda: fail(KeyError('rows')))"))
     assert primary.code == 1 and primary.err.rstrip().endswith("KeyError: 'rows'"), primary.err
     line = f"error: process 0 of 2 (host {HOST}) failed, its log says more: KeyError: 'rows'"
     check([other], 1, line, within=20)

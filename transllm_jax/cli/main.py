@@ -137,10 +137,10 @@ def _run(
     from transllm_jax.stages.pipeline import plan, run_pipeline
     from transllm_jax.storage import open_workdir
 
-    site = Site(peers.in_turn("--workdir", lambda: open_workdir(workdir)), peers)
+    site = Site(peers.run_primary_first("--workdir", lambda: open_workdir(workdir)), peers)
     with Progress(quiet=not peers.primary) as progress, Interrupt() as interrupt:
         # What is drawn over and over would stand over the last line.
-        peers.at_loss(lambda: progress.live.stop() if progress.live else None)
+        peers.on_peer_loss(lambda: progress.live.stop() if progress.live else None)
         if dry_run:
             from transllm_jax.commands.dry_run import show_plan
 

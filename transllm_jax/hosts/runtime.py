@@ -89,13 +89,13 @@ class Peers:
         self.number = given.number if given else 0
         self.hosts = member.hosts if member else [socket.gethostname()]
         # Said when a process is lost: what the next attempt begins with.
-        self.stands = "what was saved stands"
+        self.last_saved = "what was saved stands"
         self._given, self._member, self._hub = given, member, hub
         self._relay: subprocess.Popen[bytes] | None = None
         self._jax = False
         # Taken by what ends this process first: its own main thread, or the watching one.
         self._end = threading.Lock()
-        self._at_loss: list[Callable[[], object]] = []
+        self._on_peer_loss: list[Callable[[], object]] = []
         self._shared: BaseException | None = None
         if member:
             member.watch(self._ended)
@@ -126,7 +126,7 @@ class Peers:
         """What each of them gives, which JSON can hold, by its number; in all."""
         return self._meet("gather", value)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """All do `work()`, each with its own result. A UserError in one of them is raised in all, after their work."""
         value, error = [], None
         try:
@@ -144,15 +144,15 @@ class Peers:
         self._shared = UserError(f"{who}{said[number]}")
         raise self._shared from error
 
-    def in_turn(self, name: str, work: Callable[[], T]) -> T:
-        """The primary does `work()`, then the others do, who find what it left. UserError as in `together`."""
+    def run_primary_first(self, name: str, work: Callable[[], T]) -> T:
+        """The primary does `work()`, then the others do, who find what it left. UserError as in `run_on_all`."""
         value: list[T] = []
-        self.lead(name, lambda: value.append(work()))
+        self.run_on_primary(name, lambda: value.append(work()))
         if self._member is not None:
-            self.together(lambda: None if self.primary else value.append(work()))
+            self.run_on_all(lambda: None if self.primary else value.append(work()))
         return value[0]
 
-    def lead(self, name: str, work: Callable[[], T]) -> T | None:
+    def run_on_primary(self, name: str, work: Callable[[], T]) -> T | None:
         """The primary does `work()`, however long it takes, and the others wait.
 
         Its result in all (as JSON gives it back), or None in the others if JSON cannot hold it. UserError, Preempted
@@ -202,9 +202,9 @@ class Peers:
             self._shared = UserError(f"the processes of this run differ: {'; '.join(differences)}; make them equal")
             raise self._shared
 
-    def at_loss(self, call: Callable[[], object]) -> None:
+    def on_peer_loss(self, call: Callable[[], object]) -> None:
         """`call` is made before this process ends because another one did. It has 5 seconds, and runs in a thread."""
-        self._at_loss.append(call)
+        self._on_peer_loss.append(call)
 
     def close(self) -> None:
         """The end of the run. All wait for all."""
@@ -348,7 +348,7 @@ class Peers:
             return
 
         def last_calls() -> None:
-            for call in self._at_loss:
+            for call in self._on_peer_loss:
                 with contextlib.suppress(Exception):
                     call()
 
@@ -356,7 +356,7 @@ class Peers:
         thread.start()
         thread.join(5)
         if lost:
-            line = f"{line}; {self.stands}; {AGAIN}"
+            line = f"{line}; {self.last_saved}; {AGAIN}"
         # Not print: the main thread may hold the stream.
         os.write(2, f"{'' if code == PREEMPTED else 'error: '}{line}\n".encode())
         if self._hub:

@@ -55,17 +55,17 @@ class Site:
                 stack.enter_context(locked(self.workdir))
                 stack.enter_context(self.place.lease(say=say))
 
-            self.peers.lead("the work directory", take)
-            self.peers.at_loss(self.place.release)
+            self.peers.run_on_primary("the work directory", take)
+            self.peers.on_peer_loss(self.place.release)
             if self.mirrored:
                 # Two processes of one host would be in each other's way.
-                self.peers.together(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
+                self.peers.run_on_all(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
             else:
                 self._require_shared()
             yield
 
     def _require_shared(self) -> None:
-        seen = self.see(self.workdir)
+        seen = self.seen_by(self.workdir)
         blind = [number for number, there in enumerate(seen) if not there]
         hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in blind)
 
@@ -76,9 +76,9 @@ class Site:
             )
 
         if blind:
-            self.peers.lead("the work directory", refuse)
+            self.peers.run_on_primary("the work directory", refuse)
 
-    def see(self, directory: Path) -> list[bool]:
+    def seen_by(self, directory: Path) -> list[bool]:
         """By process: whether a file that the primary writes into a directory is there for it."""
         if self.peers.count == 1:
             return [True]
@@ -92,7 +92,7 @@ class Site:
                 raise UserError(f"{directory} cannot be written to ({error.strerror}); choose another") from None
             return name
 
-        probe = directory / str(self.peers.lead("a shared directory", write))
+        probe = directory / str(self.peers.run_on_primary("a shared directory", write))
         give_up = time.monotonic() + SEEN
         while not (there := probe.exists()) and time.monotonic() < give_up:
             time.sleep(0.2)

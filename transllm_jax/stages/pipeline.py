@@ -184,18 +184,18 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
 
     with site.held(tell):
         site.pull(RUN, HASHES, LEDGER)
-        day = run.peers.lead("the date", partial(_began_on, run))
+        day = run.peers.run_on_primary("the date", partial(_began_on, run))
         run.config = run.config.model_copy(update={"date": date.fromisoformat(str(day))})
         # Every step's inputs first: a path that does not exist is found before an hour of training, not after. The
         # primary's hashes are the others', too, of files that all see.
-        inputs = run.peers.in_turn("inputs", partial(_looked_at, run))
+        inputs = run.peers.run_primary_first("inputs", partial(_looked_at, run))
         run.peers.require_equal(_hashes(inputs))
         # Nothing is written to the store meanwhile, so all hosts fetch at once.
         for step in STEPS:
             if step.name not in gone:
                 site.pull(directory_of(step.name), *step.beside)
         # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        inputs, states = run.peers.lead("states", partial(_looked_up, run, inputs, gone)) or ({}, {})
+        inputs, states = run.peers.run_on_primary("states", partial(_looked_up, run, inputs, gone)) or ({}, {})
         if run.primary:
             _forget(run, gone)
             _write_run_file(run.workdir, run.config)
@@ -292,7 +292,7 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
             if check is not None:
                 check(run)
 
-    run.peers.together(look)
+    run.peers.run_on_all(look)
 
 
 def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
@@ -313,7 +313,7 @@ def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
     def work() -> dict[str, Any]:
         return dict(step.work(run, place.directory))
 
-    summary = run.peers.lead(step.name, work) if step.alone else work()
+    summary = run.peers.run_on_primary(step.name, work) if step.alone else work()
     seconds = time.monotonic() - started
     if run.primary:
         place.finish(inputs, {**(summary or {}), "seconds": seconds})

@@ -219,7 +219,7 @@ class Run:
     def tokens_are_shared(self) -> bool:
         """Whether all processes see one cache of tokens. To be asked by all."""
         given = self.config.token_cache
-        return not self.site.mirrored if given is None else all(self.site.see(self.token_cache))
+        return not self.site.mirrored if given is None else all(self.site.seen_by(self.token_cache))
 
     @cached_property
     def hash_of(self) -> FileHashes:

@@ -151,7 +151,7 @@ class _Cache:
                 place.add(TOKENS, [path.name])
             return rows
 
-        return self._run.peers.in_turn("rows", planned) if self._divided else planned()
+        return self._run.peers.run_primary_first("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
         """Bring what the store has of shards that are not here; what says that a shard is whole comes last."""

@@ -315,7 +315,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
 
     with run.ledger.spend("save"):
         arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
-        return run.peers.lead(f"the result of {name}", finish) or {}
+        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
 
 
 def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def train(
             f"begin the stage anew with --force {name}"
         )
     ledger.mark(first)
-    peers.stands = _standing(name, checkpoints)
+    peers.last_saved = _standing(name, checkpoints)
     bar = progress.task(name, total=steps, done=first, unit="step")
     reporter = Reporter(
         directory,
@@ -223,7 +223,7 @@ def train(
                     around.saving()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            peers.stands = _standing(name, checkpoints)
+            peers.last_saved = _standing(name, checkpoints)
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
         # Nothing was left to do for a stage that was killed just before it was noted as done.
