@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax._src.clusters import cloud_tpu_cluster
 
 from transllm_jax.errors import UserError
-from transllm_jax.hosts.connection import Connection, Options, connection_from
+from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
 from transllm_jax.hosts.names import address, joined, slurm_hosts, worker_hosts
 
 
@@ -173,7 +173,7 @@ def auto(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(tpu, "wait_for_coordinator", lambda *arguments: None)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        return connection_from(Options(distributed="auto"), environ)
+        return connection_from(ConnectionOptions(distributed="auto"), environ)
 
     return found
 

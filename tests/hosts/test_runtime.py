@@ -15,7 +15,7 @@ from multi_process import ROOT, Ended, Kill, free_port, run_processes
 
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.agreement import Agreement
-from transllm_jax.hosts.connection import Connection, Options, connection_from
+from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
 from transllm_jax.hosts.runtime import Peers, connect
 from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, watched
 
@@ -27,7 +27,7 @@ PROGRAM = """
 import os, sys, time
 from transllm_jax.hosts import runtime
 from transllm_jax.hosts.agreement import Agreement
-from transllm_jax.hosts.connection import Options, connection_from
+from transllm_jax.hosts.connection import ConnectionOptions, connection_from
 from transllm_jax.errors import Diverged, Preempted, UserError
 
 def reduced():
@@ -47,7 +47,7 @@ WORK
 
 try:
     began = time.monotonic()
-    with runtime.connect(connection_from(Options(), os.environ), SETTINGS) as peers:
+    with runtime.connect(connection_from(ConnectionOptions(), os.environ), SETTINGS) as peers:
         print("connected", time.monotonic() - began)
         work(peers)
     print("closed")
@@ -80,7 +80,7 @@ def check(ended: list[Ended], code: int, line: str, *, within: float) -> None:
 
 
 def given(**flags: str) -> Connection | None:
-    return connection_from(Options(**flags), {})
+    return connection_from(ConnectionOptions(**flags), {})
 
 
 def test_the_place_of_a_process() -> None:
@@ -89,9 +89,9 @@ def test_the_place_of_a_process() -> None:
     assert given(**whole) == Connection("10.0.0.2", 8482, 4, 3)
     # The environment says what the flags do not.
     environ = {"TRANSLLM_COORDINATOR": "[fe80::1]:80", "TRANSLLM_PROCESSES": "2", "TRANSLLM_PROCESS": "1"}
-    assert connection_from(Options(), environ) == Connection("fe80::1", 80, 2, 1)
-    assert connection_from(Options(process=0), environ) == Connection("fe80::1", 80, 2, 0)
-    assert connection_from(Options(), {"TRANSLLM_DISTRIBUTED": "", "TRANSLLM_COORDINATOR": ""}) is None
+    assert connection_from(ConnectionOptions(), environ) == Connection("fe80::1", 80, 2, 1)
+    assert connection_from(ConnectionOptions(process=0), environ) == Connection("fe80::1", 80, 2, 0)
+    assert connection_from(ConnectionOptions(), {"TRANSLLM_DISTRIBUTED": "", "TRANSLLM_COORDINATOR": ""}) is None
 
 
 @pytest.mark.parametrize(

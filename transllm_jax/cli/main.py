@@ -88,13 +88,15 @@ def run(
 
     On several hosts each runs this command, with the same arguments.
     """
-    from transllm_jax.hosts.connection import Options, connection_from
+    from transllm_jax.hosts.connection import ConnectionOptions, connection_from
     from transllm_jax.hosts.runtime import join
 
     if dry_run and (until or force or profile):
         raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
     try:
-        with join(connection_from(Options(distributed, coordinator, processes, process), os.environ)) as peers:
+        with join(
+            connection_from(ConnectionOptions(distributed, coordinator, processes, process), os.environ)
+        ) as peers:
             # A directory may have another name on each host.
             store = workdir if workdir and "://" in workdir else None
             settings = _settings(peers, config, overrides or [], [store, until, force, dry_run, profile])

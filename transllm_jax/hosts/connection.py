@@ -16,7 +16,7 @@ PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
-class Options:
+class ConnectionOptions:
     """The flags --distributed, --coordinator, --processes and --process, as given."""
 
     distributed: str | None = None
@@ -41,7 +41,7 @@ class Connection:
     key: bytes = field(default=b"", compare=False, repr=False)
 
 
-def connection_from(options: Options, environ: Mapping[str, str]) -> Connection | None:
+def connection_from(options: ConnectionOptions, environ: Mapping[str, str]) -> Connection | None:
     """Where the flags or the environment (TRANSLLM_DISTRIBUTED, TRANSLLM_COORDINATOR, ...) place this process.
 
     TRANSLLM_SECRET, of which there is no flag, is for all of them the same, and keeps others out.

@@ -18,7 +18,15 @@ from transllm_jax.model.llama import Remat
 from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.preflight.measure import Measured, measure
 from transllm_jax.preflight.program.chips import Topology, parse_topology, topology_devices
-from transllm_jax.preflight.programs import STAGES, TRAININGS, Model, Program, generation, model_of, training
+from transllm_jax.preflight.programs import (
+    STAGES,
+    TRAININGS,
+    ModelShapes,
+    Program,
+    generation_programs,
+    model_shapes,
+    training_program,
+)
 from transllm_jax.preflight.search import candidates
 from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology
 
@@ -27,7 +35,7 @@ TRIED = 4
 
 
 @dataclass(frozen=True)
-class Options:
+class PreflightOptions:
     """What the command line says; None is what the config says."""
 
     topology: str
@@ -41,13 +49,13 @@ class Options:
     json: Path | None = None
 
 
-def preflight(config: Config, workdir: Path, options: Options, console: Console) -> bool:
+def preflight(config: Config, workdir: Path, options: PreflightOptions, console: Console) -> bool:
     """Compile, measure and print; returns whether all fits.
 
     Raises UserError for a slice, mesh or batch that cannot be, and where the model's shape is not known.
     """
     topology = parse_topology(options.topology)
-    model = model_of(config, workdir, full=options.full)
+    model = model_shapes(config, workdir, full=options.full)
     stages = _stages(options.stages)
     devices = topology_devices(options.topology)
     show_topology(console, topology)
@@ -81,16 +89,16 @@ def _stages(given: Sequence[str]) -> Sequence[str]:
     return [stage for stage in STAGES if stage in given] if given else TRAININGS
 
 
-def _programs(model: Model, stage: str, devices: list[Any], options: Options) -> Iterable[Program]:
+def _programs(model: ModelShapes, stage: str, devices: list[Any], options: PreflightOptions) -> Iterable[Program]:
     config = model.config
     shape = _mesh(options.mesh, config, len(devices))
     layout = make_layout(shape, config.attention, devices)
     if stage == "generation":
         size = options.batch or max(config.recover.batch_size, layout.batch_parts)
         size = -(-size // layout.batch_parts) * layout.batch_parts
-        return generation(model, layout, batch_size=size, prompt=256, new_tokens=config.recover.max_new_tokens)
+        return generation_programs(model, layout, batch_size=size, prompt=256, new_tokens=config.recover.max_new_tokens)
     section: Training = getattr(config, stage)
-    program = training(
+    program = training_program(
         model,
         stage,
         layout,
@@ -116,7 +124,7 @@ def _mesh(given: str | None, config: Config, devices: int) -> tuple[int, int, in
 
 
 def _best(
-    model: Model, stage: str, topology: Topology, devices: list[Any], options: Options, console: Console
+    model: ModelShapes, stage: str, topology: Topology, devices: list[Any], options: PreflightOptions, console: Console
 ) -> Measured:
     section: Training = getattr(model.config, stage)
     size = options.batch or section.batch_size

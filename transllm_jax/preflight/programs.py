@@ -76,7 +76,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShapes:
     """The model of a run by its shapes."""
 
     config: Config
@@ -107,7 +107,7 @@ class Model:
         return Split(whole.structure, {**whole.trainable, **masters}, {})
 
 
-def model_of(config: Config, workdir: Path, *, full: bool = False) -> Model:
+def model_shapes(config: Config, workdir: Path, *, full: bool = False) -> ModelShapes:
     """The shapes of a config's model: of its work directory, else of `model.shape` or a source that is a directory.
 
     `full`: all its weights train, whatever the config says. Raises UserError where nothing says what they are.
@@ -121,7 +121,7 @@ def model_of(config: Config, workdir: Path, *, full: bool = False) -> Model:
             "model.shape=FILE, or import it with `transllm run CONFIG --until base`"
         )
     shape = parse_config(read_json(path), path.parent)
-    return Model(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
+    return ModelShapes(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
 
 
 def _new_rows(config: Config, shape: LlamaConfig, workdir: Path) -> int:
@@ -138,8 +138,8 @@ def _new_rows(config: Config, shape: LlamaConfig, workdir: Path) -> int:
     return -(-rows // multiple) * multiple
 
 
-def training(
-    model: Model, stage: str, layout: Layout, *, remat: Remat, batch_size: int, accumulate: int, length: int
+def training_program(
+    model: ModelShapes, stage: str, layout: Layout, *, remat: Remat, batch_size: int, accumulate: int, length: int
 ) -> Program:
     """A training stage's step. Raises UserError for a mesh that divides model or batch not."""
     section: Training = getattr(model.config, stage).model_copy(
@@ -185,7 +185,9 @@ def training(
     )
 
 
-def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, new_tokens: int) -> list[Program]:
+def generation_programs(
+    model: ModelShapes, layout: Layout, *, batch_size: int, prompt: int, new_tokens: int
+) -> list[Program]:
     """The two programs of generation: reading prompts, and a burst of new tokens (which counts as one token)."""
     from transllm_jax.generation.engine import PROMPT_MULTIPLE, lowered
 
@@ -262,7 +264,7 @@ def _budget(section: Training) -> float | None:
     return (section.epochs or 1) * sum(known) if known and len(known) == len(budgets) else None
 
 
-def _kept(model: Model, layout: Layout, remat: Remat, rows: int, length: int) -> list[Kept]:
+def _kept(model: ModelShapes, layout: Layout, remat: Remat, rows: int, length: int) -> list[Kept]:
     """What a step keeps for its backward pass on a device: what grows with the rows of a batch.
 
     Counted on one device without attention's kernel, whose sums of the softmax it therefore counts once, as our own

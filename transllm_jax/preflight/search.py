@@ -13,7 +13,7 @@ from transllm_jax.model.mesh import make_layout
 from transllm_jax.preflight.measure import BEST
 from transllm_jax.preflight.program.chips import Topology
 from transllm_jax.preflight.program.roofline import group_bandwidth
-from transllm_jax.preflight.programs import Model, Program, training
+from transllm_jax.preflight.programs import ModelShapes, Program, training_program
 
 # Executed FLOPs over the model's, as counted in compiled steps of LLaMA-2-7B, and the policies worth trying: `none`
 # keeps more than `projections`, for nothing.
@@ -42,7 +42,7 @@ class Candidate:
 
 
 def candidates(
-    model: Model, stage: str, topology: Topology, devices: list[Any], batch_size: int, length: int
+    model: ModelShapes, stage: str, topology: Topology, devices: list[Any], batch_size: int, length: int
 ) -> list[Candidate]:
     """All that are guessed to fit, the fastest first. A step has at least `batch_size` rows, in whole parts."""
     found = []
@@ -55,7 +55,7 @@ def candidates(
                 if rows > 1 and at_once > max(batch_size, layout.batch_parts):
                     break
                 try:
-                    program = training(
+                    program = training_program(
                         model,
                         stage,
                         layout,
@@ -92,7 +92,7 @@ def _memory(program: Program, shape: LlamaConfig, tokens: int) -> float:
 
 
 def _seconds(
-    program: Program, model: Model, topology: Topology, mesh: tuple[int, int, int], remat: Remat, accumulate: int
+    program: Program, model: ModelShapes, topology: Topology, mesh: tuple[int, int, int], remat: Remat, accumulate: int
 ) -> float:
     chip, (_, fsdp, tensor) = topology.chip, mesh
     compute = program.model_flops * _EXECUTED[remat] / topology.devices / (chip.peak_flops * BEST)
