@@ -1,6 +1,6 @@
-"""Where the processes of a run work together: one directory that all of them see, or a mirror each of one store.
+"""The work directory of a run's processes: one shared directory, or one object store with a local mirror for each.
 
-The primary alone writes to the work directory, and to the store; what it wrote is there for the others after `publish`.
+Only the primary writes to the work directory and the store; the others see what it wrote after `publish`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.storage import Workdir
 
-# Seconds in which a file that one host wrote is to be seen by the others.
+# Seconds within which a file that one host wrote has to be visible to the others.
 SEEN = 10.0
 
 
 @dataclass(frozen=True)
 class Site:
-    """A run's work directory and the processes that are at work on it."""
+    """A run's work directory and its processes."""
 
     place: Workdir
     peers: Peers = field(default_factory=Peers)
@@ -40,14 +40,14 @@ class Site:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the run lies on a store."""
+        """Whether the run is on an object store."""
         return self.place.remote is not None
 
     @contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Hold the work directory against other runs.
+        """Lock the work directory against other runs.
 
-        Raises UserError, in all processes, where another run holds it, or a host does not see it.
+        Raises UserError in all processes if another run holds it or a host does not share it.
         """
         with ExitStack() as stack:
 
@@ -58,7 +58,7 @@ class Site:
             self.peers.run_on_primary("the work directory", take)
             self.peers.on_peer_loss(self.place.release)
             if self.mirrored:
-                # Two processes of one host would be in each other's way.
+                # Two processes of one host must not share a mirror.
                 self.peers.run_on_all(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
             else:
                 self._require_shared()
@@ -66,8 +66,8 @@ class Site:
 
     def _require_shared(self) -> None:
         seen = self.seen_by(self.workdir)
-        blind = [number for number, there in enumerate(seen) if not there]
-        hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in blind)
+        without = [number for number, there in enumerate(seen) if not there]
+        hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in without)
 
         def refuse() -> None:
             raise UserError(
@@ -75,11 +75,11 @@ class Site:
                 "a --workdir that all hosts share, or gs://BUCKET/PATH"
             )
 
-        if blind:
+        if without:
             self.peers.run_on_primary("the work directory", refuse)
 
     def seen_by(self, directory: Path) -> list[bool]:
-        """By process: whether a file that the primary writes into a directory is there for it."""
+        """For each process, whether it sees a file that the primary writes into a directory."""
         if self.peers.count == 1:
             return [True]
         name = f".shared-{secrets.token_hex(8)}"
@@ -102,19 +102,19 @@ class Site:
         return seen
 
     def pull(self, *names: str) -> None:
-        """Bring what the store has; nothing without one."""
+        """Bring the local copies of these up to date with the store; does nothing without a store."""
         for name in names:
             self.place.pull(name)
 
     def push(self, *names: str) -> None:
-        """The primary's: what is here now outlives this host. A name that is not here is left out."""
+        """Copy the primary's local copies of these to the store; names that do not exist are left out."""
         if self.peers.primary:
             for name in names:
                 if (self.workdir / name).exists():
                     self.place.push(name)
 
     def publish(self, *names: str) -> None:
-        """The primary has written these; after this all processes find them."""
+        """Make what the primary wrote under these names visible to all processes. All have to call this."""
         self.push(*names)
         self.peers.barrier("publish")
         if not self.peers.primary:
