@@ -226,7 +226,7 @@ class Peers:
         shared = cause is not None
         # All processes stop at the same step and see the same losses; a KeyboardInterrupt is one process's own.
         stopped = code == PREEMPTED and not isinstance(error, KeyboardInterrupt)
-        if code == 0 or stopped or isinstance(error, Diverged) or shared:
+        if error is None or code == 0 or stopped or isinstance(error, Diverged) or shared:
             self._close(code)
         else:
             self._fail(code, error)
