@@ -1,4 +1,4 @@
-"""`transllm preflight`: whether a run fits a slice of TPUs, and how fast it can be, with no TPU at hand."""
+"""`transllm preflight`: whether a run fits a slice of TPUs and how fast it can be, without a TPU."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from transllm_jax.preflight.programs import (
 from transllm_jax.preflight.search import candidates
 from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology
 
-# Programs that a search compiles for each stage; guesses order them.
+# How many of a stage's candidates a search compiles: those with the best estimates.
 TRIED = 4
 
 
 @dataclass(frozen=True)
 class PreflightOptions:
-    """What the command line says; None is what the config says."""
+    """The command line's options; None leaves it to the config."""
 
     topology: str
     stages: Sequence[str] = ()
@@ -50,9 +50,9 @@ class PreflightOptions:
 
 
 def preflight(config: Config, workdir: Path, options: PreflightOptions, console: Console) -> bool:
-    """Compile, measure and print; returns whether all fits.
+    """Compile, measure and print a run's programs; returns whether all fit.
 
-    Raises UserError for a slice, mesh or batch that cannot be, and where the model's shape is not known.
+    Raises UserError for an impossible slice, mesh or batch, and if the model's shape is not known.
     """
     topology = parse_topology(options.topology)
     model = model_shapes(config, workdir, full=options.full)
@@ -60,7 +60,7 @@ def preflight(config: Config, workdir: Path, options: PreflightOptions, console:
     devices = topology_devices(options.topology)
     show_topology(console, topology)
     found: list[Measured] = []
-    # Stages of equal batches are one program.
+    # Stages with equal batches have the same program.
     known: dict[tuple[str, float], Measured] = {}
     for stage in stages:
         if options.search and stage in TRAININGS:
@@ -132,10 +132,10 @@ def _best(
     guessed = candidates(model, stage, topology, devices, size, section.length)
     if not guessed:
         raise UserError(
-            f"{stage}: no mesh, batch or rematerialisation is guessed to fit {topology.name}; take a larger slice"
+            f"{stage}: no mesh, batch or rematerialisation is estimated to fit {topology.name}; take a larger slice"
         )
     console.print(
-        f"{stage}: {len(guessed)} ways are guessed to fit; the {min(TRIED, len(guessed))} fastest are compiled",
+        f"{stage}: {len(guessed)} candidates are estimated to fit; the {min(TRIED, len(guessed))} fastest are compiled",
         style="dim",
     )
     for candidate in guessed[:TRIED]:
@@ -143,5 +143,5 @@ def _best(
         tried.append(one)
     console.print(f"\n{stage}: tried")
     show_table(console, tried)
-    # Where none fits, the nearest.
+    # If none fits, the one that lacks the least memory.
     return max(tried, key=lambda one: (one.fits, one.tokens_per_second if one.best else -one.needed))
