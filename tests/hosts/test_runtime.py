@@ -17,7 +17,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
 from transllm_jax.hosts.runtime import Peers, connect
-from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, watched
+from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, with_keepalive
 
 HOST = socket.gethostname()
 AGAIN = "run the same command on all hosts again to go on"
@@ -403,7 +403,7 @@ def test_the_loss_of_a_host_ends_the_others(tmp_path: Path) -> None:
 def test_the_kernel_probes_each_connection() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        watched(socket.create_connection(server.getsockname())) as one,
+        with_keepalive(socket.create_connection(server.getsockname())) as one,
     ):
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         if not hasattr(socket, "TCP_KEEPIDLE"):

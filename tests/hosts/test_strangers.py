@@ -21,7 +21,7 @@ from transllm_jax.errors import PeerLost, UserError
 from transllm_jax.hosts import watch
 from transllm_jax.hosts.connection import Connection
 from transllm_jax.hosts.watch import OTHER_KEY, PROTOCOL, Hub, Member
-from transllm_jax.hosts.wire import everywhere, lines, listen, say, sign
+from transllm_jax.hosts.wire import lines, listen, listens_everywhere, say, sign
 
 KEY, COUNT = b"the key of this run", 3
 Call = Callable[[], socket.socket]
@@ -258,7 +258,7 @@ def own_address() -> str:
 def test_the_hub_listens_where_the_others_are_told_to_come() -> None:
     address = own_address()
     with listen(address, 0) as listener:
-        assert not everywhere(listener)
+        assert not listens_everywhere(listener)
         assert listener.getsockname()[0] == address
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", listener.getsockname()[1]))
@@ -277,4 +277,4 @@ def test_an_address_that_this_machine_does_not_know(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "getaddrinfo", look)
     with listen("node1", 0) as listener:
-        assert everywhere(listener)
+        assert listens_everywhere(listener)

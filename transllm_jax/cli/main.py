@@ -153,7 +153,7 @@ def _run(
         )
     if peers.primary:
         if not worked:
-            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.")
+            progress.say(f"All is done in {site.storage.name}; redo a stage with --force STAGE.")
         _show_results(progress.console, site)
 
 
@@ -174,7 +174,7 @@ def _show_results(console: Console, site: Site) -> None:
         told = f" {goal['name']}: {goal['measured']} "
         console.print(Text.assemble(mark, told, (f"(wanted: {goal['wanted']})", "dim")))
     console.print(conversation_panel(found))
-    name = site.place.name
+    name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
     console.print(f"model   {name}/export", soft_wrap=True)
     console.print(f"talk    transllm chat {name} --show-chain", soft_wrap=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transllm_jax.errors import PeerLost, UserError
-from transllm_jax.hosts.names import address, joined, slurm_hosts, worker_hosts
+from transllm_jax.hosts.names import format_address, parse_address, slurm_hosts, worker_hosts
 
 _BY_HAND = "give --coordinator HOST:PORT, --processes and --process"
 # By jax's name of the cluster: variables that hold whole numbers, and those that are equal only within one run.
@@ -25,7 +25,7 @@ _MEGASCALE = "MEGASCALE_COORDINATOR_ADDRESS"
 
 
 @dataclass(frozen=True)
-class Found:
+class ClusterPlace:
     """This process is `number` of `count`, which connect at host:port. `devices`: its local devices; None for all.
 
     `run`: identifies the run within the cluster; "" if the cluster has nothing that does.
@@ -39,7 +39,7 @@ class Found:
     run: str
 
 
-def detected(patience: float) -> Found:
+def detect_cluster(patience: float) -> ClusterPlace:
     """This process's place as the cluster gives it. `patience`: seconds until the name of its first host resolves.
 
     Raises UserError if there is no cluster or its variables cannot be read, PeerLost if its first host is not found.
@@ -69,14 +69,14 @@ def detected(patience: float) -> Found:
         raise UserError(f"--distributed auto finds no TPU VM, GKE, SLURM or Open MPI here: {_BY_HAND}")
     host, _, port = where.rpartition(":")
     with _read("the coordinator's address", where):
-        host, port = address(joined(host.strip().strip("[]"), port))
+        host, port = parse_address(format_address(host.strip().strip("[]"), port))
     if not 0 <= number < count:
         raise UserError(f"--distributed auto: {kind.name} says process {number} of {count}: {_BY_HAND}")
     # A process that is alone on its SLURM node may use all of the node's devices.
     if os.environ.get("SLURM_STEP_NUM_NODES") == str(count):
         devices = None
     run = " ".join(os.environ.get(name, "") for name in _RUN.get(kind.name, ())).strip()
-    return Found(host, port, count, number, None if devices is None else tuple(devices), run)
+    return ClusterPlace(host, port, count, number, None if devices is None else tuple(devices), run)
 
 
 def _require_number(name: str) -> None:
@@ -96,7 +96,7 @@ def _slurm_coordinator(kind: Any) -> str:
             f"process 0 is on node {here}, and not on {first}, the first one of SLURM_STEP_NODELIST: {_BY_HAND}"
         )
     known = kind.get_coordinator_address(timeout_secs=None, override_coordinator_port=None)
-    return joined(first, int(os.environ.get("JAX_COORDINATOR_PORT") or known.rpartition(":")[2]))
+    return format_address(first, int(os.environ.get("JAX_COORDINATOR_PORT") or known.rpartition(":")[2]))
 
 
 def _clean_worker_lists() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transllm_jax.errors import UserError
-from transllm_jax.hosts.cluster import detected
-from transllm_jax.hosts.names import address
+from transllm_jax.hosts.cluster import detect_cluster
+from transllm_jax.hosts.names import parse_address
 
 # Seconds within which all processes have to connect. Machines of a pod start minutes apart.
 PATIENCE = 300.0
@@ -59,7 +59,7 @@ def connection_from(options: ConnectionOptions, environ: Mapping[str, str]) -> C
         raise UserError(f"--distributed auto finds the processes by itself: leave --{', --'.join(given)} out")
     secret = environ.get("TRANSLLM_SECRET", "").strip()
     if auto:
-        here = detected(PATIENCE)
+        here = detect_cluster(PATIENCE)
         key = _key(secret, here.host, here.port, here.run)
         return Connection(here.host, here.port, here.count, here.number, here.devices, key)
     if not given:
@@ -92,7 +92,7 @@ def _number(given: dict[str, str], name: str) -> int:
 
 def _address(text: str) -> tuple[str, int]:
     try:
-        return address(text)
+        return parse_address(text)
     except ValueError as error:
         raise UserError(
             f"--coordinator (TRANSLLM_COORDINATOR) is HOST:PORT, such as 10.0.0.2:8482, not {text!r}: {error}"

@@ -16,7 +16,7 @@ _LISTED = re.compile(rf"(?:[A-Za-z0-9_.-]|{_RANGES})+")
 _PORT = re.compile(r"[0-9]{1,5}")
 
 
-def address(text: str) -> tuple[str, int]:
+def parse_address(text: str) -> tuple[str, int]:
     """Host and port of HOST:PORT; an IPv6 address has brackets, which are not part of the host."""
     host, _, port = text.strip().rpartition(":")
     if not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
@@ -30,7 +30,7 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def joined(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """HOST:PORT, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

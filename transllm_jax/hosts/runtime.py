@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
 from transllm_jax.hosts.connection import PATIENCE, Connection
-from transllm_jax.hosts.names import joined
+from transllm_jax.hosts.names import format_address
 from transllm_jax.hosts.watch import AGAIN, CLOSE, LEAVING, Hub, Member
 from transllm_jax.hosts.wire import free_port, listen
 
@@ -66,7 +66,8 @@ def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
         hub = Hub(listen(given.host, given.port), given.count, patience, lambda: free_port(given.host), given.key)
         host = hub.bound or "127.0.0.1"
         if hub.bound is None:
-            line = f"--coordinator {joined(given.host, given.port)} is no address of this machine: it listens on all"
+            coordinator = format_address(given.host, given.port)
+            line = f"--coordinator {coordinator} is no address of this machine: process 0 listens on all of them"
             print(line, file=sys.stderr, flush=True)
         hub.start()
     try:
@@ -257,7 +258,7 @@ class Peers:
         host, port = self._given.host, self._member.chosen
         bind = None
         if self._hub:
-            address, bind = joined(host, port), joined(self._hub.bound or "::", port)
+            address, bind = format_address(host, port), format_address(self._hub.bound or "::", port)
         else:
             with socket.create_server(("127.0.0.1", 0), backlog=64) as near:
                 command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))]

@@ -25,7 +25,7 @@ SEEN = 10.0
 class Site:
     """A run's work directory and its processes."""
 
-    place: Workdir
+    storage: Workdir
     peers: Peers = field(default_factory=Peers)
 
     @staticmethod
@@ -36,12 +36,12 @@ class Site:
     @property
     def workdir(self) -> Path:
         """The work directory, or this process's mirror of it."""
-        return self.place.local
+        return self.storage.local
 
     @property
     def mirrored(self) -> bool:
         """Whether the run is on an object store."""
-        return self.place.remote is not None
+        return self.storage.remote is not None
 
     @contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -53,10 +53,10 @@ class Site:
 
             def take() -> None:
                 stack.enter_context(locked(self.workdir))
-                stack.enter_context(self.place.lease(say=say))
+                stack.enter_context(self.storage.lease(say=say))
 
             self.peers.run_on_primary("the work directory", take)
-            self.peers.on_peer_loss(self.place.release)
+            self.peers.on_peer_loss(self.storage.release)
             if self.mirrored:
                 # Two processes of one host must not share a mirror.
                 self.peers.run_on_all(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
@@ -104,14 +104,14 @@ class Site:
     def pull(self, *names: str) -> None:
         """Bring the local copies of these up to date with the store; does nothing without a store."""
         for name in names:
-            self.place.pull(name)
+            self.storage.pull(name)
 
     def push(self, *names: str) -> None:
         """Copy the primary's local copies of these to the store; names that do not exist are left out."""
         if self.peers.primary:
             for name in names:
                 if (self.workdir / name).exists():
-                    self.place.push(name)
+                    self.storage.push(name)
 
     def publish(self, *names: str) -> None:
         """Make what the primary wrote under these names visible to all processes. All have to call this."""

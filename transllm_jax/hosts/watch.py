@@ -25,18 +25,18 @@ from typing import Any
 
 from transllm_jax.errors import LOST, PREEMPTED, PeerLost, UserError
 from transllm_jax.hosts.connection import Connection
-from transllm_jax.hosts.names import joined
+from transllm_jax.hosts.names import format_address
 from transllm_jax.hosts.wire import (
     LONGEST,
     STUCK,
-    everywhere,
+    is_signed,
     lines,
+    listens_everywhere,
     message_of,
     reach,
     say,
     sign,
-    signed,
-    watched,
+    with_keepalive,
 )
 
 # Version of the messages; raise it when they change.
@@ -91,7 +91,7 @@ class Hub:
         self._strangers: dict[Caller, None] = {}
         self._refused = 0
         # The address on which it listens; None for all addresses of this machine.
-        self.bound = None if everywhere(listener) else str(listener.getsockname()[0])
+        self.bound = None if listens_everywhere(listener) else str(listener.getsockname()[0])
         self._patience, self._started = patience, time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -139,7 +139,7 @@ class Hub:
             if len(self._strangers) >= STRANGERS + self.count:
                 # A process of the run identifies itself at once, and connects again if it was dropped before it could.
                 self._drop(next(iter(self._strangers)))
-            caller = Caller(watched(connection), joined(*address[:2]))
+            caller = Caller(with_keepalive(connection), format_address(*address[:2]))
             connection.settimeout(STUCK)
             self._selector.register(connection, selectors.EVENT_READ, caller)
             self._strangers[caller] = None
@@ -189,7 +189,7 @@ class Hub:
         said = [message.get(name) for name in kinds]
         if any(type(value) is not kind for value, kind in zip(said, kinds.values(), strict=True)):
             return False
-        if not signed(message.get("signed"), self._key, "member", caller.nonce, *said):
+        if not is_signed(message.get("signed"), self._key, "member", caller.nonce, *said):
             self._refused += 1
             if self._refused <= TOLD:
                 text = "it has another --coordinator, TRANSLLM_SECRET or job than this run"
@@ -363,8 +363,8 @@ class Member:
             raise (UserError if first["end"] == 2 else PeerLost)(first["line"])
         if "welcome" not in first:
             raise PeerLost(NO_HUB)
-        if not signed(first.get("signed"), given.key, "hub", *both):
-            raise PeerLost(f"who answers at {joined(given.host, given.port)} is not process 0 of this run")
+        if not is_signed(first.get("signed"), given.key, "hub", *both):
+            raise PeerLost(f"who answers at {format_address(given.host, given.port)} is not process 0 of this run")
         connection.settimeout(None)
         self.hosts: list[str] = first["welcome"]
         self.chosen: int = first["chosen"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transllm_jax.errors import PeerLost, UserError
-from transllm_jax.hosts.names import joined
+from transllm_jax.hosts.names import format_address
 
 # Seconds: a silent host is probed after IDLE and then every INTERVAL, PROBES times: it is lost after 20.
 IDLE, INTERVAL, PROBES = 5, 5, 3
@@ -23,7 +23,7 @@ STUCK = 20
 LONGEST = 1 << 28
 
 
-def watched(connection: socket.socket) -> socket.socket:
+def with_keepalive(connection: socket.socket) -> socket.socket:
     """Turn on keepalive, so that a vanished host is noticed after IDLE + INTERVAL * PROBES seconds."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -40,7 +40,7 @@ def listen(host: str, port: int, patience: float = 10) -> socket.socket:
     """A socket to which the other processes connect, on the address of `host` if that is an address of this machine.
 
     Otherwise (its port may be forwarded), or if `host` is a loopback address only here (some systems resolve their own
-    name to 127.0.1.1), it listens on all addresses; see `everywhere`. Tries for `patience` seconds.
+    name to 127.0.1.1), it listens on all addresses; see `listens_everywhere`. Tries for `patience` seconds.
     """
     give_up = time.monotonic() + patience
     while True:
@@ -73,7 +73,7 @@ def _listener(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def everywhere(listener: socket.socket) -> bool:
+def listens_everywhere(listener: socket.socket) -> bool:
     """Whether the socket listens on all addresses of this machine."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_unspecified
 
@@ -97,14 +97,14 @@ def reach(host: str, port: int, patience: float) -> socket.socket:
             found = socket.create_connection((host, port), timeout=5)
             # Without a listener, a connection within this machine can connect to itself.
             if found.getsockname() != found.getpeername():
-                return watched(found)
+                return with_keepalive(found)
             found.close()
             error: OSError = ConnectionRefusedError("nobody listens")
         except OSError as raised:
             error = raised
         if time.monotonic() > give_up:
             raise PeerLost(
-                f"process 0 is absent: no answer at {joined(host, port)} in {patience:.0f} s ({error}); "
+                f"process 0 is absent: no answer at {format_address(host, port)} in {patience:.0f} s ({error}); "
                 "is the command running on that host, and is the port open?"
             )
         time.sleep(0.1)
@@ -153,7 +153,7 @@ def sign(key: bytes, role: str, *said: Any) -> str:
     return hmac.new(key, json.dumps([role, *said]).encode(), hashlib.sha256).hexdigest()
 
 
-def signed(signature: Any, key: bytes, role: str, *said: Any) -> bool:
+def is_signed(signature: Any, key: bytes, role: str, *said: Any) -> bool:
     """Whether `signature` is the one that `sign` gives."""
     wanted = sign(key, role, *said)
     return isinstance(signature, str) and hmac.compare_digest(signature.encode(errors="replace"), wanted.encode())

@@ -176,7 +176,7 @@ def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, 
     Gives the run, each step's inputs, and the states of the steps that stay.
     """
     site = run.site
-    for place in (run.workdir, site.place.name):
+    for place in (run.workdir, site.storage.name):
         check_place(place)
 
     def tell(message: str) -> None:
@@ -302,7 +302,7 @@ def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
         run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
-            run.site.place.remove(name)
+            run.site.storage.remove(name)
             place.clear()
         if step.resumable:
             place.begin(inputs)
@@ -343,7 +343,7 @@ def _forget(run: Run, gone: Set[str]) -> None:
     # The last first: a kill in between leaves no step that builds on one that is gone.
     for step in reversed(STEPS):
         if step.name in gone:
-            run.site.place.remove(directory_of(step.name))
+            run.site.storage.remove(directory_of(step.name))
             artifact(run.workdir, step.name).clear()
 
 

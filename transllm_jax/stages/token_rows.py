@@ -130,7 +130,7 @@ class _Cache:
                 some = mine[first : first + TOGETHER]
                 made(some)
                 names = [paths[shard] for shard in some]
-                run.site.place.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+                run.site.storage.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
         elif self._divided and run.peers.count > 1:
             made(mine)
         if self._divided:
@@ -141,7 +141,7 @@ class _Cache:
 
     def rows(self, tokens: Sequence[ShardTokens], choice: Choice) -> PlannedRows:
         """The rows, planned by the primary where the others can read the plan."""
-        path, place = plan_path(tokens, choice, self._directory), self._run.site.place
+        path, place = plan_path(tokens, choice, self._directory), self._run.site.storage
 
         def planned() -> PlannedRows:
             if self._mirrored:
@@ -158,7 +158,7 @@ class _Cache:
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
             names = [records_path(path).name for path in wanted], [path.name for path in wanted]
-            self._run.site.place.fetch(TOKENS, *names)
+            self._run.site.storage.fetch(TOKENS, *names)
 
 
 _UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}

@@ -123,7 +123,7 @@ def check_training(run: Run, name: str) -> None:
     run.check_length(f"{name}.length", section.length)
     check_layout(run.layout, name, section, run.model_config.head_dim)
     # Where it stands, before the manifest takes the new number for the stage's own.
-    place = run.site.place.checkpoints(name)
+    place = run.site.storage.checkpoints(name)
     saved = [path.name for path in place.iterdir()] if place.exists() else []
     reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
@@ -302,7 +302,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         run.interrupt,
         run.ledger,
         job.watch,
-        Around(run.peers, run.site.place.checkpoints(name), lambda: run.keep(name), run.profile),
+        Around(run.peers, run.site.storage.checkpoints(name), lambda: run.keep(name), run.profile),
     )
 
     def finish() -> dict[str, Any]:
