@@ -394,7 +394,7 @@ def test_a_second_run_is_refused_while_the_first_lives(pod: Pod) -> None:
             assert socket.gethostname() in str(told.value)
             # It saw a sign of life, and did not wait for the lease to go stale.
             assert time.monotonic() - began < 6
-        assert len(said) == 1 and "looking whether it still lives" in said[0]
+        assert len(said) == 1 and "waiting to see whether it is still alive" in said[0]
     with lease(pod, watch=False):
         pass
     assert len(list((pod.store / ".lease").iterdir())) == 1

@@ -60,7 +60,7 @@ def detect_cluster(patience: float) -> ClusterPlace:
             _clean_worker_lists()
         place = kind.auto_detect_unset_distributed_params(coordinator, None, None, None, kind.name, int(patience))
     except (RuntimeError, OSError) as error:
-        raise PeerLost(f"--distributed auto: the cluster is there, its first process is not found: {error}") from None
+        raise PeerLost(f"--distributed auto: there is a cluster, but its first process is not found: {error}") from None
     except (ValueError, KeyError, IndexError) as error:
         who = kind.name if kind else "the cluster"
         raise UserError(f"--distributed auto cannot read what {who} says ({error!r}): {_BY_HAND}") from error

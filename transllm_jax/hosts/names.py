@@ -24,7 +24,7 @@ def parse_address(text: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         return str(ipaddress.IPv6Address(host[1:-1])), int(port)
     if ":" in host:
-        raise ValueError("an IPv6 address stands in brackets, such as [fe80::1]:8482")
+        raise ValueError("an IPv6 address needs brackets, such as [fe80::1]:8482")
     if not re.fullmatch(_NAME, host):
         raise ValueError("no name of a host before the ':'")
     return host, int(port)

@@ -50,7 +50,7 @@ CLOSE = "close"
 OTHER_KEY = (
     "process 0 refuses this process, which has another --coordinator, TRANSLLM_SECRET or job; give all hosts the same"
 )
-NO_HUB = "process 0 was lost, or is none of this version, while the processes were connecting"
+NO_HUB = "process 0 was lost while the processes were connecting, or runs another version"
 AGAIN = "run the same command on all hosts again to go on"
 
 
@@ -364,7 +364,7 @@ class Member:
         if "welcome" not in first:
             raise PeerLost(NO_HUB)
         if not is_signed(first.get("signed"), given.key, "hub", *both):
-            raise PeerLost(f"who answers at {format_address(given.host, given.port)} is not process 0 of this run")
+            raise PeerLost(f"the process at {format_address(given.host, given.port)} is not process 0 of this run")
         connection.settimeout(None)
         self.hosts: list[str] = first["welcome"]
         self.chosen: int = first["chosen"]

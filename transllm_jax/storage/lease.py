@@ -70,8 +70,10 @@ class Lease:
                 first, since = held, self._renewed(number)
                 looked = _now()
                 if looked - since <= self._stale and self._watch:
-                    self._say(f"{_described(held)}; looking whether it still lives, for {self._stale:.0f} s at most")
-            if held is None or self._is_free(held) or (held == first and looked - since > self._stale):
+                    most = f"for at most {self._stale:.0f} s"
+                    self._say(f"{_described(held)}; waiting to see whether it is still alive, {most}")
+            is_stale = held == first and looked - since > self._stale
+            if held is None or self._is_free(held) or is_stale:
                 if self._take(number + 1):
                     break
                 continue
@@ -155,11 +157,12 @@ class Lease:
             number, held = self._top()
             if number > self._number:
                 who = _described(held) if held is not None else "another run is at work here"
-                self._lost = f"{self._store.root}: {who}; it took over after {self._stale:.0f} s without a sign of this"
+                silence = f"{self._stale:.0f} s without a sign of life from this run"
+                self._lost = f"{self._store.root}: {who}; it took over after {silence}"
                 return
-            signed = _now()
+            now = _now()
             self._store.write(self._name(self._number), self._content())
-            self._seen = signed
+            self._seen = now
 
     def _content(self, *, released: bool = False) -> bytes:
         # The time is for messages; it is never compared.
@@ -187,7 +190,7 @@ def _dead(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        pass  # another user's process
+        pass  # the process of another user
     return False
 
 
