@@ -136,13 +136,14 @@ class Peers:
             if self._member is None:
                 raise
             error = raised
-        said = self.gather(None if error is None else str(error))
-        number = next((number for number, line in enumerate(said) if line is not None), None)
+        errors = self.gather(None if error is None else str(error))
+        number = next((number for number, line in enumerate(errors) if line is not None), None)
         if number is None:
             return value[0]
-        # An error that all processes have names none of them.
-        who = "" if all(line == said[number] for line in said) else f"process {number} (host {self.hosts[number]}): "
-        self._shared = UserError(f"{who}{said[number]}")
+        # If the error is the same in all processes, the message names none of them.
+        shared = all(line == errors[number] for line in errors)
+        who = "" if shared else f"process {number} (host {self.hosts[number]}): "
+        self._shared = UserError(f"{who}{errors[number]}")
         raise self._shared from error
 
     def run_primary_first(self, name: str, work: Callable[[], T]) -> T:
@@ -207,10 +208,6 @@ class Peers:
     def on_peer_loss(self, call: Callable[[], object]) -> None:
         """Register `call` to run before this process ends because another ended. It has 5 seconds, in a thread."""
         self._on_peer_loss.append(call)
-
-    def close(self) -> None:
-        """End the run: all processes wait for each other and disconnect."""
-        self._close(0)
 
     def __enter__(self) -> Peers:
         return self
@@ -291,11 +288,12 @@ class Peers:
         self._jax = True
 
     def _close(self, code: int) -> None:
+        """Wait for all processes and end with them, jax included. Without them, after a stop, end as if alone."""
         if self._member is None:
             return
         codes = self._member.meet(CLOSE, code, STOPPING if code else None)
         if codes is None:
-            self._take_the_end()
+            self._claim_end()
             self._member.leave()
             self._leave_without_jax(code)
             return
@@ -303,7 +301,7 @@ class Peers:
             import jax
 
             jax.distributed.shutdown()
-        self._take_the_end()
+        self._claim_end()
         self._member.leave()
         if self._hub:
             self._hub.join(LEAVING)
@@ -317,7 +315,7 @@ class Peers:
         assert self._member
         if any(words in str(error) for words in LOSS_MESSAGES) and not isinstance(error, UserError):
             time.sleep(VERDICT)  # If a lost process was the cause, the listening thread ends this one meanwhile.
-        self._take_the_end()
+        self._claim_end()
         if code == INPUT_WRONG and isinstance(error, UserError):
             line = f"{{me}}: {error}"
         elif code == PREEMPTED:
@@ -328,9 +326,10 @@ class Peers:
         self._member.leave(code, line)
         self._leave_without_jax(code)
 
-    def _take_the_end(self) -> None:
+    def _claim_end(self) -> None:
+        """Take the right to end this process; never returns if the listening thread has it."""
         if not self._end.acquire(blocking=False):
-            threading.Event().wait()  # The listening thread is ending this process.
+            threading.Event().wait()
 
     def _leave_without_jax(self, code: int) -> None:
         """Make the interpreter end before jax's own shutdown, which would wait for processes that no longer answer."""

@@ -96,10 +96,9 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._callers: dict[int, Caller] = {}
-        self._all_here, self._absent_named = False, False
+        self._all_here, self._absent_named, self._primary_knows = False, False, False
         # Once the run has to end: when the hub stops waiting (0 before that), and the message to all.
         self._end_deadline, self._end_message = 0.0, dict[str, Any]()
-        self._primary_knows = False
         # The open meeting: for each process that has arrived, the meeting's name and its value; when the wait ends.
         self._arrived: dict[int, tuple[str, Any]] = {}
         self._deadline = float("inf")
@@ -174,8 +173,7 @@ class Hub:
         self._strangers.pop(caller, None)
         self._selector.unregister(caller.connection)
         caller.connection.close()
-        number = caller.number
-        if number is None:
+        if (number := caller.number) is None:
             return
         if self._all_here and not caller.left:
             self.end(LOST, f"{self.name_of(number)} was lost", lost=True)
