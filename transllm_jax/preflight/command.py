@@ -128,19 +128,16 @@ def _best(
 ) -> Measured:
     section: Training = getattr(model.config, stage)
     size = options.batch or section.batch_size
-    tried: list[Measured] = []
-    guessed = candidates(model, stage, topology, devices, size, section.length)
-    if not guessed:
+    fitting = candidates(model, stage, topology, devices, size, section.length)
+    if not fitting:
         raise UserError(
             f"{stage}: no mesh, batch or rematerialisation is estimated to fit {topology.name}; take a larger slice"
         )
     console.print(
-        f"{stage}: {len(guessed)} candidates are estimated to fit; the {min(TRIED, len(guessed))} fastest are compiled",
+        f"{stage}: {len(fitting)} candidates are estimated to fit; the {min(TRIED, len(fitting))} fastest are compiled",
         style="dim",
     )
-    for candidate in guessed[:TRIED]:
-        one = measure(candidate.program, topology)
-        tried.append(one)
+    tried = [measure(candidate.program, topology) for candidate in fitting[:TRIED]]
     console.print(f"\n{stage}: tried")
     show_table(console, tried)
     # If none fits, the one that lacks the least memory.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -59,42 +60,60 @@ def row(found: Measured) -> tuple[str | Text, ...]:
 
 def show(console: Console, found: Measured) -> None:
     """Print a program's memory and work on a device, and its time."""
-
-    def say(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=True)
-
-    program, chip = found.program, found.topology.chip
+    program = found.program
+    say = partial(_say, console)
     say(
         "\n",
         (program.stage, "bold"),
         f": {program.about}; mesh {mesh_of(found)} ",
         (f"compiled in {found.seconds:.0f} s", "dim"),
     )
-    kinds = {kind: size for kind, size in program.arguments.items() if size}
+    _show_memory(say, found)
+    if found.fits:
+        _show_work(say, found)
+        _show_speed(say, found)
+        assert found.counts is not None
+        if found.counts.unexplained:
+            say((f"  not counted: {', '.join(found.counts.unexplained[:5])}", "yellow"))
+
+
+def _say(console: Console, *parts: str | tuple[str, str]) -> None:
+    console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _show_memory(say: Callable[..., None], found: Measured) -> None:
+    kinds = {kind: size for kind, size in found.program.arguments.items() if size}
     if found.kept:
         kinds["kept for the backward pass"] = found.kept
     # The compiler counts residuals as temporary, and may keep fewer of them.
     kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
     parts = ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items())
-    room = f"{found.needed / GIB:.2f} of {chip.usable_hbm_bytes / GIB:.2f} GiB"
+    room = f"{found.needed / GIB:.2f} of {found.topology.chip.usable_hbm_bytes / GIB:.2f} GiB"
     say("  memory a chip  ", room if found.fits else (f"{room}: it does not fit", "red"), f": {parts}")
     if not found.fits:
         for name, size in found.buffers():
             say(f"    {_size(size):>10}  {name}")
-        return
-    counts, best, ordinary = found.counts, found.best, found.ordinary
-    assert counts is not None and best is not None and ordinary is not None
-    flops = program.model_flops / found.topology.devices
+
+
+def _show_work(say: Callable[..., None], found: Measured) -> None:
+    counts = found.counts
+    assert counts is not None
+    flops = found.program.model_flops / found.topology.devices
     say(
         f"  work a chip    {flops / 1e12:.1f} TFLOP of the model's, {counts.flops / 1e12:.1f} executed "
         f"({found.executed:.2f} times), {counts.hbm_bytes / 1e9:.0f} GB of HBM"
     )
-    kinds_of = ", ".join(
+    collectives = ", ".join(
         f"{kind} {link / 1e9:.2f} GB in {times:,}"
         for kind, (times, _, link) in sorted(counts.by_kind().items())
         if link > 1e6
     )
-    say(f"  links a chip   {kinds_of or 'nothing'}")
+    say(f"  links a chip   {collectives or 'nothing'}")
+
+
+def _show_speed(say: Callable[..., None], found: Measured) -> None:
+    program, best, ordinary = found.program, found.best, found.ordinary
+    assert best is not None and ordinary is not None
     network = ", ".join(f"{axes} {_seconds(seconds)}" for axes, seconds in best.network.items() if seconds > 1e-4)
     say(
         f"  step           {_seconds(best.seconds)} (bound by {best.bound}): compute {_seconds(best.compute)}, HBM "
@@ -116,8 +135,6 @@ def show(console: Console, found: Measured) -> None:
             f"  budget         {_count(program.budget)} tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
             f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
         )
-    if counts.unexplained:
-        say((f"  not counted: {', '.join(counts.unexplained[:5])}", "yellow"))
 
 
 def show_assumptions(console: Console, found: Measured) -> None:
