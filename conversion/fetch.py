@@ -17,7 +17,7 @@ from typing import Literal
 
 from conversion.directories import sha256_of
 from transllm_jax.errors import UserError
-from transllm_jax.hub_name import mistyped
+from transllm_jax.hub_name import hub_name_problem
 
 _PYPI = re.compile(r"^pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)#([^/\\]+\.gguf)$")
 _HUB = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
@@ -77,7 +77,7 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
         return Fetched(path, "gguf", sha256=_check(path, sha256) if sha256 else None)
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith((".gguf", "/")) or "\\" in source
     match = None if looks_like_path else _HUB.match(source)
-    if match and (wrong := mistyped(source)):
+    if match and (wrong := hub_name_problem(source)):
         raise UserError(f"model source {source!r} does not exist: {wrong}")
     if not match:
         raise UserError(

@@ -41,7 +41,7 @@ def test_a_second_run_is_refused_while_the_first_lives(pod: Pod) -> None:
             assert socket.gethostname() in str(told.value)
             # It saw a sign of life, and did not wait for the lease to go stale.
             assert time.monotonic() - began < 6
-        assert len(said) == 1 and "looking whether it still lives" in said[0]
+        assert len(said) == 1 and "waiting to see whether it is still alive" in said[0]
     with lease(pod, watch=False):
         pass
     assert len(list((pod.store / ".lease").iterdir())) == 1
@@ -103,7 +103,7 @@ def test_a_lease_of_the_dead_is_taken_by_one_whose_clock_differs(pod: Pod, skewe
     if not tells:
         taken._store.age = lambda name: None  # type: ignore[method-assign]
     with taken, pytest.raises(UserError, match="took over"):
-        held._sign()
+        held._renew_lease()
         held.check()
     # To look and to take; to watch is dear, and done every third of a renewal only.
     assert asked.count("age") <= 1 and (not tells or len(asked) <= 4)
@@ -117,7 +117,7 @@ def test_a_watch_costs_few_requests(pod: Pod, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(one._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     top = one._top
     monkeypatch.setattr(one, "_top", lambda: (looks.__setitem__(0, looks[0] + 1), top())[1])
-    monkeypatch.setattr(one, "_keep", lambda: None)
+    monkeypatch.setattr(one, "_renew_loop", lambda: None)
     with one:
         assert 180 <= clock[0] < 200 and looks[0] <= 21
 
@@ -178,7 +178,7 @@ def test_a_run_that_lost_its_lease_pushes_nothing(pod: Pod) -> None:
         os.utime(held, (time.time() - 3600,) * 2)  # as the store has it, an hour without a sign
         with lease(pod, watch=False, stale=180.0):
             host_lease = mirror_of(host).check.__self__  # type: ignore[attr-defined]
-            host_lease._sign()
+            host_lease._renew_lease()
             for call in (host.push, host.remove):
                 with pytest.raises(UserError, match="took over"):
                     call("step")

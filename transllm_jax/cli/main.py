@@ -88,13 +88,15 @@ def run(
 
     On several hosts each runs this command, with the same arguments.
     """
-    from transllm_jax.hosts.connection import Options, connection_from
+    from transllm_jax.hosts.connection import ConnectionOptions, connection_from
     from transllm_jax.hosts.runtime import join
 
     if dry_run and (until or force or profile):
         raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
     try:
-        with join(connection_from(Options(distributed, coordinator, processes, process), os.environ)) as peers:
+        with join(
+            connection_from(ConnectionOptions(distributed, coordinator, processes, process), os.environ)
+        ) as peers:
             # A directory may have another name on each host.
             store = workdir if workdir and "://" in workdir else None
             settings = _settings(peers, config, overrides or [], [store, until, force, dry_run, profile])
@@ -137,10 +139,10 @@ def _run(
     from transllm_jax.stages.pipeline import plan, run_pipeline
     from transllm_jax.storage import open_workdir
 
-    site = Site(peers.in_turn("--workdir", lambda: open_workdir(workdir)), peers)
+    site = Site(peers.run_primary_first("--workdir", lambda: open_workdir(workdir)), peers)
     with Progress(quiet=not peers.primary) as progress, Interrupt() as interrupt:
         # What is drawn over and over would stand over the last line.
-        peers.at_loss(lambda: progress.live.stop() if progress.live else None)
+        peers.on_peer_loss(lambda: progress.live.stop() if progress.live else None)
         if dry_run:
             from transllm_jax.commands.dry_run import show_plan
 
@@ -151,7 +153,7 @@ def _run(
         )
     if peers.primary:
         if not worked:
-            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.")
+            progress.say(f"All is done in {site.storage.name}; redo a stage with --force STAGE.")
         _show_results(progress.console, site)
 
 
@@ -172,7 +174,7 @@ def _show_results(console: Console, site: Site) -> None:
         told = f" {goal['name']}: {goal['measured']} "
         console.print(Text.assemble(mark, told, (f"(wanted: {goal['wanted']})", "dim")))
     console.print(conversation_panel(found))
-    name = site.place.name
+    name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
     console.print(f"model   {name}/export", soft_wrap=True)
     console.print(f"talk    transllm chat {name} --show-chain", soft_wrap=True)

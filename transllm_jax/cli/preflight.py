@@ -42,10 +42,10 @@ def preflight(
     if remat is not None and remat not in _REMATS:
         raise UserError(f"--remat {remat}: no such policy; use {', '.join(_REMATS)}")
     settings = load_config(config, overrides or [])
-    from transllm_jax.preflight.command import Options
+    from transllm_jax.preflight.command import PreflightOptions
     from transllm_jax.preflight.command import preflight as run
     from transllm_jax.progress import plain_console
 
-    options = Options(topology, stage or (), mesh, batch, accumulate, remat, full, search, json)  # type: ignore[arg-type]
+    options = PreflightOptions(topology, stage or (), mesh, batch, accumulate, remat, full, search, json)  # type: ignore[arg-type]
     if not run(settings, workdir or Path(settings.workdir), options, plain_console()):
         raise typer.Exit(DOES_NOT_FIT)

@@ -108,7 +108,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
         point, base if point == "base" else run.models.split(point), run.models.tokenizer(point), run.models.config
     )
     found: dict[str, Any] = (
-        run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
+        run.peers.run_on_primary("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
 
     with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:

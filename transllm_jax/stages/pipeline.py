@@ -120,23 +120,23 @@ def _begin(
 ) -> Iterator[Begun]:
     """Hold the work directory, look at what is there, and remove the steps `removed`; with the ledger open."""
     site = workdir if isinstance(workdir, Site) else Site.of(workdir)
-    for place in (site.workdir, site.place.name):
+    for place in (site.workdir, site.storage.name):
         check_place(place)
     with site.held(progress.say):
         site.pull(RUN, HASHES, LEDGER)
-        day = site.peers.lead("the date", lambda: _first_day(config, site.workdir).isoformat())
+        day = site.peers.run_on_primary("the date", lambda: _first_day(config, site.workdir).isoformat())
         config = config.model_copy(update={"date": date.fromisoformat(str(day))})
         run = Run(config, site, progress, interrupt, since=since, profile=profile)
         # Every step's inputs first: a path without a file is found before an hour of training, not after. A file that
         # all hosts see is hashed by the primary alone.
-        inputs = run.peers.in_turn("inputs", lambda: look_at_inputs(run))
+        inputs = run.peers.run_primary_first("inputs", lambda: look_at_inputs(run))
         run.peers.require_equal(file_hashes(inputs))
         # Nothing is written to the store meanwhile, so all hosts fetch at once.
         for step in STEPS:
             if step.name not in removed:
                 site.pull(step.directory, *step.beside)
         # States are looked at before anything is removed: a run that is refused has removed nothing.
-        settled, states = run.peers.lead("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
+        settled, states = run.peers.run_on_primary("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
         if run.primary:
             _remove(run, removed)
             _write_run_file(run.workdir, config)
@@ -217,7 +217,7 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
             if look is not None:
                 look(run)
 
-    run.peers.together(check)
+    run.peers.run_on_all(check)
 
 
 def _take(begun: Begun, step: Step) -> None:
@@ -234,7 +234,7 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
         run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
-            run.site.place.remove(step.directory)
+            run.site.storage.remove(step.directory)
             place.clear()
         if step.resumable:
             place.begin(inputs)
@@ -245,7 +245,7 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
     def work() -> dict[str, Any]:
         return dict(step.work(run, place.directory))
 
-    summary = (run.peers.lead(step.name, work) if step.alone else work()) or {}
+    summary = (run.peers.run_on_primary(step.name, work) if step.alone else work()) or {}
     seconds = time.monotonic() - started
     if run.primary:
         place.finish(inputs, {**summary, "seconds": seconds})
@@ -258,7 +258,7 @@ def _remove(run: Run, names: Set[str]) -> None:
     # The last first: a kill in between leaves no step that builds on a missing one.
     for step in reversed(STEPS):
         if step.name in names:
-            run.site.place.remove(step.directory)
+            run.site.storage.remove(step.directory)
             artifact(run.workdir, step.name).clear()
 
 

@@ -158,7 +158,7 @@ class _Cache:
                 some = mine[first : first + TOGETHER]
                 made(some)
                 names = [paths[shard] for shard in some]
-                run.site.place.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+                run.site.storage.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
         elif self._divided and run.peers.count > 1:
             made(mine)
         if self._divided:
@@ -169,7 +169,7 @@ class _Cache:
 
     def rows(self, tokens: Sequence[ShardTokens], choice: Selection) -> PlannedRows:
         """The rows, planned by the primary where the others can read the plan."""
-        path, place = plan_path(tokens, choice, self._directory), self._run.site.place
+        path, place = plan_path(tokens, choice, self._directory), self._run.site.storage
 
         def planned() -> PlannedRows:
             if self._mirrored:
@@ -179,14 +179,14 @@ class _Cache:
                 place.add(TOKENS, [path.name])
             return rows
 
-        return self._run.peers.in_turn("rows", planned) if self._divided else planned()
+        return self._run.peers.run_primary_first("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
         """Bring what the store has of shards that are not here; what says that a shard is whole comes last."""
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
             names = [records_path(path).name for path in wanted], [path.name for path in wanted]
-            self._run.site.place.fetch(TOKENS, *names)
+            self._run.site.storage.fetch(TOKENS, *names)
 
 
 _UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}

@@ -113,7 +113,7 @@ def check_training(run: Run, name: str) -> None:
     run.models.check_length(f"{name}.length", section.length)
     check_layout(run.models.layout, name, section, run.models.config.head_dim)
     # Where it stands, before the manifest takes the new number for the stage's own.
-    place = run.site.place.checkpoints(name)
+    place = run.site.storage.checkpoints(name)
     saved = [path.name for path in place.iterdir()] if place.exists() else []
     reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
@@ -296,7 +296,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         run.interrupt,
         run.ledger,
         job.watch,
-        Environment(run.peers, run.site.place.checkpoints(name), lambda: run.push(name), run.profile),
+        Environment(run.peers, run.site.storage.checkpoints(name), lambda: run.push(name), run.profile),
     )
 
     def finish() -> dict[str, Any]:
@@ -309,7 +309,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
 
     with run.ledger.spend("save"):
         arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
-        return run.peers.lead(f"the result of {name}", finish) or {}
+        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
 
 
 def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:

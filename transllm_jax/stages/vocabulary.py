@@ -172,7 +172,10 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     first = run.models.config.vocab_size
     if [number for number in token_ids(tokenizer) if number >= first] != list(range(first, first + new_tokens)):
         raise ValueError(f"the new ids of {tokenizer.source} are not the {new_tokens} from {first} on")
-    return run.peers.lead("vocabulary's files", lambda: _written(run, directory, tokenizer, trainable, report)) or {}
+    return (
+        run.peers.run_on_primary("vocabulary's files", lambda: _written(run, directory, tokenizer, trainable, report))
+        or {}
+    )
 
 
 def _written(

@@ -144,7 +144,7 @@ def train(
     first = int(state.step)
     _check_start(progress, directory, first, steps)
     ledger.mark(first)
-    peers.stands = _checkpoint_of(name, checkpoints)
+    peers.last_saved = _checkpoint_of(name, checkpoints)
     earlier = [] if watch is None else peers.share(read_rows(directory / "validation.jsonl"))
     validation = Validation(watch, earlier, progress.say)
     if watch is not None:
@@ -208,7 +208,7 @@ def train(
                     environment.before_save()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            peers.stands = _checkpoint_of(name, checkpoints)
+            peers.last_saved = _checkpoint_of(name, checkpoints)
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
 

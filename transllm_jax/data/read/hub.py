@@ -14,7 +14,7 @@ from typing import Any
 from transllm_jax.data.read.files import Collector, Place
 from transllm_jax.data.read.records import Record
 from transllm_jax.errors import UserError
-from transllm_jax.hub_name import mistyped
+from transllm_jax.hub_name import hub_name_problem
 
 # Readers of the library that read text and run no code.
 _READERS = ("arrow", "csv", "json", "parquet", "text")
@@ -135,7 +135,7 @@ def _dataset(path: str, split: str, data_dir: str | None) -> Dataset:
     named = _NAME.fullmatch(path)
     if named is None or path.startswith("."):
         raise UserError(f"{path} is neither a directory nor a name on the hub: write OWNER/NAME or OWNER/NAME/CONFIG")
-    if wrong := mistyped(path):
+    if wrong := hub_name_problem(path):
         raise UserError(f"{path} does not exist: {wrong}")
     name, config, revision = named.groups()
     revision = Dataset(name, split, data_dir, config, revision).builder().hash
