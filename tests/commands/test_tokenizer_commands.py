@@ -143,7 +143,7 @@ def test_options_that_no_file_has_a_use_for(tmp_path: Path, command: Command, ba
     expand = ("expand", base, "{}", tmp_path / "out", "--size", 10, "--language", "th")
     for file, options, said in (
         (corpus, ("--field", "text"), "--field text is of records (.jsonl, .json, .parquet), and no file is one"),
-        (rows, ("--lines",), "--lines is of text in lines, and all files are records: leave it out"),
+        (rows, ("--lines",), "--lines is for text in lines, and all files have records: leave it out"),
         (rows, ("--field", "content"), "a.jsonl:1 has no field 'content' (it has: id, text)"),
     ):
         code, printed = command(*(file if part == "{}" else part for part in expand), *options)
@@ -177,7 +177,7 @@ def test_expand_says_where_the_converter_of_llama_cpp_has_to_be_told(
         code, printed = command(
             *("expand", base, text, tmp_path / cuts, "--size", 24, "--language", "ru", "--cuts", cuts)
         )
-        assert code == 0 and "tell it there (get_vocab_base_pre)" in printed
+        assert code == 0 and "add this one to its get_vocab_base_pre" in printed
 
 
 def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the commands `transllm convert ...` do: open whatever a path is, write it as something else, compare."""
+"""What the commands `transllm convert ...` do: open a model, whatever its format, and write or compare it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from transllm_jax.tokenizer.llama_cpp import misread, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
-# A text with letters, digits, punctuation and another script, for logits where the user gives none.
+# A text with letters, digits, punctuation and another script: the default for comparing logits.
 PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
 PROMPT_TOKENS = 64
 
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
-    """Write our checkpoint of a model (see `conversion.import_base`)."""
+    """Write a model as a checkpoint of ours (see `conversion.import_base`)."""
     _destination(dst, force, source)
     with _bytes(progress, "converting") as begin:
         import_base(
@@ -71,7 +71,7 @@ def to_hf(
     check: bool = True,
     force: bool = False,
 ) -> None:
-    """Write a Hugging Face directory; say what merging changed, in weights and in logits."""
+    """Write a Hugging Face directory; report what merging changed, in weights and in logits."""
     size = parse_size(max_shard_size)
     _destination(dst, force, source, base)
     found = open_source(source, base=base, stage=stage)
@@ -115,7 +115,7 @@ def to_hf(
 
 
 def _why(model: Opened) -> str:
-    """Why a model that was trained has no adapters, for a message; nothing where it was not trained."""
+    """For a message: why a trained model has no adapters; empty for a model that was not trained."""
     return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
 
 
@@ -129,15 +129,15 @@ def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
 
 
 def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
-    """The logits of what was trained beside those of what was written; without `lora` all weights were trained."""
+    """Compare the logits of the trained and the written model, in words. Without `lora`, all weights were trained."""
     tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
-    beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
-    same = np.mean(np.argmax(beside, axis=1) == np.argmax(merged, axis=1))
+    trained, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
+    same = np.mean(np.argmax(trained, axis=1) == np.argmax(merged, axis=1))
     pair = "written against trained" if lora is None else "merged against unmerged"
     return (
         f"{pair}, logits of {len(tokens)} tokens: largest difference "
-        f"{np.max(np.abs(beside - merged)):.2g} (they spread by {beside.std():.2g}), "
-        f"same best token at {same:.0%} of the places"
+        f"{np.max(np.abs(trained - merged)):.2g} (their standard deviation is {trained.std():.2g}), "
+        f"same best token at {same:.0%} of the positions"
     )
 
 
@@ -151,7 +151,7 @@ def to_peft(
     rows: Rows | None = None,
     force: bool = False,
 ) -> None:
-    """Write a PEFT adapter directory of a run's point."""
+    """Write a run's adapter, at a stage, as a PEFT adapter directory."""
     _destination(dst, force, source)
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
@@ -179,7 +179,7 @@ def to_peft(
 
 
 def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force: bool = False) -> None:
-    """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
+    """Write a PEFT adapter as one that a run can begin with (`vocabulary.adapter`)."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
     _destination(dst, force, base, adapter)
@@ -192,7 +192,7 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
     trainable, padding = dict(found.trainable), 0
     if found.tokenizer_dir is not None and found.new_rows:
-        # A table is often padded to a round number of rows: those behind the last token say nothing.
+        # A table is often padded to a round number of rows; rows after the last token have no meaning.
         tokens = max(token_ids(found.tokenizer_dir), default=-1) + 1 - below.model.config.vocab_size
         padding = max(found.new_rows - max(tokens, 0), 0)
         for path in ("vocabulary.new", "vocabulary.output_new"):
@@ -221,13 +221,13 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
 
 
 def _lasting(source: str) -> str:
-    """A source's name that means the same from every directory."""
+    """A source by a name that is valid from every directory: an absolute path, or the name itself."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
 
 def _destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
-    """Refuse a destination before anything is read. Raises UserError."""
+    """Check the destination before anything is read. Raises UserError."""
     paths = [Path(path) for path in reads if path is not None]
     check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
 
@@ -243,7 +243,7 @@ def verify(
     logits: bool = True,
     tolerance: float = 0.0,
 ) -> bool:
-    """Compare two of anything that can be opened; print what differs. True if nothing does by more than allowed."""
+    """Compare any two models that can be opened; print the differences. True if all are within the tolerance."""
     left, right = (open_source(x, base=y, stage=z) for x, y, z in zip((a, b), bases, stages, strict=True))
     ids = None
     notes = []
@@ -251,9 +251,9 @@ def verify(
         cuts = [None if found.bare else prompt_tokens(tokenizer_of(found), prompt) for found in (left, right)]
         ids = cuts[0] or cuts[1] or list(range(1, PROMPT_TOKENS + 1))
         if cuts[0] is None or cuts[1] is None:
-            notes.append("not both have a tokenizer; the logits are of the same ids")
+            notes.append("not both have a tokenizer; both models are given the same ids")
         elif cuts[0] != cuts[1]:
-            notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
+            notes.append("the tokenizers cut the prompt differently; both models are given the first one's ids")
         limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
         ids = [number for number in ids if number < limit]
     with _bytes(progress, "comparing") as begin:
@@ -268,7 +268,7 @@ def verify(
     if result.logits is not None:
         progress.say(
             f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
-            f"same best token at {result.same_best:.0%} of the places, KL {result.divergence:.3g} nats a token",
+            f"same best token at {result.same_best:.0%} of the positions, KL {result.divergence:.3g} nats a token",
         )
     good = result.within(tolerance)
     if good and result.largest > 0:
@@ -279,7 +279,7 @@ def verify(
 
 
 def comparison_table(result: Comparison) -> Table:
-    """A row for each kind of tensor."""
+    """A table with a row for each kind of tensor."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("weights", "tensors", "identical", "largest", "mean", "types"):
         numbers = heading in ("tensors", "identical", "largest", "mean")
@@ -297,7 +297,7 @@ def comparison_table(result: Comparison) -> Table:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A text's ids, as a model is given them. Raises UserError for an empty text."""
+    """The first PROMPT_TOKENS ids of a prompt, as a model is given them. Raises UserError for an empty text."""
     ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)][:PROMPT_TOKENS]
     if not ids:
         raise UserError("the prompt is empty; give a text")
@@ -305,7 +305,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def describe(model: Opened) -> str:
-    """Family, sizes and types in a line."""
+    """A model's family, sizes and types in one line."""
     config = model.config
     table = tensors(config)
     types = sorted({model.dtype(tensor).name for tensor in table})
@@ -318,7 +318,7 @@ def describe(model: Opened) -> str:
 
 @contextmanager
 def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar in bytes: gives `begin(total)`, which gives `advance(bytes)`."""
+    """A progress bar in bytes. Yields `begin(total)`, which starts the bar and returns `advance(bytes)`."""
     bars = []
 
     def begin(total: int) -> Callable[[int], None]:
@@ -339,7 +339,7 @@ def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """A mesh such as `fsdp=8,tensor=2`. Raises UserError for what is not of that form."""
+    """Parse a mesh such as `fsdp=8,tensor=2`. Raises UserError if the text is not of that form."""
     mesh: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
