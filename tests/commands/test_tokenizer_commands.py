@@ -142,7 +142,7 @@ def test_options_that_no_file_has_a_use_for(tmp_path: Path, command: Command, ba
     rows = _as_records(tmp_path / "a.jsonl", ["ภาษาไทย", "ประเทศไทย"], "text")
     expand = ("expand", base, "{}", tmp_path / "out", "--size", 10, "--language", "th")
     for file, options, said in (
-        (corpus, ("--field", "text"), "--field text is of records (.jsonl, .json, .parquet), and no file is one"),
+        (corpus, ("--field", "text"), "--field text is for records (.jsonl, .json, .parquet), and no file has any"),
         (rows, ("--lines",), "--lines is for text in lines, and all files have records: leave it out"),
         (rows, ("--field", "content"), "a.jsonl:1 has no field 'content' (it has: id, text)"),
     ):
