@@ -298,8 +298,8 @@ def _use(report: dict[str, Any]) -> str:
         return f"each new token is produced there at least {_many(report['min_count'], 'time')}"
     parts = f", of which {never} never" if never else ""
     return (
-        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: first bytes "
-        "of characters for which the base has no token"
+        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
+        "bytes of characters that the base has no token for"
     )
 
 
@@ -357,7 +357,7 @@ def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
             found = str(workdir / "base")
     if not isinstance(found, str) or not Path(found).expanduser().exists():
         return None
-    progress.say(f"compared with {found}, from which {opened.directory} was expanded (--base chooses another)")
+    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses another)")
     return found
 
 
