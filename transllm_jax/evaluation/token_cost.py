@@ -20,7 +20,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-WORDS = "a word is what stands between white space"
+WORDS = "a word is the text between white space"
 _BATCH = 256  # texts that are encoded at once
 _EXAMPLE_LENGTHS = (4, 24)  # least and most characters of an example word
 

@@ -246,9 +246,9 @@ def lowered(
 
 def _shardings(layout: Layout) -> _State:
     """The shardings of a state: the cache is divided by rows and heads, the rest is replicated."""
-    whole: Any = layout.everywhere
+    replicated: Any = layout.everywhere
     heads: Any = layout.cache
-    return _State(whole, whole, whole, whole, whole, whole, Cache(heads, heads, whole, whole))
+    return _State(*[replicated] * 6, cache=Cache(heads, heads, replicated, replicated))
 
 
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:

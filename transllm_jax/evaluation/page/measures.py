@@ -23,7 +23,7 @@ ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure. `{language}` in its texts stands for the target language's name."""
+    """One measure. `{language}` in its texts is replaced by the target language's name."""
 
     key: str
     label: str
