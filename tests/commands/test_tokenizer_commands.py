@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.disk import parse_size
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.token_cost import Cost, costs, cut, example_words
+from transllm_jax.evaluation.token_cost import TokenCost, costs, cut, example_words
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -398,7 +398,7 @@ def test_costs_are_counts(base: Path) -> None:
     texts = ["ab ภา\u00a0x", "", "<|im_end|> two\nlines"] * 200  # several batches
     (found,) = costs([tokenizer], texts)
     ids = sum(len(tokenizer.encode(text, specials=False)) for text in texts)
-    assert found == Cost(ids, 200 * (7 + 20), 200 * (7 + 5 + 20), 200 * (3 + 3))
+    assert found == TokenCost(ids, 200 * (7 + 20), 200 * (7 + 5 + 20), 200 * (3 + 3))
     assert (found.per_character, found.per_byte, found.per_word) == (ids / 5400, ids / 6400, ids / 1200)
 
 

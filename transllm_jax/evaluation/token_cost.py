@@ -26,7 +26,7 @@ _EXAMPLE_LENGTHS = (4, 24)  # least and most characters of an example word
 
 
 @dataclass(frozen=True)
-class Cost:
+class TokenCost:
     """The number of tokens of some texts, and their length in Unicode characters, UTF-8 bytes and words."""
 
     tokens: int
@@ -59,7 +59,7 @@ class Cost:
         }
 
 
-def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[Cost]:
+def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[TokenCost]:
     """The cost of the texts with each tokenizer, in one pass. A special token that is spelled out counts as text."""
     tokens = [0] * len(tokenizers)
     characters = size = words = 0
@@ -69,7 +69,7 @@ def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[Cost]:
         words += sum(len(text.split()) for text in batch)
         for place, tokenizer in enumerate(tokenizers):
             tokens[place] += sum(map(len, tokenizer.encode_batch(batch, specials=False)))
-    return [Cost(count, characters, size, words) for count in tokens]
+    return [TokenCost(count, characters, size, words) for count in tokens]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -132,7 +132,7 @@ def cut(tokenizer: Tokenizer, word: str) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(rows: Sequence[tuple[str, str, Cost, Cost]]) -> Table:
+def cost_table(rows: Sequence[tuple[str, str, TokenCost, TokenCost]]) -> Table:
     """A table with a row for each (text, tokenizer, its cost, the base's cost for the same text)."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("text", "tokenizer"):
