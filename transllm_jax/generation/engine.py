@@ -246,9 +246,9 @@ def lowered(
 
 def _shardings(layout: Layout) -> _State:
     """The shardings of a state: the cache is divided by rows and heads, the rest is replicated."""
-    replicated: Any = layout.everywhere
+    copied: Any = layout.everywhere
     heads: Any = layout.cache
-    return _State(*[replicated] * 6, cache=Cache(heads, heads, replicated, replicated))
+    return _State(copied, copied, copied, copied, copied, copied, Cache(heads, heads, copied, copied))
 
 
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:
