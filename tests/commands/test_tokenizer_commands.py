@@ -371,8 +371,8 @@ def test_a_curve_in_a_table_and_a_picture(tmp_path: Path, command: Command, base
     [
         (["--curve", "10"], "give --language and --corpus, too"),
         (["--language", "th"], "what --curve learns from"),
-        (["--curve", "10,x", "--corpus", "FILE", "--language", "th"], "'x' is no number of tokens"),
-        (["--curve", "0", "--corpus", "FILE", "--language", "th"], "'0' is no number of tokens"),
+        (["--curve", "10,x", "--corpus", "FILE", "--language", "th"], "'x' is not a number of tokens"),
+        (["--curve", "0", "--corpus", "FILE", "--language", "th"], "'0' is not a number of tokens"),
         (["--out", "a.jpg"], ".png, .svg, .pdf"),
         (["--out", "none/a.png"], "is not a directory"),
         (["--base", "nowhere/"], "does not exist"),

@@ -178,5 +178,5 @@ def parse_numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not part.isascii() or not part.isdigit() or int(part) < 1]
     if wrong:
-        raise UserError(f"--curve {text}: {', '.join(map(repr, wrong))} is no number of tokens; write 500,1000,2000")
+        raise UserError(f"--curve {text}: {', '.join(map(repr, wrong))} is not a number of tokens; write 500,1000,2000")
     return [int(part) for part in parts]

@@ -85,7 +85,7 @@ def open_session(
         name = "the original model" if base else f"the model after {point}"
     elif (path / "config.json").is_file():
         if base:
-            raise UserError(f"{path} is an exported model, which has no original in it; give the work directory")
+            raise UserError(f"{path} is an exported model, without the original model in it; give the work directory")
         known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
         markers = Markers(**known["markers"]) if known else Markers()
         model = open_directory(path)
@@ -103,7 +103,7 @@ def _fetched(url: str, base: bool) -> Path:
     """Mirror the parts of a run on a store that a conversation needs; return the mirror's directory."""
     place = open_workdir(url)
     if not place.pull("run.yaml"):
-        raise UserError(f"{url} is no work directory of a run (it has no run.yaml)")
+        raise UserError(f"{url} is not a run's work directory (it has no run.yaml)")
     for name in ("base", "vocabulary"):
         place.pull(name)
     for point in reversed(POINTS):

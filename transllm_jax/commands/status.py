@@ -41,7 +41,7 @@ def status_table(given: Path | str) -> RenderableType:
 
 def _table(workdir: Path, name: str) -> RenderableType:
     if not (workdir / RUN).is_file():
-        raise UserError(f"{name} is no work directory of a run (it has no run.yaml)")
+        raise UserError(f"{name} is not a run's work directory (it has no run.yaml)")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("step", "state", "time", "result"):
         table.add_column(heading, justify="right" if heading == "time" else "left", no_wrap=heading != "result")

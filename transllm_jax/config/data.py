@@ -60,7 +60,7 @@ class Source(Section):
     # A bad row (an empty side, a third column, two questions in a row, a special token) either stops the run or is
     # skipped: left out, counted and written to bad_rows.jsonl in the stage's directory.
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    # At most this share of a source's rows may be skipped; ten rows always may, for small files.
+    # At most this share of a source's rows may be skipped, or ten rows if that is more.
     max_bad_share: Share = 0.01
     # Share of the rows in the mixture, relative to the other sources; give all sources a weight or none. Without
     # weights: by size.

@@ -146,7 +146,7 @@ class Recover(Section):
     # jsonl with a field `instruction` and optionally `input`, which is appended after a blank line (Alpaca's format).
     # Records with a system prompt, earlier turns, or an input under another name are refused.
     instructions: Location
-    # Read only the first of them.
+    # Read only this many, from the start.
     max_instructions: Positive | None = None
     # Leave out instructions that contain at least half of any text of the evaluation sets.
     contamination: bool = True

@@ -237,7 +237,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(amount: float | None) -> str:
-    """Bytes as "1.5 GiB" or "340 MiB"; empty where there is no number."""
+    """Bytes as "1.5 GiB" or "340 MiB"; empty if there is no number."""
     if amount is None:
         return ""
     return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"

@@ -320,6 +320,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             # Cut off by a kill or a full disk. Lines hold totals, so the session's next line makes up for it.
             continue
         if not isinstance(row, dict) or row.keys() != set(_KEYS) or not row["seconds"].keys() <= set(CATEGORIES):
-            raise UserError(f"{path}, line {number} is no line of a ledger; move the file away (it holds times only)")
+            raise UserError(f"{path}, line {number} is not a ledger's line; move the file away (it holds times only)")
         rows[row["session"], row["stage"]] = row
     return list(rows.values())

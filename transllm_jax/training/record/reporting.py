@@ -109,7 +109,7 @@ class Reporter:
             raise Diverged(
                 f"{self._name}: the loss or its gradient was not finite in {self._in_a_row} steps in a row, up to step "
                 f"{done}; see {self._name}/skipped.jsonl for their texts, lower {self._name}.learning_rate and redo "
-                f"the stage with --force {self._name}. Checkpoints are kept"
+                f"the stage with --force {self._name}. Checkpoints stay as they are"
             )
 
     def validated(self, step: int, bits_per_byte: float, of: str = "") -> None:
