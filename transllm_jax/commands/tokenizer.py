@@ -77,7 +77,8 @@ def expand_vocabulary(
     """
     _check_used([*learning.corpus, *english, *held_out], learning.separator, learning.field)
     reads = [file for path in (*learning.corpus, *english, *held_out) for file in resolve(path)]
-    check_destination(dst, overwrite=force, reads=[*reads, *(p for p in [Path(source).expanduser()] if p.exists())])
+    local = Path(source).expanduser()
+    check_destination(dst, overwrite=force, reads=[*reads, local] if local.exists() else reads)
     with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
         base = open_tokenizer(source, Path(scratch) / "base", _say(progress))
         script = _check(base.tokenizer, [size], learning, [*english, *held_out])
@@ -89,16 +90,16 @@ def expand_vocabulary(
         def texts(path: str) -> Iterator[str]:
             return texts_of(path, learning.controls, learning.field)
 
+        training_text = _first(sample.documents)
         measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
-        shown = _first(sample.documents)
         if not measured:
-            measured = {"the training text": costs([base.tokenizer, new], shown)}
-        frequent = example_words(script, shown, _CANDIDATES)
+            measured = {"the training text": costs([base.tokenizer, new], training_text)}
+        frequent = example_words(script, training_text, _CANDIDATES)
         words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
         counted = {path: changed(base.tokenizer, new, texts(path)) for path in english}
         report = {
             **expansion.report,
-            "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
+            "base": str(local.resolve()) if local.exists() else source,
             "name": script.language,
             "scripts": list(script.scripts),
             "shared_bytes_with": list(script.shared),
@@ -151,53 +152,39 @@ def report_costs(
     UserError if any of these is wrong.
     """
     if out is not None:
-        if out.suffix not in _PLOTS:
-            raise UserError(f"--out {out}: the plot is written as {', '.join(_PLOTS)}; choose a name that ends so")
-        if out.exists() and not force:
-            raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
+        _check_plot(out, force)
     corpus = [] if learning is None else learning.corpus
     _check_used([*files, *corpus], "blank line" if learning is None else learning.separator, field)
     _check_texts(files, controls, field)
     with tempfile.TemporaryDirectory() as scratch:
-        named = [
-            (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
-        ]
-        found = base or _base_of(named[0][1], progress)
-        if found is not None and found not in sources:
-            named.insert(0, (found, open_tokenizer(found, Path(scratch) / "base", _say(progress))))
-        elif found is not None:
-            named.sort(key=lambda item: item[0] != found)
-        first = named[0][1]
-        rows: list[tuple[str, Tokenizer]] = [(name, opened.tokenizer) for name, opened in named]
+        opened = _open_with_base(sources, base, Path(scratch), progress)
+        first = opened[0][1]
+        rows: list[tuple[str, Tokenizer]] = [(name, found.tokenizer) for name, found in opened]
         if curve:
             assert learning is not None
-            sizes = sorted(set(curve))
-            _check(first.tokenizer, sizes, learning, [])
+            added = sorted(set(curve))
+            _check(first.tokenizer, added, learning, [])
             sample = _read(learning, progress)
-            expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
-            rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
+            expansion = _learn(first, sample.documents, added[-1], learning, progress)
+            rows += [(f"+{size:,}", expansion.at(size)) for size in added]
         tokenizers = [tokenizer for _, tokenizer in rows]
         measured = {path: costs(tokenizers, texts_of(path, controls, field)) for path in files}
     texts, names = _short_names(files), _short_names([name for name, _ in rows])
-    progress.say(
-        cost_table(
-            [
-                (texts[path], names[name], cost, found[0])
-                for path, found in measured.items()
-                for (name, _), cost in zip(rows, found, strict=True)
-            ]
-        )
-    )
+    table = [
+        (texts[path], names[name], cost, by_tokenizer[0])
+        for path, by_tokenizer in measured.items()
+        for (name, _), cost in zip(rows, by_tokenizer, strict=True)
+    ]
+    progress.say(cost_table(table))
     progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}")
     if out is not None:
-        vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
+        sizes = [tokenizer.vocab_size for tokenizer in tokenizers]
         points = {
             texts[path]: [
-                (size, c.per_character, c.per_byte, c.per_word) for size, c in zip(vocabularies, found, strict=True)
+                (size, cost.per_character, cost.per_byte, cost.per_word)
+                for size, cost in zip(sizes, by_tokenizer, strict=True)
             ]
-            for path, found in measured.items()
+            for path, by_tokenizer in measured.items()
         }
         cost_plot(out, points)
         progress.say(f"plot    {out}")
@@ -224,6 +211,16 @@ def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Seq
     return script
 
 
+def _check_plot(out: Path, force: bool) -> None:
+    """Raises UserError if the plot cannot be written to `out`."""
+    if out.suffix not in _PLOTS:
+        raise UserError(f"--out {out}: the plot is written as {', '.join(_PLOTS)}; choose a name that ends so")
+    if out.exists() and not force:
+        raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
+
+
 def _check_texts(files: Sequence[str], controls: Controls, field: str | None) -> None:
     """Raises UserError for texts that cannot be read, before learning, which may take hours."""
     for path in files:
@@ -238,6 +235,19 @@ def _check_used(files: Sequence[str], separator: Separator, field: str | None) -
         raise UserError(f"--field {field} is for records (.jsonl, .json, .parquet), and no file has any: leave it out")
     if separator == "line" and "lines" not in kinds:
         raise UserError("--lines is for text in lines, and all files have records: leave it out")
+
+
+def _open_with_base(
+    sources: Sequence[str], base: str | None, scratch: Path, progress: Progress
+) -> list[tuple[str, OpenedTokenizer]]:
+    """Open the tokenizers and the base to compare them with: (name, tokenizer) each, the base first if there is one."""
+    opened = [(source, open_tokenizer(source, scratch / str(n), _say(progress))) for n, source in enumerate(sources)]
+    base = base or _base_of(opened[0][1], progress)
+    if base is None:
+        return opened
+    if base not in sources:
+        return [(base, open_tokenizer(base, scratch / "base", _say(progress))), *opened]
+    return sorted(opened, key=lambda item: item[0] != base)
 
 
 def _read(learning: Learning, progress: Progress) -> Sample:
