@@ -43,8 +43,8 @@ PROMPT_TOKENS = 64
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
     """Write a model as a checkpoint of ours (see `conversion.import_base`)."""
-    _destination(dst, force, source)
-    with _bytes(progress, "converting") as begin:
+    _check_destination(dst, force, source)
+    with _byte_bar(progress, "converting") as begin:
         import_base(
             source,
             dst,
@@ -73,14 +73,14 @@ def to_hf(
 ) -> None:
     """Write a Hugging Face directory; report what merging changed, in weights and in logits."""
     size = parse_size(max_shard_size)
-    _destination(dst, force, source, base)
+    _check_destination(dst, force, source, base)
     found = open_source(source, base=base, stage=stage)
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
     model = found.model
     if not merge:
         if not isinstance(model, Merged) or found.lora is None:
-            raise UserError(f"{source} has no adapters to keep apart{_why(model)}; leave --unmerged out")
+            raise UserError(f"{source} has no adapters to keep apart{_why_no_adapters(model)}; leave --unmerged out")
         model = Merged(model.base, model.trainable, found.lora.scale, merge_adapters=False)
 
     def also(directory: Path) -> None:
@@ -90,7 +90,7 @@ def to_hf(
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
 
-    with _bytes(progress, "writing") as begin:
+    with _byte_bar(progress, "writing") as begin:
         rounding = export_hf(
             model,
             found.files,
@@ -109,17 +109,17 @@ def to_hf(
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")
     elif isinstance(model, Merged) and (model.full or found.lora is not None):
-        progress.say(_merging(rounding, written, full=model.full))
+        progress.say(_merging_line(rounding, written, full=model.full))
         if check:
-            progress.say(_merged_logits(model, written, dst, found.lora))
+            progress.say(_logits_line(model, written, dst, found.lora))
 
 
-def _why(model: Opened) -> str:
+def _why_no_adapters(model: Opened) -> str:
     """For a message: why a trained model has no adapters; empty for a model that was not trained."""
     return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
 
 
-def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
+def _merging_line(rounding: Rounding, written: Opened, *, full: bool) -> str:
     types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
     return (
         f"{'all weights trained' if full else 'merged'} in float32, rounded once to {types}: no weight moved by more "
@@ -128,7 +128,7 @@ def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
     )
 
 
-def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
+def _logits_line(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
     """Compare the logits of the trained and the written model, in words. Without `lora`, all weights were trained."""
     tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
     trained, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
@@ -152,11 +152,11 @@ def to_peft(
     force: bool = False,
 ) -> None:
     """Write a run's adapter, at a stage, as a PEFT adapter directory."""
-    _destination(dst, force, source)
+    _check_destination(dst, force, source)
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
         at = f"stage {stage} of {source}" if stage else source
-        if why := _why(found.model):
+        if why := _why_no_adapters(found.model):
             raise UserError(f"{at} has no adapters{why}; write the whole model, with transllm convert to-hf")
         raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
     write_peft(
@@ -182,11 +182,11 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     """Write a PEFT adapter as one that a run can begin with (`vocabulary.adapter`)."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
-    _destination(dst, force, base, adapter)
+    _check_destination(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
     named = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if named and _lasting(str(named)) != _lasting(base):
+    if named and _lasting_name(str(named)) != _lasting_name(base):
         progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
     if found.new_rows and found.tokenizer_dir is None:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
@@ -207,7 +207,9 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
             copy_tokenizer(below.files, directory)
         elif isinstance(below.model, GGUFModel):
             write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
+        write_adapter(
+            directory, Adapter.of(below.model, found.lora, base_name=_lasting_name(base), source=str(adapter))
+        )
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out")
@@ -220,13 +222,13 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     )
 
 
-def _lasting(source: str) -> str:
+def _lasting_name(source: str) -> str:
     """A source by a name that is valid from every directory: an absolute path, or the name itself."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
 
-def _destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
+def _check_destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
     """Check the destination before anything is read. Raises UserError."""
     paths = [Path(path) for path in reads if path is not None]
     check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
@@ -256,7 +258,7 @@ def verify(
             notes.append("the tokenizers cut the prompt differently; both models are given the first one's ids")
         limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
         ids = [number for number in ids if number < limit]
-    with _bytes(progress, "comparing") as begin:
+    with _byte_bar(progress, "comparing") as begin:
         result = compare(left.model, right.model, ids, begin(size_of(left.model) + size_of(right.model)))
     progress.say(comparison_table(result))
     faults = [fault for group in result.groups for fault in group.faults]
@@ -317,7 +319,7 @@ def describe(model: Opened) -> str:
 
 
 @contextmanager
-def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+def _byte_bar(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """A progress bar in bytes. Yields `begin(total)`, which starts the bar and returns `advance(bytes)`."""
     bars = []
 

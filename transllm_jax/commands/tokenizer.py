@@ -81,8 +81,8 @@ def expand_vocabulary(
     check_destination(dst, overwrite=force, reads=[*reads, local] if local.exists() else reads)
     with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
         base = open_tokenizer(source, Path(scratch) / "base", _say(progress))
-        script = _check(base.tokenizer, [size], learning, [*english, *held_out])
-        sample = _read(learning, progress)
+        script = _check_learning(base.tokenizer, [size], learning, [*english, *held_out])
+        sample = _read_sample(learning, progress)
         expansion = _learn(base, sample.documents, size, learning, progress)
         new = expansion.tokenizer
         files = save_expanded(new, base.directory, directory)
@@ -90,7 +90,7 @@ def expand_vocabulary(
         def texts(path: str) -> Iterator[str]:
             return texts_of(path, learning.controls, learning.field)
 
-        training_text = _first(sample.documents)
+        training_text = _first_documents(sample.documents)
         measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
         if not measured:
             measured = {"the training text": costs([base.tokenizer, new], training_text)}
@@ -163,8 +163,8 @@ def report_costs(
         if curve:
             assert learning is not None
             added = sorted(set(curve))
-            _check(first.tokenizer, added, learning, [])
-            sample = _read(learning, progress)
+            _check_learning(first.tokenizer, added, learning, [])
+            sample = _read_sample(learning, progress)
             expansion = _learn(first, sample.documents, added[-1], learning, progress)
             rows += [(f"+{size:,}", expansion.at(size)) for size in added]
         tokenizers = [tokenizer for _, tokenizer in rows]
@@ -197,7 +197,7 @@ def _say(progress: Progress) -> Callable[[str], None]:
     return lambda line: progress.say(line)
 
 
-def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
+def _check_learning(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
     """Check what can be checked before a corpus is read; return the language's script. Raises UserError."""
     script = script_of(learning.language, learning.scripts)
     check_supported(json.loads(base.backend.to_str()), base.source)
@@ -250,7 +250,7 @@ def _open_with_base(
     return sorted(opened, key=lambda item: item[0] != base)
 
 
-def _read(learning: Learning, progress: Progress) -> Sample:
+def _read_sample(learning: Learning, progress: Progress) -> Sample:
     """Sample the corpus, with a progress bar in bytes; the sample of a large corpus is cached. Raises UserError."""
     total = sum(file.stat().st_size for path in learning.corpus for file in resolve(path))
     with progress.bytes("reading", total) as bar:
@@ -293,7 +293,7 @@ def _learn(
         )
 
 
-def _many(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -301,19 +301,19 @@ def _size(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
 
 
-def _use(report: dict[str, Any]) -> str:
+def _usage(report: dict[str, Any]) -> str:
     """How often the training text uses the new tokens, in words."""
     rare, never = report["produced_less_than_min_count"], report["never_produced"]
     if not rare:
-        return f"each new token is produced there at least {_many(report['min_count'], 'time')}"
+        return f"each new token is produced there at least {_count(report['min_count'], 'time')}"
     parts = f", of which {never} never" if never else ""
     return (
-        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
+        f"{_count(rare, 'new token')} produced there less than {_count(report['min_count'], 'time')}{parts}: the first "
         "bytes of characters that the base has no token for"
     )
 
 
-def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+def _reader_lines(report: dict[str, Any], files: Sequence[str]) -> list[str]:
     """Lines that say which programs get the new ids. Only tokenizer.model has the scores of SentencePiece's pieces."""
     everyone = "transformers, vLLM and llama.cpp read the ids"
     if report["kind"] == "sentencepiece":
@@ -343,7 +343,7 @@ def _short_names(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
 
 
-def _first(documents: Sequence[str]) -> list[str]:
+def _first_documents(documents: Sequence[str]) -> list[str]:
     """The first documents, of about _SHOWN_TEXT characters."""
     first, size = [], 0
     for document in documents:
@@ -380,12 +380,12 @@ def _say_expansion(
     report, read = expansion.report, sample.report
     part = "all" if read.kept_bytes == read.bytes else f"{read.kept_bytes / 1e6:,.1f} MB"
     lines = [
-        f"{dst}: {_many(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
-        + (f" and {_many(len(report['markers']), 'marker')}" if report["markers"] else "")
+        f"{dst}: {_count(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
+        + (f" and {_count(len(report['markers']), 'marker')}" if report["markers"] else "")
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
-        f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
+        f"learned from {part} of {_size(read.bytes)} in {_count(read.documents, 'document')}; " + _usage(report),
     ]
-    lines += _readers(report, files)
+    lines += _reader_lines(report, files)
     if read.documents == 1:
         lines.append("the corpus is one document: if it has no blank lines, --lines makes each line a document")
     if read.too_long:
