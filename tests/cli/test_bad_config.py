@@ -42,8 +42,8 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
         (b"- title\n", ("a config is a mapping",)),
         (b"title: [1, 2\nseed: 3\n", ("not YAML", "at line 2, column 5", "correct it")),
         (b"title: caf\xe9\n", ("not UTF-8 at byte 10", "save it as UTF-8")),
-        (b"title: a\nseed: 1\ntitle: b\n", ("line 3: the key 'title' stands twice", "remove one")),
-        (b"model: {source: a, source: b}\n", ("line 1: the key 'source' stands twice",)),
+        (b"title: a\nseed: 1\ntitle: b\n", ("line 3: the key 'title' is given twice", "remove one")),
+        (b"model: {source: a, source: b}\n", ("line 1: the key 'source' is given twice",)),
         (b"title: !!python/object/apply:os.system [ls]\n", ("not YAML",)),
     ],
 )
@@ -143,7 +143,7 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["title.x=3"], ("override 'title.x=3'", "'title' is a value, not a section")),
         (["pretrain.sources.0.path=x"], ("'sources' is a value, not a section",)),
         (["pretrain.steps=[1"], ("override 'pretrain.steps=[1'", "not YAML", "quote it")),
-        (["lora={rank: 1, rank: 2}"], ("override 'lora=", "the key 'rank' stands twice", "remove one")),
+        (["lora={rank: 1, rank: 2}"], ("override 'lora=", "the key 'rank' is given twice", "remove one")),
         # What is known before anything is read.
         (["language={code: xx, name: Nothing}"], ("language.code: language 'xx' is not supported",)),
     ],

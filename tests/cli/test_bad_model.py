@@ -120,9 +120,9 @@ def test_a_directory_that_is_no_run(refused: Refused, tmp_path: Path, tiny_model
     nowhere = tmp_path / "nowhere"
     holds(refused("chat", nowhere, "Hi"), "nowhere does not exist", "give a work directory or a model directory")
     holds(refused("chat", tmp_path, "Hi"), "neither a work directory (run.yaml) nor a model directory (config.json)")
-    holds(refused("status", tmp_path), "is no work directory of a run", "run.yaml")
-    holds(refused("status", nowhere), "is no work directory of a run")
-    holds(refused("chat", tiny_model, "Hi", "--base"), "has no original in it", "give the work directory")
+    holds(refused("status", tmp_path), "is not a run's work directory", "run.yaml")
+    holds(refused("status", nowhere), "is not a run's work directory")
+    holds(refused("chat", tiny_model, "Hi", "--base"), "without the original model in it", "give the work directory")
 
 
 def test_an_export_without_its_markers(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:

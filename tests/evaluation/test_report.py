@@ -145,7 +145,7 @@ def test_where_the_time_went(html: str) -> None:
     # Each stage's row, in the order of the columns; a stage without time has none.
     assert "pretrain 25 min 0 s 31 s 14 s 2.2 s 6.5 s 41 s – 4 min 4 s 30 min 39 s translate" in table
     assert table.rstrip().endswith("between stages – – 9.2 s – – – 1.5 s – 11 s")
-    assert "report" not in table and "begun anew" not in text
+    assert "report" not in table and "then redone" not in text
     # The bars: the longest stage is the whole width, and each bar's parts fill it.
     bars = re.findall(r'<span style="width: ([\d.]+)%">(.*?)</span>', times)
     assert [float(width) for width, _ in bars] == [0.46, 3.59, 100.0, 51.34, 5.47, 34.18, 0.58]
@@ -203,5 +203,5 @@ def test_skipped_updates_are_counted_and_their_texts_named(html: str) -> None:
     results = sample()
     results["trained"]["transfer"] |= {"skipped": 1, "skipped_updates": [{"step": 3, "rows": ["x" * 1000]}]}
     text = plain(section(render_report(results), "training"))
-    assert "transfer skipped 1 update :" in text and "The texts of these stand here" in text
+    assert "transfer skipped 1 update :" in text and "The texts of these are listed here" in text
     assert "step 3: loss not measured" in text and "x" * 200 in text and "x" * 300 not in text

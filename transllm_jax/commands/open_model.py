@@ -1,4 +1,4 @@
-"""Whatever a path is, opened: a run at a stage, an adapter on its base, a model directory, a GGUF file."""
+"""Open a model, whatever the path is: a run at a stage, an adapter on its base, a model directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from transllm_jax.training.arrays import load_arrays
 
 @dataclass(frozen=True)
 class Source:
-    """Something opened: the model, the directory with its config and tokenizer, and, of trained ones, their parts.
+    """An opened model, the directories of its config and tokenizer and, if it was trained, its LoRA config and origin.
 
-    `files` is None of a GGUF file, which holds everything itself.
+    `files` is None for a GGUF file, which holds everything itself.
     """
 
     model: OpenedModel
@@ -46,14 +46,14 @@ class Source:
 
     @property
     def bare(self) -> bool:
-        """Whether there is no tokenizer with it."""
+        """Whether the model has no tokenizer."""
         return not isinstance(self.model, GGUFModel) and (self.tokenizer is None or not has_tokenizer(self.tokenizer))
 
 
 def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
     """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
 
-    `base` is where an adapter's base is, if not where it says. Raises UserError for anything else.
+    `base` is where an adapter's base is, if not where the adapter says. Raises UserError for anything else.
     """
     path = Path(source).expanduser()
     if (path / "run.yaml").is_file():
@@ -80,7 +80,7 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
 
 
 def _open_base(adapter: Path, given: str | None, named: str | None) -> Source:
-    """An adapter's base, from where the user or the adapter says that it is."""
+    """Open an adapter's base: the one that the user gave, or else the one that the adapter names."""
     if given is not None:
         return open_source(given)
     try:
@@ -106,7 +106,7 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
 
 
 def peft_base(directory: Path) -> str:
-    """The base that a PEFT adapter names. Raises UserError where it names none."""
+    """The base that a PEFT adapter names. Raises UserError if it names none."""
     base = read_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{directory / CONFIG} names no base_model_name_or_path; give the base with --base")
@@ -120,7 +120,7 @@ def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
 
 
 def tokenizer_of(found: Source) -> Tokenizer:
-    """The tokenizer of what was opened; of a GGUF file or a tokenizer.model alone, made for the purpose."""
+    """The tokenizer of an opened model; one in a GGUF file, or in a tokenizer.model alone, is converted first."""
     if found.tokenizer is not None and (found.tokenizer / "tokenizer.json").is_file():
         return Tokenizer.load(found.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
