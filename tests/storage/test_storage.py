@@ -1,4 +1,4 @@
-"""Places of a work directory, and errors of a store: what is tried again, and what is said in one line."""
+"""Where a work directory may be, which errors of a store are retried, and which are reported in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_local_directory_needs_no_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "/etc", "../x", "a/../b", "a/", "./a"])
-def test_a_name_stays_below_the_directory(pod: Pod, name: str) -> None:
+def test_a_name_outside_the_directory_is_refused(pod: Pod, name: str) -> None:
     for call in (pod.host("first").push, pod.host("first").pull, pod.host("first").remove):
         with pytest.raises(ValueError, match="no path below"):
             call(name)
@@ -66,7 +66,7 @@ def failing(store: Store, method: str, errors: list[Exception]) -> None:
     store._fs = fs
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_not(tmp_path: Path) -> None:
+def test_only_temporary_errors_are_retried(tmp_path: Path) -> None:
     waited: list[float] = []
     (tmp_path / "file").write_bytes(b"x")
     for error in (HttpError(503), HttpError(429), ConnectionResetError(), TimeoutError()):
@@ -97,7 +97,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(tmp_path: Path) -> 
     ],
     ids=["local", "401", "403"],
 )
-def test_a_permission_that_lacks_is_one_line(pod: Pod, error: Exception) -> None:
+def test_a_missing_permission_is_one_line(pod: Pod, error: Exception) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     failing(mirror_of(host).store, "put_file", [error] * 9)
@@ -107,7 +107,7 @@ def test_a_permission_that_lacks_is_one_line(pod: Pod, error: Exception) -> None
 
 
 @pytest.mark.parametrize("given", ["gs:/bucket/run", "gs://", "gs:///", "gs://b/../c", "s3://b/run", "https://x/y"])
-def test_a_place_that_is_none_is_refused(given: str) -> None:
+def test_a_malformed_workdir_is_refused(given: str) -> None:
     with pytest.raises(UserError, match="--workdir"):
         open_workdir(given)
 
