@@ -186,16 +186,16 @@ def test_chat_with_the_trained_and_the_original_model(finished: tuple[str, Path]
     question = "ประเทศไทย"
     said = {}
     for name, where, options in (
-        ("moved", workdir, {}),
+        ("trained", workdir, {}),
         ("original", workdir, {"base": True}),
         ("exported", workdir / "export", {}),
         ("imported", workdir / "base", {}),
     ):
         session = open_session(where, max_new_tokens=12, sampling=Sampling(3.0, seed=1), **options)
         said[name] = list(session.ask(question))[-1].raw
-    assert said["moved"] == said["exported"] != said["original"] == said["imported"]
+    assert said["trained"] == said["exported"] != said["original"] == said["imported"]
     for options in ([], ["--base"]):
-        code, printed = transllm("chat", workdir, question, "--max-new-tokens", "4", *options)
+        code, printed = transllm("chat", workdir, question, "--max-new-tokens", "12", *options)
         assert code == 0, printed
 
 

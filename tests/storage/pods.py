@@ -24,6 +24,7 @@ class Killed(BaseException):
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
+    """Makes a directory that has these files and no others."""
     if directory.exists():
         shutil.rmtree(directory)
     for name, text in files.items():
@@ -32,6 +33,7 @@ def write(directory: Path, files: dict[str, str]) -> None:
 
 
 def read(directory: Path) -> dict[str, str]:
+    """The text of each file below the directory, but for the index of the store."""
     return {
         path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8")
         for path in directory.rglob("*")

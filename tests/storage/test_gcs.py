@@ -101,9 +101,9 @@ def test_a_missing_or_forbidden_bucket_is_one_line(gcs: Emulator, monkeypatch: p
     with pytest.raises(UserError, match="gs://none: no such bucket; create it"):
         open_workdir("gs://none/run")
     monkeypatch.setattr(gcs, "refuses", True)
-    with pytest.raises(UserError, match=r"gs://bucket/run: no permission to list .*me does not have") as told:
+    with pytest.raises(UserError, match=r"gs://bucket/run: no permission to list .*me does not have") as error:
         open_workdir("gs://bucket/run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

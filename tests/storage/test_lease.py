@@ -27,6 +27,7 @@ def pod(tmp_path: Path) -> Pod:
 
 
 def lease(pod: Pod, **options: Any) -> Lease:
+    """A lease that is renewed, and becomes stale, within a second."""
     return Lease(Store(str(pod.store)), **({"stale": 0.6, "renew": 0.05} | options))
 
 
@@ -35,10 +36,10 @@ def test_a_second_run_is_refused_while_the_first_lives(pod: Pod) -> None:
     with lease(pod):
         for options in ({"watch": False}, {"watch": True, "say": said.append}):
             began = time.monotonic()
-            with pytest.raises(UserError, match="another run is at work here") as told, lease(pod, stale=9, **options):
+            with pytest.raises(UserError, match="another run is at work here") as error, lease(pod, stale=9, **options):
                 pass
-            assert "\n" not in str(told.value) and f"process {os.getpid()}" in str(told.value)
-            assert socket.gethostname() in str(told.value)
+            assert "\n" not in str(error.value) and f"process {os.getpid()}" in str(error.value)
+            assert socket.gethostname() in str(error.value)
             # It saw the lease being renewed, and did not wait until it was stale.
             assert time.monotonic() - began < 6
         assert len(said) == 1 and "looking whether it still lives" in said[0]
@@ -88,38 +89,38 @@ def test_a_live_lease_is_never_taken_by_a_host_with_a_wrong_clock(pod: Pod, skew
         held.check()
 
 
-@pytest.mark.parametrize("tells", [True, False], ids=["by the store's clock", "by watching"])
-def test_a_dead_lease_is_taken_by_a_host_with_a_wrong_clock(pod: Pod, skewed: float, tells: bool) -> None:
+@pytest.mark.parametrize("by_store", [True, False], ids=["by the store's clock", "by watching"])
+def test_a_dead_lease_is_taken_by_a_host_with_a_wrong_clock(pod: Pod, skewed: float, by_store: bool) -> None:
     held = dead(pod)
     path = next((pod.store / ".lease").iterdir())
     path.write_text(json.dumps(json.loads(path.read_text()) | {"renewed": time.time() - 2 * skewed}))
-    if tells:
+    if by_store:
         os.utime(path, (path.stat().st_mtime - 3600,) * 2)
     asked: list[str] = []
-    taken = lease(pod, **({"stale": 180.0, "watch": False} if tells else {}))
+    taken = lease(pod, **({"stale": 180.0, "watch": False} if by_store else {}))
     for name in ("files", "read", "age"):
         real = getattr(taken._store, name)
         setattr(taken._store, name, lambda *given, name=name, real=real: (asked.append(name), real(*given))[1])
-    if not tells:
+    if not by_store:
         taken._store.age = lambda name: None  # type: ignore[method-assign]
     with taken, pytest.raises(UserError, match="took over"):
         held._sign()
         held.check()
     # Looking and taking cost few requests; watching repeats only every third of a renewal.
-    assert asked.count("age") <= 1 and (not tells or len(asked) <= 4)
+    assert asked.count("age") <= 1 and (not by_store or len(asked) <= 4)
 
 
 def test_watching_a_lease_makes_few_requests(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the default times, and a clock that advances by each wait."""
     dead(pod)
-    clock, looks, one = [0.0], [0], Lease(Store(str(pod.store)))
+    clock, requests, taken = [0.0], [0], Lease(Store(str(pod.store)))
     monkeypatch.setattr("transllm_jax.storage.lease._now", lambda: clock[0])
-    monkeypatch.setattr(one._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    top = one._top
-    monkeypatch.setattr(one, "_top", lambda: (looks.__setitem__(0, looks[0] + 1), top())[1])
-    monkeypatch.setattr(one, "_keep", lambda: None)
-    with one:
-        assert 180 <= clock[0] < 200 and looks[0] <= 21
+    monkeypatch.setattr(taken._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    top = taken._top
+    monkeypatch.setattr(taken, "_top", lambda: (requests.__setitem__(0, requests[0] + 1), top())[1])
+    monkeypatch.setattr(taken, "_keep", lambda: None)
+    with taken:
+        assert 180 <= clock[0] < 200 and requests[0] <= 21
 
 
 def test_the_lease_of_a_process_that_died_on_this_machine_is_taken_at_once(pod: Pod) -> None:

@@ -53,6 +53,7 @@ class HttpError(Exception):
 
 
 def failing(store: Store, method: str, errors: list[Exception]) -> None:
+    """Makes a method of the file system raise these errors, one a call, before it works again."""
     call = getattr(store._fs, method)
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -101,9 +102,9 @@ def test_a_missing_permission_is_one_line(pod: Pod, error: Exception) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     failing(mirror_of(host).store, "put_file", [error] * 9)
-    with pytest.raises(UserError, match="no permission to write") as told:
+    with pytest.raises(UserError, match="no permission to write") as error:
         host.push("step")
-    assert "\n" not in str(told.value) and "https:" not in str(told.value) and str(pod.store) in str(told.value)
+    assert "\n" not in str(error.value) and "https:" not in str(error.value) and str(pod.store) in str(error.value)
 
 
 @pytest.mark.parametrize("given", ["gs:/bucket/run", "gs://", "gs:///", "gs://b/../c", "s3://b/run", "https://x/y"])
