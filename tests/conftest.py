@@ -30,6 +30,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "thai"
 
 
+# Folders whose files take longest: they come first, so that both workers are busy to the end.
+FIRST = ("stages", "training", "generation", "preflight", "commands", "hosts", "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
 def tiny_config(vocab_size: int, *, tied: bool = True) -> LlamaConfig:
     """A LLaMA of 2 layers with grouped queries, and heads that do not fill the width (N * H != D)."""
     return LlamaConfig(
