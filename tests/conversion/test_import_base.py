@@ -16,7 +16,7 @@ from transllm_jax.errors import UserError
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_import_takes_a_directory_over_byte_for_byte(tmp_path: Path, shards: int) -> None:
+def test_import_copies_a_directory_byte_for_byte(tmp_path: Path, shards: int) -> None:
     src, dst = tmp_path / "m", tmp_path / "runs/base"
     write_directory(src, dtype=ml_dtypes.bfloat16, shards=shards)
     (src / "modeling_evil.py").write_text("raise SystemExit")

@@ -15,7 +15,7 @@ from conversion.directories import check_destination, new_directory
 from transllm_jax.errors import UserError
 
 
-def test_a_directory_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     dst.mkdir()
     (dst / "config.json").touch()
@@ -48,7 +48,7 @@ def test_a_directory_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in dst.iterdir()] == ["new"]
 
 
-def test_two_processes_with_one_destination_do_not_meet(tmp_path: Path) -> None:
+def test_two_processes_do_not_mix_in_one_destination(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made by another process meanwhile"), new_directory(tmp_path / "dst") as one:
         (one / "config.json").write_text("one")
         code = (
@@ -84,7 +84,7 @@ def test_only_a_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (box / "thesis.txt").exists()
 
 
-def test_what_a_failure_made_is_taken_away(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a/b/c"):
         raise ZeroDivisionError
     assert not any(tmp_path.iterdir())
@@ -93,7 +93,7 @@ def test_what_a_failure_made_is_taken_away(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="disk is full"), new_directory(tmp_path / "dst"):
         raise OSError(28, "No space left on device")
     (tmp_path / "file").touch()

@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.reference
 @TIED
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_adapters_of_peft_compute_the_same_here(
+def test_adapters_of_peft_compute_the_same(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, variant: str
 ) -> None:
     base, options = bases[tied], VARIANTS[variant]
@@ -121,7 +121,7 @@ def put_base_rows_back(directory: Path, base: HFModel) -> None:
         (True, {"rank_pattern": {"down_proj": 2}}, "rank_pattern gives some layers another value"),
     ],
 )
-def test_adapters_of_peft_that_are_refused(
+def test_unsupported_adapters_of_peft_are_refused(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, options: dict[str, Any], said: str
 ) -> None:
     trained_by_peft(bases[tied], tmp_path / "a", **options)
@@ -131,7 +131,7 @@ def test_adapters_of_peft_that_are_refused(
 
 
 @pytest.mark.reference
-def test_every_field_of_peft_has_been_looked_at(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
+def test_every_option_of_peft_is_known(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     """A field that changes PEFT's computation is refused or read; one that is new in PEFT shows here."""
     peft = pytest.importorskip("peft")
     peft.LoraConfig(r=3).save_pretrained(tmp_path)

@@ -73,9 +73,7 @@ def test_peft_loads_what_we_write(
 
 
 @pytest.mark.reference
-def test_peft_loads_an_adapter_without_new_rows_on_the_base_as_it_is(
-    tmp_path: Path, bases: dict[bool, HFModel]
-) -> None:
+def test_peft_loads_an_adapter_without_new_rows(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     trainable = random_trainable(bases[True], LORA, 0)
     write_peft(tmp_path / "a", bases[True], trainable, LORA, base_model="me/base")
     got = theirs(load_with_peft(bases[True], tmp_path / "a", VOCAB), VOCAB)
@@ -85,7 +83,7 @@ def test_peft_loads_an_adapter_without_new_rows_on_the_base_as_it_is(
 @TIED
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "all rows"])
 @pytest.mark.parametrize("rows", ["tokens", "tables"])
-def test_out_and_in_again_is_bit_identical(
+def test_written_and_read_back_bit_for_bit(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, train_base: bool, rows: Rows
 ) -> None:
     base = bases[tied]
@@ -133,7 +131,7 @@ def test_half_types_are_rounded_once(tmp_path: Path, bases: dict[bool, HFModel],
         assert not (tmp_path / "big").exists()
 
 
-def test_the_tokenizer_goes_with_it(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
+def test_the_tokenizer_is_written_too(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     build_tiny_tokenizer(tmp_path / "t")
     vocabulary = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     count = len(vocabulary["model"]["vocab"] | {t["content"]: t["id"] for t in vocabulary["added_tokens"]})

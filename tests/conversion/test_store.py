@@ -72,7 +72,7 @@ def test_a_hugging_face_directory_comes_back_bit_for_bit(
     ],
     ids=["tied", "qwen2", "qwen3"],
 )
-def test_families(tmp_path: Path, config: LlamaConfig) -> None:
+def test_every_family_comes_back(tmp_path: Path, config: LlamaConfig) -> None:
     source = source_of(config)
     opened = open_store(written(tmp_path / "ours", source, mesh=MESH))
     assert_same_model(source, opened)
@@ -80,7 +80,7 @@ def test_families(tmp_path: Path, config: LlamaConfig) -> None:
     assert ("vocabulary.output_base" in opened.layouts) == (not config.tie_word_embeddings)
 
 
-def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
+def test_tensors_may_have_different_types(tmp_path: Path) -> None:
     """Every finite value of the half types, subnormal ones and -0 among them, through the wider type and back."""
     config = replace(CONFIG, hidden_size=1024, num_hidden_layers=3)
     source = source_of(config)
@@ -113,7 +113,7 @@ def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
     assert "blocks.mlp.down.kernel: dtype float32 is not the widest" in message
 
 
-def test_the_files(ours: Path) -> None:
+def test_files_are_as_documented(ours: Path) -> None:
     """What the module's docstring promises to whoever reads the directory with another zarr."""
     opened = open_store(ours)
     manifest = read_json(ours / MANIFEST)
@@ -143,7 +143,7 @@ def test_zeros_are_stored(tmp_path: Path) -> None:
     assert "final_norm.scale: 1 of 1 chunks are missing or unreadable (c/0)" in refused(directory)
 
 
-def test_a_table_is_cut_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_split_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(replace(CONFIG, vocab_size=61))
     monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 20 * 48 * 2)
     opened = open_store(written(tmp_path / "ours", source))
@@ -175,7 +175,7 @@ def test_a_chunk_is_what_one_device_holds(tmp_path: Path) -> None:
     }
 
 
-def test_a_device_reads_its_own_chunks_only(tmp_path: Path) -> None:
+def test_a_device_reads_only_its_chunks(tmp_path: Path) -> None:
     """With the files of all other devices gone, its part is still read, and nothing else is."""
     source = source_of()
     directory = written(tmp_path / "ours", source, mesh=MESH)
@@ -193,7 +193,7 @@ def test_a_device_reads_its_own_chunks_only(tmp_path: Path) -> None:
     assert f"{path}: 14 of 16 chunks are missing or unreadable (c/0/0/0)" in refused(directory)
 
 
-def test_any_slice(ours: Path) -> None:
+def test_any_slice_can_be_read(ours: Path) -> None:
     opened = open_store(ours)
     whole = opened.weights(BF16)["blocks.attention.q.kernel"]
     for index in ((), (slice(1, 2),), (slice(None), slice(3, 7)), (slice(0, 2), slice(-8, None), slice(None, 5))):

@@ -24,7 +24,7 @@ def attention_inputs(length: int, dtype: Any = jnp.float32) -> tuple[list[jax.Ar
     return parts, segments
 
 
-def test_attention_and_its_gradients_are_those_of_the_formula() -> None:
+def test_attention_and_its_gradients_match_the_formula() -> None:
     (q, k, v), segments = attention_inputs(9)
     allowed = (segments[:, :, None] == segments[:, None, :]) & (np.arange(9)[:, None] >= np.arange(9))
 
@@ -46,7 +46,7 @@ def test_attention_and_its_gradients_are_those_of_the_formula() -> None:
 
 @pytest.mark.parametrize("window", [None, 2, 4, 6, 50])
 @pytest.mark.parametrize("block", [4, 5], ids=lambda block: f"blocks of {block}")
-def test_attention_in_blocks_is_the_plain_one_under_every_mask(
+def test_attention_in_blocks_equals_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, block: int, window: int | None
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK", block)
@@ -62,7 +62,7 @@ def test_attention_in_blocks_is_the_plain_one_under_every_mask(
     require_near(outputs_and_gradients(in_blocks, q, k, v), outputs_and_gradients(plain, q, k, v))
 
 
-def test_attention_in_blocks_skips_what_is_not_seen_and_keeps_no_weights() -> None:
+def test_attention_in_blocks_skips_masked_blocks_and_keeps_no_weights() -> None:
     (q, k, v), segments = attention_inputs(512)
 
     def kept_and_computed(window: int | None) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def test_attention_in_blocks_skips_what_is_not_seen_and_keeps_no_weights() -> No
     assert kept_and_computed(128) == (kept, 2 * 128 * (128 + 3 * 255))
 
 
-def test_attention_in_bfloat16_is_as_near_to_the_truth_in_blocks_as_plain() -> None:
+def test_attention_in_blocks_is_as_exact_in_bfloat16() -> None:
     parts, segments = attention_inputs(300, jnp.bfloat16)
 
     def errors(function: Any, *more: Any) -> list[float]:

@@ -20,7 +20,7 @@ from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.parameters import assemble, merge
 
 
-def test_dropout_takes_a_key() -> None:
+def test_dropout_depends_on_its_key() -> None:
     config = tiny_config(VOCAB)
     split = trained_split(config)
     undropped = assemble(
@@ -49,7 +49,7 @@ def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
-def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: bool) -> None:
+def test_gradients_of_adapted_layers_match_the_formula(dropped: bool) -> None:
     rate, size_in, sizes_out = 0.25, 8, (6, 5, 5)
     lora = LoraConfig(rank=3, alpha=7.5, dropout=rate)
     rng = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: boo
 @pytest.mark.parametrize(
     ("rate", "dropped"), [(0.5, 128), (0.2, 51), (0.05, 13), (1e-6, 1)], ids=["half", "rounded", "small", "not 0"]
 )
-def test_dropout_drops_so_many_256ths_and_keeps_the_mean(rate: float, dropped: int) -> None:
+def test_dropout_rounds_its_rate_to_256ths_and_keeps_the_mean(rate: float, dropped: int) -> None:
     """Of a length that is no multiple of four, for four values come from one random number."""
     eye = jnp.eye(64)
     layer = layer_of(LoraConfig(64, 64, rate), {"kernel": 0 * eye, "a": eye, "b": eye})

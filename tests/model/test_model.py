@@ -37,7 +37,7 @@ from transllm_jax.training.step import summed_loss
 @pytest.mark.reference
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: bool) -> None:
+def test_logits_match_transformers(tmp_path: Path, kv_heads: int, tied: bool) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: b
     ],
     ids=["new rows", "base rows too", "base rows too, tied", "llama3", "mistral", "qwen2", "qwen3"],
 )
-def test_gradients_are_those_of_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
+def test_gradients_match_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
     """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, config: LlamaConfig
         assert np.abs(ours[path] - values).max() < 1e-4 * np.abs(values).max(), path
 
 
-def test_a_document_does_not_see_its_neighbours() -> None:
+def test_a_document_does_not_attend_to_its_neighbours() -> None:
     split = trained_split(tiny_config(VOCAB))
     rng = np.random.default_rng(9)
     document = rng.integers(0, VOCAB + NEW, 8, dtype=np.int32)
@@ -144,7 +144,7 @@ def test_a_document_does_not_see_its_neighbours() -> None:
         assert np.abs(row(start, "documents") - alone).max() < 1e-5
 
 
-def test_a_token_does_not_see_later_ones() -> None:
+def test_a_token_does_not_attend_to_later_ones() -> None:
     split = base_split(tiny_config(VOCAB))
     tokens, positions, segments = whole_rows()
     before = logits(split, (tokens, positions, segments))
@@ -155,7 +155,7 @@ def test_a_token_does_not_see_later_ones() -> None:
     assert np.abs(before[:, 15:] - after[:, 15:]).max(axis=(0, 2)).min() > 0.01
 
 
-def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> None:
+def test_gradients_reach_all_that_trains_and_nothing_frozen() -> None:
     # Untied, so that each of the two base tables shows a gradient of its own.
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False))
     batch = training_batch(VOCAB + NEW)
@@ -171,7 +171,7 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
         assert (np.abs(values).reshape(len(values), -1).max(axis=1) > 1e-4).all(), path
 
 
-def test_base_rows_that_train_get_gradients_in_place_of_the_frozen_ones() -> None:
+def test_trained_base_rows_get_gradients() -> None:
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False), train_base=True)
     batch = training_batch(VOCAB + NEW)
     of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
@@ -183,7 +183,7 @@ def test_base_rows_that_train_get_gradients_in_place_of_the_frozen_ones() -> Non
     assert (moved[BASE_ROWS[1]] > 1e-4).all()
 
 
-def test_the_original_model_has_no_gradient_of_trained_base_rows() -> None:
+def test_without_adapters_trained_base_rows_get_no_gradient() -> None:
     structure, trainable, frozen = trained_split(tiny_config(VOCAB), train_base=True)
     batch = training_batch(VOCAB)
 
@@ -198,7 +198,7 @@ def test_the_original_model_has_no_gradient_of_trained_base_rows() -> None:
     assert value == jax.jit(loss, static_argnames="of")(same, of=without.structure)
 
 
-def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
+def test_remat_saves_memory_and_keeps_the_gradients() -> None:
     # Layers enough that what is kept of them is most of the memory.
     structure, trainable, frozen = trained_split(replace(tiny_config(VOCAB), num_hidden_layers=8))
     batch = training_batch(VOCAB + NEW)
@@ -222,7 +222,7 @@ def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
             assert scale > 0 and np.abs(values - recomputed[path]).max() < 1e-5 * scale, path
 
 
-def test_what_remat_does_not_know_is_refused() -> None:
+def test_an_unknown_remat_is_refused() -> None:
     split = trained_split(tiny_config(VOCAB))
     known = ", ".join(get_args(Remat))
     with pytest.raises(ValueError, match=f"^remat is True; it must be one of {known}$"):

@@ -29,7 +29,7 @@ from transllm_jax.model.vocabulary import Vocabulary
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_without_adapters_and_new_rows_it_is_the_original_model_bit_for_bit(tied: bool, train_base: bool) -> None:
+def test_switched_off_it_is_the_original_model_bit_for_bit(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
     original = logits(base_split(config), whole_rows())
     trained = trained_split(config, train_base=train_base)
@@ -62,7 +62,7 @@ def test_copies_of_the_base_rows_change_nothing(dtype: Any) -> None:
     )
 
 
-def test_a_model_that_trains_its_base_rows_begins_with_copies_of_them() -> None:
+def test_trained_base_rows_begin_as_copies() -> None:
     for tied in (True, False):
         config = tiny_config(VOCAB, tied=tied)
         vocabulary = Vocabulary(config, NEW, train_base=True, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
@@ -88,7 +88,7 @@ def test_a_tied_model_has_one_set_of_trained_base_rows() -> None:
     assert not any(path in BASE_ROWS for path in abstract(tiny_config(VOCAB), LORA, NEW).trainable)
 
 
-def test_fresh_adapters_are_a_function_of_the_seed() -> None:
+def test_fresh_adapters_depend_on_the_seed() -> None:
     config = tiny_config(VOCAB)
     one, again, other = (initial_adapters(config, LORA, seed=seed) for seed in (7, 7, 8))
     assert one.keys() == abstract(config, LORA, 0).trainable.keys()
@@ -108,7 +108,7 @@ def test_fresh_adapters_are_a_function_of_the_seed() -> None:
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool, train_base: bool) -> None:
+def test_a_trained_model_equals_its_merged_weights(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
     merged = merged_weights(config, LORA, random_trainable(config, LORA, NEW, train_base=train_base))
     larger = replace(config, vocab_size=VOCAB + NEW)
@@ -119,7 +119,7 @@ def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool, train_ba
     assert np.abs(ours - wanted).max() < 1e-4
 
 
-def test_assemble_lists_all_that_is_wrong() -> None:
+def test_assemble_lists_everything_wrong() -> None:
     config = tiny_config(VOCAB)
     frozen = load_frozen(config, random_weights(config))
     trainable = random_trainable(config, LORA, NEW)
@@ -150,7 +150,7 @@ def test_assemble_refuses_base_rows_that_do_not_fit() -> None:
         assemble(tied, load_frozen(tied, random_weights(tied)), trainable=rows)
 
 
-def test_load_frozen_lists_all_that_is_wrong_and_takes_the_weights_otherwise() -> None:
+def test_load_frozen_lists_everything_wrong_or_takes_the_weights() -> None:
     config = tiny_config(VOCAB)
     weights = random_weights(config)
     weights["surplus"] = np.zeros(3, np.float32)

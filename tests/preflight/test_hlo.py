@@ -59,13 +59,13 @@ def counted(programs: tuple[str, Path], name: str) -> Counts:
         ("collectives", ROUNDS * 2 * 2 * 128 * K * K),
     ],
 )
-def test_flops_are_those_of_the_products(programs: tuple[str, Path], name: str, flops: int) -> None:
+def test_flops_are_counted(programs: tuple[str, Path], name: str, flops: int) -> None:
     counts = counted(programs, name)
     assert counts.flops == flops
     assert counts.flops_by_dtype == {"f32" if programs[0] == "cpu" else "bf16": flops}
 
 
-def test_flops_of_a_step_with_layers_sharded_over_all_devices(programs: tuple[str, Path]) -> None:
+def test_flops_of_a_sharded_step(programs: tuple[str, Path]) -> None:
     """The TPU compiler turns these products into windowed convolutions in loops of their own, between permutes."""
     tokens = ROWS * T
     forward = 2 * tokens * (4 * D * D + 3 * D * F) + 4 * tokens * T * D
@@ -74,7 +74,7 @@ def test_flops_of_a_step_with_layers_sharded_over_all_devices(programs: tuple[st
     assert counted(programs, "step").flops == LAYERS * layer + 3 * 2 * tokens * D * V
 
 
-def test_traffic_of_a_product_and_of_a_scan_that_slices_its_weights(programs: tuple[str, Path]) -> None:
+def test_traffic_of_a_product_and_a_scan(programs: tuple[str, Path]) -> None:
     assert counted(programs, "product").hbm_bytes == item(programs) * (M * K + K * N + M * N)
     moved = counted(programs, "scan").hbm_bytes
     weights, rows = item(programs) * ROUNDS * K * K, item(programs) * M * K
@@ -86,7 +86,7 @@ def test_traffic_of_a_product_and_of_a_scan_that_slices_its_weights(programs: tu
         assert moved <= weights + 3 * rows
 
 
-def test_collectives_in_a_loop(programs: tuple[str, Path]) -> None:
+def test_collectives_in_a_loop_count_each_round(programs: tuple[str, Path]) -> None:
     counts = counted(programs, "collectives")
     kinds = counts.by_kind()
     block, share = item(programs) * 128 * K, (LINKS - 1) / LINKS
@@ -111,7 +111,7 @@ def test_collectives_in_a_loop(programs: tuple[str, Path]) -> None:
     assert counts.largest(1)[0].link_bytes == max(found.link_bytes for found in counts.collectives.values())
 
 
-def test_a_collective_that_goes_on_through_several_fusions_counts_once(programs: tuple[str, Path]) -> None:
+def test_a_collective_across_fusions_counts_once(programs: tuple[str, Path]) -> None:
     text = (programs[1] / "step").read_text(encoding="utf-8")
     counts = count_hlo(text)
     gathers = [found for found in counts.collectives.values() if found.kind == "all-gather"]

@@ -21,7 +21,7 @@ from transllm_jax.preflight.program.hlo import count_hlo
         ((2, 7, 3), (4, 2, 3), "size=2 pad=3_0 rhs_reversal=1", "b0f_o0i->b0f", (2, 9, 4)),
     ],
 )
-def test_flops_of_a_convolution_are_the_products_that_exist(
+def test_flops_of_a_convolution_leave_out_the_padding(
     left: tuple[int, ...], right: tuple[int, ...], window: str, labels: str, result: tuple[int, ...]
 ) -> None:
     """Against every triple of places, one by one."""
@@ -73,7 +73,7 @@ FUSED = """
 """
 
 
-def test_slices_and_updates_inside_a_fusion_count_as_what_they_touch() -> None:
+def test_slices_and_updates_in_a_fusion_count_what_they_touch() -> None:
     entry = """%p = f32[100,8]{1,0} parameter(0)
 %q = f32[8]{0} parameter(1)
 %i = s32[] parameter(2)
@@ -83,7 +83,7 @@ ROOT %f = f32[100,8]{1,0} fusion(%p, %q, %i, %r), kind=kLoop, calls=%fused"""
     assert count_hlo(module(entry, FUSED)).hbm_bytes == 4 * (8 + 8 + 1 + 8)
 
 
-def test_vmem_and_names_of_values_move_nothing() -> None:
+def test_vmem_and_bitcasts_move_nothing() -> None:
     entry = """%a = f32[64]{0} parameter(0)
 %s = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%a)
 %d = f32[64]{0:S(1)} copy-done(%s)
@@ -100,7 +100,7 @@ ROOT %t = (f32[8,8]{1,0}) tuple(%n)"""
     assert [work.kind for work in counts.work.values()] == ["copy", "compute", "compute", "compute"]
 
 
-def test_an_all_reduce_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter() -> None:
+def test_an_all_reduce_that_a_fusion_slices_is_a_reduce_scatter() -> None:
     fused = """
 %both (x: f32[30,8]) -> f32[8,8] {
   %x = f32[30,8]{1,0} parameter(0)
@@ -124,7 +124,7 @@ ROOT %y = f32[8,8]{1,0} all-reduce(%f), channel_id=2, replica_groups=[4,2]<=[2,4
     assert counts.hbm_bytes == 4 * (240 + 64 + 64 + 64)
 
 
-def test_wrappers_of_asynchronous_work() -> None:
+def test_wrapped_asynchronous_collectives_are_counted() -> None:
     wrapped = """
 %wrapped (x: f32[32]) -> f32[8] {
   %x = f32[32]{0} parameter(0)
@@ -151,7 +151,7 @@ ROOT %e = f32[64]{0} all-gather-done(%g)"""
     }
 
 
-def test_an_asynchronous_collective_fusion() -> None:
+def test_an_asynchronous_collective_fusion_counts_once() -> None:
     """As the TPU compiler writes it: a start, a piece beside a product, an end."""
     tuple_of = "(f32[8,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
     carried = "(f32[8,8]{1,0}, f32[8,8]{1,0}, f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
@@ -195,7 +195,7 @@ ROOT %e = f32[32,8]{{1,0}} fusion(%a, %b, %c), kind=kCustom, calls=%end"""
     assert {work.kind: work.hbm_bytes for work in counts.work.values()} == {"collective": 4 * 320, "compute": 4 * 128}
 
 
-def test_what_is_not_counted_is_said() -> None:
+def test_what_is_not_counted_is_listed() -> None:
     entry = """%x = f32[8,8]{1,0} parameter(0)
 %a = f32[8,8]{1,0} custom-call(%x), custom_call_target="AllocateBuffer"
 ROOT %y = f32[8,8]{1,0} cholesky(%a), lower=true"""

@@ -50,7 +50,7 @@ def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"4", "7"}
 
 
-def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_its_step_while_training_goes_on(tmp_path: Path) -> None:
     onwards = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=(0,))
     large = {"vocabulary.new": jnp.zeros((1000, 1000))}
     state = onwards(initial_state(large, make_optimizer(OPTIMIZER)))
@@ -91,7 +91,7 @@ def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
         load_arrays(tmp_path / "elsewhere")
 
 
-def test_where_all_checkpoints_are_damaged_it_is_refused_each_time(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_each_time(tmp_path: Path) -> None:
     """The first refusal must leave what makes the second one: a loop that restarts a run is not to begin it anew."""
     directory = tmp_path / "pretrain"
     run(directory)

@@ -13,7 +13,7 @@ from transllm_jax.training.record.metrics import MetricsLog, read_rows
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
-def test_an_unfinished_last_line_is_left_out_and_overwritten(tmp_path: Path) -> None:
+def test_an_unfinished_last_line_is_ignored_and_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_rows(path) == []
     rows = [{"step": step, "loss": step / 3} for step in (1, 2, 3)]

@@ -31,7 +31,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
 
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
-def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else(train_base: bool) -> None:
+def test_the_optimizer_keeps_two_moments_of_what_trains(train_base: bool) -> None:
     split = new_split(train_base=train_base)
     assert ("vocabulary.base_trained" in split.trainable) == train_base
     state = make_optimizer(OPTIMIZER).init(split.trainable)

@@ -56,7 +56,7 @@ def test_a_decay_that_does_not_fit_is_refused(decay_steps: int) -> None:
         OptimizerConfig(0.5, steps=20, warmup_steps=4, schedule="wsd", decay_steps=decay_steps)
 
 
-def test_moments_are_those_of_optax_or_stay() -> None:
+def test_moments_match_optax_or_stay() -> None:
     parameters = {"vocabulary.new": jnp.linspace(-1, 1, 3000).reshape(30, 100)}
     ours, theirs = (
         make_optimizer(RATES),
@@ -87,7 +87,7 @@ def test_weight_decay_leaves_scales_and_biases_alone() -> None:
     assert decayed == {"blocks.attention.q.kernel", "blocks.attention.q.a", "vocabulary.new"}
 
 
-def test_each_array_is_of_its_group() -> None:
+def test_each_array_is_in_its_group() -> None:
     assert {group(path) for path in ADAPTERS} == {"adapters"}
     assert {group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
     assert {group(path) for path in random_weights(FAMILY)} == {"weights"}

@@ -35,7 +35,7 @@ from transllm_jax.training.step import Batch, batch_losses, initial_state, make_
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
-def test_the_rate_is_that_of_the_state_and_not_of_the_parts() -> None:
+def test_the_rate_depends_on_the_step_and_not_on_the_parts() -> None:
     """An optimizer that always gives 1: what moves is the rate."""
     rate = schedule(RATES)
     for accumulate in (1, 4):
@@ -50,7 +50,7 @@ def test_the_rate_is_that_of_the_state_and_not_of_the_parts() -> None:
                 assert np.allclose(values, -float(rate(number)), rtol=1e-6), path
 
 
-def test_parts_of_a_batch_give_what_the_whole_batch_gives() -> None:
+def test_parts_of_a_batch_give_the_same_as_the_whole() -> None:
     batch = batch_of()
     wanted, whole = gradient_of(stepper(), batch)
     assert whole.tokens == batch["weights"].sum() > 0
@@ -69,14 +69,14 @@ def test_parts_of_a_batch_give_what_the_whole_batch_gives() -> None:
 
 
 @pytest.mark.parametrize("batch", [batch_of(), in_parts(batch_of(), 4)], ids=["whole", "in 4"])
-def test_a_batch_that_is_not_in_the_parts_of_the_step_is_refused(batch: Batch) -> None:
+def test_a_batch_in_other_parts_is_refused(batch: Batch) -> None:
     split = adapted_split()
     shape = re.escape(str(batch["tokens"].shape))
     with pytest.raises(ValueError, match=f"^a batch of tokens {shape} is not in 2 parts"):
         stepper(2)(initial_state(split.trainable, GRADIENTS), split.frozen, batch)
 
 
-def test_each_part_drops_by_its_own_key_of_seed_step_and_part() -> None:
+def test_dropout_depends_on_seed_step_and_part() -> None:
     one = rows_of(batch_of(), np.array([1, 2]))
     batch = {field: jnp.concatenate([values, values]) for field, values in one.items()}
     batch["sources"] = jnp.array([0, 0, 1, 1])
@@ -119,7 +119,7 @@ def test_losses_by_source_add_up_to_the_whole() -> None:
     assert alone.source_tokens.tolist() == [metrics.tokens, 0, 0]
 
 
-def test_z_loss_is_descended_and_not_reported() -> None:
+def test_z_loss_is_in_the_gradient_but_not_reported() -> None:
     plain, metrics = gradient_of(stepper(), batch_of())
     ours, reported = gradient_of(stepper(z_loss=0.5), batch_of())
     parted, _ = gradient_of(stepper(2, z_loss=0.5), in_parts(batch_of(), 2))
@@ -139,7 +139,7 @@ def test_z_loss_is_descended_and_not_reported() -> None:
     near(parted, ours)
 
 
-def test_an_update_that_is_not_finite_leaves_every_byte() -> None:
+def test_an_update_that_is_not_finite_changes_nothing() -> None:
     split = adapted_split()
     optimizer = make_optimizer(RATES)
     step = make_step(split.structure, optimizer, schedule(RATES), seed=1, dropout=False, remat="none")
@@ -161,7 +161,7 @@ def test_an_update_that_is_not_finite_leaves_every_byte() -> None:
     assert (int(state.skipped), int(state.skipped_in_a_row)) == (3, 1)
 
 
-def test_a_gradient_that_is_not_finite_is_enough() -> None:
+def test_a_gradient_that_is_not_finite_is_skipped() -> None:
     split = adapted_split()
     before = tree_bytes(split.trainable)
     step = stepper(z_loss=1.5e38)
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_is_enough() -> None:
     assert tree_bytes(state.trainable) == before and int(state.skipped) == 1
 
 
-def test_to_be_able_to_skip_copies_nothing() -> None:
+def test_skipping_updates_needs_no_copies() -> None:
     split = abstract(replace(tiny_config(VOCAB), num_hidden_layers=1), LORA, 5000)
     optimizer = make_optimizer(RATES)
     step = make_step(split.structure, optimizer, schedule(RATES), seed=0, dropout=False, remat="none")

@@ -55,7 +55,7 @@ def device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {field: jnp.asarray(values) for field, values in batch.items()}
 
 
-def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) -> None:
+def test_a_step_changes_all_that_trains_and_nothing_frozen(step: Any) -> None:
     split = new_split()
     before, frozen = tree_bytes(split.trainable), tree_bytes(split.frozen)
     batch = device(batch_of(0))
@@ -72,7 +72,7 @@ def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) 
     assert 0 < metrics.gradient_norm < 100
 
 
-def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None:
+def test_a_step_moves_trained_base_rows() -> None:
     # Untied, so that the embedding shows which rows were read; in the output every row takes part.
     split = new_split(train_base=True, tied=False)
     frozen, before = tree_bytes(split.frozen), {path: np.array(split.trainable[path]) for path in BASE_ROWS}
@@ -89,7 +89,7 @@ def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None
     assert tree_bytes(split.frozen) == frozen
 
 
-def test_the_step_is_on_the_mean_over_weighted_tokens(step: Any) -> None:
+def test_the_loss_is_the_mean_over_weighted_tokens(step: Any) -> None:
     """A batch with all weights doubled has the same mean: the same loss, gradient norm and next arrays."""
     outcomes = []
     for factor in (1, 2):
@@ -138,7 +138,7 @@ def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> 
     assert latest(directory) == STEPS
 
 
-def test_dropout_is_a_function_of_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
+def test_dropout_depends_on_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
     optimizer = make_optimizer(OPTIMIZER)
     dropping, other_seed = (stepping(new_split().structure, seed=seed, dropout=True) for seed in (11, 12))
 
@@ -163,9 +163,7 @@ def require_same(outcome: Outcome, directory: Path, undisturbed: tuple[Outcome, 
     assert tree_bytes(restored(directory)) == tree_bytes(restored(other))
 
 
-def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: tuple[Outcome, Path]
-) -> None:
+def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     interrupt = Interrupt()
     directory = tmp_path / "pretrain"
 
@@ -183,9 +181,7 @@ def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(
     require_same(outcome, directory, undisturbed)
 
 
-def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: tuple[Outcome, Path]
-) -> None:
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     directory = tmp_path / "pretrain"
 
     def die(k: int) -> None:
@@ -207,7 +203,7 @@ def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
     require_same(outcome, directory, undisturbed)
 
 
-def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
+def test_a_request_to_stop_at_the_last_step_changes_nothing(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     interrupt = Interrupt()
 
     def ask(k: int) -> None:
@@ -216,7 +212,7 @@ def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: t
     require_same(run(tmp_path / "a", Source(ask), interrupt=interrupt), tmp_path / "a", undisturbed)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Path) -> None:
+def test_an_update_that_is_not_finite_is_skipped_and_recorded(tmp_path: Path) -> None:
     directory = tmp_path / "pretrain"
     outcome = run(directory, Broken({1, 3}), max_skipped=2)
     assert (outcome.steps, outcome.skipped) == (STEPS, 2)
@@ -237,7 +233,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Pat
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
     directory = tmp_path / "pretrain"
     said = r"pretrain: .* not finite in 2 steps in a row, up to step 5; .* lower pretrain\.learning_rate"
     with pytest.raises(Diverged, match=said):
@@ -253,7 +249,7 @@ def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: 
         run(tmp_path / "stopped", Broken({0, 1}), max_skipped=2)
 
 
-def test_a_run_goes_on_with_more_steps_and_refuses_fewer_than_it_did(tmp_path: Path) -> None:
+def test_a_run_may_get_more_steps_but_not_fewer(tmp_path: Path) -> None:
     run(tmp_path / "a")
     more = run(tmp_path / "a", optimizer=replace(OPTIMIZER, steps=STEPS + 2))
     assert more.steps == STEPS + 2
@@ -267,7 +263,7 @@ def test_the_ledger_has_the_time_of_all_steps(tmp_path: Path) -> None:
     assert all(spent[name] > 0 for name in ("init", "compile", "step", "save", "data")) and spent["validate"] == 0
 
 
-def test_a_run_that_had_finished_reports_its_last_loss(tmp_path, undisturbed):
+def test_a_finished_run_reports_its_last_loss(tmp_path, undisturbed):
     run(tmp_path / "pretrain")
     again = run(tmp_path / "pretrain")
     assert again.last_loss == undisturbed[0].last_loss

@@ -116,7 +116,7 @@ def products(split: Split, remat: Remat = "none", accumulate: int = 1) -> list[t
     return list(_products(program.jaxpr))
 
 
-def test_frozen_weights_cost_no_product_of_their_gradient() -> None:
+def test_frozen_weights_cost_no_product_for_a_gradient() -> None:
     split = adapted_split(tied=False)
 
     def pairs(shapes: Any) -> set[tuple[int, ...]]:
@@ -136,7 +136,7 @@ def test_frozen_weights_cost_no_product_of_their_gradient() -> None:
     assert pairs(products(adapted_split(train_base=True))) & (kernels | tables) == tables
 
 
-def test_what_each_remat_computes_again() -> None:
+def test_what_each_remat_recomputes() -> None:
     split = adapted_split()
     none, some, full = (products(split, remat) for remat in ("none", "projections", "full"))
     projections = [shape for shape in none if shape[0] == ROWS * LENGTH]
@@ -230,7 +230,7 @@ def test_full_fine_tuning_takes_all_weights_and_no_adapters() -> None:
         assemble(config, frozen, lora=LORA, trainable=frozen)
 
 
-def test_a_path_that_is_in_both_is_taken_from_what_trains() -> None:
+def test_a_path_in_both_is_taken_from_what_trains() -> None:
     split = full_split()
     wrong = jax.tree.map(jnp.zeros_like, split.trainable)
     batch = batch_of(4)
