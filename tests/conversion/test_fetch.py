@@ -22,7 +22,7 @@ SOURCE = "pypi:tiny-model==1.0#tiny.gguf"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index that is a directory, so that pip needs no network; and a cache of our own."""
+    """A package index in a directory, so that pip needs no network; and an empty cache."""
     directory = tmp_path / "index"
     directory.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -107,9 +107,9 @@ def test_a_mistyped_path_never_reaches_the_hub(name: str, tmp_path: Path, monkey
     told = "there is a directory models here, and no .* write models/.*@main" if name[0] == "m" else "no such file here"
     with pytest.raises(UserError, match=rf"{name!r} does not exist: .*{told}"):
         fetch(name)
-    # A revision says that the hub is meant, whatever is here.
+    # A name with a revision is always one of the hub.
     fetch("models/tiny@main")
-    # So does a name of which nothing is here; a number behind a point is no file's.
+    # So is a name of which no part exists here; `.1-8B` is not taken for a file's ending.
     said: list[str] = []
     fetch("meta-llama/Llama-3.1-8B", say=said.append)
     assert (

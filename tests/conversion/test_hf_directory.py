@@ -184,7 +184,7 @@ def _nan(directory: Path) -> None:
 
 
 def _huge_header(directory: Path) -> None:
-    """A header that claims an exabyte: whoever reads it first runs out of memory."""
+    """A header that claims an exabyte: to read it would take all memory."""
     file = directory / "model.safetensors"
     file.write_bytes((1 << 60).to_bytes(8, "little") + file.read_bytes()[8:])
 
@@ -231,15 +231,15 @@ def test_damage_is_refused(tmp_path: Path, damage: Any, said: str) -> None:
         with pytest.raises(UserError, match=said) as caught:
             attempt(tmp_path / "m")
         assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"], "a failed import leaves something behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "a failed import leaves nothing behind"
 
 
 def test_the_index_decides_what_is_read(tmp_path: Path) -> None:
-    """Whatever else lies beside its files, and in them: nobody is asked to remove a part of the model."""
+    """Other files in the directory, and other tensors in the files of the index, are not read."""
     arrays = write_directory(tmp_path / "m", shards=2)
     wanted = read_weights(tmp_path / "m")
     first, second = sorted((tmp_path / "m").glob("*.safetensors"))
-    # Other numbers under a name that the index says is in the first file.
+    # The second file holds other numbers under a name that the index has in the first file.
     name = next(iter(load_file(first)))
     save_file({name: arrays[name] + 1} | load_file(second), second)
     for other in ("model.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):

@@ -1,4 +1,4 @@
-"""Output directories: there whole or not at all, and nothing else is overwritten."""
+"""Output directories: complete or absent, and only a model is overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
     dst.mkdir()
     (dst / "config.json").touch()
     host = socket.gethostname()
-    with subprocess.Popen(["true"]) as ended:  # its number is that of no process, once it is waited for
+    with subprocess.Popen(["true"]) as ended:  # after the wait no process has its number
         pass
     killed, alive = f".dst.partial-{host}-{ended.pid}", f".dst.partial-{host}-{os.getppid()}"
     for left in (killed, alive, ".dst.partial-otherhost-1"):
@@ -28,7 +28,7 @@ def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
         (tmp_path / left / "half").touch()
     with new_directory(tmp_path / "other"):
         pass
-    assert (tmp_path / killed).exists(), "another destination's"
+    assert (tmp_path / killed).exists(), "it belongs to another destination"
     shutil.rmtree(tmp_path / "other")
     with pytest.raises(ZeroDivisionError), new_directory(dst, overwrite=True) as directory:
         assert not any(directory.iterdir())
@@ -41,7 +41,7 @@ def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
         (directory / "new").touch()
         assert (dst / "config.json").exists()
     assert [path.name for path in dst.iterdir()] == ["new"]
-    # A kill between the two renames: what was there comes back, even if this call fails.
+    # After a kill between the two renames the old directory comes back, even if this call fails.
     os.rename(dst, tmp_path / f".dst.replaced-{host}-{ended.pid}")
     with pytest.raises(ZeroDivisionError), new_directory(dst):
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""PEFT adapters in, without PEFT: options and damage that are refused, and what is accepted."""
+"""PEFT adapters read without PEFT: options and damage that are refused, and options that are accepted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, HFModel]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, bases: dict[bool, HFModel]) -> Path:
-    """Adapters as we write them: tied and untied, in both forms."""
+    """Adapters that we wrote: tied and untied, with tokens and with tables."""
     directory = tmp_path_factory.mktemp("written")
     for tied, base in bases.items():
         for rows in ("tokens", "tables"):
@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, bases: dict[bool, HFModel]
 def refused(
     tmp_path: Path, written: Path, base: HFModel, rows: str = "tokens", *, config: Any = None, arrays: Any = None
 ) -> str:
-    """What is said of an adapter after a change."""
+    """The error for an adapter after a change of its config or its arrays."""
     directory = tmp_path / "a"
     shutil.copytree(written / f"{rows}-{base.config.tie_word_embeddings}", directory, dirs_exist_ok=True)
     change(directory, config, arrays)
@@ -252,7 +252,7 @@ def test_rows_of_a_bfloat16_base_are_recognised(tmp_path: Path, bases: dict[bool
     write_peft(tmp_path / "a", base, trainable, SOME, base_model="b", rows="tables")
     back = read_peft(tmp_path / "a", base)
     assert back.trainable.keys() == trainable.keys()
-    # On a base of another type the rows are others: nothing is taken for the base's own by being close.
+    # On a base of another type the rows differ: close is not equal.
     assert "vocabulary.base_trained" in read_peft(tmp_path / "a", bases[True]).trainable
 
 
@@ -273,7 +273,7 @@ def test_damaged_files_are_refused(tmp_path: Path, written: Path, bases: dict[bo
     assert "is truncated or not a safetensors" in said(lambda: weights.write_bytes(weights.read_bytes()[:-1]))
     assert "is truncated or not a safetensors" in said(lambda: weights.write_bytes(b"\xff" * 64))
     assert "adapter_config.json is missing" in said((directory / "adapter_config.json").unlink)
-    # A pickle beside the safetensors file is not looked at.
+    # A pickle beside the safetensors file is ignored.
     shutil.copytree(written / "tokens-True", directory, dirs_exist_ok=True)
     (directory / "adapter_model.bin").write_bytes(b"not read")
     assert read_peft(directory, bases[True]).new_rows == NEW

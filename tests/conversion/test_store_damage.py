@@ -1,4 +1,4 @@
-"""Damage to our checkpoint: it is not opened, or told as the weights are read."""
+"""Damage to our checkpoint: it is refused on opening, or reported when the weights are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ours(finished: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage: a copy, because writing one waits for the disk."""
+    """A copy of a checkpoint, to be damaged. To copy is quicker than to write one."""
     return shutil.copytree(finished, tmp_path / "ours")
 
 
@@ -76,7 +76,7 @@ def test_a_broken_manifest_is_refused(ours: Path, text: str) -> None:
 
 
 def test_all_faults_are_listed_in_one_line(ours: Path) -> None:
-    """One fault of each kind, each at an array of its own."""
+    """One fault of each kind, each in another array."""
     weights = ours / "weights"
     (weights / "blocks.mlp.up.kernel/c/1/0/0").unlink()
     with (weights / "blocks.mlp.gate.kernel/c/0/0/0").open("r+b") as file:
@@ -133,7 +133,7 @@ def test_a_config_of_another_model_is_refused(ours: Path) -> None:
 @pytest.mark.parametrize("path", ["../../outside", "/etc/passwd", "a/../../../b", "..", ""])
 def test_no_path_of_the_manifest_becomes_a_file_name(ours: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     edited(ours, lambda manifest: manifest["arrays"].update({path: manifest["arrays"]["final_norm.scale"]}))
-    shutil.copytree(ours / "weights/final_norm.scale", ours.parent / "outside")  # what the first of them leads to
+    shutil.copytree(ours / "weights/final_norm.scale", ours.parent / "outside")  # where the first path leads
     asked: list[str] = []
     real = tensorstore.open
 

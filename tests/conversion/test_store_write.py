@@ -1,4 +1,4 @@
-"""Writing our checkpoint: meshes and values that are refused, one tensor at a time, and disks that fail."""
+"""Writing our checkpoint: meshes and values that are refused, memory, and errors of the disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_mesh_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_store(tmp_path, source_of(), mesh={"fsdp": 3, "tensor": 5})
     message = str(caught.value)
-    # 48 is a multiple of 3 but not of 15, which cuts D of a table; the heads' 64 and 32 are of neither.
+    # A table's D of 48 is divided by 3 * 5; 48 is a multiple of 3 only. The heads' 64 and 32 are divided by 5.
     assert message == (
         "the mesh fsdp=3,tensor=5 does not divide "
         "dimension 1 of vocabulary.base, 48, by fsdp=3,tensor=5; "
@@ -53,7 +53,7 @@ def test_a_mesh_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         "dimension 1 of vocabulary.output_base, 48, by fsdp=3,tensor=5; choose other sizes"
     )
     assert not any(tmp_path.iterdir())
-    write_store(tmp_path, source_of(), mesh={"data": 7})  # no weight is cut by data
+    write_store(tmp_path, source_of(), mesh={"data": 7})  # the data axis divides no weight
     assert (tmp_path / MANIFEST).is_file()
 
 
@@ -70,7 +70,8 @@ def test_all_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     for part in ("SOURCE: 51 values", EMBEDDING, OUTPUT, "model.layers.{0,1}.mlp.up_proj.weight"):
         assert part in message
     assert len(done) == len(source.given)
-    assert not (tmp_path / MANIFEST).exists() and not list(tmp_path.glob("weights/*/c"))  # the first was bad
+    # Already the first tensor was bad.
+    assert not (tmp_path / MANIFEST).exists() and not list(tmp_path.glob("weights/*/c"))
     assert "has no weights.json" in refused(finish(tmp_path, CONFIG))
 
 
@@ -86,7 +87,7 @@ def test_a_source_of_other_shapes_or_types_is_a_defect(tmp_path: Path) -> None:
 
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
-    """When the next tensor is asked for, only the write that goes on may hold the one before."""
+    """When the next tensor is read, only the pending write may hold the one before."""
     source = source_of()
     alive: list[int] = []
     given: list[Any] = []
@@ -103,7 +104,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
 
 
 class Faked:
-    """tensorstore, whose arrays answer writes as told."""
+    """A tensorstore whose arrays answer a write with the result of `write`."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write = write
@@ -122,7 +123,7 @@ class Faked:
 
 
 def failed_write(text: str) -> Callable[[], Any]:
-    """What tensorstore 0.1.86 gives for a write that fails: the copy is fine, the rest raises ValueError."""
+    """The result of a failed write in tensorstore 0.1.86: the copy succeeds, the rest raises ValueError."""
 
     def write() -> Any:
         promise, future = tensorstore.Promise.new()
@@ -167,7 +168,7 @@ def test_other_errors_of_tensorstore_keep_their_traceback(tmp_path: Path, monkey
 
 
 def test_a_failure_waits_for_the_pending_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would put its file into a directory that has just been cleared away."""
+    """Otherwise the write would put its file into a directory that has just been removed."""
     promise, future = tensorstore.Promise.new()
     done, copied = tensorstore.Promise.new()
     done.set_result(None)

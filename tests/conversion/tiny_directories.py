@@ -1,4 +1,4 @@
-"""A small model as a Hugging Face directory, as others write it."""
+"""A small model in a Hugging Face directory that our own code did not write."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_directory(
     shards: int = 1,
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """A model directory as others write it: by the safetensors library, an index by hand."""
+    """Writes a model directory without our code: the safetensors library writes the weights. Returns the tensors."""
     arrays = random_tensors(config, dtype)
     if change is not None:
         change(arrays)

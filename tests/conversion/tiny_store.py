@@ -1,4 +1,4 @@
-"""What the tests of our checkpoint share: models to write, comparison bit by bit, and what is refused."""
+"""Shared by the tests of our checkpoint: models to write, comparisons of bits, and the error on opening."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np
 
 
 class Source:
-    """An opened model of given tensors."""
+    """An opened model that holds the given tensors in memory."""
 
     where = "SOURCE"
 
@@ -46,7 +46,7 @@ def source_of(config: LlamaConfig = CONFIG, dtype: np.dtype[Any] = BF16) -> Sour
 
 
 def finish(directory: Path, config: LlamaConfig, dtype: str = "bfloat16") -> Path:
-    """What others write beside the weights, as far as opening needs it."""
+    """Writes the configs, without which a checkpoint is not opened."""
     write_config(directory, config.to_hf(), dtype)
     return directory
 

@@ -1,4 +1,4 @@
-"""Conversations: their forms, what is refused, and answers that are context alone."""
+"""Conversations: their forms, their errors, and answers that are only context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def turns(*roles: str) -> dict[str, Any]:
 
 
 def flagged(**fields: object) -> dict[str, Any]:
-    """A question and an answer with these fields beside it."""
+    """A question, and an answer with these further fields."""
     return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]}
 
 

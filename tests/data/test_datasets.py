@@ -42,7 +42,7 @@ def test_a_local_dataset_is_read(tmp_path: Path, datasets: Any) -> None:
     assert [item for item, _ in again.items(Collector("refuse"))] == [f"{THAI} 1.{n}" for n in range(2)]
     (limited,) = shards(Reading(str(root), container="datasets", max_bytes=1), hash_of)
     assert len(list(limited.items(Collector("refuse")))) == 1
-    # The split's own files are what counts.
+    # Only the files of the split count.
     before = keys(found)
     jsonl(root / "test.jsonl", [{"text": "changed"}])
     assert keys(shards(reading, hash_of)) == before
@@ -110,7 +110,7 @@ def test_a_dataset_of_the_hub_is_pinned_to_its_revision(
     assert asked[0] == ("owner/name", "thai", None) and first.size == 0
     head[0] = "b" * 40
     asked.clear()
-    # A shard that was made before a change goes on reading what it was made for.
+    # A shard that was made before a change still reads the revision that it was made for.
     assert [item for item, _ in first.items(Collector("refuse"))] == ["one"]
     assert set(asked) == {("owner/name", "thai", "a" * 40)}
     (second,) = shards(reading, hash_of)
@@ -146,7 +146,7 @@ def test_an_empty_shard_is_skipped(tmp_path: Path, datasets: Any) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of prepared datasets, with one of two files in it."""
+    """A directory of prepared datasets. It holds one dataset in two files."""
     tfds = pytest.importorskip("tensorflow_datasets")
     directory = tmp_path_factory.mktemp("tfds")
     text = tfds.features.Text()

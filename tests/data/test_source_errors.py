@@ -1,4 +1,4 @@
-"""Sources: what is wrong with a file is named with its place."""
+"""Sources: an error in a file names its place."""
 
 from __future__ import annotations
 

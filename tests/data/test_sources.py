@@ -1,4 +1,4 @@
-"""Sources: every format gives the same items through one interface, streamed, in shards with keys."""
+"""Sources: every format is streamed and gives the same items, and shards have keys."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_lines_give_texts_and_pairs(tmp_path: Path) -> None:
     english = write(tmp_path / "t.en", "".join(f"{en}\n" for en, _ in PAIRS))
     target = write(tmp_path / "t.th", "".join(f"{th} \n" for _, th in PAIRS))
     assert items(Reading(str(english), "pairs", target_path=str(target))) == PAIRS
-    # A name says how a file is read, unless the reading does.
+    # The file's name decides how it is read, unless `container` is set.
     assert items(Reading(str(jsonl(tmp_path / "b.dat", [{"text": "a"}])), container="jsonl")) == ["a"]
 
 
@@ -75,7 +75,7 @@ def test_lines_give_texts_and_pairs(tmp_path: Path) -> None:
 def test_compressed_files_are_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     suffix = {gzip: ".gz", lzma: ".xz"}.get({gzip.compress: gzip, lzma.compress: lzma}.get(compress), ".zst")  # type: ignore[call-overload]
     content = ("\n".join(json.dumps({"text": f"{THAI} {n}"}) for n in range(3000)) + "\n").encode()
-    # Two members (frames), as parallel compressors write.
+    # Parallel compressors write several members (frames).
     whole = compress(content[:50000]) + compress(content[50000:])
     path = write(tmp_path / f"a.jsonl{suffix}", whole)
     assert items(Reading(str(path))) == [f"{THAI} {n}" for n in range(3000)]
@@ -93,7 +93,7 @@ def test_zst_frames_may_be_empty_or_large(tmp_path: Path) -> None:
 
 def test_every_stream_of_an_xz_file_is_read(tmp_path: Path) -> None:
     first, second = lzma.compress(b"one\n\n"), lzma.compress(b"two\n")
-    # The format allows zeros between streams and behind the last.
+    # The format allows zeros between streams and after the last.
     path = write(tmp_path / "a.txt.xz", first + b"\0" * 8 + second + b"\0" * 4)
     assert read_documents(path) == ["one", "two"]
     for damaged in (first + b"\1" + second[1:], first + b"no stream", first + second[:20]):
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str) -> None:
     assert sum(1 for _ in shard.items(Collector("refuse"))) == 6000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # What is read at a time is 16 KiB to 1 MiB, by the format.
+    # 16 KiB to 1 MiB are read at a time, depending on the format.
     assert peak < 1_500_000
 
 
@@ -165,7 +165,7 @@ def test_reading_ends_at_its_limits(tmp_path: Path) -> None:
     assert items(Reading(path, max_bytes=11, max_items=1)) == items(Reading(path, max_bytes=1, max_items=2)) == ["aaaa"]
     text = str(write(tmp_path / "a.txt", "a\n\nb\n\nc\n"))
     assert items(Reading(text, max_items=2)) == ["a", "b"]
-    # What stands behind the limit is not read.
+    # Nothing after the limit is read.
     tsv = write(tmp_path / "a.tsv", "a\tb\nc\td\nbad\n")
     assert items(Reading(str(tsv), "pairs", max_items=2)) == [("a", "b"), ("c", "d")]
     chat = str(jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}, {"messages": CHAT}, {"bad": 1}]))

@@ -1,4 +1,4 @@
-"""What the tests of sources share: a few texts, files of them, and the items that come out."""
+"""Shared by the tests of sources: a few texts, files of them, and the items that are read from these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The counter on programs by hand: convolutions, fusions, VMEM and collectives."""
+"""The counter on hand-written programs: convolutions, fusions, VMEM and collectives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transllm_jax.preflight.program.hlo import count_hlo
 def test_flops_of_a_convolution_leave_out_the_padding(
     left: tuple[int, ...], right: tuple[int, ...], window: str, labels: str, result: tuple[int, ...]
 ) -> None:
-    """Against every triple of places, one by one."""
+    """Compared with a count of every triple of output, kernel and input place."""
     options: dict[str, list[int]] = {}
     for part in window.split():
         key, _, value = part.partition("=")
@@ -79,7 +79,7 @@ def test_slices_and_updates_in_a_fusion_count_what_they_touch() -> None:
 %i = s32[] parameter(2)
 %r = f32[100,8]{1,0} parameter(3)
 ROOT %f = f32[100,8]{1,0} fusion(%p, %q, %i, %r), kind=kLoop, calls=%fused"""
-    # A row of p, q, the index, and a row that is written; r is updated in place.
+    # It reads a row of p, q and the index, and writes a row; r is updated in place.
     assert count_hlo(module(entry, FUSED)).hbm_bytes == 4 * (8 + 8 + 1 + 8)
 
 
@@ -95,7 +95,7 @@ def test_vmem_and_bitcasts_move_nothing() -> None:
 %z = s32[]{:S(6)} constant(0)
 ROOT %t = (f32[8,8]{1,0}) tuple(%n)"""
     counts = count_hlo(module(entry))
-    # To VMEM; the product back; a slice read and written, and written again as an update.
+    # Read into VMEM; the product written; a slice read and written; an update read and written.
     assert counts.hbm_bytes == 4 * (64 + 64 + 2 * 16 + 2 * 16)
     assert [work.kind for work in counts.work.values()] == ["copy", "compute", "compute", "compute"]
 
@@ -152,7 +152,7 @@ ROOT %e = f32[64]{0} all-gather-done(%g)"""
 
 
 def test_an_asynchronous_collective_fusion_counts_once() -> None:
-    """As the TPU compiler writes it: a start, a piece beside a product, an end."""
+    """The TPU compiler writes it in three parts: a start, a piece beside a product, an end."""
     tuple_of = "(f32[8,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
     carried = "(f32[8,8]{1,0}, f32[8,8]{1,0}, f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
     gather = "all-gather(%x), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}"
@@ -204,7 +204,7 @@ ROOT %y = f32[8,8]{1,0} cholesky(%a), lower=true"""
 
 
 def test_a_large_program_is_read_in_seconds() -> None:
-    """Not timed: what is slow here would be quadratic, and would not end."""
+    """It is not timed: a quadratic reader would not end."""
     rows = "\n".join(f"%v{index} = f32[8]{{0}} add(%v{index - 1}, %v{index - 1})" for index in range(1, 100_000))
     counts = count_hlo(module(f"%v0 = f32[8]{{0}} parameter(0)\n{rows}"))
     assert counts.hbm_bytes == 99_999 * 3 * 32

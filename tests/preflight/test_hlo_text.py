@@ -1,4 +1,4 @@
-"""The text of compiled programs, by hand: groups, shapes, instructions and the rounds of loops."""
+"""Hand-written programs: groups, shapes, instructions and the rounds of loops."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ROOT %b = f32[4]{0} get-tuple-element(%call), index=0"""
 
 
 def loop(start: int, step: int, limit: int, compare: str, *, opcode: str = "add", wide: bool = False) -> str:
-    """A loop over an 8x8 product; `wide`: limit and step come from outside, through the loop's tuple."""
+    """A loop over an 8x8 product; if `wide`, limit and step are elements of the loop's tuple."""
     kind = "(s32[], f32[8,8], s32[], s32[])"
     typed = "(s32[], f32[8,8]{1,0}, s32[], s32[])"
     step_line = "get-tuple-element(%p), index=2" if wide else f"constant({step})"
