@@ -1,4 +1,4 @@
-"""The model: equal to transformers', documents do not see each other, gradients reach what trains."""
+"""The model: it equals that of transformers, documents are apart, and gradients reach what trains."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_logits_match_transformers(tmp_path: Path, kv_heads: int, tied: bool) ->
     )
 
     tokens, positions, segments = (array.copy() for array in whole_rows())
-    # Row 0 is padded on its left. Row 1 starts at a position above 0 and has a gap, which shows that positions count.
+    # Row 0 is padded on its left. Row 1 starts at a position above 0 and has a gap, so its positions matter.
     segments[0, :7] = 0
     positions[0] = np.maximum(np.arange(LENGTH) - 7, 0)
     positions[1] = np.arange(LENGTH) + 5 + 30 * (np.arange(LENGTH) > 10)
@@ -79,7 +79,7 @@ def test_logits_match_transformers(tmp_path: Path, kv_heads: int, tied: bool) ->
     ids=["new rows", "base rows too", "base rows too, tied", "llama3", "mistral", "qwen2", "qwen3"],
 )
 def test_gradients_match_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
-    """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
+    """The chain rule: if G is the gradient of a kernel W + s a b, that of a is s G b' and that of b is s a' G."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +139,7 @@ def test_a_document_does_not_attend_to_its_neighbours() -> None:
     assert alone.std() > 0.3
     for neighbours in ("padding", "documents", "documents"):
         assert np.array_equal(row(6, neighbours), alone)
-    # At another place the same sums are taken in another order: equal to float32's rounding.
+    # At another place the same numbers are summed in another order: they are equal up to float32 rounding.
     for start in (0, 16):
         assert np.abs(row(start, "documents") - alone).max() < 1e-5
 
@@ -156,7 +156,7 @@ def test_a_token_does_not_attend_to_later_ones() -> None:
 
 
 def test_gradients_reach_all_that_trains_and_nothing_frozen() -> None:
-    # Untied, so that each of the two base tables shows a gradient of its own.
+    # Untied, so that each of the two base tables has its own gradient.
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False))
     batch = training_batch(VOCAB + NEW)
 
@@ -167,7 +167,7 @@ def test_gradients_reach_all_that_trains_and_nothing_frozen() -> None:
     for path, values in of_trainable.items():
         values = np.asarray(values)
         assert np.isfinite(values).all(), path
-        # Every layer of an adapter, and every new row.
+        # Each layer of an adapter, and each new row, has a gradient.
         assert (np.abs(values).reshape(len(values), -1).max(axis=1) > 1e-4).all(), path
 
 
@@ -177,7 +177,7 @@ def test_trained_base_rows_get_gradients() -> None:
     of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
     assert not any(np.asarray(values).any() for values in of_frozen.values())
     moved = {path: np.abs(np.asarray(of_trainable[path])).max(axis=1) for path in BASE_ROWS}
-    # Read are the ids of a text's tokens, the last of each aside; in the output every row takes part.
+    # The embedding's rows of all tokens but each text's last are read; all rows take part in the output.
     read = np.isin(np.arange(VOCAB), np.asarray(batch["tokens"])[np.asarray(batch["weights"]) > 0])
     assert 0 < read.sum() < VOCAB and np.array_equal(moved[BASE_ROWS[0]] > 0, read)
     assert (moved[BASE_ROWS[1]] > 1e-4).all()
@@ -192,14 +192,14 @@ def test_without_adapters_trained_base_rows_get_no_gradient() -> None:
 
     value, slopes = jax.jit(jax.value_and_grad(loss), static_argnames="of")(trainable, of=structure)
     assert not any(np.asarray(slopes[path]).any() for path in slopes if path != "vocabulary.new")
-    # Its loss is that of the frozen rows: that of a model that trains no base rows, bit for bit.
+    # The loss uses the frozen rows: it is that of a model that trains no base rows, bit for bit.
     without = trained_split(tiny_config(VOCAB))
     same = {path: trainable[path] for path in without.trainable}
     assert value == jax.jit(loss, static_argnames="of")(same, of=without.structure)
 
 
 def test_remat_saves_memory_and_keeps_the_gradients() -> None:
-    # Layers enough that what is kept of them is most of the memory.
+    # With 8 layers, most of the memory is what is kept of them.
     structure, trainable, frozen = trained_split(replace(tiny_config(VOCAB), num_hidden_layers=8))
     batch = training_batch(VOCAB + NEW)
 
@@ -218,7 +218,7 @@ def test_remat_saves_memory_and_keeps_the_gradients() -> None:
         assert np.allclose(loss, again, rtol=1e-6)
         for path, values in gradient.items():
             scale = np.abs(values).max()
-            # The same operations, which are compiled anew beside others: float32 rounding, through eight layers.
+            # The same operations are compiled differently: float32 rounding, through eight layers.
             assert scale > 0 and np.abs(values - recomputed[path]).max() < 1e-5 * scale, path
 
 

@@ -1,4 +1,4 @@
-"""The model's config: every field counts, and what would be computed wrongly is refused."""
+"""The model's config: every field has an effect, and unsupported values are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.parameters import load_frozen
 from transllm_jax.model.rope import RopeScaling
 
-# For each field another value, and the weight that then does not fit (None: the weights fit, the logits differ).
+# For each field another value, and the weight that does not fit it (None: all weights fit, but the logits differ).
 OTHER_VALUES: dict[str, tuple[Any, str | None]] = {
     "vocab_size": (62, "vocabulary.base"),
     "hidden_size": (64, "final_norm.scale"),
@@ -57,7 +57,7 @@ def test_weights_of_another_shape_are_refused(field: str) -> None:
         {"rope_theta": OTHER_VALUES["rope_theta"][0]},
         {"rope_scaling": OTHER_VALUES["rope_scaling"][0]},
         {"sliding_window": OTHER_VALUES["sliding_window"][0]},
-        # The same shapes of all weights, cut into other heads.
+        # All weights have the same shapes, but are split into other heads.
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
     ],
     ids=["rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window", "heads"],

@@ -1,4 +1,4 @@
-"""Checkpoints: restored bit for bit, and refused where they are of another shape or damaged."""
+"""Checkpoints: restored bit for bit, and refused if damaged or of another shape."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tiny_training import (
     NEW,
     OPTIMIZER,
     STEPS,
+    adapted_split,
     latest,
     leaves,
-    new_split,
     restored,
     run,
     save,
@@ -34,7 +34,7 @@ from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.step import initial_state
 
-# A frozen array that was given away with the state.
+# XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_of_its_step_while_training_goes_on(tmp_path: Path) -> N
     assert int(again.step) == 1 and (np.asarray(again.trainable["vocabulary.new"]) == 1).all()
 
 
-# Orbax leaves the readers of the other arrays unfinished.
+# Orbax does not finish reading the other arrays.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "other",
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, other: dict[st
 
 
 def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
-    arrays = dict(new_split().trainable)
+    arrays = dict(adapted_split().trainable)
     save_arrays(tmp_path / "trainable", arrays)
     read = load_arrays(tmp_path / "trainable")
     assert tree_bytes(read) == tree_bytes(arrays)
@@ -92,7 +92,7 @@ def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_each_time(tmp_path: Path) -> None:
-    """The first refusal must leave what makes the second one: a loop that restarts a run is not to begin it anew."""
+    """The first refusal keeps the damaged checkpoints, so that a restart does not begin the run anew."""
     directory = tmp_path / "pretrain"
     run(directory)
     for step in ("4", "6"):
