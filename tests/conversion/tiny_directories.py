@@ -33,6 +33,7 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
+    """Writes a tokenizer of bytes with `size` ids: three special tokens, the bytes, and added tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|end|>", "<|bos|>", "<|eos|>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -79,6 +80,8 @@ def write_directory(
 
 
 def edit_json(file: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A function that applies `edit` to a JSON file of a directory."""
+
     def damage(directory: Path) -> None:
         value = json.loads((directory / file).read_text())
         edit(value)

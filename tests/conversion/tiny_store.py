@@ -41,6 +41,7 @@ class Source:
 
 
 def source_of(config: LlamaConfig = CONFIG, dtype: np.dtype[Any] = BF16) -> Source:
+    """A model of random weights."""
     rng = np.random.default_rng(1)
     return Source(config, {t.name: rng.standard_normal(t.shape).astype(dtype) for t in tensors(config)})
 
@@ -52,6 +53,7 @@ def finish(directory: Path, config: LlamaConfig, dtype: str = "bfloat16") -> Pat
 
 
 def written(directory: Path, source: Opened, **options: Any) -> Path:
+    """Writes a checkpoint that can be opened."""
     directory.mkdir(parents=True)
     write_store(directory, source, **options)
     return finish(directory, source.config)
@@ -70,12 +72,14 @@ def assert_same_model(a: Opened, b: Opened) -> None:
 
 
 def edited(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Applies `change` to the manifest of a checkpoint."""
     manifest = read_json(directory / MANIFEST)
     change(manifest)
     write_json(directory / MANIFEST, manifest)
 
 
 def refused(directory: Path) -> str:
+    """The message with which a checkpoint is refused: one line that names the directory."""
     with pytest.raises(UserError) as caught:
         open_store(directory)
     message = str(caught.value)

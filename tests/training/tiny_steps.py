@@ -75,6 +75,7 @@ def near(ours: Any, wanted: Any, tolerance: float = 1e-5) -> None:
 
 @cache
 def stepper(accumulate: int = 1, dropout: bool = False, z_loss: float = 0.0) -> Any:
+    """A compiled step of `adapted_split`, made once for all tests."""
     return make_step(
         adapted_split().structure,
         GRADIENTS,

@@ -157,6 +157,8 @@ class Broken(Source):
 
 
 class Dying(Broken):
+    """Batches, of which number 3 is interrupted as by Ctrl-C."""
+
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         if k == 3:
             raise KeyboardInterrupt
