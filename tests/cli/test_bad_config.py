@@ -19,9 +19,6 @@ from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.files import resolve
 from transllm_jax.errors import UserError
-from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.progress import Progress
-from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.arrays import save_arrays
 
@@ -210,5 +207,4 @@ def test_a_tilde_is_the_home_directory(config: Path, tmp_path: Path, monkeypatch
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "a.txt").write_text("text", encoding="utf-8")
     assert resolve("~/a.txt") == resolve("~/*.txt") == [tmp_path / "home" / "a.txt"]
-    cached = Run(load_config(config, ["token_cache=~/tokens"]), tmp_path / "run", Progress(quiet=True), Interrupt())
-    assert cached.token_cache == tmp_path / "home" / "tokens"
+    assert load_config(config, ["token_cache=~/tokens"]).token_cache == str(tmp_path / "home" / "tokens")

@@ -48,7 +48,7 @@ def command(transllm: Command) -> Command:
 
 def our_logits(workdir: Path, point: str, ids: list[int]) -> np.ndarray:
     """The logits [T, V + n] after a stage, as training computes them. V: tokens of the base, n: new tokens."""
-    model = opened(workdir).split(point).merge()
+    model = opened(workdir).models.split(point).merge()
     tokens = jnp.asarray([ids])
     hidden = model(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
     return np.asarray(model.vocabulary.logits(hidden))[0]

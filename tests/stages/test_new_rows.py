@@ -188,7 +188,7 @@ def test_a_model_that_rows_cannot_come_from(donor: Path, tmp_path: Path) -> None
     for number, (source, said) in enumerate(
         (
             (tmp_path / "model", "vocabulary.rows_from: .*has none of the 143 new tokens"),
-            (tmp_path / "untied", "vocabulary.rows_from: .*the base ties the two"),
+            (tmp_path / "untied", "vocabulary.rows_from: .*the base ties them"),
             (tmp_path / "nowhere", "no file matches .*nowhere/config.json"),
         )
     ):

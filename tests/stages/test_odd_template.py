@@ -20,6 +20,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages import pipeline
 from transllm_jax.stages import run as run_module
 from transllm_jax.stages.pipeline import run_pipeline
 from transllm_jax.tokenizer.chat import (
@@ -155,7 +156,8 @@ def set_day(monkeypatch: pytest.MonkeyPatch, day: datetime.date) -> None:
         def today(cls) -> datetime.date:  # type: ignore[override]
             return day
 
-    monkeypatch.setattr(run_module, "date", Day)
+    for module in (pipeline, run_module):
+        monkeypatch.setattr(module, "date", Day)
 
 
 @pytest.mark.slow
