@@ -170,7 +170,7 @@ def test_training_holds_the_base_once(
         return Outcome(split.trainable, 0)
 
     monkeypatch.setattr(training, "train", look)
-    monkeypatch.setattr(training, "_told", lambda *_: {})
+    monkeypatch.setattr(training, "_summary", lambda *_: {})
     training.train_stage(
         run,
         tmp_path / "run" / "pretrain",

@@ -12,7 +12,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.manifest import Artifact, fingerprint, flatten
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import HOW, MAY_CHANGE
+from transllm_jax.stages.training import MAY_CHANGE, METHOD
 
 # A step's inputs as dotted config keys and hashes of files.
 Inputs = dict[str, Any]
@@ -55,7 +55,7 @@ class Step:
 
 
 def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
-    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, HOW))
+    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, METHOD))
     return Step(
         name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change, stays=stays
     )
