@@ -17,7 +17,7 @@ from transllm_jax.training.arrays import load_arrays
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What the export reads besides the trained point."""
+    """The export's inputs besides the trained point."""
     return {"export": run.config.export.model_dump()}
 
 

@@ -101,7 +101,7 @@ def training_inputs(run: Run, name: str) -> dict[str, Any]:
 
 
 def check_training(run: Run, name: str) -> None:
-    """What can be known to be wrong before a training stage begins. Raises UserError."""
+    """Find what is wrong with a training stage's config and files before it begins. Raises UserError."""
     section = section_of(run, name)
     run.models.check_length(f"{name}.length", section.length)
     check_layout(run.models.layout, name, section, run.models.config.head_dim)

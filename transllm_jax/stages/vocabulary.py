@@ -49,7 +49,7 @@ SMALL_CORPUS = 200
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What this stage reads: files and config sections."""
+    """The stage's inputs: the config sections and files that it reads."""
     config = run.config
     return {
         "vocabulary": config.vocabulary.model_dump(),
@@ -108,7 +108,7 @@ def require_corpus(run: Run) -> None:
 
 
 def check(run: Run) -> None:
-    """What can be known to be wrong before this stage begins. Raises UserError."""
+    """Find what is wrong with the stage's config and files before it begins. Raises UserError."""
     base = run.models.tokenizer("base")
     if run.config.vocabulary.adapter is not None:
         _check_adapter(run, Path(run.config.vocabulary.adapter))
