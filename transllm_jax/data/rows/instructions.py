@@ -13,7 +13,7 @@ from transllm_jax.tokenizer.chat import Message
 
 @dataclass(frozen=True)
 class Instructions:
-    """How pairs become instructions. `{language}` and `{text}` in a prompt are replaced by the language and the text."""
+    """How pairs become instructions. A prompt has `{language}` and `{text}` where the language and the text go."""
 
     to_target: tuple[str, ...]
     to_english: tuple[str, ...]
