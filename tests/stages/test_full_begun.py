@@ -60,7 +60,6 @@ def test_a_base_of_a_wider_type_than_the_run_keeps_its_bits(tmp_path: Path, lora
     if lora == "none":
         job = training.prepare(
             run,
-            run.workdir / "pretrain",
             name="pretrain",
             start="vocabulary",
             parts=training.source_parts(run, "pretrain"),

@@ -14,7 +14,7 @@ from conftest import random_weights
 from tiny_steps import ADAPTERS, FAMILY, NEW_ROWS, RATES, tree_bytes
 
 from transllm_jax.model.parameters import BASE_ROWS
-from transllm_jax.training.optimizer import OptimizerConfig, group, make_optimizer, schedule
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, parameter_group, schedule
 
 # A frozen array that was given away with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
@@ -88,9 +88,9 @@ def test_weight_decay_leaves_scales_and_biases_alone() -> None:
 
 
 def test_each_array_is_of_its_group() -> None:
-    assert {group(path) for path in ADAPTERS} == {"adapters"}
-    assert {group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
-    assert {group(path) for path in random_weights(FAMILY)} == {"weights"}
+    assert {parameter_group(path) for path in ADAPTERS} == {"adapters"}
+    assert {parameter_group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
+    assert {parameter_group(path) for path in random_weights(FAMILY)} == {"weights"}
     # The weights' rate has no multiplier.
     parameters = {path: jnp.ones(2) for path in ("vocabulary.base", "vocabulary.new", "blocks.mlp.up.kernel")}
     optimizer = make_optimizer(replace(RATES, new_rows_multiplier=3.0, weight_decay=0.0))

@@ -20,7 +20,7 @@ from transllm_jax.model.layout import Index, Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
-from transllm_jax.stages.points import lora_of, tokenless
+from transllm_jax.stages.points import ids_without_token, lora_of
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
@@ -89,7 +89,7 @@ class Models:
         if point != "base":
             lora, trainable = self.lora, load_arrays(self.trainable(point))
             rows += len(trainable.get("vocabulary.new", ()))
-        padding = tokenless(self.tokenizer(point), rows)
+        padding = ids_without_token(self.tokenizer(point), rows)
         return assemble(self.config, self.frozen, lora=lora, trainable=trainable, padding=padding, layout=self.layout)
 
     def check_length(self, key: str, length: int) -> None:

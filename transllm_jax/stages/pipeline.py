@@ -38,7 +38,7 @@ from transllm_jax.stages.steps import (
     fingerprints,
     steps_until,
 )
-from transllm_jax.training.arrays import check_place
+from transllm_jax.training.arrays import check_checkpoint_path
 from transllm_jax.training.record.ledger import LEDGER
 
 # Files of a work directory that belong to no step.
@@ -122,7 +122,7 @@ def _begin(
     """Lock the work directory, determine the steps' states, remove the steps `removed`, and open the ledger."""
     site = workdir if isinstance(workdir, Site) else Site.of(workdir)
     for place in (site.workdir, site.place.name):
-        check_place(place)
+        check_checkpoint_path(place)
     with site.held(progress.say):
         site.pull(RUN, HASHES, LEDGER)
         day = site.peers.lead("the date", lambda: _first_day(config, site.workdir).isoformat())

@@ -49,7 +49,7 @@ def markers_of(config: Config) -> Markers:
     return Markers(config.markers.english, config.target_marker, config.markers.response)
 
 
-def about(config: Config) -> dict[str, Any]:
+def chat_metadata(config: Config) -> dict[str, Any]:
     """What `transllm chat` needs to know about an exported model: the content of its `transllm.json`."""
     return {"language": config.language.model_dump(), "markers": asdict(markers_of(config))}
 
@@ -60,6 +60,6 @@ def token_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(number for token, number in vocabulary.items() if token != unused(number))
 
 
-def tokenless(tokenizer: Tokenizer, rows: int) -> Padding:
+def ids_without_token(tokenizer: Tokenizer, rows: int) -> Padding:
     """The ids below `rows` that a tokenizer has no token for."""
     return padding_of(token_ids(tokenizer), rows)

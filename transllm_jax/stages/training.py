@@ -164,7 +164,7 @@ def part_of(run: Run, stage: str, name: str, source: Source, rows: PlannedRows, 
 
 def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
     """Train from point `start` on a mixture, and save the result as point `name`. Returns the stage's summary."""
-    job = prepare(run, directory, name=name, start=start, parts=parts)
+    job = prepare(run, name=name, start=start, parts=parts)
     started = time.monotonic()
     outcome = train(
         job.split,
@@ -191,7 +191,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         return run.peers.lead(f"the result of {name}", finish) or {}
 
 
-def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
+def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
     """A stage's training from point `start` on a mixture of rows; nothing is trained yet.
 
     The order of batches and the dropout depend only on the run's seed and the stage's name.

@@ -25,7 +25,7 @@ from transllm_jax.model.parameters import assemble, count, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.initial_rows import ROWS_OF, add_new_rows, base_tables, open_rows_from
 from transllm_jax.stages.new_rows import mean_rows
-from transllm_jax.stages.points import token_ids, tokenless, trains
+from transllm_jax.stages.points import ids_without_token, token_ids, trains
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import without_thinking
 from transllm_jax.tokenizer.growing.expand import (
@@ -319,7 +319,7 @@ def _pad_new_rows(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
     for path in ROWS_OF:
         if path in trainable:
             trainable[path] = np.pad(trainable[path], ((0, padding), (0, 0)))
-    empty = sum(stop - start for start, stop in tokenless(run.models.tokenizer("base"), base))
+    empty = sum(stop - start for start, stop in ids_without_token(run.models.tokenizer("base"), base))
     return {
         "rows": base + tokens + padding,
         "base_rows": base,

@@ -56,7 +56,7 @@ def _this_process_only() -> dict[str, Any]:
     return {"multiprocessing_options": ocp.options.MultiprocessingOptions(me, {me}, f"alone-{me}")}
 
 
-def check_place(directory: Path | str) -> None:
+def check_checkpoint_path(directory: Path | str) -> None:
     """Refuse a path below which orbax cannot find again what it wrote. Raises UserError.
 
     Orbax looks for its files by a glob pattern that begins with the path. If the path has a bracket or a backslash, the
@@ -69,8 +69,8 @@ def check_place(directory: Path | str) -> None:
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a flat dictionary of arrays: a stage's adapters and new rows. Raises UserError as `check_place`."""
-    check_place(directory)
+    """Write a flat dictionary of arrays: for example a stage's result. Raises UserError as `check_checkpoint_path`."""
+    check_checkpoint_path(directory)
     plain = {path: np.asarray(value) for path, value in arrays.items()}
     with ocp.StandardCheckpointer(**_this_process_only()) as checkpointer:
         checkpointer.save(directory.absolute(), plain, force=True)

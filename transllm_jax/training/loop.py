@@ -132,7 +132,7 @@ def train(
     environment = environment or Environment()
     peers, name, steps = environment.peers, directory.name, config.optimizer.steps
     placement = Placement(split.layout, config.accumulate)
-    size, rows = batches.batch_size, placement.places(batches.batch_size)
+    size, rows = batches.batch_size, placement.local_rows(batches.batch_size)
 
     # Restore the last checkpoint, or begin.
     with ledger.spend("init"):
@@ -185,7 +185,7 @@ def train(
             last, due = done == steps, validation.due(done, done == steps)
             with ledger.spend("compile" if number == first else "step"):
                 with trace.step(number):
-                    state, metrics = step(state, split.frozen, placement.cut(batch, size))
+                    state, metrics = step(state, split.frozen, placement.to_devices(batch, size))
                 stop = agreement.tell(done, interrupt.requested)
                 trace.dispatched(metrics)
 

@@ -74,7 +74,7 @@ def schedule(config: OptimizerConfig) -> Rate:
     return rate
 
 
-def group(path: str) -> str:
+def parameter_group(path: str) -> str:
     """The group of a trainable array: `new_rows` (and copies of base rows), `adapters`, or the base's own `weights`."""
     if path in _ROWS:
         return "new_rows"
@@ -94,7 +94,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     """
 
     def labels(tree: Mapping[str, Any]) -> dict[str, str]:
-        return {path: group(path) for path in tree}
+        return {path: parameter_group(path) for path in tree}
 
     scales = {
         "adapters": optax.identity(),

@@ -69,7 +69,7 @@ class Placement:
         """The sharding of a batch's fields; None without a mesh."""
         return self.layout.rows(parts=self.accumulate > 1)
 
-    def places(self, batch_size: int) -> np.ndarray:
+    def local_rows(self, batch_size: int) -> np.ndarray:
         """The numbers of the rows of a batch that this process's devices hold, in order."""
         sharding = self.batch_sharding
         numbers = np.arange(batch_size).reshape(self.shape(batch_size))
@@ -78,9 +78,9 @@ class Placement:
         found = sharding.addressable_devices_indices_map(numbers.shape).values()
         return np.unique(np.concatenate([numbers[index].reshape(-1) for index in found]))
 
-    def cut(self, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-        """A batch on the devices. batch: this process's rows of it, `places(batch_size)`."""
-        sharding, here = self.batch_sharding, self.places(batch_size)
+    def to_devices(self, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """A batch on the devices. batch: this process's rows of it, `local_rows(batch_size)`."""
+        sharding, here = self.batch_sharding, self.local_rows(batch_size)
         if sharding is None:
             return {field: jax.device_put(values.reshape(self.shape(*values.shape))) for field, values in batch.items()}
         numbers = np.arange(batch_size).reshape(self.shape(batch_size))

@@ -57,7 +57,7 @@ def make_example(ids: Sequence[int], mask: Sequence[int]) -> Example:
     return Example(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
 
 
-def whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
+def text_example(tokenizer: TextTokenizer, ids: list[int]) -> Example:
     """An example of a text's ids: BOS, if the tokenizer adds one, is context; the ids and the end token are trained."""
     bos = list(tokenizer.bos_ids)
     return make_example([*bos, *ids, tokenizer.document_end_id], [0] * len(bos) + [1] * (len(ids) + 1))
@@ -85,7 +85,7 @@ def split_example(example: Example, length: int) -> list[Example]:
 def document_examples(tokenizer: TextTokenizer, texts: Sequence[str], length: int) -> list[Example]:
     """Documents for causal LM as examples of at most `length` tokens; longer documents are split."""
     encoded = tokenizer.encode_batch(list(texts))
-    return [piece for ids in encoded for piece in split_example(whole_text(tokenizer, ids), length)]
+    return [piece for ids in encoded for piece in split_example(text_example(tokenizer, ids), length)]
 
 
 def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from transllm_jax.data.rows.examples import (
     make_example,
     pair_texts,
     split_example,
-    whole_text,
+    text_example,
 )
 from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.errors import UserError
@@ -85,13 +85,13 @@ class Transform:
         known = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def made(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[ItemExamples]:
+    def make_examples(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[ItemExamples]:
         """The examples of each item; none for an item that is left out. counts: gets the number left out, by reason."""
         prepared = self.prepare(items, counts)
         return self.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)
 
     def prepare(self, items: Sequence[Item], counts: Counter[str], first: int = 0) -> Prepared:
-        """The first part of `made`: decide which items are left out, and give the texts of the others to encode.
+        """The first part of `make_examples`: decide which items are left out, and give the texts to encode of the rest.
 
         first: the number of the first item in its shard.
         """
@@ -125,14 +125,14 @@ class Transform:
         counts: Counter[str],
         places: Sequence[Place | None] | None = None,
     ) -> list[ItemExamples]:
-        """The last part of `made`: the examples, from the ids of the prepared texts.
+        """The last part of `make_examples`: the examples, from the ids of the prepared texts.
 
         places: the places of all items, for messages. Raises UserError with the place for a conversation that the chat
         template refuses.
         """
         places = [None] * len(prepared.kept) if places is None else places
         used = [place for place, keep in zip(places, prepared.kept, strict=True) if keep]
-        whole = [whole_text(tokenizer, text_ids) for text_ids in ids]
+        whole = [text_example(tokenizer, text_ids) for text_ids in ids]
         examples = iter(self._examples(tokenizer, prepared, whole, counts, used))
         return [next(examples) if keep else ItemExamples([], []) for keep in prepared.kept]
 
