@@ -19,9 +19,9 @@ BAD_ROWS = "bad rows: "
 class BadRows:
     """The rows of each source that this process skipped."""
 
-    def __init__(self, own: Callable[[Path], Path], workdir: Path, say: Callable[[str], None]) -> None:
-        """own: maps a directory of the work directory to the directory that this process writes instead."""
-        self._own, self._workdir, self._say = own, workdir, say
+    def __init__(self, record_directory: Callable[[Path], Path], workdir: Path, say: Callable[[str], None]) -> None:
+        """record_directory: maps a directory of the work directory to the one that this process writes to instead."""
+        self._record_directory, self._workdir, self._say = record_directory, workdir, say
         # By stage and source: the number of rows by reason, and the rows.
         self._skipped: dict[str, dict[str, Mapping[str, int]]] = {}
         self._rows: dict[str, dict[str, Sequence[Mapping[str, str]]]] = {}
@@ -41,7 +41,7 @@ class BadRows:
         if any(by_source.values()):
             directory.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for some in by_source.values() for row in some]
-            (self._own(directory) / FILE).write_text("".join(lines), encoding="utf-8")
+            (self._record_directory(directory) / FILE).write_text("".join(lines), encoding="utf-8")
         if not skipped:
             return
         first, bad, where = first_of_each(rows), sum(skipped.values()), f"; all are in {directory / FILE}"

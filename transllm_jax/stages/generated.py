@@ -82,7 +82,7 @@ def _kept(path: Path, known: Sequence[Mapping[str, Any]], batch_size: int, stage
         if not isinstance(row, dict) or wanted is None or any(row.get(key) != value for key, value in wanted.items()):
             raise UserError(
                 f"{path}:{number + 1} is not the row that belongs there; correct the line, remove the file to make all "
-                f"rows again, or begin the stage anew with --force {stage}"
+                f"rows again, or redo the stage with --force {stage}"
             )
         rows.append(row)
     if len(rows) < len(known):

@@ -135,7 +135,7 @@ def _begin(
         # All hosts fetch at the same time: nothing is written to the store meanwhile.
         for step in STEPS:
             if step.name not in removed:
-                site.pull(step.directory, *step.beside)
+                site.pull(step.directory, *step.other_files)
         # States are determined before anything is removed, so that a run that is refused has removed nothing.
         settled, states = run.peers.lead("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
         if run.primary:
@@ -252,7 +252,7 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
     if run.primary:
         place.finish(inputs, {**summary, "seconds": seconds})
     run.push()
-    run.site.publish(*step.beside, step.directory)
+    run.site.publish(*step.other_files, step.directory)
     run.progress.say(Text.assemble(f"  {summary['text']}  ", (f"{seconds:.0f} s", "dim")))
 
 

@@ -27,7 +27,7 @@ class Step:
     resumable: a stopped step continues; if not, it begins again.
     may_change: config keys that may differ when a stopped step continues. stays: keys that may differ when the step is
     done; its result stays as it was made. short: the step takes minutes, so it begins again if any input has changed.
-    alone: only the primary does the work, which needs no devices. beside: files that it writes outside its directory.
+    alone: only the primary does the work, which needs no devices. other_files: files outside its directory.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Step:
     stays: tuple[str, ...] = ()
     short: bool = False
     alone: bool = False
-    beside: tuple[str, ...] = ()
+    other_files: tuple[str, ...] = ()
 
     @property
     def directory(self) -> str:
@@ -70,7 +70,7 @@ def _evaluation(point: str) -> Step:
         evaluate.check,
         resumable=True,
         short=True,
-        beside=(f"evaluation/{evaluate.ORIGINAL}",),
+        other_files=(f"evaluation/{evaluate.ORIGINAL}",),
     )
 
 
@@ -93,7 +93,7 @@ STEPS = (
         report.run_stage,
         (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
         alone=True,
-        beside=("evaluation/results.json", "report.html"),
+        other_files=("evaluation/results.json", "report.html"),
     ),
 )
 NAMES = tuple(step.name for step in STEPS)

@@ -123,7 +123,7 @@ def _check_steps(run: Run, name: str, section: Training) -> None:
     if section.steps is not None and reached > section.steps:
         raise UserError(
             f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
-            f"or begin the stage anew with --force {name}"
+            f"or redo the stage with --force {name}"
         )
 
 

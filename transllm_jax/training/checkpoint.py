@@ -153,7 +153,7 @@ class Checkpoints:
         if damaged:
             # None is put aside: otherwise the next run would find no checkpoint and silently train from step 0.
             said = "; ".join(damaged.values())
-            raise UserError(f"{said}; no other is left: run the stage with --force to begin it anew")
+            raise UserError(f"{said}; no other is left: run the stage with --force to redo it")
         return None
 
     def read(self, step: int, like: TrainState) -> TrainState:
@@ -181,7 +181,7 @@ class Checkpoints:
             path = next((path for path in other if path.startswith("trainable")), other[0])
             raise UserError(
                 f"{self._directory}/{step}: not a checkpoint of this configuration ({path} is "
-                f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to begin anew"
+                f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to redo it"
             )
 
     def _read_arrays(self, step: int, wanted: Any) -> Any:

@@ -251,7 +251,7 @@ def _check_start(progress: Progress, directory: Path, first: int, steps: int) ->
     if first > steps:
         raise UserError(
             f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
-            f"begin the stage anew with --force {name}"
+            f"redo the stage with --force {name}"
         )
 
 
