@@ -208,8 +208,8 @@ def _loss(
         h, label, weight = inputs
 
         def compute() -> tuple[jax.Array, jax.Array]:
-            probs = _log_probs(h, base, new, label, options.padding)
-            return _objective(probs, weight, options), probs.losses * weight
+            logp = _log_probs(h, base, new, label, options.padding)
+            return _objective(logp, weight, options), logp.losses * weight
 
         def skip() -> tuple[jax.Array, jax.Array]:
             return jnp.float32(0), jnp.zeros_like(weight)
@@ -249,10 +249,10 @@ def _log_probs(h: jax.Array, base: jax.Array, new: jax.Array, label: jax.Array, 
     return _LogProbs(of_base, of_new, log_z[:, 0], -chosen)
 
 
-def _objective(probs: _LogProbs, weight: jax.Array, options: _LossOptions) -> jax.Array:
-    losses = probs.losses
+def _objective(logp: _LogProbs, weight: jax.Array, options: _LossOptions) -> jax.Array:
+    losses = logp.losses
     if options.z_loss:
-        losses = losses + options.z_loss * probs.log_z**2
+        losses = losses + options.z_loss * logp.log_z**2
     return jnp.sum(losses * weight)
 
 
@@ -277,13 +277,13 @@ def _loss_and_gradients(
         total, d_new, d_base = carry
 
         def compute() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
-            probs = _log_probs(h, base, new, label, options.padding)
-            of_base, of_new = (d.astype(base.dtype) for d in _logit_gradients(probs, label, weight, options))
+            logp = _log_probs(h, base, new, label, options.padding)
+            of_base, of_new = (d.astype(base.dtype) for d in _logit_gradients(logp, label, weight, options))
             d_h = of_base @ base + of_new @ new
             # Added inside the branch, so that a skipped chunk does not read and write the tables' gradients.
             next_new = None if d_new is None else d_new + _row_gradients(of_new, h)
             next_base = None if d_base is None else d_base + _row_gradients(of_base, h)
-            return _objective(probs, weight, options), probs.losses * weight, next_new, next_base, d_h.astype(h.dtype)
+            return _objective(logp, weight, options), logp.losses * weight, next_new, next_base, d_h.astype(h.dtype)
 
         def skip() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
             return jnp.float32(0), jnp.zeros_like(weight), d_new, d_base, jnp.zeros_like(h)
@@ -299,14 +299,14 @@ def _loss_and_gradients(
 
 
 def _logit_gradients(
-    probs: _LogProbs, label: jax.Array, weight: jax.Array, options: _LossOptions
+    logp: _LogProbs, label: jax.Array, weight: jax.Array, options: _LossOptions
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of the objective with respect to the logits of base rows [C, V] and new rows [C, n], float32."""
     scale = weight[:, None]
-    of_base, of_new = jnp.exp(probs.base), jnp.exp(probs.new)
+    of_base, of_new = jnp.exp(logp.base), jnp.exp(logp.new)
     if options.z_loss:
         # d log(Z)^2 / d logit = 2 log(Z) p
-        factor = 1 + 2 * options.z_loss * probs.log_z[:, None]
+        factor = 1 + 2 * options.z_loss * logp.log_z[:, None]
         of_base, of_new = of_base * factor, of_new * factor
     # d loss / d logit = p - 1[label]
     size, rows = of_base.shape[1], of_new.shape[1]

@@ -31,16 +31,16 @@ class Validation:
         """earlier: the lines of validation.jsonl so far. say: prints a message if some are of other rows."""
         self.watch = watch
         if watch is None:
-            self._alike: list[Mapping[str, Any]] = []
+            self._comparable: list[Mapping[str, Any]] = []
         else:
-            self._alike = [row for row in earlier if row.get("of", "") == watch.of]
-            others = [row["step"] for row in earlier if row not in self._alike]
+            self._comparable = [row for row in earlier if row.get("of", "") == watch.of]
+            others = [row["step"] for row in earlier if row not in self._comparable]
             if others:
                 say(
                     f"  validations up to step {max(others)} were of other rows; the best checkpoint is chosen among "
                     "those measured on the present rows",
                 )
-        self._scores = [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in self._alike]
+        self._scores = [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in self._comparable]
 
     @property
     def of(self) -> str:
@@ -50,7 +50,7 @@ class Validation:
     @property
     def steps(self) -> Iterable[int]:
         """The steps whose measurements count."""
-        return [row["step"] for row in self._alike]
+        return [row["step"] for row in self._comparable]
 
     def due(self, done: int, last: bool) -> bool:
         """Whether to measure after this many steps."""
