@@ -14,6 +14,7 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
+from transllm_jax.model.parameters import Split
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import answer_end_id, end_ids
@@ -114,9 +115,8 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     """
     config, path = run.config, directory / SO_FAR
     base = run.models.split("base")
-    here = Point(
-        point, base if point == "base" else run.models.split(point), run.models.tokenizer(point), run.models.config
-    )
+    split = base if point == "base" else run.models.split(point)
+    here = Point(point, split, run.models.tokenizer(point), run.models.config)
     done: dict[str, Any] = (
         run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
@@ -136,9 +136,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
         try:
             held_out = _held_out(run)
             if run.teacher is None:
-                asked = [question for question, _ in held_out.questions]
-                answers = _original_answers(run, directory.parent / ORIGINAL, asked)
-                run.teacher = Teacher(base, answers, batch_size=4, between=stop_if_asked)
+                run.teacher = _make_teacher(run, base, directory.parent / ORIGINAL, held_out)
             results = evaluate(
                 here,
                 run.teacher,
@@ -176,6 +174,12 @@ def _held_out(run: Run) -> HeldOut:
         pairs=pairs,
         questions=questions,
     )
+
+
+def _make_teacher(run: Run, base: Split, path: Path, held_out: HeldOut) -> Teacher:
+    """The original model with its answers to the English questions, which `path` keeps."""
+    answers = _original_answers(run, path, [question for question, _ in held_out.questions])
+    return Teacher(base, answers, batch_size=4, between=partial(_stop_if_asked, run))
 
 
 def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
