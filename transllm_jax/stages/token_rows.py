@@ -109,7 +109,7 @@ def fields_not_read(rows: PlannedRows) -> dict[str, int]:
 
 
 def _rows(run: Run, stage: str, source: Source, transform: Transform) -> PlannedRows:
-    """Tokenise a source, plan its rows, and report its bad rows and ignored fields."""
+    """Tokenise a source and plan its rows. Raises UserError if there are too many bad rows, or no rows at all."""
     shards = run.inputs.shards(source)
     total = sum(shard.size for shard in shards)
     interruptible = total >= LARGE or not all(shard.size for shard in shards)  # a size of 0 is not known
@@ -134,11 +134,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             seed=run.config.seed,
         )
         rows = cache.rows(tokens, choice)
-    bad = [row for shard in tokens if shard.skipped for row in shard.bad_rows()]
-    run.bad_rows.note(stage, source, rows.counts["items"], _counts_of(rows, _SKIPPED), bad)
-    if ignored := fields_not_read(rows):
-        what = ", ".join(f"{name} ({count:,})" for name, count in sorted(ignored.items()))
-        run.progress.say(f"  {stage}: fields of {source.path} that are not read: {what}")
+    _report(run, stage, source, tokens, rows)
     if not len(rows):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
@@ -146,6 +142,15 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             f"{reasons or 'none'}): give it more text, or loosen cleaning, tokens or length"
         )
     return rows
+
+
+def _report(run: Run, stage: str, source: Source, tokens: Sequence[ShardTokens], rows: PlannedRows) -> None:
+    """Report a source's bad rows and ignored fields. Raises UserError if there are too many bad rows."""
+    bad = [row for shard in tokens if shard.skipped for row in shard.bad_rows()]
+    run.bad_rows.note(stage, source, rows.counts["items"], _counts_of(rows, _SKIPPED), bad)
+    if ignored := fields_not_read(rows):
+        what = ", ".join(f"{name} ({count:,})" for name, count in sorted(ignored.items()))
+        run.progress.say(f"  {stage}: fields of {source.path} that are not read: {what}")
 
 
 class _TokenCache:
@@ -183,8 +188,7 @@ class _TokenCache:
             for first in range(0, len(mine), TOGETHER):
                 some = mine[first : first + TOGETHER]
                 tokenised(some)
-                names = [paths[shard] for shard in some]
-                run.site.place.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+                run.site.place.add(TOKENS, *_file_names([paths[shard] for shard in some]))
         elif self._divided and run.peers.count > 1:
             tokenised(mine)
         if self._divided:
@@ -208,11 +212,15 @@ class _TokenCache:
         return self._run.peers.in_turn("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
-        """Fetch shards that are missing here from the store. The file that marks a shard as complete comes last."""
+        """Fetch shards that are missing here from the store."""
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
-            names = [records_path(path).name for path in wanted], [path.name for path in wanted]
-            self._run.site.place.fetch(TOKENS, *names)
+            self._run.site.place.fetch(TOKENS, *_file_names(wanted))
+
+
+def _file_names(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """The names of shards' files in the order of copying: those that mark a shard as complete come last."""
+    return [records_path(path).name for path in paths], [path.name for path in paths]
 
 
 def _counts_of(rows: PlannedRows, prefix: str) -> dict[str, int]:
