@@ -143,6 +143,6 @@ def fingerprints(step: Step, inputs: Mapping[str, Inputs]) -> dict[str, str]:
 
 
 def file_hashes(inputs: Mapping[str, Inputs]) -> dict[str, str]:
-    """The hashes of files among the inputs. Each host reads its own copies, so they must be equal on all."""
+    """The hashes of files among the inputs. Each host may have its own copies, which must be equal."""
     found = {key: value for of_step in inputs.values() for key, value in of_step.items() if " " in key}
     return {key: str(value) for key, value in found.items() if not key.startswith("after ")}
