@@ -1,4 +1,4 @@
-"""Commands that must be refused, and what a refusal leaves as it was, for tests."""
+"""Commands that must be refused, and the files that a refusal must leave unchanged."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 import yaml
 from conftest import call, tiny_run
 
-# Gives the one line of a refusal.
 Refused = Callable[..., str]
 
 
 def refusing(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused, and gives the one line that says why."""
+    """A function that runs `transllm ARGUMENTS`, fails unless they are refused in one line, and returns this line."""
 
     def run(*arguments: object, code: int = 2) -> str:
         capfd.readouterr()
@@ -30,32 +29,34 @@ def refusing(capfd: pytest.CaptureFixture[str]) -> Refused:
     return run
 
 
-def holds(message: str, *words: str) -> None:
+def says(message: str, *words: str) -> None:
+    """Fails unless the message contains each of the words."""
     for word in words:
         assert word in message, f"{word!r} is not in: {message}"
 
 
-# What each run writes anew.
-KEPT_ANEW = (".lock", "run.yaml", "versions.json", "ledger.jsonl", "hashes.json")
+# Files that each run writes again.
+WRITTEN_BY_EACH_RUN = (".lock", "run.yaml", "versions.json", "ledger.jsonl", "hashes.json")
 
 
 def contents(workdir: Path) -> dict[Path, str]:
-    """The hash of every file that a step made. What each run keeps account of is rewritten by each."""
+    """The hash of each file of the stages: of all but those that each run writes again."""
     files = [path for path in workdir.rglob("*") if path.is_file()]
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.relative_to(workdir).as_posix() not in KEPT_ANEW
+        if path.relative_to(workdir).as_posix() not in WRITTEN_BY_EACH_RUN
     }
 
 
-def lost(before: dict[Path, str], workdir: Path) -> list[Path]:
+def changed(before: dict[Path, str], workdir: Path) -> list[Path]:
+    """The files whose contents are not what they were, or that are missing."""
     after = contents(workdir)
     return [path for path, digest in before.items() if after.get(path) != digest]
 
 
 def small_run(model: Path, workdir: Path, **changes: Any) -> dict[str, Any]:
-    """The tiny run with the least of an evaluation."""
+    """The tiny run with the smallest evaluation."""
     config: dict[str, Any] = tiny_run(model, workdir, **changes)
     config["evaluation"] |= {"max_documents": 1, "max_pairs": 1, "max_chats": 1, "max_new_tokens": 2}
     return config

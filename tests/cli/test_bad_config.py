@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from refusals import Refused, holds, refusing, small_run, write
+from conftest import Command
+from refusals import Refused, refusing, says, small_run, write
 
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
@@ -31,7 +33,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
-    """The config file of a run that was not begun yet."""
+    """The config file of a run that has not begun."""
     return write(tmp_path / "config.yaml", small_run(tiny_model, tmp_path / "run"))
 
 
@@ -42,19 +44,19 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
         (b"- title\n", ("a config is a mapping",)),
         (b"title: [1, 2\nseed: 3\n", ("not YAML", "at line 2, column 5", "correct it")),
         (b"title: caf\xe9\n", ("not UTF-8 at byte 10", "save it as UTF-8")),
-        (b"title: a\nseed: 1\ntitle: b\n", ("line 3: the key 'title' stands twice", "remove one")),
-        (b"model: {source: a, source: b}\n", ("line 1: the key 'source' stands twice",)),
+        (b"title: a\nseed: 1\ntitle: b\n", ("line 3: the key 'title' is given twice", "remove one")),
+        (b"model: {source: a, source: b}\n", ("line 1: the key 'source' is given twice",)),
         (b"title: !!python/object/apply:os.system [ls]\n", ("not YAML",)),
     ],
 )
-def test_a_file_that_is_no_config(refused: Refused, tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
+def test_a_file_is_not_a_config(refused: Refused, tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    holds(refused("run", path), str(path), *words)
+    says(refused("run", path), str(path), *words)
 
 
-def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
-    """In a process of its own: nothing else, such as a warning of a library, is on stderr either."""
+def test_stderr_of_the_command_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, so that a warning of a library would be seen."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "model.safetensors").write_bytes(b"")
     config = write(tmp_path / "config.yaml", small_run(model, tmp_path / "run"))
@@ -62,10 +64,10 @@ def test_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    holds(done.stderr, "model.safetensors is truncated", "fetch it again")
+    says(done.stderr, "model.safetensors is truncated", "fetch it again")
 
 
-def test_a_device_that_is_not_there(config: Path) -> None:
+def test_no_such_device(config: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)],
         env={**os.environ, "JAX_PLATFORMS": "abacus"},
@@ -74,38 +76,39 @@ def test_a_device_that_is_not_there(config: Path) -> None:
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    holds(done.stderr, "jax finds no device", "abacus", "correct JAX_PLATFORMS")
+    says(done.stderr, "jax finds no device", "abacus", "correct JAX_PLATFORMS")
     assert "Traceback" not in done.stderr
 
 
-def test_letters_that_the_terminal_lacks() -> None:
-    program = "from transllm_jax.cli import main as cli; cli.app = lambda: print('ภาษาไทย: done'); cli.main()"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    shown = "ภาษาไทย: done\n".encode("ascii", "backslashreplace")
-    assert subprocess.check_output([sys.executable, "-c", program], env=environment) == shown
+def test_letters_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(cli, "app", lambda: print("ภาษาไทย: done"))
+    cli.main()
+    assert terminal.buffer.getvalue() == "ภาษาไทย: done\n".encode("ascii", "backslashreplace")  # type: ignore[attr-defined]
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
-    holds(refused("run", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such config file", "configs/")
-    holds(refused("run", tmp_path), "no such config file")
+    says(refused("run", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such config file", "configs/")
+    says(refused("run", tmp_path), "no such config file")
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        # Unknown keys, with the one that may be meant.
+        # Unknown keys, with the one that was probably meant.
         (["sead=1"], ("sead: unknown key", "did you mean 'seed'?")),
         (["pretrain.lerning_rate=1"], ("pretrain.lerning_rate: unknown key", "did you mean 'learning_rate'?")),
         (["pretrain.zzz=1"], ("pretrain.zzz: unknown key", "the keys here are steps, epochs, batch_size")),
         (["translate.sources=[{path: a, wieght: 1}]"], ("translate.sources.0.wieght", "did you mean 'weight'?")),
         (["vocabulary.corpus=[{path: a, formt: text}]"], ("vocabulary.corpus.0.formt", "did you mean 'format'?")),
         (["transfer.pairs.max_itms=3"], ("transfer.pairs.max_itms", "did you mean 'max_items'?")),
-        # A key of before, whose unit depended on the format.
+        # A key of earlier versions, whose unit depended on the format.
         (["pretrain.sources=[{path: a, limit: 9}]"], ("pretrain.sources.0: limit counted bytes of text", "max_bytes")),
         (["transfer.pairs={path: a, format: pairs, limit: 9}"], ("transfer.pairs: limit counted pairs", "max_items")),
         (["transfer.pairs={path: a, format: pairs, max_bytes: 9}"], ("max_bytes is for text", "max_items")),
         (["recover.limit=9"], ("recover: limit counted instructions", "max_instructions")),
-        # Missing, and of another type or size.
+        # Missing values, and values of a wrong type or size.
         (["model={}"], ("model.source: missing; add it",)),
         (["pretrain.steps=many"], ("pretrain.steps: Input should be a valid integer", "'many'")),
         (["pretrain.steps=1.5"], ("pretrain.steps", "integer")),
@@ -120,7 +123,7 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["export.dtype=int8"], ("export.dtype", "'float32', 'bfloat16' or 'float16'")),
         (["pretrain=[]"], ("pretrain: Input should be a valid dictionary",)),
         (["pretrain.sources=[]"], ("pretrain.sources: List should have at least 1 item",)),
-        # Values that contradict each other, or that nobody would read.
+        # Values that contradict each other, or that would have no effect.
         (["prompts.to_english=[Say it]"], ("prompts: 'Say it' lacks {text}",)),
         (["markers.english=<TH>", "markers.target=<TH>"], ("markers: two markers are alike", "choose different ones")),
         (["markers.response='<R S>'"], ("markers: the marker '<R S>' is empty or has a space",)),
@@ -137,27 +140,27 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
             ["pretrain.sources=[{path: a, weight: 2}, {path: b}]"],
             ("pretrain: some sources have a weight and others none", "all of them or to none"),
         ),
-        # Overrides that are none.
+        # Malformed overrides.
         (["pretrain.steps"], ("override 'pretrain.steps'", "write it as key.path=value")),
         (["=3"], ("override '=3'", "write it as key.path=value")),
         (["title.x=3"], ("override 'title.x=3'", "'title' is a value, not a section")),
         (["pretrain.sources.0.path=x"], ("'sources' is a value, not a section",)),
         (["pretrain.steps=[1"], ("override 'pretrain.steps=[1'", "not YAML", "quote it")),
-        (["lora={rank: 1, rank: 2}"], ("override 'lora=", "the key 'rank' stands twice", "remove one")),
-        # What is known before anything is read.
+        (["lora={rank: 1, rank: 2}"], ("override 'lora=", "the key 'rank' is given twice", "remove one")),
+        # Found before any file is read.
         (["language={code: xx, name: Nothing}"], ("language.code: language 'xx' is not supported",)),
     ],
 )
 def test_a_wrong_value(refused: Refused, config: Path, overrides: list[str], words: tuple[str, ...]) -> None:
-    holds(refused("run", config, *overrides), *words)
+    says(refused("run", config, *overrides), *words)
     assert not (config.parent / "run" / "base").exists()
 
 
-def test_several_faults_are_named_together(refused: Refused, config: Path) -> None:
+def test_all_faults_are_reported_at_once(refused: Refused, config: Path) -> None:
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))
     tree["pretran"] = tree.pop("pretrain")
     tree["translate"]["steps"] = -1
-    holds(
+    says(
         refused("run", write(config, tree)),
         "pretran: unknown key; did you mean 'pretrain'?",
         "pretrain: missing; add it",
@@ -169,43 +172,38 @@ def test_several_faults_are_named_together(refused: Refused, config: Path) -> No
     "arguments",
     [("walk",), ("run",), ("run", "a.yaml", "--untill", "base"), ("status",), ("chat", "a", "--top-p", "much"), ()],
 )
-def test_a_command_that_does_not_exist(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["transllm", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    printed = "".join(capsys.readouterr())
-    assert ended.value.code == 2 and "Usage" in printed and "Traceback" not in printed
+def test_no_such_command(transllm: Command, arguments: tuple[str, ...]) -> None:
+    code, printed = transllm(*arguments)
+    assert code == 2 and "Usage" in printed
 
 
-def test_a_work_directory_that_cannot_be_one(refused: Refused, config: Path, tmp_path: Path) -> None:
+def test_a_work_directory_that_cannot_be_used(refused: Refused, config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept", encoding="utf-8")
     message = refused("run", config, "--workdir", tmp_path / "file")
-    holds(message, "file is a file, not a directory", "choose another --workdir")
-    holds(refused("run", config, "--workdir", tmp_path / "file" / "run"), "choose another --workdir")
-    holds(
+    says(message, "file is a file, not a directory", "choose another --workdir")
+    says(refused("run", config, "--workdir", tmp_path / "file" / "run"), "choose another --workdir")
+    says(
         refused("run", config, "--workdir", tmp_path / ("x" * 300)), "cannot be written to", "choose another --workdir"
     )
     assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize("name", ["run[1]", "a\\b"])
-def test_a_name_under_which_checkpoints_would_not_be_found_again(
+def test_a_work_directory_whose_name_orbax_could_not_read(
     refused: Refused, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     place = tmp_path / name
-    holds(refused("run", config, "--workdir", place), f"{place} has a", "in it", "choose another name")
+    says(refused("run", config, "--workdir", place), f"{place} has a", "in it", "choose another name")
     assert not place.exists()
     place.mkdir()
     monkeypatch.chdir(place)
-    holds(refused("run", config, "--workdir", "run"), f"{place}/run has a")
+    says(refused("run", config, "--workdir", "run"), f"{place}/run has a")
     with pytest.raises(UserError, match="could not be read again"):
         save_arrays(place / "trainable", {"a": np.ones(1)})
     assert not any(place.iterdir())
 
 
-def test_home_is_where_a_path_says_it_is(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     assert open_workdir("~/runs/a").local == tmp_path / "home" / "runs" / "a"

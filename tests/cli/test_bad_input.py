@@ -1,7 +1,7 @@
 """Bad input in a run that has begun: exit code 2, one line with what, where and how to fix it, and nothing lost.
 
-Every case goes through `cli.main`, as a user's command does. `imported` and `expanded` are a run's directory after the
-first steps; each case works on a copy of one, and finds the files of the finished steps as they were.
+Each test runs the command as a user would, on the directory of a run whose first stages are done, or on a copy of it.
+The files of the stages that are done must stay unchanged.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXAMPLES, call
-from refusals import Refused, contents, holds, lost, refusing, small_run, write
+from conftest import EXAMPLES, Command, call
+from refusals import Refused, changed, contents, refusing, says, small_run, write
 
 from transllm_jax import disk
-from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.files import Place
 from transllm_jax.errors import UserError
@@ -39,11 +37,12 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
-    """The config file of a run that was not begun yet."""
+    """The config file of a run that has not begun."""
     return write(tmp_path / "config.yaml", small_run(tiny_model, tmp_path / "run"))
 
 
 def run_until(stage: str, config: Path, workdir: Path, *options: str) -> None:
+    """Runs the stages up to this one."""
     assert call("run", config, "--workdir", workdir, "--until", stage, *options) == 0
 
 
@@ -67,16 +66,16 @@ def expanded(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def begun(imported: Path, tmp_path: Path) -> Path:
-    """A copy of `imported` to do harm to."""
+    """A copy of `imported` that a test may damage."""
     return Path(shutil.copytree(imported, tmp_path / "begun"))
 
 
 @pytest.mark.parametrize("option", ["--until", "--force"])
-def test_a_stage_that_does_not_exist(refused: Refused, imported: Path, option: str) -> None:
+def test_no_such_stage(refused: Refused, imported: Path, option: str) -> None:
     before = contents(imported)
     message = refused("run", imported / "config.yaml", option, "pretrian")
-    holds(message, f"{option} pretrian: no such stage", "the stages are base,", "pretrain")
-    assert not lost(before, imported)
+    says(message, f"{option} pretrian: no such stage", "the stages are base,", "pretrain")
+    assert not changed(before, imported)
 
 
 TEXT, PAIRS = "pretrain.sources=[{path: FILE}]", "translate.sources=[{path: FILE, format: pairs}]"
@@ -86,7 +85,7 @@ RECORDS = "recover.instructions=FILE"
 @pytest.mark.parametrize(
     ("override", "name", "content", "words"),
     [
-        # Text, which stage `pretrain` would read after the evaluation of `vocabulary`.
+        # Text of stage `pretrain`, which runs after `vocabulary` and its evaluation.
         (TEXT, "a.txt", b"", ("a.txt is empty", "leave it out")),
         (TEXT, "a.txt", b"\n \n", ("a.txt has no documents",)),
         (TEXT, "a.txt", b"one\ntw\xe9\n", ("a.txt:2 is not UTF-8", "offset 6", "save it")),
@@ -96,18 +95,18 @@ RECORDS = "recover.instructions=FILE"
         (TEXT, "a.txt", b"one <|im_end|>\n", ("a.txt:1", "<|im_end|>", "remove it")),
         (TEXT, "a.txt.gz", b"no gzip", ("a.txt.gz:1 cannot be decompressed", "again")),
         ("vocabulary.corpus=[{path: FILE}]", "a.txt", b"one <EN> two" * 20, ("a.txt:1", "<EN>", "remove it")),
-        # Pairs, of stages `translate` and `transfer`.
+        # Pairs of stages `translate` and `transfer`.
         (PAIRS, "a.tsv", b"a\tb\nc\t \n", ("a.tsv:2", "empty", "fill it")),
         (PAIRS, "a.tsv", b"a\tb\nc\td\te\n", ("a.tsv:2 has 2 tabs", "one tab")),
         ("transfer.pairs={path: FILE, format: pairs}", "a.tsv", b"a\tb\nc <RESPONSE>\td\n", ("a.tsv:2", "<RESPONSE>")),
         ("transfer.pairs={path: FILE, format: pairs}", "a.tsv", b"no tab\n", ("a.tsv:1 has 0 tabs", "one tab")),
-        # Records, of stage `recover`.
+        # Records of stage `recover`.
         (RECORDS, "a.jsonl", b'{"instruction": "a"}\n{"instr', ("a.jsonl:2 is not JSON", "a line")),
         (RECORDS, "a.jsonl", b'{"question": "a"}\n', ("a.jsonl:1 has no field 'instruction'", "add")),
         (RECORDS, "a.jsonl", b'{"instruction": " "}\n', ("a.jsonl:1", "'instruction' is empty")),
         (RECORDS, "a.jsonl", b'{"instruction": "a", "input": 3}', ("a.jsonl:1: field 'input'", "3")),
         (RECORDS, "a.jsonl", b'{"instruction": "say <EN>"}\n', ("a.jsonl:1", "<EN>", "remove it")),
-        # What would change the answer, and has no place in a chain.
+        # Fields that would change the answer, and that a chain cannot hold.
         (
             RECORDS,
             "a.jsonl",
@@ -141,34 +140,32 @@ RECORDS = "recover.instructions=FILE"
         ),
     ],
 )
-def test_bad_text_is_found_before_the_stages_before_it_run(
+def test_bad_text_is_found_before_the_next_stage_runs(
     refused: Refused, begun: Path, tmp_path: Path, override: str, name: str, content: bytes, words: tuple[str, ...]
 ) -> None:
     (tmp_path / name).write_bytes(content)
     before = contents(begun)
     override = override.replace("FILE", str(tmp_path / name))
-    holds(refused("run", begun / "config.yaml", "--workdir", begun, override), *words)
-    assert not lost(before, begun)
+    says(refused("run", begun / "config.yaml", "--workdir", begun, override), *words)
+    assert not changed(before, begun)
     assert not (begun / "vocabulary").exists()
 
 
-def test_a_corpus_that_gives_no_vocabulary(refused: Refused, begun: Path) -> None:
+def test_a_corpus_that_cannot_give_the_vocabulary(refused: Refused, begun: Path) -> None:
     before = contents(begun)
     command = ("run", begun / "config.yaml", "--workdir", begun, "--until", "vocabulary")
     english = f"vocabulary.corpus=[{{path: {EXAMPLES / 'english.train.txt'}}}]"
-    holds(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
-    holds(
-        refused(*command, "vocabulary.size=9000"), "the corpus supports", "new tokens, not 9,000", "at most that many"
-    )
-    holds(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for at least 103")
-    assert not lost(before, begun)
+    says(refused(*command, english), "vocabulary: the corpus has no Thai characters", "give Thai text")
+    says(refused(*command, "vocabulary.size=9000"), "the corpus supports", "new tokens, not 9,000", "at most that many")
+    says(refused(*command, "vocabulary.size=3"), "3 new tokens are too few", "ask for at least 103")
+    assert not changed(before, begun)
 
 
-def test_a_model_that_has_the_marker_already(refused: Refused, begun: Path) -> None:
+def test_a_marker_that_is_already_a_token(refused: Refused, begun: Path) -> None:
     command = ("run", begun / "config.yaml", "--workdir", begun)
-    # The evaluation of `base` was made with other markers: it is done again, after the check.
+    # The evaluation of `base` was made with other markers, so it has to be redone; the check comes first.
     message = refused(*command, "markers.response=<|im_start|>", "--force", "evaluation/base")
-    holds(message, "markers", "has the token <|im_start|> already", "choose another")
+    says(message, "markers", "has the token <|im_start|> already", "choose another")
 
 
 @pytest.mark.parametrize(
@@ -182,8 +179,8 @@ def test_a_model_that_has_the_marker_already(refused: Refused, begun: Path) -> N
 )
 def test_longer_than_the_models_context(refused: Refused, begun: Path, override: str, words: tuple[str, ...]) -> None:
     before = contents(begun)
-    holds(refused("run", begun / "config.yaml", "--workdir", begun, override), *words)
-    assert not lost(before, begun) and not (begun / "vocabulary").exists()
+    says(refused("run", begun / "config.yaml", "--workdir", begun, override), *words)
+    assert not changed(before, begun) and not (begun / "vocabulary").exists()
 
 
 def test_an_instruction_longer_than_the_models_context(refused: Refused, begun: Path, tmp_path: Path) -> None:
@@ -192,10 +189,10 @@ def test_an_instruction_longer_than_the_models_context(refused: Refused, begun: 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     overrides = (f"recover.instructions={path}", "recover.translate_instructions={}")
     message = refused("run", begun / "config.yaml", "--workdir", begun, *overrides)
-    holds(message, "long.jsonl:2: a prompt of", "recover.max_new_tokens 6", "shorten the text")
+    says(message, "long.jsonl:2: a prompt of", "recover.max_new_tokens 6", "shorten the text")
 
 
-def test_a_text_that_leaves_no_room_for_its_translation(expanded: Path) -> None:
+def test_a_text_too_long_for_its_translation(expanded: Path) -> None:
     run = Run(load_config(expanded / "config.yaml"), expanded, Progress(quiet=True), Interrupt())
     text, place = "Read this, " * 20, Place("a.jsonl", 7)
     needed = len(translation_prompt(run.models.tokenizer("vocabulary"), run.markers, text, "to_target"))
@@ -205,9 +202,9 @@ def test_a_text_that_leaves_no_room_for_its_translation(expanded: Path) -> None:
         run.models.check_room([(text, place)], "recover.max_new_tokens", room + 1, chat=False)
 
 
-def test_a_chain_needs_more_than_the_template(refused: Refused, begun: Path) -> None:
+def test_a_length_too_short_for_any_chain(refused: Refused, begun: Path) -> None:
     message = refused("run", begun / "config.yaml", "--workdir", begun, "transfer.length=16")
-    holds(message, "transfer.length is 16", "the shortest chain has", "raise transfer.length")
+    says(message, "transfer.length is 16", "the shortest chain has", "raise transfer.length")
 
 
 def test_instructions_and_pairs_that_are_all_held_out(refused: Refused, begun: Path, tmp_path: Path) -> None:
@@ -217,9 +214,9 @@ def test_instructions_and_pairs_that_are_all_held_out(refused: Refused, begun: P
     pairs.write_text(f"{held[0]['instruction']}\t{held[0]['translation']}\n", encoding="utf-8")
     command = ("run", begun / "config.yaml", "--workdir", begun)
     message = refused(*command, f"recover.instructions={records}", "recover.translate_instructions={}")
-    holds(message, "all.jsonl: all of it holds evaluation texts", "recover.contamination")
+    says(message, "all.jsonl: all of it holds evaluation texts", "recover.contamination")
     message = refused(*command, f"transfer.pairs={{path: {pairs}, format: pairs}}")
-    holds(message, "all.tsv: all of it holds evaluation texts", "transfer.contamination")
+    says(message, "all.tsv: all of it holds evaluation texts", "transfer.contamination")
 
 
 def test_a_file_of_translations_of_other_instructions(refused: Refused, begun: Path, tmp_path: Path) -> None:
@@ -227,30 +224,30 @@ def test_a_file_of_translations_of_other_instructions(refused: Refused, begun: P
     other.write_text('{"source": "Something else.", "target": "x"}\n', encoding="utf-8")
     drop = f"recover.translate_instructions={{file: {other}, missing: drop}}"
     message = refused("run", begun / "config.yaml", "--workdir", begun, drop)
-    holds(message, "other.jsonl: it has no translation of any of the instructions", "missing to model")
+    says(message, "other.jsonl: it has no translation of any of the instructions", "missing to model")
 
 
 def test_two_runs_on_one_work_directory(refused: Refused, begun: Path) -> None:
     before = contents(begun)
     with disk.locked(begun):
         message = refused("run", begun / "config.yaml", "--workdir", begun)
-    holds(message, f"{begun}: another run is at work here", "wait for it or stop it")
-    assert not lost(before, begun)
+    says(message, f"{begun}: another run is at work here", "wait for it or stop it")
+    assert not changed(before, begun)
 
 
-def test_a_changed_config_names_the_key(refused: Refused, expanded: Path) -> None:
+def test_a_changed_key_is_named(refused: Refused, expanded: Path) -> None:
     before = contents(expanded)
     command = ("run", expanded / "config.yaml", "--workdir", expanded)
     message = refused(*command, "vocabulary.size=150")
-    holds(message, "vocabulary was made with other inputs", "vocabulary.size (140 -> 150)", "--force vocabulary")
-    holds(
+    says(message, "vocabulary was made with other inputs", "vocabulary.size (140 -> 150)", "--force vocabulary")
+    says(
         refused(*command, "model.dtype=bfloat16"),
         "base was made with other inputs",
         "model.dtype (float32 -> bfloat16)",
     )
-    holds(refused(*command, "language.name=Siamese"), "language.name (Thai -> Siamese)")
-    holds(refused(*command, "lora.rank=8"), "lora.rank (4 -> 8)")
-    assert not lost(before, expanded)
+    says(refused(*command, "language.name=Siamese"), "language.name (Thai -> Siamese)")
+    says(refused(*command, "lora.rank=8"), "lora.rank (4 -> 8)")
+    assert not changed(before, expanded)
 
 
 def test_a_changed_file_is_named(refused: Refused, expanded: Path, tmp_path: Path) -> None:
@@ -262,49 +259,49 @@ def test_a_changed_file_is_named(refused: Refused, expanded: Path, tmp_path: Pat
     made["inputs"][name] = "0" * 64
     manifest.write_text(json.dumps(made), encoding="utf-8")
     message = refused("run", write(tmp_path / "config.yaml", config), "--workdir", workdir)
-    holds(message, "vocabulary was made with other inputs", "text.train.txt (000000000000…", "--force vocabulary")
+    says(message, "vocabulary was made with other inputs", "text.train.txt (000000000000…", "--force vocabulary")
 
 
 def test_force_removes_nothing_when_the_run_is_refused(refused: Refused, expanded: Path) -> None:
     before = contents(expanded)
     command = ("run", expanded / "config.yaml", "--workdir", expanded, "--force")
-    # The changed key is another step's, which --force leaves alone.
-    holds(refused(*command, "evaluation/base", "vocabulary.size=150"), "vocabulary.size (140 -> 150)")
-    holds(refused(*command, "vocabulary", "evaluation.max_pairs=2"), "evaluation.max_pairs (1 -> 2)")
-    assert not lost(before, expanded)
+    # The changed key belongs to another stage, which this --force does not redo.
+    says(refused(*command, "evaluation/base", "vocabulary.size=150"), "vocabulary.size (140 -> 150)")
+    says(refused(*command, "vocabulary", "evaluation.max_pairs=2"), "evaluation.max_pairs (1 -> 2)")
+    assert not changed(before, expanded)
 
 
 def test_a_damaged_manifest(refused: Refused, begun: Path) -> None:
     (begun / "base" / "manifest.json").write_text("{", encoding="utf-8")
     for command in (("status", begun), ("run", begun / "config.yaml", "--workdir", begun), ("chat", begun, "Hi")):
-        holds(refused(*command), "base/manifest.json is damaged", "--force")
-    # What the message says helps.
+        says(refused(*command), "base/manifest.json is damaged", "--force")
+    # What the message advises helps.
     run_until("base", begun / "config.yaml", begun, "--force", "base")
     assert json.loads((begun / "base" / "manifest.json").read_text(encoding="utf-8"))["state"] == "done"
 
 
-def test_a_loss_that_is_not_finite(refused: Refused, expanded: Path, tmp_path: Path) -> None:
+def test_losses_that_are_not_finite(refused: Refused, expanded: Path, tmp_path: Path) -> None:
     workdir = Path(shutil.copytree(expanded, tmp_path / "run"))
     before = contents(workdir)
     command = ("run", workdir / "config.yaml", "--workdir", workdir, "--until", "pretrain")
     wild = ("pretrain.learning_rate=1e30", "pretrain.checkpoint_every=2", "pretrain.warmup_ratio=0")
     stop = ("pretrain.max_skipped=2",)
     message = refused(*command, *wild, *stop, code=1)
-    holds(message, "not finite in 2 steps in a row, up to step 3", "lower pretrain.learning_rate", "stay as they are")
-    assert not lost(before, workdir)
+    says(message, "not finite in 2 steps in a row, up to step 3", "lower pretrain.learning_rate", "stay as they are")
+    assert not changed(before, workdir)
     rows = read_rows(workdir / "pretrain" / "metrics.jsonl")
     assert [row["loss"] is None for row in rows] == [False, True, True]
     skipped = read_rows(workdir / "pretrain" / "skipped.jsonl")
     assert [row["step"] for row in skipped] == [2, 3] and "text.train.txt:" in skipped[0]["rows"][0]
     assert [path.name for path in (workdir / "pretrain" / "checkpoints").iterdir()] == ["2"]
-    # The same again goes on from the checkpoint and comes to the same end; another rate is another stage.
+    # The same command continues from the checkpoint and ends the same way; another rate needs the stage redone.
     assert refused(*command, *wild, *stop, code=1).splitlines()[-1] == message.splitlines()[-1]
     message = refused(*command, *wild[1:])
-    holds(message, "pretrain.learning_rate (1e+30 -> 0.01)", "--force pretrain")
+    says(message, "pretrain.learning_rate (1e+30 -> 0.01)", "--force pretrain")
 
 
 def test_an_answer_without_a_translation(expanded: Path, tmp_path: Path) -> None:
-    """Not known before the original model has answered; its answers are kept."""
+    """Found only after the original model has answered; its answers are kept."""
     workdir = Path(shutil.copytree(expanded, tmp_path / "run"))
     (tmp_path / "none.jsonl").write_text(json.dumps({"source": "a", "target": "b"}) + "\n", encoding="utf-8")
     overrides = [f"recover.translate_answers={{file: {tmp_path / 'none.jsonl'}, missing: error}}"]
@@ -323,28 +320,27 @@ def test_a_full_disk(refused: Refused, begun: Path, monkeypatch: pytest.MonkeyPa
     before = contents(begun)
     monkeypatch.setattr("transllm_jax.stages.vocabulary.save_arrays", full)
     message = refused("run", begun / "config.yaml", "--workdir", begun, "--until", "vocabulary")
-    holds(message, f"the disk is full at {begun / 'vocabulary'}", "free some space and run the same command again")
-    assert not lost(before, begun) and not (begun / "vocabulary" / "manifest.json").exists()
+    says(message, f"the disk is full at {begun / 'vocabulary'}", "free some space and run the same command again")
+    assert not changed(before, begun) and not (begun / "vocabulary" / "manifest.json").exists()
 
 
-def test_stopped_twice(begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_interrupt_ends_the_run_with_75(
+    begun: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("transllm_jax.stages.vocabulary.save_arrays", stop)
-    monkeypatch.setattr(sys, "argv", ["transllm", "run", str(begun / "config.yaml"), "--workdir", str(begun)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 75
-    assert "run the same command again to go on" in capsys.readouterr().err
+    code, printed = transllm("run", begun / "config.yaml", "--workdir", begun)
+    assert code == 75 and "run the same command again to go on" in printed
 
 
-def test_a_run_without_a_finished_stage(refused: Refused, begun: Path, tmp_path: Path) -> None:
+def test_chat_with_a_run_without_a_finished_stage(refused: Refused, begun: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(begun / "run.yaml", empty)
     for option in ((), ("--base",)):
-        holds(refused("chat", empty, "Hi", *option), "no stage is done yet", "run `transllm run` first")
+        says(refused("chat", empty, "Hi", *option), "no stage is done yet", "run `transllm run` first")
 
 
 @pytest.mark.parametrize(
@@ -363,11 +359,11 @@ def test_a_run_without_a_finished_stage(refused: Refused, begun: Path, tmp_path:
         (["hello there " * 200], ("exceed the model's context of 512", "shorten the prompt")),
     ],
 )
-def test_a_question_that_cannot_be_asked(
+def test_chat_refuses_a_question_or_an_option(
     refused: Refused, imported: Path, arguments: list[str], words: tuple[str, ...]
 ) -> None:
-    holds(refused("chat", imported, *arguments), *words)
+    says(refused("chat", imported, *arguments), *words)
 
 
-def test_a_question_with_a_marker(refused: Refused, expanded: Path) -> None:
-    holds(refused("chat", expanded, f"<TH>{THAI}"), "the special token <TH>", "in another way")
+def test_chat_refuses_a_marker_in_a_question(refused: Refused, expanded: Path) -> None:
+    says(refused("chat", expanded, f"<TH>{THAI}"), "the special token <TH>", "in another way")

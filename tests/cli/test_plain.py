@@ -23,7 +23,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import chat, dry_run
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.token_cost import Cost, cost_table
+from transllm_jax.evaluation.token_cost import TokenCost, cost_table
 from transllm_jax.generation.chain import Answer
 from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Phases, Progress, plain_console
@@ -173,7 +173,7 @@ def test_a_name_that_is_hard_to_print(tmp_path: Path, tiny_model: Path, transllm
 
 def test_a_cost() -> None:
     voice = Voice()
-    cost = Cost(1, 1, 1, 1)
+    cost = TokenCost(1, 1, 1, 1)
     voice.say(cost_table([(ODD, ODD, cost, cost)]))
     assert voice.said.count(ODD) == 2
 

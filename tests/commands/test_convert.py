@@ -1,4 +1,4 @@
-"""`transllm convert`: what goes in comes out, bit for bit, or nothing does."""
+"""`transllm convert` of models: round trips keep every bit, and a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from tiny_families import FAMILIES
 from conversion.directories import read_json, write_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.hf.safetensors_io import DTYPES, write_tensors
+from conversion.import_base import import_base
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.verify import compare
 from transllm_jax.commands import convert
+from transllm_jax.commands.chat import open_session
 from transllm_jax.disk import parse_size
 from transllm_jax.progress import Progress
 
@@ -37,7 +40,7 @@ def command(transllm: Command) -> Command:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_goes_in_comes_out(tmp_path: Path, command: Command, name: str, dtype: str) -> None:
+def test_a_round_trip_keeps_every_bit(tmp_path: Path, command: Command, name: str, dtype: str) -> None:
     source = write_source(tmp_path / "source", name, dtype, max_shard_bytes=60_000)
     assert command("from-hf", source, tmp_path / "ours")[0] == 0
     assert command("to-hf", tmp_path / "ours", tmp_path / "back", "--max-shard-size", "100KB")[0] == 0
@@ -61,22 +64,20 @@ def test_each_tensor_keeps_its_own_type(tmp_path: Path, command: Command) -> Non
     assert found == bits(open_hf(source)) and len({kind for kind, _ in found.values()}) == 3
 
 
-def test_what_follows_from_other_fields_is_left_out_and_said(tmp_path: Path, command: Command) -> None:
+def test_a_redundant_output_table_is_left_out_and_reported(tmp_path: Path, command: Command) -> None:
     source = write_source(tmp_path / "source", "smollm2", "bfloat16")
     model = open_hf(source)
     table = tensors(model.config)
     embedding = next(tensor for tensor in table if tensor.name == EMBEDDING)
-    from dataclasses import replace
-
     more = [*table, replace(embedding, name=OUTPUT)]
     arrays = {tensor.name: model.read(tensor) for tensor in table}
     arrays[OUTPUT] = arrays[EMBEDDING]
     write_tensors(source, more, lambda tensor: arrays[tensor.name], DTYPES["BF16"])
     code, printed = command("from-hf", source, tmp_path / "ours")
-    assert code == 0 and "left out, because other fields say the same: lm_head.weight" in printed
+    assert code == 0 and "left out, because other tensors determine them: lm_head.weight" in printed
 
 
-def test_padding_rows_are_kept_and_said(tmp_path: Path, command: Command) -> None:
+def test_padding_rows_are_kept_and_reported(tmp_path: Path, command: Command) -> None:
     source = write_source(tmp_path / "source", "llama2", "bfloat16")
     raw = read_json(source / "tokenizer.json")
     last = max(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
@@ -89,7 +90,7 @@ def test_padding_rows_are_kept_and_said(tmp_path: Path, command: Command) -> Non
     assert bits(open_hf(tmp_path / "back")) == bits(open_hf(source))
 
 
-def test_a_type_can_be_chosen(tmp_path: Path, command: Command) -> None:
+def test_the_type_can_be_chosen(tmp_path: Path, command: Command) -> None:
     source = write_source(tmp_path / "source", "llama2", "float32")
     code, printed = command("to-hf", source, tmp_path / "narrow", "--dtype", "bfloat16")
     assert code == 0 and "in bfloat16" in printed
@@ -102,10 +103,7 @@ def test_a_type_can_be_chosen(tmp_path: Path, command: Command) -> None:
     assert command("to-hf", source, tmp_path / "other", "--dtype", "int4")[0] == 2
 
 
-def test_a_checkpoint_of_ours_is_a_model_to_run_and_to_talk_to(tmp_path: Path, command: Command) -> None:
-    from conversion.import_base import import_base
-    from transllm_jax.commands.chat import open_session
-
+def test_a_run_and_chat_can_start_from_a_native_checkpoint(tmp_path: Path, command: Command) -> None:
     write_tiny_model(tmp_path / "model")
     assert command("from-hf", tmp_path / "model", tmp_path / "ours", "--mesh", "fsdp=2,tensor=2")[0] == 0
     import_base(str(tmp_path / "ours"), tmp_path / "base")
@@ -113,7 +111,7 @@ def test_a_checkpoint_of_ours_is_a_model_to_run_and_to_talk_to(tmp_path: Path, c
     assert open_session(tmp_path / "ours", max_new_tokens=2).name == "ours"
 
 
-def test_verify_says_what_differs(tmp_path: Path, command: Command) -> None:
+def test_verify_reports_differences(tmp_path: Path, command: Command) -> None:
     source = write_source(tmp_path / "a", "qwen2", "float32")
     shutil.copytree(source, tmp_path / "b")
     code, printed = command("verify", source, tmp_path / "b")
@@ -134,9 +132,7 @@ def test_verify_says_what_differs(tmp_path: Path, command: Command) -> None:
     assert command("verify", source, tmp_path / "b", "--tolerance", "0.2", "--no-logits")[0] == 1
 
 
-def test_verify_sees_missing_tensors_and_another_config(tmp_path: Path, command: Command) -> None:
-    from dataclasses import replace
-
+def test_verify_reports_missing_tensors_and_config_values(tmp_path: Path, command: Command) -> None:
     one = write_source(tmp_path / "one", "llama2", "float32")
     config = replace(read_config(one), rope_theta=77.0, attention_bias=True, num_hidden_layers=1, vocab_size=402)
     write_model(tmp_path / "two", config, random_weights(config), tokenizer_dir=one, extra_config={"eos_token_id": 2})
@@ -152,7 +148,7 @@ def test_verify_sees_missing_tensors_and_another_config(tmp_path: Path, command:
         assert said in printed
 
 
-def test_not_a_number_is_never_the_same(tmp_path: Path) -> None:
+def test_nan_is_never_the_same(tmp_path: Path) -> None:
     write_model(tmp_path / "m", LLAMA, random_weights(LLAMA))
     model = open_hf(tmp_path / "m")
 
@@ -168,7 +164,7 @@ def test_not_a_number_is_never_the_same(tmp_path: Path) -> None:
 
     result = compare(model, Damaged())
     assert not result.within(1e9) and result.largest == np.inf
-    # Not even as itself: its logits are none.
+    # Not even as itself: its logits are NaN.
     assert not compare(Damaged(), Damaged(), [1, 2, 3]).within(1e9)
 
 
@@ -201,7 +197,7 @@ def test_bad_arguments(tmp_path: Path, command: Command, arguments: tuple[str, .
 
 
 @pytest.mark.parametrize("name", ["from-hf", "to-hf"])
-def test_a_destination_that_exists_is_kept(tmp_path: Path, command: Command, name: str) -> None:
+def test_an_existing_destination_is_kept(tmp_path: Path, command: Command, name: str) -> None:
     source = write_source(tmp_path / "source", "llama2", "bfloat16")
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst/mine").write_text("precious")
@@ -227,10 +223,10 @@ def test_a_model_without_a_tokenizer_is_converted(tmp_path: Path, command: Comma
 
 
 @pytest.mark.parametrize("name", ["from-hf", "to-hf"])
-def test_a_disk_that_fills_up_leaves_nothing(
+def test_a_full_disk_leaves_nothing(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Half of the tensors are written when the disk is full."""
+    """The disk fills up when half of the tensors are written."""
     source = write_source(tmp_path / "source", "llama2", "bfloat16")
     before = {path.name for path in tmp_path.iterdir()}
     read, count = type(open_hf(source)).read, 0
@@ -248,7 +244,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_stopping_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "source", "llama2", "bfloat16")
 
     def stop(self: Any, tensor: Any) -> np.ndarray:
@@ -260,7 +256,7 @@ def test_stopping_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "tokenizer"]
 
 
-def test_a_signal_that_a_callback_swallowed_still_stops(
+def test_a_signal_still_stops_when_a_callback_swallows_it(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_source(tmp_path / "source", "llama2", "bfloat16")
@@ -284,7 +280,7 @@ def test_sizes_and_meshes() -> None:
 
 
 def test_progress_counts_bytes(tmp_path: Path) -> None:
-    """Every byte of the weights is counted once, so the bar ends where it should."""
+    """Each byte of the weights is counted once, so the bar ends at its total."""
     write_tiny_model(tmp_path / "model")
     counted: list[int] = []
     totals: list[int] = []
@@ -292,8 +288,6 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
     def begin(total: int) -> Callable[[int], None]:
         totals.append(total)
         return counted.append
-
-    from conversion.import_base import import_base
 
     import_base(str(tmp_path / "model"), tmp_path / "ours", layout="store", begin=begin)
     assert totals == [sum(counted)]

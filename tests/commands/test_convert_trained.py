@@ -1,9 +1,8 @@
-"""`transllm convert` of a run: what was trained comes out as it was computed."""
+"""`transllm convert` of a run: the result computes what training computed."""
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from conftest import Command, random_weights, tiny_run, write_tiny_model
+from conftest import Command, call, random_weights, tiny_run, write_tiny_model
 from converted import bits
 
 from conversion.hf.directory import open_hf, read_config, write_model
 from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import tensors
-from transllm_jax.cli import main as cli
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -33,7 +31,7 @@ def command(transllm: Command) -> Command:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory after stage `pretrain`, on a bfloat16 base."""
+    """The work directory of a run on a bfloat16 base, after stage `pretrain`."""
     here = tmp_path_factory.mktemp("run")
     config = write_tiny_model(here / "wide", tied=request.param)
     write_model(
@@ -48,15 +46,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         here / "model", here / "run", lora={"rank": 3, "alpha": 8, "rslora": True, "targets": ["q", "o", "up"]}
     )
     (here / "config.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["transllm", "run", str(here / "config.yaml"), "--until", "pretrain"])
-        cli.main()
-    assert ended.value.code in (0, None)
+    assert call("run", here / "config.yaml", "--until", "pretrain") == 0
     return here / "run"
 
 
 def our_logits(workdir: Path, ids: list[int]) -> np.ndarray:
-    """The logits of a run's newest point, as training computes them."""
+    """The logits of a run after its newest stage, as training computes them."""
     found = open_source(str(workdir))
     assert found.lora is not None
     return logits_of(found.model, ids, found.lora)
@@ -97,7 +92,7 @@ def test_transformers_computes_what_training_did(run: Path, tmp_path: Path, comm
 
 
 @pytest.mark.reference
-def test_adapters_may_stay_apart(run: Path, tmp_path: Path, command: Command) -> None:
+def test_adapters_can_be_kept_apart(run: Path, tmp_path: Path, command: Command) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -105,10 +100,10 @@ def test_adapters_may_stay_apart(run: Path, tmp_path: Path, command: Command) ->
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     plain = open_hf(tmp_path / "out")
     for tensor in tensors(plain.config):
-        if tensor.layer is not None:  # the base's bits
+        if tensor.layer is not None:  # the bits of the base
             np.testing.assert_array_equal(plain.read(tensor), open_hf(run / "base").read(tensor))
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
-    # New rows were rounded to the base's bfloat16: compare with our logits of the same rounding.
+    # The new rows were rounded to the bfloat16 of the base, so ours are rounded in the same way.
     found = open_source(str(run))
     assert isinstance(found.model, Merged)
     rounded = {
@@ -131,7 +126,7 @@ def test_peft_computes_what_training_did(run: Path, tmp_path: Path, command: Com
     base.resize_token_embeddings(543, mean_resizing=False)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     assert np.abs(their_logits(model, IDS) - our_logits(run, IDS)).max() < 1e-4
-    # And back: the same arrays, bit for bit.
+    # Converted back, the arrays are the same bit for bit.
     code, printed = command("from-peft", run / "base", tmp_path / "peft", tmp_path / "ours")
     assert code == 0 and "lora.rslora=true" in printed and "'lora.targets=[q, o, up]'" in printed
     ours, back = (open_source(str(path)).model for path in (run, tmp_path / "ours"))
@@ -144,19 +139,19 @@ def test_peft_computes_what_training_did(run: Path, tmp_path: Path, command: Com
 
 
 @pytest.mark.parametrize("stage", ["base", "vocabulary", "pretrain"])
-def test_every_stage_comes_out(run: Path, tmp_path: Path, command: Command, stage: str) -> None:
+def test_each_stage_can_be_converted(run: Path, tmp_path: Path, command: Command, stage: str) -> None:
     code, printed = command("to-hf", run, tmp_path / "out", "--stage", stage)
     assert code == 0 and "bfloat16" in printed
     assert read_config(tmp_path / "out").vocab_size == (400 if stage == "base" else 543)
     if stage == "base":
         assert bits(open_hf(tmp_path / "out")) == bits(open_hf(run / "base"))
-    if stage == "vocabulary":  # fresh adapters change nothing
+    if stage == "vocabulary":  # new adapters change nothing
         assert "by 0.00% of what" in printed
     code, printed = command("verify", run, tmp_path / "out", "--stage-a", stage, "--tolerance", "0.5")
     assert code == 0, printed
 
 
-def test_a_stage_that_is_not_there_is_refused(run: Path, tmp_path: Path, command: Command) -> None:
+def test_a_missing_stage_is_refused(run: Path, tmp_path: Path, command: Command) -> None:
     for stage, said in (
         ("translate", "not done yet; its newest is pretrain"),
         ("recover", "does not change the model"),
@@ -170,12 +165,12 @@ def test_a_stage_that_is_not_there_is_refused(run: Path, tmp_path: Path, command
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_says_what_rounding_took(run: Path, tmp_path: Path, command: Command) -> None:
+def test_the_rounding_error_of_a_merge_is_reported(run: Path, tmp_path: Path, command: Command) -> None:
     found = open_source(str(run))
     assert isinstance(found.model, Merged)
     code, printed = command("to-hf", run, tmp_path / "out")
     assert code == 0 and "rounded once to bfloat16" in printed
-    # Thai's runs are kept whole, which a GGUF file cannot say.
+    # Runs of Thai letters are kept whole, which a GGUF file cannot express.
     assert "transformers and vLLM read the ids it is trained on, llama.cpp others" in printed
     about = json.loads((tmp_path / "out" / "transllm.json").read_text(encoding="utf-8"))
     assert about["readers"] == {"transformers": "as trained", "vllm": "as trained", "llama.cpp": "other ids"}

@@ -76,8 +76,8 @@ def test_families(tmp_path: Path, config: LlamaConfig) -> None:
     source = source_of(config)
     opened = open_store(written(tmp_path / "ours", source, mesh=MESH))
     assert_same_model(source, opened)
-    assert opened.layouts.keys() == weight_shapes(config).keys()
-    assert ("vocabulary.output_base" in opened.layouts) == (not config.tie_word_embeddings)
+    assert opened.specs.keys() == weight_shapes(config).keys()
+    assert ("vocabulary.output_base" in opened.specs) == (not config.tie_word_embeddings)
 
 
 def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
     source.given[EMBEDDING] = source.given[EMBEDDING].astype(F32)
     opened = open_store(written(tmp_path / "ours", source))
     assert_same_model(source, opened)
-    assert opened.layouts["blocks.mlp.up.kernel"].dtype == opened.layouts["blocks.mlp.down.kernel"].dtype == F32
+    assert opened.specs["blocks.mlp.up.kernel"].dtype == opened.specs["blocks.mlp.down.kernel"].dtype == F32
     entries = read_json(tmp_path / "ours" / MANIFEST)["arrays"]
     assert entries["blocks.mlp.up.kernel"]["layer_dtypes"] == ["float16", "bfloat16", "float32"]
     assert [path for path, entry in entries.items() if "layer_dtypes" in entry] == [
@@ -148,9 +148,9 @@ def test_a_table_is_cut_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 20 * 48 * 2)
     opened = open_store(written(tmp_path / "ours", source))
     # 61 rows of which 20 fit: four parts, as even as they can be.
-    assert opened.layouts["vocabulary.base"].chunks == (16, 48)
-    assert opened.layouts["vocabulary.output_base"].chunks == (16, 48)
-    assert opened.layouts["blocks.mlp.up.kernel"].chunks == (1, 48, 80)
+    assert opened.specs["vocabulary.base"].chunks == (16, 48)
+    assert opened.specs["vocabulary.output_base"].chunks == (16, 48)
+    assert opened.specs["blocks.mlp.up.kernel"].chunks == (1, 48, 80)
     assert_same_model(source, opened)
     rows = opened.read_array("vocabulary.base", (slice(14, 35), slice(3, 40)))
     assert_same_bits(rows, source.given[EMBEDDING][14:35, 3:40])
@@ -158,7 +158,7 @@ def test_a_table_is_cut_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_chunk_is_what_one_device_holds(tmp_path: Path) -> None:
-    layouts = open_store(written(tmp_path / "ours", source_of(), mesh=MESH)).layouts
+    layouts = open_store(written(tmp_path / "ours", source_of(), mesh=MESH)).specs
     assert {path: layout.chunks for path, layout in layouts.items()} == {
         "vocabulary.base": (60, 6),
         "vocabulary.output_base": (60, 6),
@@ -213,7 +213,7 @@ opened = open_store(sys.argv[1])
 names = tuple(opened.mesh)
 mesh = Mesh(np.array(jax.devices()).reshape(tuple(opened.mesh.values())), names)
 whole, cut = opened.weights("bfloat16"), 0
-for path, layout in opened.layouts.items():
+for path, layout in opened.specs.items():
     def own(index):
         for dimension, (part, size, chunk) in enumerate(zip(index, layout.shape, layout.chunks, strict=True)):
             start, stop, _ = part.indices(size)
@@ -227,7 +227,7 @@ for path, layout in opened.layouts.items():
     for shard in array.addressable_shards:
         assert np.array_equal(np.asarray(shard.data), whole[path][shard.index])
     assert np.asarray(array).tobytes() == whole[path].tobytes()
-print("cut", cut, "of", len(opened.layouts))
+print("cut", cut, "of", len(opened.specs))
 """
 
 

@@ -14,7 +14,7 @@ from conftest import tiny_config
 from conversion.directories import read_json, write_json
 from conversion.hf.directory import write_config
 from conversion.names import Tensor, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.store import MANIFEST, open_store, write_store
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -51,7 +51,7 @@ def finish(directory: Path, config: LlamaConfig, dtype: str = "bfloat16") -> Pat
     return directory
 
 
-def written(directory: Path, source: Opened, **options: Any) -> Path:
+def written(directory: Path, source: OpenedModel, **options: Any) -> Path:
     directory.mkdir(parents=True)
     write_store(directory, source, **options)
     return finish(directory, source.config)
@@ -62,7 +62,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
     assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
-def assert_same_model(a: Opened, b: Opened) -> None:
+def assert_same_model(a: OpenedModel, b: OpenedModel) -> None:
     assert a.config == b.config
     for tensor in tensors(a.config):
         assert a.dtype(tensor) == b.dtype(tensor) == b.read(tensor).dtype

@@ -207,7 +207,7 @@ def test_tfds_never_loads_code_that_a_dataset_names(prepared: Path, tmp_path: Pa
     assert len(items(reading)) == 6
     features = root / "features.json"
     features.write_text(features.read_text().replace("tensorflow_datasets.core.features.text_feature", "antigravity"))
-    with pytest.raises(UserError, match=r"names code that is not TFDS's own \(antigravity\.Text\)"):
+    with pytest.raises(UserError, match=r"names code outside of TFDS \(antigravity\.Text\)"):
         shards(reading, hash_of)
 
 
@@ -227,14 +227,14 @@ def test_tfds_names(prepared: Path, tmp_path: Path) -> None:
         ("tiny_thai:2.0.0", r"has no version 2\.0\.0, but 1\.0\.0, 10\.0\.0, 9\.0\.0: name one, or prepare it by"),
         ("other", "has configs: name one of a, b, as other/CONFIG"),
         ("other/a", "has no features.json"),
-        ("../tiny_thai", "is no name of a TFDS dataset"),
-        ("huggingface:name", "is no name of a TFDS dataset"),
+        ("../tiny_thai", "is not the name of a TFDS dataset"),
+        ("huggingface:name", "is not the name of a TFDS dataset"),
     ):
         with pytest.raises(UserError, match=message):
             shards(Reading(name, **options), hash_of)
     info = tmp_path / "tiny_thai" / "10.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"prepared as tfrecord, read is array_record: prepare it by"):
+    with pytest.raises(UserError, match=r"prepared as tfrecord, but only array_record is read: prepare it by"):
         shards(Reading("tiny_thai", **options), hash_of)
 
 

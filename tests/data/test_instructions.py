@@ -10,7 +10,7 @@ from tiny_shards import PAIRS, shards_of, write
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.rows.instructions import Instructions
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
@@ -68,7 +68,7 @@ def test_markers_are_for_conversations_of_the_run_alone(tmp_path: Path, tokenize
         tokenise(shards, Transform("conversations", T), tokenizer, "refuse", tmp_path / "cache", processes=1)
     own = Transform("conversations", T, exact=False, holds_markers=True)
     tokens = tokenise(shards, own, tokenizer, "refuse", tmp_path / "cache", processes=1)
-    rows = PlannedRows(tokens, Choice(T, exact=False), tmp_path / "cache")
+    rows = PlannedRows(tokens, Selection(T, exact=False), tmp_path / "cache")
     assert len(rows) == 1 and "<EN>good?<RESPONSE>yes<TH>ดี" in tokenizer.decode(rows.row(0)["tokens"].tolist())
 
 

@@ -15,7 +15,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.config import Source
 from transllm_jax.data.clean.cleaning import Rules
-from transllm_jax.data.clean.near_duplicates import Kept
+from transllm_jax.data.clean.near_duplicates import Deduplicated
 from transllm_jax.data.read.shards import Content, Shard
 from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
@@ -28,7 +28,7 @@ from transllm_jax.data.rows.examples import (
     text_example,
 )
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import Preempted, UserError
@@ -51,7 +51,7 @@ def planned(
 ) -> PlannedRows:
     transform = transform or Transform("text", T)
     tokens = tokenise(shards, transform, tokenizer, "refuse", cache, processes=1)
-    return PlannedRows(tokens, Choice(transform.length, **choice), cache)
+    return PlannedRows(tokens, Selection(transform.length, **choice), cache)
 
 
 def written(directory: Path, *files: list[object]) -> list[Shard]:
@@ -163,7 +163,7 @@ def test_what_was_left_out_is_nobodys_first(tmp_path: Path, tokenizer: Tokenizer
 
 
 def test_items_not_compared_are_counted(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     assert planned(some_shards(tmp_path / "data"), tokenizer, tmp_path / "cache").counts["unchecked"] == 3
 
 
@@ -243,7 +243,7 @@ def test_a_damaged_plan_is_the_users_and_named(tmp_path: Path, tokenizer: Tokeni
     for broken in (content[:-30], b"", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
         path.write_bytes(broken)
         with pytest.raises(
-            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again, it is made anew"
+            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again; it is made again"
         ):
             planned(shards, tokenizer, cache)
     path.unlink()
@@ -267,7 +267,7 @@ def test_rows_of_hosts_are_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> No
     for k in (5, 0, 17):
         whole = batches[k]
         for hosts in (1, 2, 4, 8):
-            parts = [batches.of_rows(k, places) for places in np.split(np.arange(8), hosts)]
+            parts = [batches.select_rows(k, places) for places in np.split(np.arange(8), hosts)]
             for name, values in whole.items():
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
         assert batches.rows(k)[:, 0].tolist() == whole["sources"].tolist()
@@ -330,7 +330,7 @@ def test_a_stage_says_why_nothing_is_left(fake_run: Any, tmp_path: Path) -> None
 def test_a_stage_says_what_was_not_compared(fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"contamination": False})
     assert left_out(planned_rows(fake_run, "pretrain", source, T)) == {} and fake_run.said == []
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     planned_rows(fake_run, "pretrain", source, T + 1)
     assert len(fake_run.said) == 1 and "pretrain: 3 items of" in fake_run.said[0]
 

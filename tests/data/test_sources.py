@@ -211,7 +211,7 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
     ("reading", "message"),
     [
         (Reading("a.txt", "conversations"), "lines hold no conversations"),
-        (Reading("a.txt", fields=("a",)), "fields are of records"),
+        (Reading("a.txt", fields=("a",)), "fields are for records"),
         (Reading("a.jsonl", "pairs"), "jsonl of pairs need fields: name two, the English one first"),
         (Reading("a.jsonl", "pairs", fields=("a",)), "need fields: name two"),
         (Reading("a.jsonl", fields=("a", "b")), "fields are a, b: name the one"),

@@ -1,13 +1,11 @@
-"""Made-up results of a run, from which the tests make a report, and ways to read the page."""
+"""Invented results of a run, for tests of the report, and functions that read the page."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +18,7 @@ POINTS = ["base", "vocabulary", "pretrain", "translate", "transfer"]
 
 
 def ledger() -> dict[str, Any]:
-    """Where the time of the made-up run went, as the ledger sums it up."""
+    """The times of the invented run, as the ledger sums them up."""
 
     def spent(lost: float = 0.0, redone: float = 0.0, restarts: int = 0, **seconds: float) -> dict[str, Any]:
         total = sum(seconds.values()) + lost + redone
@@ -49,7 +47,7 @@ def ledger() -> dict[str, Any]:
 
 
 def trained() -> dict[str, Any]:
-    """What the made-up run was trained on, its validation, and the updates that it skipped."""
+    """The training text of the invented run, its validation, and the updates that it skipped."""
     text = {"items": 21408, "examples": 20166, "rows": 3871, "tokens": 1974211, "padded_fraction": 0.00391}
     left_out = {"too short": 12, "contaminated": 3, "exact duplicates": 1204, "near duplicates": 37}
     made = {"rows": 412, "tokens": 98104, "padded_fraction": 0.0699, "epochs": 0.58}
@@ -75,7 +73,7 @@ def trained() -> dict[str, Any]:
 
 
 def sample() -> dict[str, Any]:
-    """Made-up results of a plausible run. Only tests use them."""
+    """The results of an invented run."""
 
     def curve(start: float, end: float, steps: int) -> list[dict[str, float]]:
         return [
@@ -243,6 +241,7 @@ class Page(HTMLParser):
 
 
 def terminal(renderable: Any, width: int = 100) -> str:
+    """The text that rich prints in a terminal of this width."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(renderable)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -254,11 +253,6 @@ def section(html: str, name: str) -> str:
     return html[start : html.index("</section>", start)]
 
 
-def plain(html: str) -> str:
-    """The text of a piece of the page in one line, with what stands in cells apart."""
+def text_of(html: str) -> str:
+    """The text of a piece of the page in one line, with a space between cells."""
     return re.sub(r"\s+", " ", Page(re.sub(r"</(th|td|strong|li|figcaption)>", r" </\1>", html)).text)
-
-
-def jsonl(path: Path, *rows: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

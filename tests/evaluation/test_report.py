@@ -1,18 +1,25 @@
-"""The page of the report: it says what the results say, and is one safe file."""
+"""The report as an HTML page and in the terminal: it shows the results, and the page is one safe file."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from report_sample import QUESTION, Page, plain, sample, section, trained
+from report_sample import QUESTION, Page, sample, section, terminal, text_of, trained
 
+from transllm_jax.evaluation.page import report
 from transllm_jax.evaluation.page.measures import rows, written
 from transllm_jax.evaluation.page.plots import validation_plot
 from transllm_jax.evaluation.page.report import (
+    conversation_panel,
     render_report,
+    summary_table,
+    time_sentence,
+    write_report,
 )
 
 
@@ -21,7 +28,7 @@ def html() -> str:
     return render_report(sample())
 
 
-def test_one_file_that_asks_for_nothing(html: str) -> None:
+def test_the_page_loads_nothing(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in ("script", "iframe", "object", "embed", "img", "base"), tag
@@ -35,7 +42,7 @@ def test_one_file_that_asks_for_nothing(html: str) -> None:
 
 
 def test_ids_are_unique_and_inner_links_resolve(html: str) -> None:
-    """Several matplotlib drawings in one page bring the same ids: each drawing has its own prefix."""
+    """Each matplotlib drawing has the same ids, so each gets a prefix of its own."""
     page = Page(html)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -48,7 +55,7 @@ def test_ids_are_unique_and_inner_links_resolve(html: str) -> None:
     assert wanted <= set(ids)
 
 
-def test_every_number_is_there(html: str) -> None:
+def test_every_number_is_shown(html: str) -> None:
     results = sample()
     page = Page(html)
     exact = [attributes["value"] for tag, attributes in page.tags if tag == "data"]
@@ -76,19 +83,19 @@ def test_every_number_is_there(html: str) -> None:
     assert html.count("<svg") == 10  # six measures, three loss curves, one validation
 
 
-def test_text_in_plots_is_text_and_takes_the_colours_of_the_page(html: str) -> None:
+def test_plots_have_text_and_the_colours_of_the_page(html: str) -> None:
     drawing = html[html.index("<svg") : html.index("</svg>")]
     assert re.search(r"<text[^>]*>1\.183</text>", drawing)
     assert "<style" not in drawing and "var(--ink)" in drawing and "var(--font)" in drawing and "DejaVu" not in html
-    assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", html)  # no stand-in colour is left
+    assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", html)  # all placeholder colours were replaced
 
 
-def test_what_the_model_wrote_is_escaped(html: str) -> None:
+def test_output_of_a_model_is_escaped(html: str) -> None:
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "&lt;EN&gt; How can I sleep better? &lt;RESPONSE&gt;" in html
     page = Page(html)
-    assert "<EN> How can I sleep better?" in page.text  # and a reader sees it as it was written
+    assert "<EN> How can I sleep better?" in page.text  # a reader sees it unescaped
     assert not {"en", "th", "response", "here"} & {tag for tag, _ in page.tags} - {"th"}
     for place in ("title", "config"):
         results = sample()
@@ -97,13 +104,13 @@ def test_what_the_model_wrote_is_escaped(html: str) -> None:
         assert "<b onclick" not in written_html and "\x1b" not in written_html
 
 
-def test_target_language_is_marked(html: str) -> None:
+def test_text_is_marked_with_its_language(html: str) -> None:
     assert f'lang="th" dir="auto">{QUESTION}' in html
     assert 'lang="th" dir="auto">เมืองเมือง' in html  # the original model's answer, where it is in Thai
     assert 'lang="" dir="auto">I&#39;m sorry' in html
 
 
-def test_unmet_goals_stand_before_everything_else(html: str) -> None:
+def test_unmet_goals_come_first(html: str) -> None:
     text = re.sub(r"\s+", " ", Page(html[html.index("<body") :]).text)
     assert "Five of six goals were met; one was not." in text
     unmet = text.index("not met Well-formed chains at least 90 % 87.5 %")
@@ -111,12 +118,12 @@ def test_unmet_goals_stand_before_everything_else(html: str) -> None:
     assert text.index("21.3 % fewer than with the original model (1.532)") < unmet
 
 
-def test_same_results_same_bytes(html: str) -> None:
+def test_the_same_results_give_the_same_bytes(html: str) -> None:
     assert render_report(sample()) == html
 
 
-def test_contrast_is_enough_to_read(html: str) -> None:
-    """WCAG 2 AA, 4.5 to 1, for each text colour on what it stands on, in light and in dark mode."""
+def test_contrast_meets_wcag_aa(html: str) -> None:
+    """WCAG 2 AA asks for 4.5 to 1, for each text colour on each of its backgrounds, in light and in dark mode."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
@@ -142,11 +149,11 @@ def test_where_the_time_went(html: str) -> None:
     assert table.startswith(
         "Stage training steps compiling starting waiting for data saving validation other work lost to restarts all"
     )
-    # Each stage's row, in the order of the columns; a stage without time has none.
+    # The rows of the stages, in the order of the columns; a stage that took no time has no row.
     assert "pretrain 25 min 0 s 31 s 14 s 2.2 s 6.5 s 41 s – 4 min 4 s 30 min 39 s translate" in table
     assert table.rstrip().endswith("between stages – – 9.2 s – – – 1.5 s – 11 s")
-    assert "report" not in table and "begun anew" not in text
-    # The bars: the longest stage is the whole width, and each bar's parts fill it.
+    assert "report" not in table and "then redone" not in text
+    # The bar of the longest stage is as wide as the page, and the parts of a bar fill it.
     bars = re.findall(r'<span style="width: ([\d.]+)%">(.*?)</span>', times)
     assert [float(width) for width, _ in bars] == [0.46, 3.59, 100.0, 51.34, 5.47, 34.18, 0.58]
     for _, parts in bars:
@@ -155,20 +162,20 @@ def test_where_the_time_went(html: str) -> None:
 
 
 def test_what_was_trained_on(html: str) -> None:
-    text = plain(section(html, "data"))
+    text = text_of(section(html, "data"))
     assert "Source items tokens rows padded epochs pretrain 1 news.txt" in text
-    gone = "left out: 12 too short, 3 contaminated, 1,204 exact duplicates, 37 near duplicates"
-    assert f"1 news.txt {gone} 21,408 1,974,211 3,871 0.4 % 0.03 2 english.txt nothing left out 300" in text
-    # What is made in a run has no items, and nothing is said of what was left out of it.
+    left_out = "left out: 12 too short, 3 contaminated, 1,204 exact duplicates, 37 near duplicates"
+    assert f"1 news.txt {left_out} 21,408 1,974,211 3,871 0.4 % 0.03 2 english.txt nothing left out 300" in text
+    # Text that the run itself made has no items, and nothing was left out of it.
     assert "transfer chains – 98,104 412 7 % 0.58 3 talks.jsonl left out: 4 longer than a row; 21 cut at a turn" in text
     assert "translate" not in text
 
 
-def test_the_validation_stands_under_the_loss_with_its_best_step_marked(html: str) -> None:
+def test_the_validation_plot_is_below_the_loss_and_marks_the_best_step(html: str) -> None:
     training = section(html, "training")
     curves = training.split('<div class="curve">')[1:]
     assert [curve.count("<svg") for curve in curves] == [2, 1, 1]
-    text = plain(curves[0])
+    text = text_of(curves[0])
     assert text.index("Loss of pretrain") < text.index("Validation, bits per byte best 1.200 at step 80, 1.300 at step")
     assert 'aria-label="Validation of pretrain: 1.300 bits per byte at step 120, best 1.200 at step 80"' in curves[0]
 
@@ -179,20 +186,20 @@ def test_the_validation_stands_under_the_loss_with_its_best_step_marked(html: st
     records = trained()["pretrain"]["validation"]
     ring, other, without = drawing(80, records), drawing(40, records), drawing(None, records)
     assert ring is not None and other is not None and without is not None
-    # The ring is one more drawn marker, at its step; the lines are the same.
+    # The ring is an additional marker at its step; the lines do not change.
     markers = [
         re.findall(r'<use[^>]* x="([\d.]+)" y="([\d.]+)" style="[^"]*--ink', text) for text in (ring, other, without)
     ]
     assert [len(found) for found in markers] == [1, 1, 0] and markers[0] != markers[1]
     assert "best" not in without.split(">")[0]
-    # A step that is not among those that are known is not marked, and what is not finite is not drawn.
+    # An unknown step is not marked, and values that are missing or not finite are not drawn.
     assert drawing(33, records) == without
     assert drawing(80, [*records, {"step": 60, "bits_per_byte": None}, {"step": 70}]) == ring
     assert drawing(2, []) is None and drawing(2, [{"step": 2, "bits_per_byte": math.nan}]) is None
 
 
-def test_skipped_updates_are_counted_and_their_texts_named(html: str) -> None:
-    text = plain(section(html, "training"))
+def test_skipped_updates_are_counted_with_their_texts(html: str) -> None:
+    text = text_of(section(html, "training"))
     assert "pretrain skipped 4 updates : the loss or its gradient was not finite. The texts of the first 2" in text
     assert "all are in pretrain/skipped.jsonl." in text
     assert "step 31: loss NaN, gradient norm infinite 1 news.txt: data/news.txt:104 data/news.txt:2210 1 news" in text
@@ -202,6 +209,66 @@ def test_skipped_updates_are_counted_and_their_texts_named(html: str) -> None:
     assert "translate skipped" not in text and "transfer skipped" not in text
     results = sample()
     results["trained"]["transfer"] |= {"skipped": 1, "skipped_updates": [{"step": 3, "rows": ["x" * 1000]}]}
-    text = plain(section(render_report(results), "training"))
-    assert "transfer skipped 1 update :" in text and "The texts of these stand here" in text
+    text = text_of(section(render_report(results), "training"))
+    assert "transfer skipped 1 update :" in text and "The texts of these are listed here" in text
     assert "step 3: loss not measured" in text and "x" * 200 in text and "x" * 300 not in text
+
+
+def test_the_page_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run" / "report.html"
+    write_report(json.loads(json.dumps(sample())), path)
+    first = path.read_bytes()
+    assert first.decode("utf-8").startswith("<!doctype html>") and first.rstrip().endswith(b"</html>")
+
+    results = sample()
+    results["title"] = "another"
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_report(results, path)
+    assert path.read_bytes() == first
+    assert [item.name for item in path.parent.iterdir()] == ["report.html"]
+    write_report(results, path)
+    assert b"another" in path.read_bytes()
+
+
+def test_summary_table() -> None:
+    text = terminal(summary_table(sample()))
+    line = next(line for line in text.splitlines() if "Thai bits/byte" in line)
+    for part in ("↓", "1.532", "1.632", "1.183", "1.191", "1.206", "−21.3 %"):
+        assert part in line
+    assert next(line for line in text.splitlines() if "Well-formed chains" in line).count("–") == 3
+    assert "87.5 %" in text and "original" in text and "transfer" in text
+    assert "English drift, KL: change since translate" in text
+    narrow = terminal(summary_table(sample()), width=80)
+    assert "…" not in narrow and len(narrow.splitlines()) == len(text.splitlines())
+
+
+def test_conversation_panel() -> None:
+    results = sample()
+    text = terminal(conversation_panel(results))
+    places = [text.index(piece) for piece in (QUESTION, "How can I sleep better?", "Go to bed", "ลองเข้านอน")]
+    assert places == sorted(places)
+    results["conversations"][1]["raw"] = "[red]x[/red] [INST] \x1b[2J"
+    broken = terminal(conversation_panel(results, 1))
+    assert "not well formed" in broken and "[red]x[/red] [INST]" in broken and "\x1b" not in broken
+    assert "not measured" in terminal(conversation_panel(results, 7))
+
+
+@pytest.mark.parametrize(
+    ("trained", "lost", "restarts", "sentence"),
+    [
+        (0.83, 240.0, 2, "trained 83 % of 2 h 10 min; 4 min 0 s lost to 2 restarts"),
+        (0.8349, 0.0, 1, "trained 83 % of 2 h 10 min; nothing lost to 1 restart"),
+        (0.9996, 0.0, 0, "trained 99.96 % of 2 h 10 min"),
+        (0.0, 0.0, 0, "trained 0 % of 2 h 10 min"),
+        (0.0004, 0.0, 0, "trained 0.04 % of 2 h 10 min"),
+    ],
+)
+def test_the_sentence_about_time(trained: float, lost: float, restarts: int, sentence: str) -> None:
+    counted = {"total": 7800.0, "trained": trained, "lost": lost, "restarts": restarts}
+    assert time_sentence(counted) == sentence

@@ -1,7 +1,4 @@
-"""The launch scripts in a directory that is all of PATH, where gcloud, kubectl, srun, scontrol and transllm are fakes.
-
-The fakes record how they were called.
-"""
+"""Runs the launch scripts with fakes of gcloud, kubectl, srun, scontrol and transllm that record their arguments."""
 
 from __future__ import annotations
 
@@ -15,28 +12,15 @@ from pathlib import Path
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
-# What the scripts may use besides the tool that they start.
-COMMON = (
-    "bash",
-    "env",
-    "sed",
-    "dirname",
-    "basename",
-    "mkdir",
-    "mv",
-    "cat",
-    "sleep",
-    "date",
-    "tail",
-    "grep",
-    "sort",
-    "tr",
+# The real tools that the scripts may use, and those that the fakes and a TPU worker use as well.
+COMMON = tuple(
+    ["bash", "env", "sed", "dirname", "basename", "mkdir", "mv", "cat", "sleep", "date", "tail", "grep", "sort", "tr"]
 )
 MORE = ("touch", "true", "flock", "setsid", "nohup", "hostname", "python3")
 
 
-class Bench:
-    """A directory that is all of PATH: the usual tools, and fakes that write their arguments into `calls`."""
+class FakeTools:
+    """A directory that is the whole PATH: the usual tools, and fakes that append their arguments to `calls`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.bin, self.log = root, root / "bin", root / "calls"
@@ -47,8 +31,9 @@ class Bench:
             (self.bin / tool).symlink_to(found)
 
     def fake(self, name: str, body: str = "") -> None:
+        """Adds a fake that records its arguments and then runs `body`, in bash."""
         path = self.bin / name
-        # One call is one write, so that calls at the same time stay whole.
+        # One write a call, so that the lines of concurrent calls do not mix.
         path.write_text(
             f'#!/usr/bin/env bash\nprintf -v line "%q " {name} "$@"; echo "$line" >>"{self.log}"\n{body}\n',
             encoding="utf-8",
@@ -56,7 +41,7 @@ class Bench:
         path.chmod(0o755)
 
     def queue(self, name: str, *answers: object) -> None:
-        """Answers that a fake takes one by one with `$(next NAME)`; the last one stays."""
+        """Sets the answers that a fake gets from `$(next NAME)`, one a call; the last one is repeated."""
         (self.root / name).write_text("".join(f"{answer}\n" for answer in answers), encoding="utf-8")
         path = self.bin / "next"
         path.write_text(
@@ -95,25 +80,26 @@ class Bench:
         return [shlex.split(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
 
-def eventually(holds: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], bool]) -> None:
+    """Waits until the condition holds; fails after 20 seconds."""
     end = time.monotonic() + 20
-    while not holds():
+    while not condition():
         assert time.monotonic() < end, "it did not happen in 20 seconds"
         time.sleep(0.02)
 
 
 def commands_of(printed: str) -> list[list[str]]:
-    """The commands of a dry run; its remarks begin with a number sign."""
+    """The commands that a dry run prints; its comments begin with a number sign."""
     return [shlex.split(line) for line in printed.splitlines() if not line.startswith("#")]
 
 
-def option(command: Sequence[str], name: str) -> str:
+def option_value(command: Sequence[str], name: str) -> str:
     [value] = [word.removeprefix(f"{name}=") for word in command if word.startswith(f"{name}=")]
     return value
 
 
-# A call that is right as far as it goes.
-RIGHT: dict[str, tuple[object, ...]] = {
+# Arguments that each script accepts.
+VALID: dict[str, tuple[object, ...]] = {
     "tpu_vm.sh": ("delete", "--project", "p", "--zone", "z", "--name", "n"),
     "local.sh": ("--config", CONFIG, "--workdir", "run"),
     "slurm.sh": ("--config", CONFIG, "--workdir", "run"),
@@ -123,5 +109,7 @@ RIGHT: dict[str, tuple[object, ...]] = {
         *("--workdir", "gs://b/run", "--config", CONFIG),
     ),
 }
-# Runs until SIGTERM, and then saves itself: says so and ends with 75.
-RUNS = 'trap "echo saved; exit 75" TERM; echo up; touch up; for ((i = 0; i < 600; i++)); do sleep 0.1; done; exit 9'
+# Runs until SIGTERM; then prints "saved", as a run that saves a checkpoint, and exits with 75.
+UNTIL_SIGTERM = (
+    'trap "echo saved; exit 75" TERM; echo up; touch up; for ((i = 0; i < 600; i++)); do sleep 0.1; done; exit 9'
+)

@@ -1,4 +1,4 @@
-"""gke_jobset.py: the manifest that it writes, what Kubernetes and JobSet make of it, and what is refused."""
+"""gke_jobset.py: the manifest that it writes, whether Kubernetes and JobSet accept it, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import yaml
-from launch_scripts import CONFIG, LAUNCH, Bench
+from launch_scripts import CONFIG, LAUNCH, FakeTools
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def tools(tmp_path: Path) -> FakeTools:
+    return FakeTools(tmp_path)
 
 
 def jobset_module() -> Any:
     spec = importlib.util.spec_from_file_location("gke_jobset", LAUNCH / "gke_jobset.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gke_jobset"] = module  # dataclasses look their module up
+    sys.modules["gke_jobset"] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -49,6 +49,7 @@ EVERYTHING = (
 
 
 def manifest(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """The documents that `gke_jobset.py ARGUMENTS` would apply."""
     assert GKE.main([*arguments, "--dry-run"]) == 0
     return list(yaml.safe_load_all(capsys.readouterr().out))
 
@@ -91,7 +92,7 @@ def test_gke_chips_per_host() -> None:
         GKE.slice_of("v5e:4x4", 8)
 
 
-def test_gke_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gke_manifest_with_all_options(capsys: pytest.CaptureFixture[str]) -> None:
     config, jobset = manifest(capsys, *EVERYTHING)
     assert config["data"] == {"config.yaml": CONFIG.read_text(encoding="utf-8")}
     assert config["metadata"]["name"] == jobset["metadata"]["name"] == jobset["spec"]["network"]["subdomain"] == "run-1"
@@ -124,7 +125,7 @@ def test_gke_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     assert pod["terminationGracePeriodSeconds"] >= 300
 
 
-def test_gke_any_text_survives(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_gke_keeps_any_text_of_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = 'a: "\\ \'"\n\ttab ไทย \U0001f600 \x85 \u2028 \ufeff \x7f # {{ x }} {% y %}\n  end: |\n  x  \n\n'
     path = tmp_path / "config.yaml"
     path.write_bytes(text.encode())
@@ -134,7 +135,7 @@ def test_gke_any_text_survives(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 @pytest.mark.parametrize("arguments", [(*BARE, *IN_IMAGE), (*BARE, *IN_IMAGE, "--on-demand"), EVERYTHING])
 @pytest.mark.parametrize("version", ["1.31.0", "1.34.0"])
-def test_gke_job_is_what_kubernetes_accepts(
+def test_kubernetes_accepts_the_job(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], version: str
 ) -> None:
     validate = pytest.importorskip("kubernetes_validate")
@@ -144,22 +145,22 @@ def test_gke_job_is_what_kubernetes_accepts(
     job = jobset["spec"]["replicatedJobs"][0]["template"]
     whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "j"}, "spec": job["spec"]}
     validate.validate(whole, version, strict=True)
-    # The check is one: a field that does not exist, and a value of another type.
+    # The check finds an unknown field and a value of a wrong type.
     for wrong in ({"backofLimit": 0}, {"parallelism": "many"}):
         with pytest.raises(validate.ValidationError):
             validate.validate(whole | {"spec": whole["spec"] | wrong}, version, strict=True)
-    # What the schema does not say, and the API server demands.
+    # The API server demands this; the schema does not.
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
     for rule in job["spec"]["podFailurePolicy"]["rules"]:
         assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
 
 
 @pytest.mark.parametrize("arguments", [(*BARE, *IN_IMAGE), EVERYTHING])
-def test_gke_jobset_is_what_jobset_accepts(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+def test_jobset_accepts_the_jobset(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
     *_, jobset = manifest(capsys, *arguments)
     read = models.JobsetV1alpha2JobSet.from_dict(jobset)
-    # An unknown key is left out by these models, here in JobSet's own fields: what comes back has to be what went in.
+    # These models drop unknown keys, so the result has to equal the input, in the fields of JobSet itself.
     back = read.to_dict()
     assert (back["apiVersion"], back["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert back["metadata"] == jobset["metadata"]
@@ -173,15 +174,18 @@ def test_gke_jobset_is_what_jobset_accepts(capsys: pytest.CaptureFixture[str], a
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
         assert re.search(rf"\b{rule['action']}\b", described)
         assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
-    # No field of a later JobSet, which an older one would refuse.
+    # No field of a later JobSet: an older one would refuse it.
     assert all(
         rule.keys() == {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns"}
         for rule in jobset["spec"]["failurePolicy"]["rules"]
     )
 
 
-def what_happens(jobset: dict[str, Any], exit_code: int, *, disrupted: bool = False) -> str:
-    """JobSet's action when the first pod to fail ends so, by the rules that Kubernetes and JobSet document."""
+def jobset_action(jobset: dict[str, Any], exit_code: int, *, disrupted: bool = False) -> str:
+    """The action of JobSet after the first pod to fail, by the documented rules of Kubernetes and JobSet.
+
+    exit_code, disrupted: how this pod ended.
+    """
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["backoffLimit"] == 0
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
@@ -217,9 +221,9 @@ def what_happens(jobset: dict[str, Any], exit_code: int, *, disrupted: bool = Fa
         (137, False, "RestartJobSet"),
     ],
 )
-def test_gke_by_exit_code(capsys: pytest.CaptureFixture[str], code: int, disrupted: bool, action: str) -> None:
+def test_gke_restarts_by_exit_code(capsys: pytest.CaptureFixture[str], code: int, disrupted: bool, action: str) -> None:
     [jobset] = manifest(capsys, *BARE, *IN_IMAGE)
-    assert what_happens(jobset, code, disrupted=disrupted) == action
+    assert jobset_action(jobset, code, disrupted=disrupted) == action
 
 
 @pytest.mark.parametrize(
@@ -236,21 +240,21 @@ def test_gke_by_exit_code(capsys: pytest.CaptureFixture[str], code: int, disrupt
         (("--mount", "bucket"), "BUCKET:/PATH"),
         (("--max-restarts", "-1"), "0 or more"),
         (("--config", str(CONFIG)), "not allowed with"),
-        (("steps",), "no key=value"),
+        (("steps",), "nor key=value"),
     ],
 )
-def test_gke_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+def test_gke_refuses_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
     assert GKE.main([*BARE, *IN_IMAGE, *arguments, "--dry-run"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and said in printed.err and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_gke_applies_what_the_dry_run_prints(bench: Bench, code: int) -> None:
-    bench.fake("kubectl", f"cat >applied; exit {code}")
+def test_gke_applies_what_the_dry_run_prints(tools: FakeTools, code: int) -> None:
+    tools.fake("kubectl", f"cat >applied; exit {code}")
     command = [sys.executable, str(LAUNCH / "gke_jobset.py"), *EVERYTHING]
-    printed = subprocess.run([*command, "--dry-run"], env=bench.environment(), capture_output=True, text=True)
-    assert printed.returncode == 0 and bench.calls == []
-    applied = subprocess.run(command, env=bench.environment(), cwd=bench.root)
-    assert applied.returncode == code and bench.calls == [["kubectl", "apply", "-f", "-"]]
-    assert (bench.root / "applied").read_text() == printed.stdout
+    printed = subprocess.run([*command, "--dry-run"], env=tools.environment(), capture_output=True, text=True)
+    assert printed.returncode == 0 and tools.calls == []
+    applied = subprocess.run(command, env=tools.environment(), cwd=tools.root)
+    assert applied.returncode == code and tools.calls == [["kubectl", "apply", "-f", "-"]]
+    assert (tools.root / "applied").read_text() == printed.stdout

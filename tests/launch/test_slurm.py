@@ -1,62 +1,63 @@
-"""slurm.sh: what it starts, and what it does about each exit code and at the time limit."""
+"""slurm.sh: what it starts, and what it does on each exit code and at the time limit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from launch_scripts import CONFIG, LAUNCH, RIGHT, RUNS, Bench, commands_of, eventually
+from launch_scripts import CONFIG, LAUNCH, UNTIL_SIGTERM, VALID, FakeTools, commands_of, eventually
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def tools(tmp_path: Path) -> FakeTools:
+    return FakeTools(tmp_path)
 
 
-def test_slurm_outside_of_a_job(bench: Bench) -> None:
-    done = bench.run("slurm.sh", *RIGHT["slurm.sh"])
+def test_slurm_needs_a_job(tools: FakeTools) -> None:
+    done = tools.run("slurm.sh", *VALID["slurm.sh"])
     assert done.returncode == 2 and "sbatch" in done.stderr and done.stderr.count("\n") == 1
 
 
 SRUN = 'while [[ $1 != transllm ]]; do shift; done; exec "$@"'
 
 
-def slurm(bench: Bench, *codes: int, restarts: int = 1, scontrol: str = "") -> tuple[int, list[list[str]]]:
-    bench.queue("codes", *codes)
-    bench.fake("srun", SRUN)
-    bench.fake("scontrol", scontrol)
-    bench.fake("transllm", "exit $(next codes)")
-    done = bench.run(
+def slurm(tools: FakeTools, *codes: int, restarts: int = 1, scontrol: str = "") -> tuple[int, list[list[str]]]:
+    """The exit code of a job whose runs exit with these codes in turn, and the calls that are not of srun."""
+    tools.queue("codes", *codes)
+    tools.fake("srun", SRUN)
+    tools.fake("scontrol", scontrol)
+    tools.fake("transllm", "exit $(next codes)")
+    done = tools.run(
         "slurm.sh",
-        *(*RIGHT["slurm.sh"], "--max-restarts", restarts, "a=b c"),
+        *(*VALID["slurm.sh"], "--max-restarts", restarts, "a=b c"),
         SLURM_JOB_ID="7",
         SLURM_JOB_NUM_NODES="2",
     )
-    return done.returncode, [called for called in bench.calls if called[0] != "srun"]
+    return done.returncode, [called for called in tools.calls if called[0] != "srun"]
 
 
 @pytest.mark.parametrize("given", [{}, {"TRANSLLM_SECRET": "mine"}])
-def test_slurm_gives_all_tasks_of_a_job_a_secret(bench: Bench, given: dict[str, str]) -> None:
-    bench.queue("codes", 1, 0)
-    bench.fake("srun", SRUN)
-    bench.fake("scontrol")
-    bench.fake("transllm", 'echo "$TRANSLLM_SECRET" >>"$HOME/secrets"; exit $(next codes)')
-    assert [bench.run("slurm.sh", *RIGHT["slurm.sh"], SLURM_JOB_ID="7", **given).returncode] == [0]
-    first, second = (bench.root / "secrets").read_text().splitlines()
+def test_all_tasks_of_a_slurm_job_share_a_secret(tools: FakeTools, given: dict[str, str]) -> None:
+    tools.queue("codes", 1, 0)
+    tools.fake("srun", SRUN)
+    tools.fake("scontrol")
+    tools.fake("transllm", 'echo "$TRANSLLM_SECRET" >>"$HOME/secrets"; exit $(next codes)')
+    assert [tools.run("slurm.sh", *VALID["slurm.sh"], SLURM_JOB_ID="7", **given).returncode] == [0]
+    first, second = (tools.root / "secrets").read_text().splitlines()
     assert first == second and (first == "mine" if given else len(first) == 36)
 
 
-def test_slurm_dry_run(bench: Bench) -> None:
+def test_slurm_dry_run(tools: FakeTools) -> None:
     for tool in ("srun", "scontrol", "transllm"):
-        bench.fake(tool)
-    done = bench.run(
+        tools.fake(tool)
+    done = tools.run(
         "slurm.sh",
-        *(*RIGHT["slurm.sh"], "a=b c", "--dry-run"),
+        *(*VALID["slurm.sh"], "a=b c", "--dry-run"),
         SLURM_JOB_NUM_NODES="4",
         SLURM_CPUS_PER_TASK="16",
         SLURM_GPUS_ON_NODE="4",
     )
-    assert done.returncode == 0 and bench.calls == []
+    assert done.returncode == 0 and tools.calls == []
     lines = done.stdout.splitlines()
     directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
     assert {"--requeue", "--signal=B:TERM@120", "--ntasks-per-node=1", "--open-mode=append"} <= directives
@@ -71,7 +72,7 @@ def test_slurm_dry_run(bench: Bench) -> None:
     ]
 
 
-def test_slurm_directives_stand_before_the_first_command() -> None:
+def test_slurm_directives_precede_the_first_command() -> None:
     lines = (LAUNCH / "slurm.sh").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(i < first for i, line in enumerate(lines) if line.startswith("#SBATCH"))
@@ -92,25 +93,27 @@ REQUEUE = ["scontrol", "requeue", "Incomplete", "7"]
         ((1, 2), 2, 2, False),
     ],
 )
-def test_slurm_by_exit_code(bench: Bench, codes: tuple[int, ...], last: int, runs: int, requeued: bool) -> None:
-    code, called = slurm(bench, *codes)
+def test_slurm_requeues_by_exit_code(
+    tools: FakeTools, codes: tuple[int, ...], last: int, runs: int, requeued: bool
+) -> None:
+    code, called = slurm(tools, *codes)
     run = ["transllm", "run", str(CONFIG), "a=b c", "--workdir", "run", "--distributed", "auto"]
     assert (code, called) == (last, [run] * runs + [REQUEUE] * requeued)
 
 
-def test_slurm_says_where_it_could_not_requeue(bench: Bench) -> None:
-    assert slurm(bench, 75, scontrol="exit 1")[0] == 75
+def test_slurm_keeps_the_exit_code_if_it_cannot_requeue(tools: FakeTools) -> None:
+    assert slurm(tools, 75, scontrol="exit 1")[0] == 75
 
 
 @pytest.mark.parametrize("last", [75, 1])
-def test_slurm_passes_sigterm_on(bench: Bench, last: int) -> None:
-    """The time limit: the run saves itself, or does not make it; the job is requeued either way."""
-    bench.fake("srun", SRUN)
-    bench.fake("scontrol")
-    bench.fake("transllm", RUNS.replace("exit 75", f"exit {last}"))
-    job = bench.start("slurm.sh", *RIGHT["slurm.sh"], SLURM_JOB_ID="7")
-    eventually((bench.root / "up").exists)
+def test_slurm_passes_sigterm_on_and_requeues(tools: FakeTools, last: int) -> None:
+    """At the time limit the run saves a checkpoint or fails to; the job is requeued in both cases."""
+    tools.fake("srun", SRUN)
+    tools.fake("scontrol")
+    tools.fake("transllm", UNTIL_SIGTERM.replace("exit 75", f"exit {last}"))
+    job = tools.start("slurm.sh", *VALID["slurm.sh"], SLURM_JOB_ID="7")
+    eventually((tools.root / "up").exists)
     job.terminate()
     printed, _ = job.communicate(timeout=20)
     assert job.returncode == last and "\nsaved\n" in printed
-    assert bench.calls[-1] == REQUEUE and len(bench.calls) == 3
+    assert tools.calls[-1] == REQUEUE and len(tools.calls) == 3

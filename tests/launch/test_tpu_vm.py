@@ -8,28 +8,28 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launch_scripts import CONFIG, LAUNCH, RUNS, Bench, commands_of, eventually, option
-from tpu_vm import CREATE, DELETE, DESCRIBE, FLAGS, RUN, SLICE, TPUS, WHERE, dry
+from launch_scripts import CONFIG, LAUNCH, UNTIL_SIGTERM, FakeTools, commands_of, eventually, option_value
+from tpu_vm import CREATE, DELETE, DESCRIBE, FLAGS, RUN, SLICE, TPUS, WHERE, dry_run
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def tools(tmp_path: Path) -> FakeTools:
+    return FakeTools(tmp_path)
 
 
 @pytest.fixture
-def wheel(bench: Bench) -> Path:
-    path = bench.root / "transllm_jax-1.0-py3-none-any.whl"
+def wheel(tools: FakeTools) -> Path:
+    path = tools.root / "transllm_jax-1.0-py3-none-any.whl"
     path.touch()
     return path
 
 
-def test_tpu_create(bench: Bench) -> None:
-    assert dry(bench, "create", *SLICE) == [CREATE, DESCRIBE]
-    on_demand = dry(bench, "create", *SLICE, "--on-demand")[0]
+def test_tpu_create(tools: FakeTools) -> None:
+    assert dry_run(tools, "create", *SLICE) == [CREATE, DESCRIBE]
+    on_demand = dry_run(tools, "create", *SLICE, "--on-demand")[0]
     assert on_demand == [word for word in CREATE if word != "--spot"]
-    assert dry(bench, "create", *SLICE, TRANSLLM_SPOT="0")[0] == on_demand
-    account = dry(bench, "create", *SLICE, "--service-account", "a@p.iam.gserviceaccount.com")[0]
+    assert dry_run(tools, "create", *SLICE, TRANSLLM_SPOT="0")[0] == on_demand
+    account = dry_run(tools, "create", *SLICE, "--service-account", "a@p.iam.gserviceaccount.com")[0]
     assert "--service-account=a@p.iam.gserviceaccount.com" in account
 
 
@@ -42,16 +42,19 @@ def test_tpu_create(bench: Bench) -> None:
         ("v6e-16", "v2-alpha-tpuv6e"),
     ],
 )
-def test_tpu_runtime_versions(bench: Bench, accelerator: str, version: str) -> None:
-    create = dry(bench, "create", TRANSLLM_ACCELERATOR_TYPE=accelerator)[0]
-    assert option(create, "--accelerator-type") == accelerator and option(create, "--runtime-version") == version
-    given = dry(bench, "create", "--accelerator-type", accelerator, "--runtime-version", "other")[0]
-    assert option(given, "--runtime-version") == "other"
+def test_tpu_runtime_versions(tools: FakeTools, accelerator: str, version: str) -> None:
+    create = dry_run(tools, "create", TRANSLLM_ACCELERATOR_TYPE=accelerator)[0]
+    assert (
+        option_value(create, "--accelerator-type") == accelerator
+        and option_value(create, "--runtime-version") == version
+    )
+    given = dry_run(tools, "create", "--accelerator-type", accelerator, "--runtime-version", "other")[0]
+    assert option_value(given, "--runtime-version") == "other"
 
 
-def test_tpu_up(bench: Bench, wheel: Path) -> None:
-    create, describe, folder, copy, install, config, run = dry(
-        bench, "up", *SLICE, *RUN, "--wheel", wheel, "--setup", "gcloud storage cp gs://b/t .", "a.b=it's 1"
+def test_tpu_up(tools: FakeTools, wheel: Path) -> None:
+    create, describe, folder, copy, install, config, run = dry_run(
+        tools, "up", *SLICE, *RUN, "--wheel", wheel, "--setup", "gcloud storage cp gs://b/t .", "a.b=it's 1"
     )
     assert [create, describe] == [CREATE, DESCRIBE]
     ssh = [*TPUS, "tpu-vm", "ssh", "tpu", *WHERE, "--worker=all"]
@@ -59,13 +62,13 @@ def test_tpu_up(bench: Bench, wheel: Path) -> None:
     scp = [*TPUS, "tpu-vm", "scp"]
     assert copy == [*scp, str(LAUNCH / "supervise.sh"), str(wheel), "tpu:transllm/", *WHERE, "--worker=all"]
     assert install[:-1] == ssh
-    line = option(install, "--command")
+    line = option_value(install, "--command")
     target = "uv pip install --quiet --python transllm/venv/bin/python --reinstall-package transllm-jax"
     assert f"; {target} './transllm/{wheel.name}[tpu,gcs]';" in line
     assert line.endswith("; gcloud storage cp gs://b/t .")
     assert config == [*scp, str(CONFIG), "tpu:transllm/", *WHERE, "--worker=all"]
     assert run[:-1] == ssh
-    words = shlex.split(option(run, "--command"))
+    words = shlex.split(option_value(run, "--command"))
     at = words.index("venv/bin/transllm")
     assert words[at : at + 8] == [
         *(
@@ -82,25 +85,27 @@ def test_tpu_up(bench: Bench, wheel: Path) -> None:
     assert words[at - 5 : at] == [*("--dir", ".", "--max-restarts", "10", "--")]
 
 
-def test_tpu_install_from_a_repository(bench: Bench) -> None:
-    _, copy, install = dry(bench, "install", "--git", "https://host/repo.git@v1", "--extras", "tpu")
+def test_tpu_install_from_a_repository(tools: FakeTools) -> None:
+    _, copy, install = dry_run(tools, "install", "--git", "https://host/repo.git@v1", "--extras", "tpu")
     assert copy[5:7] == [str(LAUNCH / "supervise.sh"), "tpu:transllm/"]
-    assert "'transllm-jax[tpu] @ git+https://host/repo.git@v1'" in option(install, "--command")
+    assert "'transllm-jax[tpu] @ git+https://host/repo.git@v1'" in option_value(install, "--command")
 
 
-def test_tpu_logs_status_stop_delete(bench: Bench) -> None:
-    [logs] = dry(bench, "logs", "--logs", "here")
-    assert option(logs, "--output-directory") == "here" and option(logs, "--command") == "cat transllm/run.log"
-    assert not (bench.root / "here").exists()
-    status = dry(bench, "status")
-    assert status[0] == DESCRIBE and "--state" in option(status[1], "--command")
-    [stop] = dry(bench, "stop")
-    assert option(stop, "--command") == "bash transllm/supervise.sh --dir transllm --stop"
-    assert dry(bench, "delete") == [DELETE]
+def test_tpu_logs_status_stop_delete(tools: FakeTools) -> None:
+    [logs] = dry_run(tools, "logs", "--logs", "here")
+    assert (
+        option_value(logs, "--output-directory") == "here" and option_value(logs, "--command") == "cat transllm/run.log"
+    )
+    assert not (tools.root / "here").exists()
+    status = dry_run(tools, "status")
+    assert status[0] == DESCRIBE and "--state" in option_value(status[1], "--command")
+    [stop] = dry_run(tools, "stop")
+    assert option_value(stop, "--command") == "bash transllm/supervise.sh --dir transllm --stop"
+    assert dry_run(tools, "delete") == [DELETE]
 
 
-def test_tpu_watch_in_a_dry_run(bench: Bench, wheel: Path) -> None:
-    printed = dry(bench, "watch", *SLICE, *RUN, "--wheel", wheel)
+def test_tpu_watch_in_a_dry_run(tools: FakeTools, wheel: Path) -> None:
+    printed = dry_run(tools, "watch", *SLICE, *RUN, "--wheel", wheel)
     assert printed[0] == DESCRIBE and printed[-2:] == [DELETE, CREATE]
     assert len(printed) == 9
 
@@ -121,50 +126,52 @@ def test_tpu_watch_in_a_dry_run(bench: Bench, wheel: Path) -> None:
         (("sing",), "unknown command 'sing'"),
     ],
 )
-def test_tpu_refuses_before_it_asks_the_cloud(bench: Bench, arguments: tuple[object, ...], said: str) -> None:
-    bench.fake("gcloud")
-    done = bench.run("tpu_vm.sh", *arguments, *FLAGS)
+def test_tpu_checks_its_arguments_before_it_calls_gcloud(
+    tools: FakeTools, arguments: tuple[object, ...], said: str
+) -> None:
+    tools.fake("gcloud")
+    done = tools.run("tpu_vm.sh", *arguments, *FLAGS)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
-    assert bench.calls == []
+    assert tools.calls == []
 
 
 @pytest.mark.parametrize("missing", ["project", "zone", "name"])
-def test_tpu_needs_to_know_where(bench: Bench, missing: str) -> None:
+def test_tpu_needs_project_zone_and_name(tools: FakeTools, missing: str) -> None:
     flags = {"project": "p", "zone": "z", "name": "n"}
     del flags[missing]
-    done = bench.run("tpu_vm.sh", "delete", *(word for key in flags for word in (f"--{key}", flags[key])))
+    done = tools.run("tpu_vm.sh", "delete", *(word for key in flags for word in (f"--{key}", flags[key])))
     assert done.returncode == 2 and done.stderr.startswith(f"tpu_vm.sh: --{missing} is missing")
 
 
-def test_what_tpu_run_starts_on_a_worker(bench: Bench) -> None:
-    """The command line that goes to the workers, run here as a worker's shell would run it."""
-    [_, start] = dry(bench, "run", *RUN, "a.b=it's 1", "--max-restarts", "3")
-    worker = bench.root / "transllm"
+def test_tpu_run_on_a_worker(tools: FakeTools) -> None:
+    """Runs the command line that is sent to the workers, as the shell of a worker would."""
+    [_, start] = dry_run(tools, "run", *RUN, "a.b=it's 1", "--max-restarts", "3")
+    worker = tools.root / "transllm"
     (worker / "venv" / "bin").mkdir(parents=True)
     shutil.copy(LAUNCH / "supervise.sh", worker)
-    bench.fake("transllm", f"touch up; {RUNS}")
-    (bench.bin / "transllm").rename(worker / "venv" / "bin" / "transllm")
-    for _ in range(2):  # the second leaves the first alone
+    tools.fake("transllm", f"touch up; {UNTIL_SIGTERM}")
+    (tools.bin / "transllm").rename(worker / "venv" / "bin" / "transllm")
+    for _ in range(2):  # the second call does not disturb the first run
         done = subprocess.run(
-            ["bash", "-c", option(start, "--command")],
-            env=bench.environment(),
-            cwd=bench.root,
+            ["bash", "-c", option_value(start, "--command")],
+            env=tools.environment(),
+            cwd=tools.root,
             capture_output=True,
             text=True,
             timeout=60,
         )
         assert (done.returncode, done.stdout) == (0, "running\n"), done.stderr
     eventually((worker / "up").exists)
-    assert bench.calls == [
+    assert tools.calls == [
         ["transllm", "run", "demo.yaml", "a.b=it's 1", "--workdir", "gs://bucket/run", "--distributed", "auto"]
     ]
-    [stop] = commands_of(bench.run("tpu_vm.sh", "stop", *FLAGS, "--dry-run").stdout)
-    subprocess.run(["bash", "-c", option(stop, "--command")], env=bench.environment(), cwd=bench.root, check=True)
-    ask = option(commands_of(bench.run("tpu_vm.sh", "status", *FLAGS, "--dry-run").stdout)[1], "--command")
+    [stop] = commands_of(tools.run("tpu_vm.sh", "stop", *FLAGS, "--dry-run").stdout)
+    subprocess.run(["bash", "-c", option_value(stop, "--command")], env=tools.environment(), cwd=tools.root, check=True)
+    ask = option_value(commands_of(tools.run("tpu_vm.sh", "status", *FLAGS, "--dry-run").stdout)[1], "--command")
 
     def answer() -> str:
         asked = subprocess.run(
-            ["bash", "-c", ask], env=bench.environment(), cwd=bench.root, capture_output=True, text=True, check=True
+            ["bash", "-c", ask], env=tools.environment(), cwd=tools.root, capture_output=True, text=True, check=True
         )
         return asked.stdout
 

@@ -1,4 +1,4 @@
-"""tpu_vm.sh on a cloud that answers: waiting for a TPU, preemption, failures and the end of a run."""
+"""tpu_vm.sh against a fake cloud: waiting for a TPU, preemption, failures and the end of a run."""
 
 from __future__ import annotations
 
@@ -6,46 +6,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launch_scripts import Bench
-from tpu_vm import CLOUD, CREATE, DESCRIBE, FLAGS, RUN, SLICE, short
+from launch_scripts import FakeTools
+from tpu_vm import CLOUD, CREATE, DESCRIBE, FLAGS, RUN, SLICE, purpose
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def tools(tmp_path: Path) -> FakeTools:
+    return FakeTools(tmp_path)
 
 
 @pytest.fixture
-def wheel(bench: Bench) -> Path:
-    path = bench.root / "transllm_jax-1.0-py3-none-any.whl"
+def wheel(tools: FakeTools) -> Path:
+    path = tools.root / "transllm_jax-1.0-py3-none-any.whl"
     path.touch()
     return path
 
 
 def watched(
-    bench: Bench, wheel: Path, states: Sequence[str], workers: Sequence[str], *more: object, node: str = "READY"
+    tools: FakeTools,
+    wheel: Path,
+    states: Sequence[str],
+    workers: Sequence[str],
+    *more: object,
+    node: str = "READY",
+    command: int = 0,
 ) -> tuple[int, list[str], str]:
-    """The exit code of a watch, what it did in order, and what it said."""
-    bench.queue("states", *states)
-    bench.queue("workers", *workers)
-    bench.queue("nodes", node)
-    bench.queue("codes", 0)
-    bench.fake("gcloud", CLOUD)
-    done = bench.run("tpu_vm.sh", "watch", *FLAGS, *SLICE, *RUN, "--wheel", wheel, "--poll", "0", *more)
-    return done.returncode, [word for word in map(short, bench.calls) if word], done.stdout + done.stderr
+    """Runs `tpu_vm.sh watch`.
+
+    Args:
+        states, workers, node: What the cloud answers.
+        command: The exit code of each call that changes something.
+
+    Returns:
+        The exit code, the purposes of the calls in order, and what was printed.
+    """
+    tools.queue("states", *states)
+    tools.queue("workers", *workers)
+    tools.queue("nodes", node)
+    tools.queue("codes", command)
+    tools.fake("gcloud", CLOUD)
+    done = tools.run("tpu_vm.sh", "watch", *FLAGS, *SLICE, *RUN, "--wheel", wheel, "--poll", "0", *more)
+    return done.returncode, [word for word in map(purpose, tools.calls) if word], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("states", "workers", "code", "did"),
     [
-        # From nothing to the end.
+        # A TPU is created, and the run ends.
         (
             ["NONE", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"],
             ["absent/absent", "running/running", "exit 0/running", "exit 0/exit 0"],
             0,
             ["create", "install", "run"],
         ),
-        # Preempted twice, once while it waited.
+        # Preempted twice, the second time while it was provisioned.
         (
             [*("ACTIVE", "SUSPENDING", "SUSPENDED", "NONE", "PROVISIONING", "SUSPENDED", "NONE"), "ACTIVE"],
             ["running/running", "absent/absent", "running/running", "exit 0/exit 0"],
@@ -53,7 +67,7 @@ def watched(
             ["delete", "create", "delete", "create", "install", "run"],
         ),
         (["FAILED", "NONE", "ACTIVE"], ["absent/absent", "exit 0/exit 0"], 0, ["delete", "create", "install", "run"]),
-        # Rebooted for maintenance: installed, but nothing runs.
+        # Rebooted for maintenance: the installation is there, the run is not.
         (["ACTIVE"], ["dead/running", "running/running", "exit 75/exit 75", "exit 0/exit 0"], 0, ["run", "run"]),
         (["ACTIVE"], ["running/running", "running/exit 2"], 2, []),
         (["ACTIVE"], ["running/running", "exit 1/running"], 1, []),
@@ -62,36 +76,34 @@ def watched(
         (["ERROR", "ERROR", "ACTIVE"], ["unreachable", "running/running", "exit 0/exit 0"], 0, []),
     ],
 )
-def test_tpu_watch(bench: Bench, wheel: Path, states: list[str], workers: list[str], code: int, did: list[str]) -> None:
-    ended, done, said = watched(bench, wheel, states, workers)
+def test_tpu_watch(
+    tools: FakeTools, wheel: Path, states: list[str], workers: list[str], code: int, did: list[str]
+) -> None:
+    ended, done, said = watched(tools, wheel, states, workers)
     assert (ended, done) == (code, did), said
     assert "costs money" in said
 
 
-def test_tpu_watch_of_a_preempted_node_in_an_active_resource(bench: Bench, wheel: Path) -> None:
+def test_tpu_watch_sees_a_preempted_node_of_an_active_resource(tools: FakeTools, wheel: Path) -> None:
     states = ["ACTIVE", "NONE", "ACTIVE"]
     workers = ["unreachable", "absent/absent", "exit 0/exit 0"]
-    code, did, said = watched(bench, wheel, states, workers, node="PREEMPTED")
+    code, did, said = watched(tools, wheel, states, workers, node="PREEMPTED")
     assert (code, did) == (0, ["delete", "create", "install", "run"]), said
 
 
-def test_tpu_watch_gives_up(bench: Bench, wheel: Path) -> None:
-    code, did, said = watched(bench, wheel, ["ERROR"], ["absent/absent"])
+def test_tpu_watch_gives_up(tools: FakeTools, wheel: Path) -> None:
+    code, did, said = watched(tools, wheel, ["ERROR"], ["absent/absent"])
     assert (code, did) == (1, []) and "giving up" in said and said.count("no network") == 10
 
 
-def test_tpu_watch_gives_up_on_an_installation(bench: Bench, wheel: Path) -> None:
-    bench.queue("states", "ACTIVE")
-    bench.queue("workers", "absent/absent")
-    bench.queue("codes", 1)
-    bench.fake("gcloud", CLOUD)
-    done = bench.run("tpu_vm.sh", "watch", *FLAGS, *SLICE, *RUN, "--wheel", wheel, "--poll", "0")
-    assert done.returncode == 1 and "install or run failed (10 in a row)" in done.stderr
+def test_tpu_watch_gives_up_on_an_installation(tools: FakeTools, wheel: Path) -> None:
+    code, _, said = watched(tools, wheel, ["ACTIVE"], ["absent/absent"], command=1)
+    assert code == 1 and "install or run failed (10 in a row)" in said
 
 
 @pytest.mark.parametrize(("worker", "code"), [("exit 0", 0), ("exit 2", 2), ("exit 1", 1)])
-def test_tpu_watch_cleans_up(bench: Bench, wheel: Path, worker: str, code: int) -> None:
-    ended, did, _ = watched(bench, wheel, ["ACTIVE"], [f"{worker}/{worker}"], "--delete-at-end")
+def test_tpu_watch_fetches_logs_and_deletes_at_the_end(tools: FakeTools, wheel: Path, worker: str, code: int) -> None:
+    ended, did, _ = watched(tools, wheel, ["ACTIVE"], [f"{worker}/{worker}"], "--delete-at-end")
     assert (ended, did) == (code, ["logs", "delete"])
 
 
@@ -104,19 +116,19 @@ def test_tpu_watch_cleans_up(bench: Bench, wheel: Path, worker: str, code: int) 
         (["ERROR"], 1),
     ],
 )
-def test_tpu_create_waits(bench: Bench, states: list[str], code: int) -> None:
-    bench.queue("states", *states)
-    bench.queue("codes", 0)
-    bench.fake("gcloud", CLOUD)
-    done = bench.run("tpu_vm.sh", "create", *FLAGS, *SLICE, "--poll", "0")
+def test_tpu_create_waits(tools: FakeTools, states: list[str], code: int) -> None:
+    tools.queue("states", *states)
+    tools.queue("codes", 0)
+    tools.fake("gcloud", CLOUD)
+    done = tools.run("tpu_vm.sh", "create", *FLAGS, *SLICE, "--poll", "0")
     assert done.returncode == code, done.stderr
-    assert bench.calls[0] == CREATE and bench.calls[1] == DESCRIBE
+    assert tools.calls[0] == CREATE and tools.calls[1] == DESCRIBE
 
 
-def test_tpu_up_stops_at_the_step_that_fails(bench: Bench, wheel: Path) -> None:
-    bench.queue("states", "ACTIVE")
-    bench.queue("codes", 0, 0, 0, 7)  # create, mkdir, copy; then the installation
-    bench.fake("gcloud", CLOUD)
-    done = bench.run("tpu_vm.sh", "up", *FLAGS, *SLICE, *RUN, "--wheel", wheel, "--poll", "0")
+def test_tpu_up_stops_at_the_step_that_fails(tools: FakeTools, wheel: Path) -> None:
+    tools.queue("states", "ACTIVE")
+    tools.queue("codes", 0, 0, 0, 7)  # create, mkdir, copy; then the installation
+    tools.fake("gcloud", CLOUD)
+    done = tools.run("tpu_vm.sh", "up", *FLAGS, *SLICE, *RUN, "--wheel", wheel, "--poll", "0")
     assert done.returncode == 7
-    assert [word for word in map(short, bench.calls) if word] == ["create", "install"]
+    assert [word for word in map(purpose, tools.calls) if word] == ["create", "install"]

@@ -1,10 +1,10 @@
-"""What tpu_vm.sh is called with in tests, the calls of gcloud that follow from it, and a cloud that answers them."""
+"""Arguments of tpu_vm.sh, the calls of gcloud that it makes with them, and a fake cloud that answers these."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch_scripts import CONFIG, Bench, commands_of
+from launch_scripts import CONFIG, FakeTools, commands_of
 
 WHERE = ["--project=proj", "--zone=us-west4-a"]
 FLAGS = ("--project", "proj", "--zone", "us-west4-a", "--name", "tpu")
@@ -19,15 +19,17 @@ CREATE = [
 DELETE = [*TPUS, "queued-resources", "delete", "tpu", *WHERE, "--force", "--quiet"]
 
 
-def dry(bench: Bench, *arguments: object, **more: str) -> list[list[str]]:
-    bench.fake("gcloud")
-    done = bench.run("tpu_vm.sh", *arguments, *FLAGS, "--dry-run", **more)
+def dry_run(tools: FakeTools, *arguments: object, **more: str) -> list[list[str]]:
+    """The commands that `tpu_vm.sh ARGUMENTS` would run."""
+    tools.fake("gcloud")
+    done = tools.run("tpu_vm.sh", *arguments, *FLAGS, "--dry-run", **more)
     assert done.returncode == 0, done.stderr
-    assert bench.calls == [], "a dry run runs nothing"
+    assert tools.calls == [], "a dry run runs nothing"
     return commands_of(done.stdout)
 
 
-# Answers from the queues: the state of the queued resource, and of the run on each of two workers, `a/b`.
+# Answers from queues. `states`: the state of the queued resource; `workers`: the state of the run on both workers, as
+# `a/b`; `nodes`: the state of the node; `codes`: the exit code of any other call.
 CLOUD = """
 case "$*" in
   *"queued-resources describe"*)
@@ -46,8 +48,8 @@ esac
 """
 
 
-def short(called: Sequence[str]) -> str:
-    """What a call of gcloud is for, in a word."""
+def purpose(called: Sequence[str]) -> str:
+    """The purpose of a call of gcloud, in one word; empty for calls that the tests do not compare."""
     line = " ".join(called)
     for part, word in [
         ("queued-resources describe", ""),

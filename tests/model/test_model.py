@@ -30,7 +30,7 @@ from conversion.hf.directory import write_model
 from conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.llama import Remat
-from transllm_jax.model.parameters import BASE_ROWS, count
+from transllm_jax.model.parameters import BASE_ROWS, count_parameters
 from transllm_jax.training.step import summed_loss
 
 
@@ -161,7 +161,7 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
     batch = training_batch(VOCAB + NEW)
 
     of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
-    assert of_frozen.keys() == frozen.keys() and count(frozen) > count(trainable)
+    assert of_frozen.keys() == frozen.keys() and count_parameters(frozen) > count_parameters(trainable)
     for path, values in of_frozen.items():
         assert not np.asarray(values).any(), path
     for path, values in of_trainable.items():

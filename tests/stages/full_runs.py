@@ -1,4 +1,4 @@
-"""Runs with `lora: none` and `embeddings: none` on a tiny Qwen3 with biases, for tests."""
+"""Runs with `lora: none` or `embeddings: none` on a tiny Qwen3 with biases, and their arrays."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from transllm_jax.training.arrays import load_arrays
 POINTS = ("vocabulary", "pretrain", "translate", "transfer")
 BASE_ROWS = {"vocabulary.base", "vocabulary.output_base"}
 NEW_ROWS = {"vocabulary.new", "vocabulary.output_new"}
-# What stays as it is, by the config's `embeddings`.
-HELD = {"new": BASE_ROWS, "all": set(), "none": BASE_ROWS | NEW_ROWS}
+# The arrays that are not trained, for each value of `embeddings`.
+FROZEN = {"new": BASE_ROWS, "all": set(), "none": BASE_ROWS | NEW_ROWS}
 
 
 def write_qwen(directory: Path, dtype: str) -> LlamaConfig:
-    """An untied Qwen3 with biases and norms of queries and keys: every kind of weight that there is."""
+    """An untied Qwen3 with biases and with norms of queries and keys: it has every kind of weight."""
     tokenizer = build_tiny_tokenizer(directory.with_name("tokenizer"))
     shape = replace(tiny_config(Tokenizer.load(tokenizer).vocab_size, tied=False), model_type="qwen3")
     config = replace(shape, attention_bias=True)
@@ -39,6 +39,7 @@ def write_qwen(directory: Path, dtype: str) -> LlamaConfig:
 
 
 def write_config(directory: Path, model: Path, **changes: Any) -> Path:
+    """The config file of a tiny run in `directory`/run."""
     recipe: dict[str, Any] = tiny_run(model, directory / "run", **changes)
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
@@ -46,14 +47,17 @@ def write_config(directory: Path, model: Path, **changes: Any) -> Path:
 
 
 def opened(workdir: Path) -> Run:
+    """The run of a work directory, by its own config."""
     return Run(load_config(workdir / "run.yaml"), workdir, Progress(quiet=True), Interrupt())
 
 
 def arrays(workdir: Path, point: str) -> dict[str, np.ndarray]:
+    """The arrays that a stage saved."""
     return load_arrays(workdir / point / "trainable")
 
 
-def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+def changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    """The names of the arrays whose bits changed."""
     assert before.keys() == after.keys()
     return {path for path in after if before[path].tobytes() != after[path].tobytes()}
 

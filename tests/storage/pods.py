@@ -1,4 +1,4 @@
-"""Hosts of a run with a store between them, for tests: a local directory stands for the store."""
+"""Hosts of a run and the store that they share; here the store is a local directory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from transllm_jax.storage import Workdir
 from transllm_jax.storage.mirror import Mirror
 
 DONE, RUNNING = '{"state": "done"}', '{"state": "running"}'
-# A step, and what it is made anew: changed at the same size, new, gone, as it was.
+# The files of a step, and the files after it was redone: one changed but as large, one new, one removed, one the same.
 BEFORE = {"a": "one", "b/c": "same", "gone": "x", "manifest.json": '{"state": "done", "v": 1}'}
 AFTER = {"a": "two", "b/c": "same", "b/new": "y" * 5000, "manifest.json": '{"state": "done", "v": 2}'}
 
 
 class Killed(BaseException):
-    """The end of a process, wherever it is."""
+    """The end of a process, raised where it is killed."""
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
+    """Makes a directory that has these files and no others."""
     if directory.exists():
         shutil.rmtree(directory)
     for name, text in files.items():
@@ -32,6 +33,7 @@ def write(directory: Path, files: dict[str, str]) -> None:
 
 
 def read(directory: Path) -> dict[str, str]:
+    """The text of each file below the directory, but for the index of the store."""
     return {
         path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8")
         for path in directory.rglob("*")
@@ -40,18 +42,18 @@ def read(directory: Path) -> dict[str, str]:
 
 
 class Pod:
-    """Hosts with a store between them."""
+    """Hosts that share a store."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.store = directory, directory / "store"
         self.waited: list[float] = []
 
     def host(self, name: str) -> Workdir:
-        """A process on a host; the second of a name finds what the first left."""
+        """A new process on the host of this name, which has the files that earlier ones left."""
         return Workdir(self.directory / name, epath.Path(self.store), wait=self.waited.append)
 
     def seen(self, step: str = "step") -> dict[str, str]:
-        """What a new host has after a pull."""
+        """The files of a step on a new host after a pull."""
         shutil.rmtree(self.directory / "fresh", ignore_errors=True)
         host = self.host("fresh")
         there = host.pull(step)
@@ -65,7 +67,7 @@ def mirror_of(host: Workdir) -> Mirror:
 
 
 def kill_at(host: Workdir, moment: int, methods: tuple[str, ...] = ("upload", "write", "remove")) -> Callable[[], int]:
-    """Let the first so many calls that change the store through, and none after. Gives the calls so far."""
+    """Kill the process after `moment` calls of these methods of the store. Returns a function that counts the calls."""
     mirror, guard, calls = mirror_of(host), threading.Lock(), [0]
 
     def dying(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from transllm_jax.storage.lease import Lease
 
 @pytest.fixture(params=[-300.0, 300.0])
 def skewed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds by which the wall clock is wrong for this thread, and is not for those that renew a lease."""
+    """Seconds by which the clock of this thread is wrong; the clock of threads that renew a lease is right."""
     right, us = time.time, threading.current_thread()
     off = float(request.param)
     monkeypatch.setattr(time, "time", lambda: right() + (off if threading.current_thread() is us else 0.0))
@@ -29,7 +29,7 @@ def skewed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> f
 
 @pytest.fixture
 def on_gcs(gcs: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Workdir]:
-    """Opens the run of this test on a named host."""
+    """Opens the work directory of this test on a host."""
 
     def open_on(host: str) -> Workdir:
         monkeypatch.setenv("TRANSLLM_MIRROR", str(tmp_path / host))
@@ -43,7 +43,7 @@ def test_a_run_on_gcs(on_gcs: Callable[[str], Workdir], tmp_path: Path) -> None:
     first, second = on_gcs("first"), on_gcs("second")
     assert str(first.remote) == f"gs://bucket/{tmp_path.name}/run" and first.local == tmp_path / "first"
     assert str(first.checkpoints("pretrain")) == f"gs://bucket/{tmp_path.name}/run/pretrain/checkpoints"
-    # Above 5 MB it goes up in pieces; a neighbour whose name begins alike is another; an empty file is a file.
+    # A file above 5 MB is uploaded in pieces; `base2` is not part of `base`; an empty file is a file.
     files = {**BEFORE, "large": "0123456789" * 600_000, "empty": ""}
     write(first.local / "base", files)
     write(first.local / "base2", {"x": "y", "manifest.json": DONE})
@@ -64,7 +64,7 @@ def test_a_run_on_gcs(on_gcs: Callable[[str], Workdir], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_that_create_on_gcs_one_does(on_gcs: Callable[[str], Workdir]) -> None:
+def test_only_the_first_create_on_gcs_succeeds(on_gcs: Callable[[str], Workdir]) -> None:
     store = mirror_of(on_gcs("first")).store
     assert store.create("x", b"one") and not store.create("x", b"two") and store.read("x") == b"one"
     for content in (b"\r", b"x\r\n", b"\n--==0==\n", bytes(range(256))):
@@ -73,11 +73,11 @@ def test_of_two_that_create_on_gcs_one_does(on_gcs: Callable[[str], Workdir]) ->
 
 
 @pytest.mark.slow
-def test_gcs_tells_how_old_an_object_is(on_gcs: Callable[[str], Workdir], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_age_of_an_object_on_gcs(on_gcs: Callable[[str], Workdir], monkeypatch: pytest.MonkeyPatch) -> None:
     store = mirror_of(on_gcs("first")).store
     store.write("x", b"one")
     assert store.age("none") is None and store.age("x") is not None and 0 <= store.age("x") < 60
-    # Both times are the store's.
+    # Both times are by the clock of the store.
     answer = json.dumps({"updated": "2026-01-02T03:04:05.678Z"}).encode()
     for header, age in (({"Date": "Fri, 02 Jan 2026 03:14:05 GMT"}, 599.322), ({}, None)):
         with monkeypatch.context() as patch:
@@ -86,10 +86,10 @@ def test_gcs_tells_how_old_an_object_is(on_gcs: Callable[[str], Workdir], monkey
 
 
 @pytest.mark.slow
-def test_a_lease_on_gcs_and_clocks_that_differ(on_gcs: Callable[[str], Workdir], skewed: float) -> None:
+def test_a_lease_on_gcs_with_a_wrong_clock(on_gcs: Callable[[str], Workdir], skewed: float) -> None:
     store = mirror_of(on_gcs("first")).store
     with Lease(store, renew=0.2) as held:
-        time.sleep(0.5)  # from now on its signs are of another thread
+        time.sleep(0.5)  # from now on another thread renews it
         for watch in (False, True):
             with pytest.raises(UserError, match="another run is at work here"), Lease(store, watch=watch, renew=0.2):
                 pass
@@ -97,13 +97,13 @@ def test_a_lease_on_gcs_and_clocks_that_differ(on_gcs: Callable[[str], Workdir],
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_none_or_closed_is_one_line(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_forbidden_bucket_is_one_line(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="gs://none: no such bucket; create it"):
         open_workdir("gs://none/run")
     monkeypatch.setattr(gcs, "refuses", True)
-    with pytest.raises(UserError, match=r"gs://bucket/run: no permission to list .*me does not have") as told:
+    with pytest.raises(UserError, match=r"gs://bucket/run: no permission to list .*me does not have") as error:
         open_workdir("gs://bucket/run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -116,13 +116,13 @@ def test_orbax_saves_to_gcs_and_restores(on_gcs: Callable[[str], Workdir]) -> No
     args = {"state": ocp.args.StandardSave(wanted), "record": ocp.args.JsonSave({"score": 1.5})}
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
     with ocp.CheckpointManager(first.checkpoints("pretrain"), options=options) as manager:
-        # Seen before anything is there: the listing must not be kept.
+        # Listed before there are any; the listing must not be cached.
         assert not second.checkpoints("pretrain").exists() or not list(second.checkpoints("pretrain").iterdir())
         for step in (2, 4):
             manager.save(step, args=ocp.args.Composite(**args))
         manager.wait_until_finished()
         assert manager.all_steps() == [4]
-    # Pushing the stage's logs, and clearing nothing of what orbax wrote.
+    # A push of the stage's logs removes nothing that orbax wrote.
     write(first.local / "pretrain", {"metrics.jsonl": "{}\n", "manifest.json": RUNNING})
     first.push("pretrain")
     assert second.pull("pretrain") and read(second.local / "pretrain").keys() == {"metrics.jsonl", "manifest.json"}
@@ -135,7 +135,7 @@ def test_orbax_saves_to_gcs_and_restores(on_gcs: Callable[[str], Workdir]) -> No
 
 
 @pytest.mark.slow
-def test_epath_sees_what_another_host_wrote(on_gcs: Callable[[str], Workdir]) -> None:
+def test_epath_lists_what_another_host_wrote(on_gcs: Callable[[str], Workdir]) -> None:
     first = on_gcs("first")
     assert first.remote is not None
     mirror_of(first).store.write("pretrain/checkpoints/2/x", b"")

@@ -1,4 +1,4 @@
-"""The lease of a work directory: one run at a time, and one whose holder died is taken over."""
+"""The lease of a work directory: one run at a time, and the lease of a dead holder is taken over."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def pod(tmp_path: Path) -> Pod:
 
 
 def lease(pod: Pod, **options: Any) -> Lease:
+    """A lease that is renewed, and becomes stale, within a second."""
     return Lease(Store(str(pod.store)), **({"stale": 0.6, "renew": 0.05} | options))
 
 
@@ -35,20 +36,20 @@ def test_a_second_run_is_refused_while_the_first_lives(pod: Pod) -> None:
     with lease(pod):
         for options in ({"watch": False}, {"watch": True, "say": said.append}):
             began = time.monotonic()
-            with pytest.raises(UserError, match="another run is at work here") as told, lease(pod, stale=9, **options):
+            with pytest.raises(UserError, match="another run is at work here") as error, lease(pod, stale=9, **options):
                 pass
-            assert "\n" not in str(told.value) and f"process {os.getpid()}" in str(told.value)
-            assert socket.gethostname() in str(told.value)
-            # It saw a sign of life, and did not wait for the lease to go stale.
+            assert "\n" not in str(error.value) and f"process {os.getpid()}" in str(error.value)
+            assert socket.gethostname() in str(error.value)
+            # It saw the lease being renewed, and did not wait until it was stale.
             assert time.monotonic() - began < 6
-        assert len(said) == 1 and "looking whether it still lives" in said[0]
+        assert len(said) == 1 and "waiting to see whether it is still alive" in said[0]
     with lease(pod, watch=False):
         pass
     assert len(list((pod.store / ".lease").iterdir())) == 1
 
 
 def dead(pod: Pod) -> Lease:
-    """A lease whose holder was killed: taken, and never renewed."""
+    """A lease whose holder was killed: it is never renewed."""
     held = lease(pod, renew=60)
     held.__enter__()
     return held
@@ -63,7 +64,7 @@ def test_a_stale_lease_is_taken_over_and_its_holder_stops(pod: Pod) -> None:
         with pytest.raises(UserError, match="it took over after"):
             held.check()
         held.__exit__(None, None, None)
-        taken.check()  # the first gave nothing back that is not its own
+        taken.check()  # the first holder did not release the lease of the second
         assert len(list((pod.store / ".lease").iterdir())) == 1
         with pytest.raises(UserError), lease(pod, watch=False, stale=60):
             pass
@@ -71,16 +72,16 @@ def test_a_stale_lease_is_taken_over_and_its_holder_stops(pod: Pod) -> None:
 
 @pytest.fixture(params=[-300.0, 300.0])
 def skewed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds by which the wall clock is wrong for this thread, and is not for those that renew a lease."""
+    """Seconds by which the clock of this thread is wrong; the clock of threads that renew a lease is right."""
     right, us = time.time, threading.current_thread()
     off = float(request.param)
     monkeypatch.setattr(time, "time", lambda: right() + (off if threading.current_thread() is us else 0.0))
     return off
 
 
-def test_a_lease_that_lives_is_never_taken_by_one_whose_clock_differs(pod: Pod, skewed: float) -> None:
+def test_a_live_lease_is_never_taken_by_a_host_with_a_wrong_clock(pod: Pod, skewed: float) -> None:
     with lease(pod, stale=180.0) as held:
-        # What the holder's first sign says, before its thread has given another, is of this thread.
+        # The first record of a lease is written by this thread; later ones by a thread whose clock is right.
         held._store.write(held._name(1), json.dumps(json.loads(held._content()) | {"renewed": 0.0}).encode())
         for watch in (False, True):
             with pytest.raises(UserError, match=r"last seen at .* by its clock"), lease(pod, stale=180.0, watch=watch):
@@ -88,55 +89,55 @@ def test_a_lease_that_lives_is_never_taken_by_one_whose_clock_differs(pod: Pod, 
         held.check()
 
 
-@pytest.mark.parametrize("tells", [True, False], ids=["by the store's clock", "by watching"])
-def test_a_lease_of_the_dead_is_taken_by_one_whose_clock_differs(pod: Pod, skewed: float, tells: bool) -> None:
+@pytest.mark.parametrize("by_store", [True, False], ids=["by the store's clock", "by watching"])
+def test_a_dead_lease_is_taken_by_a_host_with_a_wrong_clock(pod: Pod, skewed: float, by_store: bool) -> None:
     held = dead(pod)
     path = next((pod.store / ".lease").iterdir())
     path.write_text(json.dumps(json.loads(path.read_text()) | {"renewed": time.time() - 2 * skewed}))
-    if tells:
+    if by_store:
         os.utime(path, (path.stat().st_mtime - 3600,) * 2)
     asked: list[str] = []
-    taken = lease(pod, **({"stale": 180.0, "watch": False} if tells else {}))
+    taken = lease(pod, **({"stale": 180.0, "watch": False} if by_store else {}))
     for name in ("files", "read", "age"):
         real = getattr(taken._store, name)
         setattr(taken._store, name, lambda *given, name=name, real=real: (asked.append(name), real(*given))[1])
-    if not tells:
+    if not by_store:
         taken._store.age = lambda name: None  # type: ignore[method-assign]
     with taken, pytest.raises(UserError, match="took over"):
-        held._sign()
+        held._renew_lease()
         held.check()
-    # To look and to take; to watch is dear, and done every third of a renewal only.
-    assert asked.count("age") <= 1 and (not tells or len(asked) <= 4)
+    # Looking and taking cost few requests; watching repeats only every third of a renewal.
+    assert asked.count("age") <= 1 and (not by_store or len(asked) <= 4)
 
 
-def test_a_watch_costs_few_requests(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a lease as it is by default, with a clock that runs as it is waited for."""
+def test_watching_a_lease_makes_few_requests(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default times, and a clock that advances by each wait."""
     dead(pod)
-    clock, looks, one = [0.0], [0], Lease(Store(str(pod.store)))
+    clock, requests, taken = [0.0], [0], Lease(Store(str(pod.store)))
     monkeypatch.setattr("transllm_jax.storage.lease._now", lambda: clock[0])
-    monkeypatch.setattr(one._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    top = one._top
-    monkeypatch.setattr(one, "_top", lambda: (looks.__setitem__(0, looks[0] + 1), top())[1])
-    monkeypatch.setattr(one, "_keep", lambda: None)
-    with one:
-        assert 180 <= clock[0] < 200 and looks[0] <= 21
+    monkeypatch.setattr(taken._ended, "wait", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    top = taken._top
+    monkeypatch.setattr(taken, "_top", lambda: (requests.__setitem__(0, requests[0] + 1), top())[1])
+    monkeypatch.setattr(taken, "_renew_loop", lambda: None)
+    with taken:
+        assert 180 <= clock[0] < 200 and requests[0] <= 21
 
 
-def test_the_lease_of_a_process_that_died_here_is_taken_at_once(pod: Pod) -> None:
+def test_the_lease_of_a_process_that_died_on_this_machine_is_taken_at_once(pod: Pod) -> None:
     died = subprocess.Popen([sys.executable, "-c", "pass"])
     died.wait()
     first, second = lease(pod, stale=180.0), lease(pod, stale=180.0, watch=False)
     first._me["pid"] = died.pid
     with first, second:
         pass
-    # A number of another machine, or of another container, says nothing.
+    # A process number of another machine or container says nothing.
     first, second = lease(pod, stale=180.0), lease(pod, stale=180.0, watch=False)
     first._me |= {"pid": died.pid, "boot": "another"}
     with first, pytest.raises(UserError, match="another run is at work here"), second:
         pass
 
 
-def test_a_lease_is_given_back_before_an_end_by_force(pod: Pod) -> None:
+def test_a_lease_can_be_released_early(pod: Pod) -> None:
     host = pod.host("first")
     with host.lease():
         host.release()
@@ -145,9 +146,9 @@ def test_a_lease_is_given_back_before_an_end_by_force(pod: Pod) -> None:
     host.release()
 
 
-def test_of_many_at_once_one_gets_a_stale_lease(pod: Pod) -> None:
+def test_one_of_many_gets_a_stale_lease(pod: Pod) -> None:
     held = dead(pod)
-    # Of an hour ago; that of the one who gets it is not stale soon, however slow this machine is.
+    # An hour old; the lease of the winner does not become stale soon, however slow this machine is.
     os.utime(pod.store / held._name(1), (time.time() - 3600,) * 2)
     got: list[Lease] = []
     gate = threading.Barrier(8)
@@ -175,10 +176,10 @@ def test_a_run_that_lost_its_lease_pushes_nothing(pod: Pod) -> None:
         host.push("step")
         write(host.local / "step", AFTER)
         held = next((pod.store / ".lease").iterdir())
-        os.utime(held, (time.time() - 3600,) * 2)  # as the store has it, an hour without a sign
+        os.utime(held, (time.time() - 3600,) * 2)  # by the clock of the store, it was not renewed for an hour
         with lease(pod, watch=False, stale=180.0):
             host_lease = mirror_of(host).check.__self__  # type: ignore[attr-defined]
-            host_lease._sign()
+            host_lease._renew_lease()
             for call in (host.push, host.remove):
                 with pytest.raises(UserError, match="took over"):
                     call("step")

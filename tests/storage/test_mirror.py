@@ -1,4 +1,4 @@
-"""A work directory and its mirror on a store: what a reader sees at every moment."""
+"""Pushes to a store and pulls from it: what another host sees at every moment, also after a kill."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def pod(tmp_path: Path) -> Pod:
     return Pod(tmp_path)
 
 
-def test_what_one_host_pushes_another_pulls(pod: Pod) -> None:
+def test_another_host_pulls_what_was_pushed(pod: Pod) -> None:
     first, second = pod.host("first"), pod.host("second")
     write(first.local / "step", BEFORE)
     write(first.local / "evaluation/base", {"results.json": "{}", "manifest.json": DONE})
@@ -40,21 +41,23 @@ def test_what_one_host_pushes_another_pulls(pod: Pod) -> None:
     assert read(second.local / "step") == AFTER and (second.local / "run.yaml").read_text() == "seed: 2\n"
 
 
-def test_a_pull_takes_only_what_differs(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pull_downloads_only_files_that_differ(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = pod.host("first"), pod.host("second")
     write(first.local / "step", BEFORE)
     first.push("step")
     second.pull("step")
     (second.local / "step/a").write_text("bad")  # of the same size
     (second.local / "step/left").write_text("over")
-    taken: list[str] = []
+    downloaded: list[str] = []
     download = Store.download
-    monkeypatch.setattr(Store, "download", lambda self, name, file: taken.append(name) or download(self, name, file))
+    monkeypatch.setattr(
+        Store, "download", lambda self, name, file: downloaded.append(name) or download(self, name, file)
+    )
     assert second.pull("step") and second.pull("step")
-    assert taken == ["step/a"] and read(second.local / "step") == BEFORE
+    assert downloaded == ["step/a"] and read(second.local / "step") == BEFORE
 
 
-def test_the_index_tells_size_and_hash(pod: Pod) -> None:
+def test_the_index_has_sizes_and_hashes(pod: Pod) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     host.push("step")
@@ -65,7 +68,7 @@ def test_the_index_tells_size_and_hash(pod: Pod) -> None:
         assert (index[name]["size"], index[name]["sha256"]) == (len(text), digest)
 
 
-def test_unfinished_files_and_checkpoints_stay_where_they_are(pod: Pod) -> None:
+def test_unfinished_files_and_checkpoints_are_not_pushed(pod: Pod) -> None:
     host = pod.host("first")
     write(host.local / "step", {**BEFORE, "checkpoints/5/x": "here", "m.json.part": "", ".t.host-1-ab.partial": ""})
     write(pod.store / "step/checkpoints/7", {"state": "there"})
@@ -77,7 +80,7 @@ def test_unfinished_files_and_checkpoints_stay_where_they_are(pod: Pod) -> None:
     assert read(pod.store) == {} and not pod.host("other").pull("step")
 
 
-def test_a_step_that_was_cleared_goes_everywhere(pod: Pod) -> None:
+def test_a_removed_step_is_removed_everywhere(pod: Pod) -> None:
     first, second = pod.host("first"), pod.host("second")
     write(first.local / "step", BEFORE)
     first.push("step")
@@ -93,7 +96,7 @@ def test_a_step_that_was_cleared_goes_everywhere(pod: Pod) -> None:
     assert not second.pull("step") and not (second.local / "step").exists()
 
 
-def test_what_the_store_never_had_is_neither_removed_nor_emptied(pod: Pod) -> None:
+def test_a_step_that_was_never_pushed_is_kept(pod: Pod) -> None:
     host, other = pod.host("first"), pod.host("other")
     write(host.local / "step", BEFORE)
     assert not host.pull("step") and read(host.local / "step") == BEFORE
@@ -103,29 +106,34 @@ def test_what_the_store_never_had_is_neither_removed_nor_emptied(pod: Pod) -> No
     assert read(pod.store / "step") == BEFORE
 
 
-def test_what_a_killed_push_left_here_is_kept_until_it_is_pushed_or_removed(pod: Pod) -> None:
+def test_local_files_are_kept_after_a_killed_push(pod: Pod) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     host.push("step")
-    for mend in (True, False):
-        write(host.local / "step", AFTER | {"again": str(mend)})
+    for pushed in (True, False):
+        write(host.local / "step", AFTER | {"again": str(pushed)})
         dying = pod.host("first")
-        kill_at(dying, 4)  # manifest and index are gone, two files have come
+        kill_at(dying, 4)  # manifest and index are removed, two files are uploaded
         with pytest.raises(Killed):
             dying.push("step")
         restarted = pod.host("first")
-        assert not restarted.pull("step") and read(restarted.local / "step") == AFTER | {"again": str(mend)}
-        if mend:
+        assert not restarted.pull("step") and read(restarted.local / "step") == AFTER | {"again": str(pushed)}
+        if pushed:
             restarted.push("step")
             assert pod.seen() == AFTER | {"again": "True"}
         else:
             restarted.remove("step")
-            # It was to be begun anew: what is here must not count as done.
+            # The step is to be redone, so the local files must not count as done.
             assert not pod.host("first").pull("step") and not (restarted.local / "step").exists()
 
 
-def everywhere(pod: Pod, before: dict[str, str], after: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Kill a push of `after` over `before` at every moment; gives what a new host then sees, and checks the mend."""
+def killed_pushes(
+    pod: Pod, before: dict[str, str], after: dict[str, str]
+) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """Kill a push of `after` over `before` at every moment, and check that the next push completes it.
+
+    Yields, for each moment, the files of the store and those that a new host pulls.
+    """
     moment = 0
     while True:
         for name in ("store", "first"):
@@ -139,36 +147,31 @@ def everywhere(pod: Pod, before: dict[str, str], after: dict[str, str]) -> Itera
         try:
             host.push("step")
         except Killed:
-            yield {**read(pod.store / "step"), "": ""}
-            yield pod.seen()
+            yield read(pod.store / "step"), pod.seen()
             restarted = pod.host("first")
             restarted.push("step")
             assert pod.seen() == after == read(pod.store / "step")
             moment += 1
             continue
-        # Each file, the index and the manifest at least.
+        # At least one call for each file, the index and the manifest.
         assert calls() == moment >= len(after)
         return
 
 
 @pytest.mark.parametrize("before", [BEFORE, {}], ids=["over another", "first"])
-def test_a_killed_push_never_shows_a_done_step_in_part(pod: Pod, before: dict[str, str]) -> None:
-    for seen in everywhere(pod, before, AFTER):
-        if "" in seen:  # the store itself
-            if "manifest.json" in seen:
-                assert {k: v for k, v in seen.items() if k} in (before, AFTER)
-        else:
-            assert seen in (before, AFTER, {})
+def test_a_killed_push_never_shows_part_of_a_done_step(pod: Pod, before: dict[str, str]) -> None:
+    for stored, pulled in killed_pushes(pod, before, AFTER):
+        assert "manifest.json" not in stored or stored in (before, AFTER)
+        assert pulled in (before, AFTER, {})
 
 
-def test_a_killed_push_of_a_running_step_keeps_its_place(pod: Pod) -> None:
+def test_a_killed_push_of_a_running_step_keeps_its_files(pod: Pod) -> None:
     before = {"metrics.jsonl": "1\n", "speed.jsonl": "1\n", "manifest.json": RUNNING}
     after = {"metrics.jsonl": "2\n", "speed.jsonl": "1\n2\n", "new.jsonl": "", "manifest.json": RUNNING}
     for last in (after, {**after, "manifest.json": DONE}):
-        for seen in everywhere(pod, before, last):
+        for seen in chain.from_iterable(killed_pushes(pod, before, last)):
             state = seen.pop("manifest.json")
             assert state in (RUNNING, last["manifest.json"])
-            seen.pop("", None)
             if state == DONE:
                 assert seen == {name: text for name, text in last.items() if name != "manifest.json"}
             else:
@@ -176,7 +179,7 @@ def test_a_killed_push_of_a_running_step_keeps_its_place(pod: Pod) -> None:
                 assert before.keys() - {"manifest.json"} <= seen.keys() <= last.keys()
 
 
-def test_a_killed_pull_leaves_no_done_step_in_part(pod: Pod) -> None:
+def test_a_killed_pull_never_leaves_part_of_a_done_step(pod: Pod) -> None:
     first = pod.host("first")
     write(first.local / "step", BEFORE)
     first.push("step")
@@ -201,7 +204,7 @@ def test_a_killed_pull_leaves_no_done_step_in_part(pod: Pod) -> None:
             assert restarted.pull("step") and read(second.local / "step") == {**AFTER, "more": "z"}
 
 
-def test_a_file_cut_off_while_it_comes_is_never_under_its_name(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_download_leaves_no_partial_file(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     (host.local / "run.yaml").write_text("old")
@@ -209,11 +212,11 @@ def test_a_file_cut_off_while_it_comes_is_never_under_its_name(pod: Pod, monkeyp
     host.push("run.yaml")
     (pod.store / "run.yaml").write_text("new and longer")
 
-    def half(self: Store, name: str, file: Path) -> None:
+    def cut_off(self: Store, name: str, file: Path) -> None:
         file.write_text("hal")
         raise Killed
 
-    monkeypatch.setattr(Store, "download", half)
+    monkeypatch.setattr(Store, "download", cut_off)
     (host.local / "step/a").unlink()
     for name in ("step", "run.yaml"):
         with pytest.raises(Killed):
@@ -221,19 +224,19 @@ def test_a_file_cut_off_while_it_comes_is_never_under_its_name(pod: Pod, monkeyp
     assert not (host.local / "step/a").exists() and (host.local / "run.yaml").read_text() == "old"
 
 
-def test_damage_on_the_store_is_found(pod: Pod) -> None:
+def test_a_damaged_object_is_found(pod: Pod) -> None:
     host, other = pod.host("first"), pod.host("other")
     write(host.local / "step", BEFORE)
     host.push("step")
     (pod.store / "step/a").write_text("bad")
-    with pytest.raises(UserError, match="step/a is not what was pushed") as told:
+    with pytest.raises(UserError, match="step/a is not what was pushed") as error:
         other.pull("step")
-    assert "\n" not in str(told.value) and not (other.local / "step/manifest.json").exists()
-    # The tag tells that the object is another one, though it is as large and the index still knows the hash.
+    assert "\n" not in str(error.value) and not (other.local / "step/manifest.json").exists()
+    # The tag shows that the object was replaced, although its size and the hash in the index are the same.
     assert host.push("step") > 0 and pod.seen() == BEFORE
 
 
-def test_a_reader_waits_for_a_push_to_end(pod: Pod) -> None:
+def test_a_pull_waits_for_a_push_to_end(pod: Pod) -> None:
     host, other = pod.host("first"), pod.host("other")
     write(host.local / "step", BEFORE)
     host.push("step")
@@ -250,7 +253,7 @@ def test_a_reader_waits_for_a_push_to_end(pod: Pod) -> None:
     assert other.pull("step") and read(other.local / "step") == AFTER and len(pod.waited) == 1
 
 
-def test_a_file_that_changes_while_it_is_pushed_is_not_passed_off(pod: Pod) -> None:
+def test_a_file_that_changes_during_a_push_is_an_error(pod: Pod) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     store = mirror_of(host).store
@@ -267,19 +270,19 @@ def test_a_file_that_changes_while_it_is_pushed_is_not_passed_off(pod: Pod) -> N
     assert pod.seen() == {}
 
 
-def test_files_that_never_change_come_and_go_in_their_order(pod: Pod) -> None:
+def test_add_and_fetch_keep_the_order_of_files(pod: Pod) -> None:
     first, second = pod.host("first"), pod.host("second")
     write(first.local / "tokens", {"a.records": "1", "a": "2", "b.records": "3", "b": "4"})
     first.add("tokens", ["a.records", "b.records"], ["a", "b"])
     assert read(pod.store / "tokens") == read(first.local / "tokens")
     write(second.local / "tokens", {"b.records": "own"})
     second.fetch("tokens", ["a.records", "b.records", "c.records"], ["a", "c"])
-    # What is here stays, what nobody has is passed over, what is not asked for does not come.
+    # Local files stay, missing ones are skipped, and only the named files are downloaded.
     assert read(second.local / "tokens") == {"a.records": "1", "a": "2", "b.records": "own"}
     write(second.local / "tokens", {"a": "other", "d": "5"})
     second.add("tokens", ["a"], ["d"])
     assert read(pod.store / "tokens") == read(first.local / "tokens") | {"d": "5"}
-    # A killed one never leaves what says that a shard is whole without the shard.
+    # A killed `add` never leaves the file that says that a shard is complete without the shard.
     for moment in range(2):
         write(first.local / "tokens", {f"{moment}.records": "1", f"{moment}": "2"})
         dying = pod.host("first")

@@ -1,4 +1,4 @@
-"""Places of a work directory, and errors of a store: what is tried again, and what is said in one line."""
+"""Where a work directory may be, which errors of a store are retried, and which are reported in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_local_directory_needs_no_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "/etc", "../x", "a/../b", "a/", "./a"])
-def test_a_name_stays_below_the_directory(pod: Pod, name: str) -> None:
+def test_a_name_outside_the_directory_is_refused(pod: Pod, name: str) -> None:
     for call in (pod.host("first").push, pod.host("first").pull, pod.host("first").remove):
         with pytest.raises(ValueError, match="no path below"):
             call(name)
@@ -53,6 +53,7 @@ class HttpError(Exception):
 
 
 def failing(store: Store, method: str, errors: list[Exception]) -> None:
+    """Makes a method of the file system raise these errors, one a call, before it works again."""
     call = getattr(store._fs, method)
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -66,7 +67,7 @@ def failing(store: Store, method: str, errors: list[Exception]) -> None:
     store._fs = fs
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_not(tmp_path: Path) -> None:
+def test_only_temporary_errors_are_retried(tmp_path: Path) -> None:
     waited: list[float] = []
     (tmp_path / "file").write_bytes(b"x")
     for error in (HttpError(503), HttpError(429), ConnectionResetError(), TimeoutError()):
@@ -97,17 +98,17 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(tmp_path: Path) -> 
     ],
     ids=["local", "401", "403"],
 )
-def test_a_permission_that_lacks_is_one_line(pod: Pod, error: Exception) -> None:
+def test_a_missing_permission_is_one_line(pod: Pod, error: Exception) -> None:
     host = pod.host("first")
     write(host.local / "step", BEFORE)
     failing(mirror_of(host).store, "put_file", [error] * 9)
-    with pytest.raises(UserError, match="no permission to write") as told:
+    with pytest.raises(UserError, match="no permission to write") as error:
         host.push("step")
-    assert "\n" not in str(told.value) and "https:" not in str(told.value) and str(pod.store) in str(told.value)
+    assert "\n" not in str(error.value) and "https:" not in str(error.value) and str(pod.store) in str(error.value)
 
 
 @pytest.mark.parametrize("given", ["gs:/bucket/run", "gs://", "gs:///", "gs://b/../c", "s3://b/run", "https://x/y"])
-def test_a_place_that_is_none_is_refused(given: str) -> None:
+def test_a_malformed_workdir_is_refused(given: str) -> None:
     with pytest.raises(UserError, match="--workdir"):
         open_workdir(given)
 

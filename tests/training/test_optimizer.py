@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_training import OPTIMIZER, leaves, new_split
 
-from transllm_jax.model.parameters import count
+from transllm_jax.model.parameters import count_parameters
 from transllm_jax.training.optimizer import make_optimizer, moments_size, schedule
 
 # A frozen array that was given away with the state.
@@ -35,7 +35,7 @@ def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else(train_b
     split = new_split(train_base=train_base)
     assert ("vocabulary.base_trained" in split.trainable) == train_base
     state = make_optimizer(OPTIMIZER).init(split.trainable)
-    assert moments_size(state) == 2 * count(split.trainable)
+    assert moments_size(state) == 2 * count_parameters(split.trainable)
     held = [jax.tree_util.keystr(path) for path, leaf in leaves(state) if leaf.ndim]
     assert len(held) == 2 * len(split.trainable)
     for path in split.trainable:

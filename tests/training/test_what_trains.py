@@ -80,7 +80,7 @@ def moments(state: TrainState) -> list[str]:
 def test_what_moves_is_exactly_what_trains(case: str, wanted: set[str]) -> None:
     split = full_split() if case.startswith("full") else adapted_split(train_base=case == "all", tied=False)
     if case in ("none", "full, embeddings held"):
-        split = split.hold(path for path in split.trainable if path.startswith("vocabulary"))
+        split = split.freeze(path for path in split.trainable if path.startswith("vocabulary"))
     before = tree_bytes(split.trainable)
     everything = tree_bytes({**split.trainable, **split.frozen})
     state = after_steps(split)
@@ -94,7 +94,7 @@ def test_what_moves_is_exactly_what_trains(case: str, wanted: set[str]) -> None:
 
 def test_only_what_trains_can_be_held() -> None:
     with pytest.raises(ValueError, match=r"^blocks\.mlp\.up\.kernel, vocabulary\.base: not among what trains$"):
-        adapted_split().hold(["vocabulary.new", "vocabulary.base", "blocks.mlp.up.kernel"])
+        adapted_split().freeze(["vocabulary.new", "vocabulary.base", "blocks.mlp.up.kernel"])
 
 
 def _products(jaxpr: Any) -> Iterator[tuple[int, ...]]:
@@ -130,7 +130,7 @@ def test_frozen_weights_cost_no_product_of_their_gradient() -> None:
     for accumulate in (1, 4):
         shapes = pairs(products(split, accumulate=accumulate))
         assert not shapes & kernels and shapes & tables == {(NEW, 48)}
-    assert not pairs(products(split.hold(["vocabulary.output_new"]))) & (kernels | tables)
+    assert not pairs(products(split.freeze(["vocabulary.output_new"]))) & (kernels | tables)
     # The search finds them where they are.
     assert pairs(products(full_split())) >= kernels | tables
     assert pairs(products(adapted_split(train_base=True))) & (kernels | tables) == tables

@@ -68,7 +68,7 @@ class Source:
         self.before(k)
         return batch_of(k)
 
-    def of_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
+    def select_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
         return {field: values[places] for field, values in self[k].items()}
 
     def places(self, k: int) -> list[str]:

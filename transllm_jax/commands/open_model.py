@@ -1,4 +1,4 @@
-"""Whatever a path is, opened: a run at a stage, an adapter on its base, a model directory, a GGUF file."""
+"""Open a model, whatever the path is: a run at a stage, an adapter on its base, a model directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.adapter import ADAPTER, Adapter, read_adapter
+from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
 from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
 from transllm_jax.config import load_config
@@ -32,12 +32,12 @@ from transllm_jax.training.arrays import load_arrays
 
 @dataclass(frozen=True)
 class Source:
-    """Something opened: the model, the directory with its config and tokenizer, and, of trained ones, their parts.
+    """An opened model, the directories of its config and tokenizer and, if it was trained, its LoRA config and origin.
 
-    `files` is None of a GGUF file, which holds everything itself.
+    `files` is None for a GGUF file, which holds everything itself.
     """
 
-    model: Opened
+    model: OpenedModel
     files: Path | None
     tokenizer: Path | None
     lora: LoraConfig | None = None
@@ -46,14 +46,14 @@ class Source:
 
     @property
     def bare(self) -> bool:
-        """Whether there is no tokenizer with it."""
+        """Whether the model has no tokenizer."""
         return not isinstance(self.model, GGUFModel) and (self.tokenizer is None or not has_tokenizer(self.tokenizer))
 
 
 def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
     """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
 
-    `base` is where an adapter's base is, if not where it says. Raises UserError for anything else.
+    `base` is where an adapter's base is, if not where the adapter says. Raises UserError for anything else.
     """
     path = Path(source).expanduser()
     if (path / "run.yaml").is_file():
@@ -80,7 +80,7 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
 
 
 def _open_base(adapter: Path, given: str | None, named: str | None) -> Source:
-    """An adapter's base, from where the user or the adapter says that it is."""
+    """Open an adapter's base: the one that the user gave, or else the one that the adapter names."""
     if given is not None:
         return open_source(given)
     try:
@@ -106,26 +106,26 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
 
 
 def peft_base(directory: Path) -> str:
-    """The base that a PEFT adapter names. Raises UserError where it names none."""
+    """The base that a PEFT adapter names. Raises UserError if it names none."""
     base = read_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{directory / CONFIG} names no base_model_name_or_path; give the base with --base")
     return base
 
 
-def check_base(adapter: Adapter, base: Source, where: Path) -> None:
+def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
     """Raises UserError if an adapter was made for another base."""
     if not adapter.fits(base.model):
         raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
 
 
 def tokenizer_of(found: Source) -> Tokenizer:
-    """The tokenizer of what was opened; of a GGUF file or a tokenizer.model alone, made for the purpose."""
+    """The tokenizer of an opened model; one in a GGUF file, or in a tokenizer.model alone, is converted first."""
     if found.tokenizer is not None and (found.tokenizer / "tokenizer.json").is_file():
         return Tokenizer.load(found.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(found.model, GGUFModel):
             write_tokenizer(found.model.fields, scratch, found.model.where)
         elif found.tokenizer is not None:
-            bring_tokenizer(found.tokenizer, Path(scratch))
+            copy_or_make_tokenizer(found.tokenizer, Path(scratch))
         return Tokenizer.load(scratch)

@@ -67,7 +67,7 @@ def conversation_sources(run: Run) -> tuple[Source, Source]:
             write_conversations(directory, run.markers)
         return missing
 
-    if run.peers.lead("the conversations of recover", write_missing):
+    if run.peers.run_on_primary("the conversations of recover", write_missing):
         run.site.publish("recover")
     chains, english = (Source(path=str(path), format="conversations") for path in paths)
     return chains, english

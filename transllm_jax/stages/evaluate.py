@@ -118,7 +118,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     split = base if point == "base" else run.models.split(point)
     here = Point(point, split, run.models.tokenizer(point), run.models.config)
     done: dict[str, Any] = (
-        run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
+        run.peers.run_on_primary("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
     stop_if_asked = partial(_stop_if_asked, run)
 

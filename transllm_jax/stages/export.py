@@ -12,7 +12,7 @@ from conversion.merged import Merged
 from transllm_jax.disk import write_json
 from transllm_jax.stages.points import chat_metadata
 from transllm_jax.stages.run import Run
-from transllm_jax.tokenizer.llama_cpp import misread, readers_of
+from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.training.arrays import load_arrays
 
 
@@ -38,6 +38,6 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     )
     size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
     text = f"{size / 1e6:,.0f} MB, {run.config.export.dtype}"
-    if warning := misread(directory):
+    if warning := misread_message(directory):
         text += f"; {warning}"
     return {"text": text}

@@ -42,7 +42,7 @@ def generated_rows(
     def kept() -> list[Row]:
         return _kept(path, known, batch_size, stage)
 
-    rows: list[Row] = run.peers.lead(f"the {what} so far", kept) or []
+    rows: list[Row] = run.peers.run_on_primary(f"the {what} so far", kept) or []
     if len(rows) == len(known):
         return rows
     pushed = time.monotonic()

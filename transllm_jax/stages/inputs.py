@@ -11,7 +11,7 @@ from transllm_jax.config import Config, Source
 from transllm_jax.data.clean.cleaning import text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.read.bad_rows import check_share, first_of_each
-from transllm_jax.data.read.files import Collector, Loaded, Place, attempt, resolve, texts_of
+from transllm_jax.data.read.files import Collector, Loaded, Place, catch_bad_row, resolve, texts_of
 from transllm_jax.data.read.shards import Item, Reading, Shard, shards
 from transllm_jax.data.read.sources import read_jsonl, refuse_special
 from transllm_jax.disk import FileHashes
@@ -102,11 +102,11 @@ class Inputs:
         """
         for shard in self.shards(source):
             for item, place in shard.items(collector):
-                bad = None if find_special is None else attempt(refuse_special, item, find_special, place)
+                bad = None if find_special is None else catch_bad_row(refuse_special, item, find_special, place)
                 if bad is None:
                     yield item, place
                 else:
-                    collector.bad(bad, place)
+                    collector.refuse_or_skip(bad, place)
 
     def read(self, source: Source, stage: str, find_special: Callable[[str], str | None] | None = None) -> Loaded[Any]:
         """All items of a source: documents, (English, target) pairs, or conversations; see `items`.

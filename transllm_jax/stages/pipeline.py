@@ -121,23 +121,23 @@ def _begin(
 ) -> Iterator[Begun]:
     """Lock the work directory, determine the steps' states, remove the steps `removed`, and open the ledger."""
     site = workdir if isinstance(workdir, Site) else Site.of(workdir)
-    for place in (site.workdir, site.place.name):
+    for place in (site.workdir, site.storage.name):
         check_checkpoint_path(place)
     with site.held(progress.say):
         site.pull(RUN, HASHES, LEDGER)
-        day = site.peers.lead("the date", lambda: _first_day(config, site.workdir).isoformat())
+        day = site.peers.run_on_primary("the date", lambda: _first_day(config, site.workdir).isoformat())
         config = config.model_copy(update={"date": date.fromisoformat(str(day))})
         run = Run(config, site, progress, interrupt, since=since, profile=profile)
         # The inputs of all steps come first, so that a missing file is found before any training. A file that all hosts
         # see is hashed only by the primary.
-        inputs = run.peers.in_turn("inputs", lambda: look_at_inputs(run))
+        inputs = run.peers.run_primary_first("inputs", lambda: look_at_inputs(run))
         run.peers.require_equal(file_hashes(inputs))
         # All hosts fetch at the same time: nothing is written to the store meanwhile.
         for step in STEPS:
             if step.name not in removed:
                 site.pull(step.directory, *step.other_files)
         # States are determined before anything is removed, so that a run that is refused has removed nothing.
-        settled, states = run.peers.lead("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
+        settled, states = run.peers.run_on_primary("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
         if run.primary:
             _remove(run, removed)
             _write_run_file(run.workdir, config)
@@ -219,7 +219,7 @@ def _check(run: Run, steps: Sequence[Step]) -> None:
             if check_step is not None:
                 check_step(run)
 
-    run.peers.together(check)
+    run.peers.run_on_all(check)
 
 
 def _take(begun: Begun, step: Step) -> None:
@@ -236,7 +236,7 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
         run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
-            run.site.place.remove(step.directory)
+            run.site.storage.remove(step.directory)
             place.clear()
         if step.resumable:
             place.begin(inputs)
@@ -247,7 +247,7 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
     def work() -> dict[str, Any]:
         return dict(step.work(run, place.directory))
 
-    summary = (run.peers.lead(step.name, work) if step.alone else work()) or {}
+    summary = (run.peers.run_on_primary(step.name, work) if step.alone else work()) or {}
     seconds = time.monotonic() - started
     if run.primary:
         place.finish(inputs, {**summary, "seconds": seconds})
@@ -260,7 +260,7 @@ def _remove(run: Run, names: Set[str]) -> None:
     # In reverse order, so that a kill in between leaves no step that builds on a missing one.
     for step in reversed(STEPS):
         if step.name in names:
-            run.site.place.remove(step.directory)
+            run.site.storage.remove(step.directory)
             artifact(run.workdir, step.name).clear()
 
 

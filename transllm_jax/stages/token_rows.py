@@ -11,7 +11,7 @@ from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.data.rows.planned import IGNORED as _IGNORED
 from transllm_jax.data.rows.planned import SKIPPED as _SKIPPED
-from transllm_jax.data.rows.planned import Choice, PlannedRows, plan_path
+from transllm_jax.data.rows.planned import PlannedRows, Selection, plan_path
 from transllm_jax.data.rows.token_cache import ShardTokens, records_path, shard_path
 from transllm_jax.data.rows.tokenise import OnProgress, tokenise
 from transllm_jax.data.rows.transform import Transform
@@ -126,7 +126,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
 
         cache = _TokenCache(run)
         tokens = cache.tokens(shards, transform, source, tell)
-        choice = Choice(
+        choice = Selection(
             row_length=transform.length,
             tokens=source.tokens,
             exact=transform.exact,
@@ -180,7 +180,7 @@ class _TokenCache:
 
         def tokenised(some: Iterable[Shard]) -> list[ShardTokens]:
             policy = source.controls, self._directory
-            return tokenise(list(some), transform, tokenizer, *policy, tell=tell, on_bad_rows=source.on_bad_rows)
+            return tokenise(list(some), transform, tokenizer, *policy, on_progress=tell, on_bad_rows=source.on_bad_rows)
 
         if self._mirrored:
             self._fetch(paths[shard] for shard in mine)
@@ -188,7 +188,7 @@ class _TokenCache:
             for first in range(0, len(mine), TOGETHER):
                 some = mine[first : first + TOGETHER]
                 tokenised(some)
-                run.site.place.add(TOKENS, *_file_names([paths[shard] for shard in some]))
+                run.site.storage.add(TOKENS, *_file_names([paths[shard] for shard in some]))
         elif self._divided and run.peers.count > 1:
             tokenised(mine)
         if self._divided:
@@ -197,9 +197,9 @@ class _TokenCache:
             self._fetch(paths.values())
         return tokenised(shards)
 
-    def rows(self, tokens: Sequence[ShardTokens], choice: Choice) -> PlannedRows:
+    def rows(self, tokens: Sequence[ShardTokens], choice: Selection) -> PlannedRows:
         """The planned rows. If the cache is shared, the primary makes the plan and the others read it."""
-        path, place = plan_path(tokens, choice, self._directory), self._run.site.place
+        path, place = plan_path(tokens, choice, self._directory), self._run.site.storage
 
         def planned() -> PlannedRows:
             if self._mirrored:
@@ -209,13 +209,13 @@ class _TokenCache:
                 place.add(TOKENS, [path.name])
             return rows
 
-        return self._run.peers.in_turn("rows", planned) if self._divided else planned()
+        return self._run.peers.run_primary_first("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
         """Fetch shards that are missing here from the store."""
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
-            self._run.site.place.fetch(TOKENS, *_file_names(wanted))
+            self._run.site.storage.fetch(TOKENS, *_file_names(wanted))
 
 
 def _file_names(paths: Sequence[Path]) -> tuple[list[str], list[str]]:

@@ -117,7 +117,7 @@ def check_training(run: Run, name: str) -> None:
 
 def _check_steps(run: Run, name: str, section: Training) -> None:
     """Refuse fewer steps than a checkpoint has. Now, because beginning the stage writes `steps` into its manifest."""
-    place = run.site.place.checkpoints(name)
+    place = run.site.storage.checkpoints(name)
     saved = [path.name for path in place.iterdir()] if place.exists() else []
     reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
@@ -175,7 +175,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         run.interrupt,
         run.ledger,
         job.watch,
-        Environment(run.peers, run.site.place.checkpoints(name), lambda: run.push(name), run.profile),
+        Environment(run.peers, run.site.storage.checkpoints(name), lambda: run.push(name), run.profile),
     )
 
     def finish() -> dict[str, Any]:
@@ -188,7 +188,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
 
     with run.ledger.spend("save"):
         arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
-        return run.peers.lead(f"the result of {name}", finish) or {}
+        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
 
 
 def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
@@ -201,7 +201,7 @@ def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
         whole = run.models.split(start)
-        split = whole.hold(path for path in whole.trainable if not trains(run.config, path))
+        split = whole.freeze(path for path in whole.trainable if not trains(run.config, path))
     held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
     config = loop_config(
         run.models.lora,

@@ -21,7 +21,7 @@ from conversion.store import MANIFEST
 from transllm_jax.config import Vocabulary
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
-from transllm_jax.model.parameters import assemble, count, initial_adapters
+from transllm_jax.model.parameters import assemble, count_parameters, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.initial_rows import ROWS_OF, add_new_rows, base_tables, open_rows_from
 from transllm_jax.stages.new_rows import mean_rows
@@ -38,8 +38,8 @@ from transllm_jax.tokenizer.growing.expand import (
 )
 from transllm_jax.tokenizer.growing.prune import OnProgress
 from transllm_jax.tokenizer.growing.runs import check_supported
-from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
-from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt_message
+from transllm_jax.tokenizer.rewritten import rewritten_letters_message
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
@@ -190,7 +190,7 @@ def _size(text: str) -> int:
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write the expanded tokenizer, its report, and the adapters and rows that training starts from."""
     language = run.config.language
-    if lost := rewritten_line(run.models.tokenizer("base"), script_of(language.code, language.scripts)):
+    if lost := rewritten_letters_message(run.models.tokenizer("base"), script_of(language.code, language.scripts)):
         run.progress.say(f"  warning: {lost}")
     adapter = run.config.vocabulary.adapter
     start = _learn_tokens(run) if adapter is None else _from_adapter(run, Path(adapter))
@@ -198,7 +198,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     first = run.models.config.vocab_size
     if [number for number in token_ids(start.tokenizer) if number >= first] != list(range(first, first + new_tokens)):
         raise ValueError(f"the new ids of {start.tokenizer.source} are not the {new_tokens} from {first} on")
-    return run.peers.lead("vocabulary's files", lambda: _write(run, directory, start, new_tokens)) or {}
+    return run.peers.run_on_primary("vocabulary's files", lambda: _write(run, directory, start, new_tokens)) or {}
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,10 @@ def _write(run: Run, directory: Path, start: _Start, new_tokens: int) -> dict[st
     save_expanded(without_thinking(start.tokenizer), run.models.base, directory)
     save_arrays(directory / "trainable", trainable)
     trained = {path: array for path, array in trainable.items() if trains(run.config, path)}
-    counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.models.frozen)}
+    counts = {
+        "trainable_parameters": count_parameters(trained),
+        "frozen_parameters": count_parameters(run.models.frozen),
+    }
     report = {**start.report, "table": table, **counts}
     write_json(directory / "report.json", report)
     skipped = run.bad_rows.counts("vocabulary", run.config.vocabulary.sources)
@@ -355,7 +358,7 @@ def _summary_text(run: Run, report: Mapping[str, Any]) -> str:
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
     readers = report.get("readers", {})
     if readers.get("transformers") == OTHER_IDS:
-        text += f"; {rebuilt(run.models.config.model_type)} (vocabulary.cuts: base is)"
+        text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base is)"
     elif readers.get("llama.cpp") == OTHER_IDS:
         text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if section.adapter is not None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from transllm_jax.data.rows.batches import Ahead, Batch
+from transllm_jax.data.rows.batches import Batch, Prefetcher
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.interrupt import Interrupt
@@ -36,7 +36,7 @@ class BatchSource(Protocol):
 
     batch_size: int
 
-    def of_rows(self, k: int, places: np.ndarray) -> Batch: ...
+    def select_rows(self, k: int, places: np.ndarray) -> Batch: ...
 
     def places(self, k: int) -> list[str]: ...
 
@@ -145,7 +145,7 @@ def train(
     first = int(state.step)
     _check_start(progress, directory, first, steps)
     ledger.mark(first)
-    peers.stands = _checkpoint_of(name, checkpoints)
+    peers.last_saved = _checkpoint_of(name, checkpoints)
     earlier = [] if watch is None else peers.share(read_rows(directory / "validation.jsonl"))
     validation = Validation(watch, earlier, progress.say)
     if watch is not None:
@@ -168,7 +168,7 @@ def train(
     )
     agreement = Agreement(peers)
     trace = Trace(directory / "profile", environment.profile, lambda line: progress.say(f"  {line}"))
-    ahead = Ahead(lambda k: batches.of_rows(k, rows), steps, config.ahead)
+    ahead = Prefetcher(lambda k: batches.select_rows(k, rows), steps, config.ahead)
     try:
         for number in range(first, steps):
             if validation.exhausted:
@@ -209,7 +209,7 @@ def train(
                     environment.before_save()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            peers.stands = _checkpoint_of(name, checkpoints)
+            peers.last_saved = _checkpoint_of(name, checkpoints)
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
 

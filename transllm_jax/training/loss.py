@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from transllm_jax.model.layout import AXES, SINGLE, Layout, sum_scattered
-from transllm_jax.model.vocabulary import Padding, without
+from transllm_jax.model.vocabulary import Padding, mask_padding
 
 # Tokens per chunk. At V = 50,000 the float32 logits of 256 tokens take 50 MB, little next to a step's activations.
 # Accelerators take larger chunks, because each chunk reads and writes the whole gradient of the new rows.
@@ -234,7 +234,7 @@ def _log_probs(h: jax.Array, base: jax.Array, new: jax.Array, label: jax.Array, 
     size = base.shape[0]
     of_base = jnp.einsum("CD,VD->CV", h, base, preferred_element_type=jnp.float32)
     of_new = jnp.einsum("CD,VD->CV", h, new, preferred_element_type=jnp.float32)
-    of_new = without(of_new, padding, size)
+    of_new = mask_padding(of_new, padding, size)
     peak = jnp.max(of_base, axis=-1)
     if new.shape[0]:
         peak = jnp.maximum(peak, jnp.max(of_new, axis=-1))

@@ -1,4 +1,4 @@
-"""Full fine-tuning before the first step: what it begins at, what it holds in memory, and what does not fit."""
+"""The start of full fine-tuning: the first values, the memory, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Command, random_weights
-from full_runs import BASE_ROWS, HELD, NEW_ROWS, arrays, bfloat16, write_config, write_qwen
+from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, arrays, bfloat16, write_config, write_qwen
 
 from conversion.hf.directory import open_hf, read_weights
 from conversion.merged import Merged
@@ -29,14 +29,14 @@ from transllm_jax.training.loop import Outcome
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in bfloat16."""
+    """The directory of a base model in bfloat16."""
     directory = tmp_path_factory.mktemp("qwen") / "model"
     write_qwen(directory, "bfloat16")
     return directory
 
 
 def begun(directory: Path, model: Path, **changes: Any) -> Run:
-    """A run of which stages base and vocabulary are done, nothing measured."""
+    """A run after stages `base` and `vocabulary`, without evaluations."""
     config = load_config(write_config(directory, model, **changes))
     run = Run(config, directory / "run", Progress(quiet=True), Interrupt())
     base.run_stage(run, run.models.base)
@@ -45,8 +45,8 @@ def begun(directory: Path, model: Path, **changes: Any) -> Run:
 
 
 @pytest.mark.parametrize(("lora", "embeddings"), [("none", "new"), ({"rank": 4}, "all")])
-def test_a_base_of_a_wider_type_than_the_run_keeps_its_bits(tmp_path: Path, lora: Any, embeddings: str) -> None:
-    """What trains begins at the base's own float32 values, whatever is computed in; held rows stay there."""
+def test_training_starts_from_the_float32_values_of_the_base(tmp_path: Path, lora: Any, embeddings: str) -> None:
+    """Whatever the type of computation is; the frozen rows keep these values."""
     write_qwen(tmp_path / "model", "float32")
     path = write_config(tmp_path, tmp_path / "model", lora=lora, embeddings=embeddings)
     run = Run(load_config(path, ["model.dtype=bfloat16"]), tmp_path / "run", Progress(quiet=True), Interrupt())
@@ -82,14 +82,14 @@ def test_full_fine_tuning_and_adapters_do_not_share_a_directory(
     assert code == 2 and printed.count("\n") == 1
     assert f"vocabulary was made with other inputs: lora ({then} -> {now}); redo it with --force vocabulary" in printed
     assert (tmp_path / "run" / "run.yaml").read_bytes() == kept
-    # As the message says.
+    # What the message advises helps.
     again = ("run", tmp_path / "config.yaml", "--until", "vocabulary", "--force", "vocabulary")
     assert transllm(*again)[0] == 0
     full = "blocks.mlp.up.kernel" in arrays(tmp_path / "run", "vocabulary")
     assert full == (after == "none")
 
 
-def test_a_change_between_a_value_and_a_section_is_one_change(tmp_path: Path) -> None:
+def test_a_value_that_becomes_a_section_is_one_change(tmp_path: Path) -> None:
     made = Artifact(tmp_path, "step")
     made.begin({"lora.rank": 4, "lora.alpha": 8, "lorax": 1, "file a": "1", "file a.txt": "1", "same.x": None})
     given = {"lora": None, "lorax": 2, "file a": "2", "file a.txt": "2", "same.x": None}
@@ -102,7 +102,7 @@ def test_a_change_between_a_value_and_a_section_is_one_change(tmp_path: Path) ->
 
 
 class Counting:
-    """A base that counts what is read of it."""
+    """A base model that counts the tensors that are read from it."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.count = model, 0
@@ -113,7 +113,7 @@ class Counting:
         return np.asarray(self.model.read(tensor))
 
 
-def test_a_merged_model_of_full_fine_tuning_holds_nothing_besides(qwen: Path) -> None:
+def test_a_merged_full_model_copies_no_weights(qwen: Path) -> None:
     base = Counting(open_hf(qwen))
     trained: dict[str, np.ndarray] = {path: array + 1 for path, array in random_weights(base.config, 5).items()}
     trained |= {path: np.full((3, 48), 0.5, np.float32) for path in NEW_ROWS}
@@ -123,12 +123,12 @@ def test_a_merged_model_of_full_fine_tuning_holds_nothing_besides(qwen: Path) ->
         array = model.read(tensor)
         assert array.shape == tensor.shape and array.dtype == np.float32 == model.dtype(tensor)
         assert model.stored(tensor) == ml_dtypes.bfloat16
-        if tensor.path not in BASE_ROWS:  # grown: copied while it is read
+        if tensor.path not in BASE_ROWS:  # these get new rows, so they are copied when they are read
             assert np.shares_memory(array, trained[tensor.path]), tensor.name
     assert base.count == 0
 
 
-def test_what_does_not_fit_the_base_is_refused(qwen: Path) -> None:
+def test_weights_that_do_not_fit_the_base_are_refused(qwen: Path) -> None:
     base = open_hf(qwen)
     weights = random_weights(base.config)
     rows = {path: np.ones((3, 48), np.float32) for path in NEW_ROWS}
@@ -152,11 +152,11 @@ def test_what_does_not_fit_the_base_is_refused(qwen: Path) -> None:
         Merged(base, {**weights, **rows}, 1.0)
 
 
-@pytest.mark.parametrize("embeddings", HELD)
-def test_training_holds_the_base_once(
+@pytest.mark.parametrize("embeddings", FROZEN)
+def test_training_keeps_one_copy_of_the_base(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embeddings: str
 ) -> None:
-    """What is on the device when the first step begins: the base, what trains, what is held of it, and two moments."""
+    """At the first step the device holds the frozen base, the trained arrays and the frozen rows, each once."""
     run = begun(tmp_path, qwen, lora="none", embeddings=embeddings)
     gc.collect()
     known = {id(array) for array in jax.live_arrays()} - {id(array) for array in run.models.frozen.values()}
@@ -179,6 +179,6 @@ def test_training_holds_the_base_once(
     )
     frozen = sum(array.nbytes for array in run.models.frozen.values())
     rows = sum(
-        array.nbytes for path, array in arrays(tmp_path / "run", "vocabulary").items() if path in HELD[embeddings]
+        array.nbytes for path, array in arrays(tmp_path / "run", "vocabulary").items() if path in FROZEN[embeddings]
     )
     assert seen["held"] == frozen + seen["trains"] + rows
