@@ -1,4 +1,4 @@
-"""Export to a Hugging Face directory: merged, with the new rows, and as transformers reads it."""
+"""Export to a Hugging Face directory: adapters are merged, new rows are added, and transformers reads it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_export_merges_in_float32_and_appends_rows(tmp_path: Path, config: Llama
         np.testing.assert_array_equal(merged[name], np.concatenate([arrays[name], trainable[path]]))
     assert (dst / "chat_template.jinja").read_bytes() == (tmp_path / "vocabulary/chat_template.jinja").read_bytes()
     assert json.loads((dst / "generation_config.json").read_text()) == IDS
-    # What was exported is a base model for another run.
+    # The export can be the base of another run.
     import_base(str(dst), tmp_path / "next")
 
 

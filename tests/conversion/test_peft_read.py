@@ -1,4 +1,4 @@
-"""PEFT adapters in: those that PEFT wrote compute the same here, or are refused."""
+"""PEFT adapters that PEFT wrote: they compute the same here, or are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.reference
 @TIED
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_adapters_of_peft_compute_the_same_here(
+def test_adapters_of_peft_compute_the_same(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, variant: str
 ) -> None:
     base, options = bases[tied], VARIANTS[variant]
@@ -78,12 +78,12 @@ def test_adapters_of_peft_compute_the_same_here(
     assert adapter.lora.targets == targets.get(variant, ("q", "down"))
     if variant == "tokens, mixed":
         assert list(np.flatnonzero((adapter.trainable["vocabulary.base_trained"] != base_table(base)).any(1))) == [3, 7]
-    # And once more through our own hands.
+    # Written again by us, it still computes the same.
     write_peft(tmp_path / "b", base, adapter.trainable, adapter.lora, base_model=str(base.directory))
     again = theirs(load_with_peft(base, tmp_path / "b", rows), rows)
     assert np.abs(again - wanted).max() < NEAR
     if variant == "tables":
-        # An adapter whose base rows are the base's own has new rows only.
+        # If its base rows equal those of the base, the adapter has only new rows.
         put_base_rows_back(tmp_path / "a", base)
         adapter = read_peft(tmp_path / "a", base)
         assert sum("vocabulary" in path for path in adapter.trainable) == (1 if tied else 2)
@@ -121,7 +121,7 @@ def put_base_rows_back(directory: Path, base: HFModel) -> None:
         (True, {"rank_pattern": {"down_proj": 2}}, "rank_pattern gives some layers another value"),
     ],
 )
-def test_adapters_of_peft_that_are_refused(
+def test_unsupported_adapters_of_peft_are_refused(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, options: dict[str, Any], said: str
 ) -> None:
     trained_by_peft(bases[tied], tmp_path / "a", **options)
@@ -131,8 +131,8 @@ def test_adapters_of_peft_that_are_refused(
 
 
 @pytest.mark.reference
-def test_every_field_of_peft_has_been_looked_at(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
-    """A field that changes PEFT's computation is refused or read; one that is new in PEFT shows here."""
+def test_every_option_of_peft_is_known(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
+    """Each option of PEFT is read or refused; the test fails when a new version of PEFT adds one."""
     peft = pytest.importorskip("peft")
     peft.LoraConfig(r=3).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())

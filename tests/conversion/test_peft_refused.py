@@ -1,4 +1,4 @@
-"""PEFT adapters in, without PEFT: options and damage that are refused, and what is accepted."""
+"""PEFT adapters read without PEFT: options and damage that are refused, and options that are accepted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, HFModel]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, bases: dict[bool, HFModel]) -> Path:
-    """Adapters as we write them: tied and untied, in both forms."""
+    """Adapters that we wrote: tied and untied, with tokens and with tables."""
     directory = tmp_path_factory.mktemp("written")
     for tied, base in bases.items():
         for rows in ("tokens", "tables"):
@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, bases: dict[bool, HFModel]
 def refused(
     tmp_path: Path, written: Path, base: HFModel, rows: str = "tokens", *, config: Any = None, arrays: Any = None
 ) -> str:
-    """What is said of an adapter after a change."""
+    """The error for an adapter after a change of its config or its arrays."""
     directory = tmp_path / "a"
     shutil.copytree(written / f"{rows}-{base.config.tie_word_embeddings}", directory, dirs_exist_ok=True)
     change(directory, config, arrays)
@@ -97,14 +97,14 @@ def refused(
         ("invented_in_2031", 0.5, "invented_in_2031=0.5 is not known here"),
     ],
 )
-def test_options_that_are_refused_by_name(
+def test_bad_options_are_refused_by_name(
     tmp_path: Path, written: Path, bases: dict[bool, HFModel], field: str, value: Any, said: str
 ) -> None:
     message = refused(tmp_path, written, bases[True], config=lambda raw: raw.update({field: value}))
     assert said in message
 
 
-def test_all_options_that_are_refused_are_listed(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
+def test_all_bad_options_are_listed(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
     message = refused(
         tmp_path, written, bases[True], config=lambda raw: raw.update(use_dora=True, bias="all", r=-1, new_thing=[1])
     )
@@ -164,9 +164,7 @@ def test_all_wrong_tensors_are_listed(tmp_path: Path, written: Path, bases: dict
         assert said in message
 
 
-def test_half_a_pair_is_refused_where_the_file_decides(
-    tmp_path: Path, written: Path, bases: dict[bool, HFModel]
-) -> None:
+def test_half_a_pair_is_refused(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
     message = refused(
         tmp_path,
         written,
@@ -222,7 +220,7 @@ def _set(name: str, value: np.ndarray) -> Callable[[dict[str, np.ndarray]], None
         (True, "tokens", {"trainable_token_indices": {"lm_head": IDS}}, None, "names other tokens for lm_head"),
     ],
 )
-def test_tables_that_are_refused(
+def test_bad_tables_are_refused(
     tmp_path: Path,
     written: Path,
     bases: dict[bool, HFModel],
@@ -236,9 +234,7 @@ def test_tables_that_are_refused(
     assert said in message
 
 
-def test_one_changed_row_makes_base_rows_trained_at_both_ends(
-    tmp_path: Path, written: Path, bases: dict[bool, HFModel]
-) -> None:
+def test_one_changed_row_makes_both_tables_trained(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
     shutil.copytree(written / "tables-False", tmp_path / "a")
     change(tmp_path / "a", arrays=lambda arrays: arrays[f"{HEAD}.weight"].__setitem__((7, 0), 2))
     back = read_peft(tmp_path / "a", bases[False]).trainable
@@ -248,7 +244,7 @@ def test_one_changed_row_makes_base_rows_trained_at_both_ends(
     np.testing.assert_array_equal(back["vocabulary.output_base_trained"], expected)
 
 
-def test_a_bfloat16_base_is_known_in_a_float32_adapter(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
+def test_rows_of_a_bfloat16_base_are_recognised(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     config = bases[True].config
     write_model(tmp_path / "base", config, random_weights(config), dtype="bfloat16")
     base = open_hf(tmp_path / "base")
@@ -256,11 +252,11 @@ def test_a_bfloat16_base_is_known_in_a_float32_adapter(tmp_path: Path, bases: di
     write_peft(tmp_path / "a", base, trainable, SOME, base_model="b", rows="tables")
     back = read_peft(tmp_path / "a", base)
     assert back.trainable.keys() == trainable.keys()
-    # On a base of another type the rows are others: nothing is taken for the base's own by being close.
+    # On a base of another type the rows differ: close is not equal.
     assert "vocabulary.base_trained" in read_peft(tmp_path / "a", bases[True]).trainable
 
 
-def test_files_that_are_refused(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, written: Path, bases: dict[bool, HFModel]) -> None:
     directory = tmp_path / "a"
     weights = directory / "adapter_model.safetensors"
 
@@ -277,7 +273,7 @@ def test_files_that_are_refused(tmp_path: Path, written: Path, bases: dict[bool,
     assert "is truncated or not a safetensors" in said(lambda: weights.write_bytes(weights.read_bytes()[:-1]))
     assert "is truncated or not a safetensors" in said(lambda: weights.write_bytes(b"\xff" * 64))
     assert "adapter_config.json is missing" in said((directory / "adapter_config.json").unlink)
-    # A pickle beside the safetensors file is not looked at.
+    # A pickle beside the safetensors file is ignored.
     shutil.copytree(written / "tokens-True", directory, dirs_exist_ok=True)
     (directory / "adapter_model.bin").write_bytes(b"not read")
     assert read_peft(directory, bases[True]).new_rows == NEW

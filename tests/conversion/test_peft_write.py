@@ -1,4 +1,4 @@
-"""PEFT adapters out: what PEFT loads of ours, and what comes back bit for bit."""
+"""PEFT adapters that we write: PEFT loads them, and they come back bit for bit."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_peft_loads_what_we_write(
     assert loaded.peft_config["default"].lora_dropout == lora.dropout
     assert loaded.peft_config["default"].base_model_name_or_path == "me/base"
     with loaded.disable_adapter():
-        assert np.abs(theirs(loaded, VOCAB + NEW) - wanted).max() > 0.5, "what is loaded counts"
-    # Merged and saved by the user, it is the same model still, and tied if it was.
+        assert np.abs(theirs(loaded, VOCAB + NEW) - wanted).max() > 0.5, "the adapter changes the logits"
+    # Merged and saved by PEFT, it is still the same model, and tied if the base is.
     merged = loaded.merge_and_unload()
     assert np.abs(theirs(merged, VOCAB + NEW) - wanted).max() < NEAR
     merged.save_pretrained(tmp_path / "merged")
@@ -69,13 +69,11 @@ def test_peft_loads_what_we_write(
     adapter = PeftAdapter(lora, trainable, NEW, None)
     mine = stacked(open_peft(adapter, base))
     for path, array in stacked(again).items():
-        assert np.abs(array - mine[path]).max() < 1e-6, path  # one rounding of the merge
+        assert np.abs(array - mine[path]).max() < 1e-6, path  # the merge rounds once
 
 
 @pytest.mark.reference
-def test_peft_loads_an_adapter_without_new_rows_on_the_base_as_it_is(
-    tmp_path: Path, bases: dict[bool, HFModel]
-) -> None:
+def test_peft_loads_an_adapter_without_new_rows(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     trainable = random_trainable(bases[True], LORA, 0)
     write_peft(tmp_path / "a", bases[True], trainable, LORA, base_model="me/base")
     got = theirs(load_with_peft(bases[True], tmp_path / "a", VOCAB), VOCAB)
@@ -85,7 +83,7 @@ def test_peft_loads_an_adapter_without_new_rows_on_the_base_as_it_is(
 @TIED
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "all rows"])
 @pytest.mark.parametrize("rows", ["tokens", "tables"])
-def test_out_and_in_again_is_bit_identical(
+def test_written_and_read_back_bit_for_bit(
     tmp_path: Path, bases: dict[bool, HFModel], tied: bool, train_base: bool, rows: Rows
 ) -> None:
     base = bases[tied]
@@ -109,7 +107,7 @@ def test_out_and_in_again_is_bit_identical(
         assert back.trainable[path].tobytes() == array.tobytes(), path
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     if rows == "tokens":
-        # Nothing of the base's: only what was trained.
+        # The file holds only what was trained, and nothing of the base.
         assert sum(array.size for array in stored.values()) == sum(array.size for array in trainable.values())
     np.testing.assert_array_equal(stored[f"{Q0}.lora_A.weight"], trainable["blocks.attention.q.a"][0].T)
     np.testing.assert_array_equal(stored[f"{Q0}.lora_B.weight"], trainable["blocks.attention.q.b"][0].T)
@@ -122,7 +120,7 @@ def test_half_types_are_rounded_once(tmp_path: Path, bases: dict[bool, HFModel],
     for rows in ("tokens", "tables"):
         write_peft(tmp_path / rows, bases[False], trainable, SOME, base_model="b", dtype=name, rows=rows)
         back = read_peft(tmp_path / rows, bases[False])
-        # The base's rows are rounded too in a table, and are known all the same.
+        # A table holds the rounded rows of the base, too; they are recognised.
         assert back.trainable.keys() == trainable.keys()
         for path, array in trainable.items():
             np.testing.assert_array_equal(back.trainable[path], array.astype(dtype).astype(np.float32))
@@ -133,7 +131,7 @@ def test_half_types_are_rounded_once(tmp_path: Path, bases: dict[bool, HFModel],
         assert not (tmp_path / "big").exists()
 
 
-def test_the_tokenizer_goes_with_it(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
+def test_the_tokenizer_is_written_too(tmp_path: Path, bases: dict[bool, HFModel]) -> None:
     build_tiny_tokenizer(tmp_path / "t")
     vocabulary = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     count = len(vocabulary["model"]["vocab"] | {t["content"]: t["id"] for t in vocabulary["added_tokens"]})
@@ -160,7 +158,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, bases: dict[bool, HFM
         write({path: array for path, array in trainable.items() if "blocks" not in path}, replace(SOME, targets=()))
     with pytest.raises(UserError, match="dtype 'int8'"):
         write(trainable, SOME, dtype="int8")
-    # These are no user's mistakes.
+    # These are defects, not errors of the user.
     with pytest.raises(ValueError, match="targets"):
         write(trainable, replace(SOME, targets=("q", "v")))
     with pytest.raises(ValueError, match="rank 2, the config 3"):

@@ -1,4 +1,4 @@
-"""Our checkpoint on disk: every bit comes back, and parts are read alone."""
+"""Our checkpoint on disk: every bit comes back, and a part can be read alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_hugging_face_directory_comes_back_bit_for_bit(
     ],
     ids=["tied", "qwen2", "qwen3"],
 )
-def test_families(tmp_path: Path, config: LlamaConfig) -> None:
+def test_every_family_comes_back(tmp_path: Path, config: LlamaConfig) -> None:
     source = source_of(config)
     opened = open_store(written(tmp_path / "ours", source, mesh=MESH))
     assert_same_model(source, opened)
@@ -80,15 +80,15 @@ def test_families(tmp_path: Path, config: LlamaConfig) -> None:
     assert ("vocabulary.output_base" in opened.specs) == (not config.tie_word_embeddings)
 
 
-def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
-    """Every finite value of the half types, subnormal ones and -0 among them, through the wider type and back."""
+def test_tensors_may_have_different_types(tmp_path: Path) -> None:
+    """Every finite value of the half types, also subnormal ones and -0, comes back from the wider type."""
     config = replace(CONFIG, hidden_size=1024, num_hidden_layers=3)
     source = source_of(config)
     bits = np.arange(2**16, dtype=np.uint16)
     every = {kind: bits.view(kind)[np.isfinite(bits.view(kind).astype(F32))] for kind in (F16, BF16)}
     name = "model.layers.{}.mlp.up_proj.weight"
     shape = source.given[name.format(0)].shape
-    assert np.prod(shape) >= 2**16  # one tensor holds them all
+    assert np.prod(shape) >= 2**16  # so one tensor holds all values
     for layer, kind in enumerate((F16, BF16, F32)):
         values = np.arange(2**16, dtype=np.float32) / 3 if kind == F32 else every[kind]
         source.given[name.format(layer)] = np.resize(values, shape)
@@ -113,8 +113,8 @@ def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
     assert "blocks.mlp.down.kernel: dtype float32 is not the widest" in message
 
 
-def test_the_files(ours: Path) -> None:
-    """What the module's docstring promises to whoever reads the directory with another zarr."""
+def test_files_are_as_documented(ours: Path) -> None:
+    """The module's docstring promises these files to readers with another zarr library."""
     opened = open_store(ours)
     manifest = read_json(ours / MANIFEST)
     assert (manifest["format"], manifest["version"], manifest["mesh"]) == ("transllm-jax weights", 1, None)
@@ -133,7 +133,7 @@ def test_the_files(ours: Path) -> None:
 
 
 def test_zeros_are_stored(tmp_path: Path) -> None:
-    """zarr leaves out chunks of its fill value; then a lost chunk would look like one of zeros."""
+    """zarr omits chunks of zeros by default; then a lost chunk would look like one of zeros."""
     source = source_of()
     for array in source.given.values():
         array[...] = 0
@@ -143,11 +143,11 @@ def test_zeros_are_stored(tmp_path: Path) -> None:
     assert "final_norm.scale: 1 of 1 chunks are missing or unreadable (c/0)" in refused(directory)
 
 
-def test_a_table_is_cut_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_split_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(replace(CONFIG, vocab_size=61))
     monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 20 * 48 * 2)
     opened = open_store(written(tmp_path / "ours", source))
-    # 61 rows of which 20 fit: four parts, as even as they can be.
+    # 20 of the 61 rows fit into a chunk: four chunks, as even as possible.
     assert opened.specs["vocabulary.base"].chunks == (16, 48)
     assert opened.specs["vocabulary.output_base"].chunks == (16, 48)
     assert opened.specs["blocks.mlp.up.kernel"].chunks == (1, 48, 80)
@@ -175,8 +175,8 @@ def test_a_chunk_is_what_one_device_holds(tmp_path: Path) -> None:
     }
 
 
-def test_a_device_reads_its_own_chunks_only(tmp_path: Path) -> None:
-    """With the files of all other devices gone, its part is still read, and nothing else is."""
+def test_a_device_reads_only_its_chunks(tmp_path: Path) -> None:
+    """Without the files of all other devices, its part can be read, and nothing else."""
     source = source_of()
     directory = written(tmp_path / "ours", source, mesh=MESH)
     opened, path = open_store(directory), "blocks.mlp.up.kernel"
@@ -193,7 +193,7 @@ def test_a_device_reads_its_own_chunks_only(tmp_path: Path) -> None:
     assert f"{path}: 14 of 16 chunks are missing or unreadable (c/0/0/0)" in refused(directory)
 
 
-def test_any_slice(ours: Path) -> None:
+def test_any_slice_can_be_read(ours: Path) -> None:
     opened = open_store(ours)
     whole = opened.weights(BF16)["blocks.attention.q.kernel"]
     for index in ((), (slice(1, 2),), (slice(None), slice(3, 7)), (slice(0, 2), slice(-8, None), slice(None, 5))):
@@ -257,7 +257,7 @@ def test_transposed(shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
 
 
 def test_the_directory_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tensorstore is given a path, not a URL; and a relative one is relative to where we are."""
+    """tensorstore gets a path, not a URL; a relative path is relative to the current directory."""
     source = source_of()
     written(tmp_path / "a b?c#%20ไทย", source)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Damage to our checkpoint: it is not opened, or told as the weights are read."""
+"""Damage to our checkpoint: it is refused on opening, or reported when the weights are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ours(finished: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage: a copy, because writing one waits for the disk."""
+    """A copy of a checkpoint, to be damaged. To copy is quicker than to write one."""
     return shutil.copytree(finished, tmp_path / "ours")
 
 
@@ -49,7 +49,7 @@ def test_a_flipped_bit_is_found(ours: Path, place: int) -> None:
     store.read_array("blocks.mlp.up.kernel", (slice(0, 1),))  # the other layer is whole
 
 
-def test_what_was_not_finished(ours: Path) -> None:
+def test_an_unfinished_checkpoint_is_refused(ours: Path) -> None:
     (ours / MANIFEST).unlink()
     assert "has no weights.json: it is not a checkpoint of ours, or was not finished" in refused(ours)
 
@@ -64,19 +64,19 @@ def test_what_was_not_finished(ours: Path) -> None:
         ({"mesh": 4}, "arrays or mesh are not objects"),
     ],
 )
-def test_a_manifest_of_another_kind(ours: Path, change: dict[str, Any], wrong: str) -> None:
+def test_a_manifest_of_another_kind_is_refused(ours: Path, change: dict[str, Any], wrong: str) -> None:
     edited(ours, lambda manifest: manifest.update(change))
     assert wrong in refused(ours)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
-def test_a_manifest_that_is_none(ours: Path, text: str) -> None:
+def test_a_broken_manifest_is_refused(ours: Path, text: str) -> None:
     (ours / MANIFEST).write_text(text)
     assert MANIFEST in refused(ours)
 
 
-def test_all_faults_are_in_one_line(ours: Path) -> None:
-    """One fault of each kind, each at an array of its own."""
+def test_all_faults_are_listed_in_one_line(ours: Path) -> None:
+    """One fault of each kind, each in another array."""
     weights = ours / "weights"
     (weights / "blocks.mlp.up.kernel/c/1/0/0").unlink()
     with (weights / "blocks.mlp.gate.kernel/c/0/0/0").open("r+b") as file:
@@ -117,12 +117,12 @@ def test_all_faults_are_in_one_line(ours: Path) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[0, 48, 80], [1, 48, 81], [1.0, 48, 80], [True, 48, 80], "1", None, [2, 24, 80]])
-def test_chunks_that_cannot_be(ours: Path, chunks: Any) -> None:
+def test_impossible_chunks_are_refused(ours: Path, chunks: Any) -> None:
     edited(ours, lambda manifest: manifest["arrays"]["blocks.mlp.up.kernel"].update(chunks=chunks))
     assert "blocks.mlp.up.kernel: " in refused(ours)
 
 
-def test_a_config_of_another_model(ours: Path) -> None:
+def test_a_config_of_another_model_is_refused(ours: Path) -> None:
     finish(ours, replace(CONFIG, num_hidden_layers=3))
     message = refused(ours)
     assert message.count("config.json says [3, ") == 9 and "vocabulary.base" not in message
@@ -133,7 +133,7 @@ def test_a_config_of_another_model(ours: Path) -> None:
 @pytest.mark.parametrize("path", ["../../outside", "/etc/passwd", "a/../../../b", "..", ""])
 def test_no_path_of_the_manifest_becomes_a_file_name(ours: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     edited(ours, lambda manifest: manifest["arrays"].update({path: manifest["arrays"]["final_norm.scale"]}))
-    shutil.copytree(ours / "weights/final_norm.scale", ours.parent / "outside")  # what the first of them leads to
+    shutil.copytree(ours / "weights/final_norm.scale", ours.parent / "outside")  # where the first path leads
     asked: list[str] = []
     real = tensorstore.open
 
@@ -147,7 +147,7 @@ def test_no_path_of_the_manifest_becomes_a_file_name(ours: Path, path: str, monk
     assert len(asked) == len(weight_shapes(CONFIG))
 
 
-def test_damage_after_opening_is_told(ours: Path) -> None:
+def test_damage_after_opening_is_reported(ours: Path) -> None:
     opened: Store = open_store(ours)
     (ours / "weights/blocks.mlp.up.kernel/c/1/0/0").write_bytes(b"short")
     (ours / "weights/blocks.mlp.gate.kernel/c/0/0/0").unlink()

@@ -1,4 +1,4 @@
-"""Writing our checkpoint: meshes and values that are refused, one tensor at a time, and disks that fail."""
+"""Writing our checkpoint: meshes and values that are refused, memory, and errors of the disk."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from transllm_jax.errors import UserError
         ({"data": -1}, "has data=-1"),
     ],
 )
-def test_what_is_not_a_mesh(tmp_path: Path, mesh: dict[str, int], wrong: str) -> None:
+def test_a_bad_mesh_is_refused(tmp_path: Path, mesh: dict[str, int], wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):
         write_store(tmp_path, source_of(), mesh=mesh)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_mesh_that_does_not_divide_names_everything(tmp_path: Path) -> None:
+def test_a_mesh_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_store(tmp_path, source_of(), mesh={"fsdp": 3, "tensor": 5})
     message = str(caught.value)
-    # 48 is a multiple of 3 but not of 15, which cuts D of a table; the heads' 64 and 32 are of neither.
+    # A table's D of 48 is divided by 3 * 5; 48 is a multiple of 3 only. The heads' 64 and 32 are divided by 5.
     assert message == (
         "the mesh fsdp=3,tensor=5 does not divide "
         "dimension 1 of vocabulary.base, 48, by fsdp=3,tensor=5; "
@@ -53,11 +53,11 @@ def test_a_mesh_that_does_not_divide_names_everything(tmp_path: Path) -> None:
         "dimension 1 of vocabulary.output_base, 48, by fsdp=3,tensor=5; choose other sizes"
     )
     assert not any(tmp_path.iterdir())
-    write_store(tmp_path, source_of(), mesh={"data": 7})  # no weight is cut by data
+    write_store(tmp_path, source_of(), mesh={"data": 7})  # the data axis divides no weight
     assert (tmp_path / MANIFEST).is_file()
 
 
-def test_values_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
+def test_all_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     source = source_of()
     source.given[EMBEDDING][3, 4] = np.nan
     source.given["model.layers.0.mlp.up_proj.weight"][0] = -np.inf
@@ -70,11 +70,12 @@ def test_values_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
     for part in ("SOURCE: 51 values", EMBEDDING, OUTPUT, "model.layers.{0,1}.mlp.up_proj.weight"):
         assert part in message
     assert len(done) == len(source.given)
-    assert not (tmp_path / MANIFEST).exists() and not list(tmp_path.glob("weights/*/c"))  # the first was bad
+    # Already the first tensor was bad.
+    assert not (tmp_path / MANIFEST).exists() and not list(tmp_path.glob("weights/*/c"))
     assert "has no weights.json" in refused(finish(tmp_path, CONFIG))
 
 
-def test_a_source_that_breaks_its_word_is_a_defect(tmp_path: Path) -> None:
+def test_a_source_of_other_shapes_or_types_is_a_defect(tmp_path: Path) -> None:
     source = source_of()
     for number, wrong in enumerate((np.zeros((48, 80), BF16), np.zeros((80, 48), F32))):
         source.read = lambda t, w=wrong: w if t.name.endswith("up_proj.weight") else source.given[t.name]  # type: ignore
@@ -85,8 +86,8 @@ def test_a_source_that_breaks_its_word_is_a_defect(tmp_path: Path) -> None:
         assert not (directory / MANIFEST).exists()
 
 
-def test_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """When the next tensor is asked for, only the write that goes on may hold the one before."""
+def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    """When the next tensor is read, only the pending write may hold the one before."""
     source = source_of()
     alive: list[int] = []
     given: list[Any] = []
@@ -103,7 +104,7 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 class Faked:
-    """tensorstore, whose arrays answer writes as told."""
+    """A tensorstore whose arrays answer a write with the result of `write`."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write = write
@@ -122,7 +123,7 @@ class Faked:
 
 
 def failed_write(text: str) -> Callable[[], Any]:
-    """What tensorstore 0.1.86 gives for a write that fails: the copy is fine, the rest raises ValueError."""
+    """The result of a failed write in tensorstore 0.1.86: the copy succeeds, the rest raises ValueError."""
 
     def write() -> Any:
         promise, future = tensorstore.Promise.new()
@@ -143,7 +144,9 @@ def failed_write(text: str) -> Callable[[], Any]:
         (errno.EROFS, "cannot write"),
     ],
 )
-def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, mended: str) -> None:
+def test_a_failing_disk_is_a_user_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, mended: str
+) -> None:
     text = (
         'RESOURCE_EXHAUSTED: Error writing local file "/x/w.a/c/0/0/0": Failed to write 29032576 bytes to file 3: '
         f"{os.strerror(code)} [os_error_code='{code}']"
@@ -157,15 +160,15 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "new").exists() and not (tmp_path / ".new.partial").exists()
 
 
-def test_another_fault_of_the_library_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_tensorstore_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "tensorstore", Faked(failed_write("INTERNAL: something else")))
     with pytest.raises(ValueError, match="INTERNAL: something else"):
         write_store(tmp_path, source_of())
     assert not (tmp_path / MANIFEST).exists()
 
 
-def test_a_failure_waits_for_the_write_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would put its file into a directory that has just been cleared away."""
+def test_a_failure_waits_for_the_pending_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the write would put its file into a directory that has just been removed."""
     promise, future = tensorstore.Promise.new()
     done, copied = tensorstore.Promise.new()
     done.set_result(None)

@@ -1,4 +1,4 @@
-"""A small model as a Hugging Face directory, as others write it."""
+"""A small model in a Hugging Face directory that our own code did not write."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
+    """Writes a tokenizer of bytes with `size` ids: three special tokens, the bytes, and added tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|end|>", "<|bos|>", "<|eos|>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -59,7 +60,7 @@ def write_directory(
     shards: int = 1,
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """A model directory as others write it: by the safetensors library, an index by hand."""
+    """Writes a model directory without our code: the safetensors library writes the weights. Returns the tensors."""
     arrays = random_tensors(config, dtype)
     if change is not None:
         change(arrays)
@@ -79,6 +80,8 @@ def write_directory(
 
 
 def edit_json(file: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A function that applies `edit` to a JSON file of a directory."""
+
     def damage(directory: Path) -> None:
         value = json.loads((directory / file).read_text())
         edit(value)

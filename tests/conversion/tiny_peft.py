@@ -1,4 +1,4 @@
-"""What the tests of PEFT adapters share: bases, arrays to write, and the logits of both sides."""
+"""Shared by the tests of PEFT adapters: bases, arrays to write, and our logits and PEFT's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMBED = "base_model.model.model.embed_tokens"
 HEAD = "base_model.model.lm_head"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-# Float32 sums in another order: measured up to 1e-5 on logits of size 5.
+# Float32 sums in another order: differences of up to 1e-5 were measured on logits of size 5.
 NEAR = 1e-4
 
 
@@ -44,7 +44,7 @@ def write_bases(directory: Path) -> dict[bool, HFModel]:
 def random_trainable(
     base: HFModel, lora: LoraConfig, new_rows: int = NEW, *, train_base: bool = False
 ) -> dict[str, np.ndarray]:
-    """Adapters and rows in the middle of training: nothing is zero, and base rows have moved a little."""
+    """Adapters and rows as in the middle of training: nothing is zero, and base rows have moved a little."""
     rng = np.random.default_rng(3)
     shapes = abstract(base.config, lora, new_rows, train_base=train_base).trainable
     arrays = {path: 0.2 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in sorted(shapes.items())}
@@ -56,7 +56,7 @@ def random_trainable(
 
 
 def tokens(rows: int) -> np.ndarray:
-    """One text with ids of all kinds, new ones first."""
+    """The ids of one text: all new ids first, then any."""
     ids = np.random.default_rng(0).integers(0, rows, LENGTH)
     ids[: rows - VOCAB] = np.arange(VOCAB, rows)
     return ids
@@ -69,7 +69,7 @@ def _logits(trainable: Any, frozen: Any, rows: Any, *, structure: Any) -> jax.Ar
 
 
 def ours(base: HFModel, lora: LoraConfig, trainable: dict[str, np.ndarray]) -> np.ndarray:
-    """Our model's logits [T, V + n], adapters beside the kernels as in training."""
+    """Our model's logits [T, V + n]. The adapters are not merged."""
     frozen = load_frozen(base.config, read_weights(base.directory))
     split = assemble(base.config, frozen, lora=lora, trainable=trainable)
     ids = tokens(VOCAB + len(trainable.get("vocabulary.new", ())))[None]
@@ -85,7 +85,7 @@ def theirs(model: Any, rows: int) -> np.ndarray:
 
 
 def torch_base(base: HFModel, rows: int = VOCAB + NEW) -> Any:
-    """The base in transformers, resized; its new rows are random and differ from call to call."""
+    """The base in transformers, resized. Its new rows are random and differ from call to call."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     model = transformers.AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32)
@@ -95,19 +95,19 @@ def torch_base(base: HFModel, rows: int = VOCAB + NEW) -> Any:
 
 
 def load_with_peft(base: HFModel, directory: Path, rows: int = VOCAB + NEW) -> Any:
-    """The adapter on the base; PEFT has nothing to complain of."""
+    """Loads the adapter on the base with PEFT; raises if PEFT warns."""
     peft = pytest.importorskip("peft")
     model = torch_base(base, rows)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT's own are of this kind: a missing or an unknown key
+        warnings.simplefilter("error", UserWarning)  # PEFT warns so of a missing or an unknown key
         return peft.PeftModel.from_pretrained(model, directory).eval()
 
 
 def trained_by_peft(base: HFModel, directory: Path, rows: int = VOCAB + NEW, save: Any = "auto", **options: Any) -> Any:
-    """A model of PEFT with all that trains moved at random, saved as PEFT saves it; returns its logits."""
+    """Moves all that trains in a model of PEFT at random, and saves it with PEFT. Returns its logits."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    config |= deepcopy(options)  # PEFT changes the lists that it is given
+    config |= deepcopy(options)  # because PEFT changes the lists that it gets
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(torch_base(base, rows), peft.LoraConfig(**config)).eval()
@@ -129,7 +129,7 @@ def change(
     config: Callable[[dict[str, Any]], Any] | None = None,
     arrays: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> None:
-    """Edit an adapter's files in place."""
+    """Edits an adapter's files in place."""
     if config is not None:
         raw = json.loads((directory / "adapter_config.json").read_text())
         config(raw)

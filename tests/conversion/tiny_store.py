@@ -1,4 +1,4 @@
-"""What the tests of our checkpoint share: models to write, comparison bit by bit, and what is refused."""
+"""Shared by the tests of our checkpoint: models to write, comparisons of bits, and the error on opening."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np
 
 
 class Source:
-    """An opened model of given tensors."""
+    """An opened model that holds the given tensors in memory."""
 
     where = "SOURCE"
 
@@ -41,17 +41,19 @@ class Source:
 
 
 def source_of(config: LlamaConfig = CONFIG, dtype: np.dtype[Any] = BF16) -> Source:
+    """A model of random weights."""
     rng = np.random.default_rng(1)
     return Source(config, {t.name: rng.standard_normal(t.shape).astype(dtype) for t in tensors(config)})
 
 
 def finish(directory: Path, config: LlamaConfig, dtype: str = "bfloat16") -> Path:
-    """What others write beside the weights, as far as opening needs it."""
+    """Writes the configs, without which a checkpoint is not opened."""
     write_config(directory, config.to_hf(), dtype)
     return directory
 
 
 def written(directory: Path, source: OpenedModel, **options: Any) -> Path:
+    """Writes a checkpoint that can be opened."""
     directory.mkdir(parents=True)
     write_store(directory, source, **options)
     return finish(directory, source.config)
@@ -70,12 +72,14 @@ def assert_same_model(a: OpenedModel, b: OpenedModel) -> None:
 
 
 def edited(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Applies `change` to the manifest of a checkpoint."""
     manifest = read_json(directory / MANIFEST)
     change(manifest)
     write_json(directory / MANIFEST, manifest)
 
 
 def refused(directory: Path) -> str:
+    """The message with which a checkpoint is refused: one line that names the directory."""
     with pytest.raises(UserError) as caught:
         open_store(directory)
     message = str(caught.value)

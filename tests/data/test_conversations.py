@@ -1,4 +1,4 @@
-"""Conversations: their forms, what is refused, and answers that are context alone."""
+"""Conversations: their forms, their errors, and answers that are only context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def turns(*roles: str) -> dict[str, Any]:
 
 
 def flagged(**fields: object) -> dict[str, Any]:
-    """A question and an answer with these fields beside it."""
+    """A question, and an answer with these further fields."""
     return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]}
 
 
@@ -67,7 +67,7 @@ def flagged(**fields: object) -> dict[str, Any]:
         ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has 'history'"),
     ],
 )
-def test_bad_conversations(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+def test_bad_conversations_are_refused(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     path = jsonl(tmp_path / "a.jsonl", [record])
     with pytest.raises(UserError, match=message) as caught:
         items(Reading(str(path), "conversations"))
@@ -95,7 +95,7 @@ def test_a_table_of_columns_is_a_list_of_messages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["conversations", "messages"])
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}])
-def test_an_answer_can_be_context_alone(tmp_path: Path, form: str, flag: dict[str, Any]) -> None:
+def test_an_answer_may_be_context_only(tmp_path: Path, form: str, flag: dict[str, Any]) -> None:
     role, text, assistant = ("from", "value", "gpt") if form == "conversations" else ("role", "content", "assistant")
     turns = [
         # Exports give every message a weight.
@@ -111,7 +111,7 @@ def test_an_answer_can_be_context_alone(tmp_path: Path, form: str, flag: dict[st
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
-def test_a_system_message_beside_a_conversation_is_its_first_message(tmp_path: Path, name: str) -> None:
+def test_a_system_field_becomes_the_first_message(tmp_path: Path, name: str) -> None:
     shapes: list[dict[str, Any]] = [
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -131,7 +131,7 @@ def test_a_system_message_beside_a_conversation_is_its_first_message(tmp_path: P
     assert len(items(Reading(path, "conversations"))[0]) == 2
 
 
-def test_fields_that_are_not_read_are_counted(tmp_path: Path) -> None:
+def test_unread_fields_are_counted(tmp_path: Path) -> None:
     records = [
         {**flagged(timestamp=5), "id": "1", "source": "here"},
         {**flagged(timestamp=None, train=None), "id": "2", "source": None, "image": "", "tools": []},

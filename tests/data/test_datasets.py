@@ -26,7 +26,7 @@ def keys(found: list[Shard]) -> list[str]:
     return [shard.key for shard in found]
 
 
-def test_a_local_dataset(tmp_path: Path, datasets: Any) -> None:
+def test_a_local_dataset_is_read(tmp_path: Path, datasets: Any) -> None:
     root = tmp_path / "corpus"
     for number in range(3):
         jsonl(root / f"train-{number}.jsonl", [{"text": f"{THAI} {number}.{n}"} for n in range(2)])
@@ -42,7 +42,7 @@ def test_a_local_dataset(tmp_path: Path, datasets: Any) -> None:
     assert [item for item, _ in again.items(Collector("refuse"))] == [f"{THAI} 1.{n}" for n in range(2)]
     (limited,) = shards(Reading(str(root), container="datasets", max_bytes=1), hash_of)
     assert len(list(limited.items(Collector("refuse")))) == 1
-    # The split's own files are what counts.
+    # Only the files of the split count.
     before = keys(found)
     jsonl(root / "test.jsonl", [{"text": "changed"}])
     assert keys(shards(reading, hash_of)) == before
@@ -54,7 +54,7 @@ def test_a_local_dataset(tmp_path: Path, datasets: Any) -> None:
         items(Reading(str(root), container="datasets", split="test", fields=("body",)))
 
 
-def test_a_dataset_that_was_saved_to_disk(tmp_path: Path, datasets: Any) -> None:
+def test_a_dataset_saved_to_disk_is_read(tmp_path: Path, datasets: Any) -> None:
     root = tmp_path / "saved"
     whole = datasets.Dataset.from_list([{"messages": CHAT[:2]}, {"messages": CHAT}])
     datasets.DatasetDict({"train": whole}).save_to_disk(root)
@@ -66,13 +66,15 @@ def test_a_dataset_that_was_saved_to_disk(tmp_path: Path, datasets: Any) -> None
     assert items(Reading(str(tmp_path / "one"), "conversations", container="datasets")) == [CHAT[:2], CHAT]
 
 
-def test_a_directory_with_the_name_of_a_reader(tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_may_have_the_name_of_a_format(
+    tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "json" / "train.jsonl", [{"text": "one"}])
     assert items(Reading("json", container="datasets")) == ["one"]
 
 
-def test_datasets_that_are_damaged_or_no_text(tmp_path: Path, datasets: Any) -> None:
+def test_datasets_that_are_damaged_or_no_text_are_refused(tmp_path: Path, datasets: Any) -> None:
     write(tmp_path / "bad" / "train.jsonl", '{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"bad") as caught:
         items(Reading(str(tmp_path / "bad"), container="datasets"))
@@ -85,7 +87,7 @@ def test_datasets_that_are_damaged_or_no_text(tmp_path: Path, datasets: Any) -> 
         shards(Reading(str(tmp_path / "empty"), container="datasets"), hash_of)
 
 
-def test_a_name_on_the_hub_is_pinned_to_its_revision(
+def test_a_dataset_of_the_hub_is_pinned_to_its_revision(
     tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str | None, str | None]] = []
@@ -108,7 +110,7 @@ def test_a_name_on_the_hub_is_pinned_to_its_revision(
     assert asked[0] == ("owner/name", "thai", None) and first.size == 0
     head[0] = "b" * 40
     asked.clear()
-    # A shard that was made before a change goes on reading what it was made for.
+    # A shard that was made before a change still reads the revision that it was made for.
     assert [item for item, _ in first.items(Collector("refuse"))] == ["one"]
     assert set(asked) == {("owner/name", "thai", "a" * 40)}
     (second,) = shards(reading, hash_of)
@@ -123,7 +125,7 @@ def test_a_name_on_the_hub_is_pinned_to_its_revision(
     ("module", "container", "package"),
     [("datasets", "datasets", "datasets"), ("tensorflow_datasets", "tfds", "tensorflow-datasets")],
 )
-def test_a_library_that_is_not_installed_is_named(
+def test_a_missing_library_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, container: Any, package: str
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, module, None)
@@ -131,7 +133,7 @@ def test_a_library_that_is_not_installed_is_named(
         shards(Reading(str(tmp_path), container=container), hash_of)
 
 
-def test_an_empty_shard_among_others_is_passed_over(tmp_path: Path, datasets: Any) -> None:
+def test_an_empty_shard_is_skipped(tmp_path: Path, datasets: Any) -> None:
     root = tmp_path / "corpus"
     for number, text in enumerate(("a\n", "")):
         write(root / f"train-{number}.csv", f"text\n{text}")
@@ -144,7 +146,7 @@ def test_an_empty_shard_among_others_is_passed_over(tmp_path: Path, datasets: An
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of prepared datasets, with one of two files in it."""
+    """A directory of prepared datasets. It holds one dataset in two files."""
     tfds = pytest.importorskip("tensorflow_datasets")
     directory = tmp_path_factory.mktemp("tfds")
     text = tfds.features.Text()
@@ -174,7 +176,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_tfds(prepared: Path) -> None:
+def test_a_tfds_dataset_is_read(prepared: Path) -> None:
     reading = Reading("tiny_thai", container="tfds", data_dir=str(prepared))
     found = shards(reading, hash_of)
     assert len(found) == 2 and len(set(keys(found))) == 2 and all(shard.size for shard in found)
@@ -198,7 +200,7 @@ def test_tfds(prepared: Path) -> None:
         shards(Reading("no_such_thai", **options), hash_of)
 
 
-def test_tfds_never_loads_code_that_a_dataset_names(prepared: Path, tmp_path: Path) -> None:
+def test_tfds_loads_no_code_that_a_dataset_names(prepared: Path, tmp_path: Path) -> None:
     root = tmp_path / "tiny_thai" / "1.0.0"
     root.mkdir(parents=True)
     for file in (prepared / "tiny_thai" / "1.0.0").iterdir():
@@ -211,7 +213,7 @@ def test_tfds_never_loads_code_that_a_dataset_names(prepared: Path, tmp_path: Pa
         shards(reading, hash_of)
 
 
-def test_tfds_names(prepared: Path, tmp_path: Path) -> None:
+def test_names_of_tfds_datasets(prepared: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"container": "tfds", "data_dir": str(tmp_path)}
     for version in ("1.0.0", "9.0.0", "10.0.0"):
         root = tmp_path / "tiny_thai" / version
@@ -238,7 +240,7 @@ def test_tfds_names(prepared: Path, tmp_path: Path) -> None:
         shards(Reading("tiny_thai", **options), hash_of)
 
 
-def test_hub_names() -> None:
+def test_bad_names_of_the_hub_are_refused() -> None:
     for path in ("../owner/name", "a/b/c/d", "/nowhere/at/all", "owner", "s3://bucket/x"):
         with pytest.raises(UserError, match="neither a directory nor a name on the hub"):
             hub.parts_of(path, "train", None, hash_of)

@@ -302,7 +302,7 @@ class FakeRun:
         self.interrupt = SimpleNamespace(check=self.check)
         self.bad_rows = BadRows(lambda place: place, directory, self.said.append)
         # Of one process, whose disk is its own.
-        self.site = SimpleNamespace(mirrored=False, place=None, shares=lambda directory: False)
+        self.site = SimpleNamespace(mirrored=False, storage=None, shares=lambda directory: False)
 
     def check(self, where: str) -> None:
         if self.stopped:

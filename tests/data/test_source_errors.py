@@ -1,4 +1,4 @@
-"""Sources: what is wrong with a file is named with its place."""
+"""Sources: an error in a file names its place."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from transllm_jax.errors import UserError
         ('{"text": "a\\u0000"}', r"a\.jsonl:2 has the control character U\+0000"),
     ],
 )
-def test_bad_records(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_records_are_refused_with_their_line(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "a.jsonl", f'{{"text": "good"}}\n{line}\n{{"text": "more"}}\n')
     with pytest.raises(UserError, match=message):
         items(Reading(str(path)))
 
 
-def test_a_text_of_nothing_but_control_characters_is_empty(tmp_path: Path) -> None:
+def test_a_text_of_control_characters_is_empty(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": "\x01\x02"}])
     with pytest.raises(UserError, match="field 'text' is empty"):
         items(Reading(str(path), controls="remove"))
 
 
-def test_paths_into_objects(tmp_path: Path) -> None:
+def test_a_field_may_be_a_path(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", [{"a.b": "literal", "a": {"b": "inner", "c": "x"}}]))
     assert items(Reading(path, fields=("a.b",))) == ["literal"]
     assert items(Reading(path, fields=("a.c",))) == ["x"]
@@ -65,12 +65,12 @@ def test_paths_into_objects(tmp_path: Path) -> None:
         ("[" + "1,\n" * 200, ":50 is not a list of objects"),
     ],
 )
-def test_bad_lists(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_lists_are_refused_with_their_line(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         items(Reading(str(write(tmp_path / "a.json", content))))
 
 
-def test_lists_are_cut_at_their_objects_alone(tmp_path: Path) -> None:
+def test_lists_are_split_at_their_objects(tmp_path: Path) -> None:
     texts = ['brackets ]}[{ and "quotes" \\', "", 'a\\"},{"', "[", "\\\\"]
     records = [{"text": text or "x", "more": [[{"a": []}], text]} for text in texts]
     for indent in (None, 1):
@@ -80,14 +80,14 @@ def test_lists_are_cut_at_their_objects_alone(tmp_path: Path) -> None:
     assert [place.rpartition(":")[2] for place in places(Reading(str(path)))] == ["2", "2", "5"]
 
 
-def test_an_object_that_never_ends_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transllm_jax.data.read.records._LARGEST", 1000)
     path = write(tmp_path / "a.json", '[\n{"text": "a",\n' + '"b": [1,\n' * 500)
     with pytest.raises(UserError, match=r"a\.json:2 has an object of more than"):
         items(Reading(str(path)))
 
 
-def test_files_of_pairs(tmp_path: Path) -> None:
+def test_bad_pairs_are_refused(tmp_path: Path) -> None:
     english = write(tmp_path / "a.en", "one\ntwo\nthree\n")
     for content, message in (
         ("หนึ่ง\nสอง\n", r"a\.th has 2 lines and \S+a\.en has more"),
@@ -104,7 +104,7 @@ def test_files_of_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.jsonl", "a.parquet"])
-def test_empty_files(tmp_path: Path, name: str) -> None:
+def test_empty_files_are_refused(tmp_path: Path, name: str) -> None:
     if name == "a.parquet":
         pytest.importorskip("pyarrow")
     content = "pairs" if name == "a.tsv" else "text"
@@ -116,27 +116,27 @@ def test_empty_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.jsonlines", "a.Json", "a.jsonl.GZ", "a.ndjson.zst"])
-def test_names_that_records_go_by(tmp_path: Path, name: str) -> None:
+def test_every_ending_of_a_file_of_records_is_known(tmp_path: Path, name: str) -> None:
     raw = json.dumps({"text": THAI}).encode()
     pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix.lower(), bytes)
     assert items(Reading(str(write(tmp_path / name, pack(raw))))) == [THAI]
 
 
-def test_what_cannot_be_seen_is_empty(tmp_path: Path) -> None:
+def test_invisible_text_is_empty(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u200b"}]}
     for record, content in (({"text": "\ufeff \u200b"}, "text"), (chat, "conversations")):
         with pytest.raises(UserError, match=r"a\.jsonl:1: field .* is empty"):
             items(Reading(str(jsonl(tmp_path / "a.jsonl", [record])), content))  # type: ignore[arg-type]
 
 
-def test_csv_is_not_read_as_text(tmp_path: Path) -> None:
+def test_csv_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", f"id,text\n1,{THAI}\n")
     with pytest.raises(UserError, match=r"a\.csv is CSV, which is not read"):
         items(Reading(str(path)))
     assert items(Reading(str(path), container="lines", separator="line")) == ["id,text", f"1,{THAI}"]
 
 
-def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+def test_a_repeated_column_is_refused(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table([["a"], ["b"], [1], [2]], names=["text", "text", "n", "n"])
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
@@ -144,7 +144,7 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
         items(Reading(str(tmp_path / "a.parquet")))
 
 
-def test_bad_parquet(tmp_path: Path) -> None:
+def test_bad_parquet_is_refused(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": None, "n": 3}])
     with pytest.raises(UserError, match=r"a\.parquet:row 3: field 'text' must be a string, not null"):
         items(Reading(str(path)))
@@ -158,7 +158,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
         shards(Reading(str(write(tmp_path / "a.parquet.gz", "x"))), hash_of)
 
 
-def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", "x")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow; pip install 'transllm-jax\[data\]'"):

@@ -1,4 +1,4 @@
-"""Sources: every format gives the same items through one interface, streamed, in shards with keys."""
+"""Sources: every format is streamed and gives the same items, and shards have keys."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def test_lines_give_texts_and_pairs(tmp_path: Path) -> None:
     english = write(tmp_path / "t.en", "".join(f"{en}\n" for en, _ in PAIRS))
     target = write(tmp_path / "t.th", "".join(f"{th} \n" for _, th in PAIRS))
     assert items(Reading(str(english), "pairs", target_path=str(target))) == PAIRS
-    # A name says how a file is read, unless the reading does.
+    # The file's name decides how it is read, unless `container` is set.
     assert items(Reading(str(jsonl(tmp_path / "b.dat", [{"text": "a"}])), container="jsonl")) == ["a"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, zstandard.compress])
-def test_compressed_files(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+def test_compressed_files_are_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     suffix = {gzip: ".gz", lzma: ".xz"}.get({gzip.compress: gzip, lzma.compress: lzma}.get(compress), ".zst")  # type: ignore[call-overload]
     content = ("\n".join(json.dumps({"text": f"{THAI} {n}"}) for n in range(3000)) + "\n").encode()
-    # Two members (frames), as parallel compressors write.
+    # Parallel compressors write several members (frames).
     whole = compress(content[:50000]) + compress(content[50000:])
     path = write(tmp_path / f"a.jsonl{suffix}", whole)
     assert items(Reading(str(path))) == [f"{THAI} {n}" for n in range(3000)]
@@ -84,16 +84,16 @@ def test_compressed_files(tmp_path: Path, compress: Callable[[bytes], bytes]) ->
             items(Reading(str(write(path, damaged))))
 
 
-def test_zst_frames_that_hold_no_data_or_very_much(tmp_path: Path) -> None:
+def test_zst_frames_may_be_empty_or_large(tmp_path: Path) -> None:
     skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00none"
     content = b"a" * 5_000_000 + b"\nb\n"
     path = write(tmp_path / "a.zst", skipped + zstandard.compress(content) + skipped)
     assert [len(line) for line, _ in read_lines(path, Collector("refuse"))] == [5_000_000, 1]
 
 
-def test_no_stream_of_an_xz_file_is_left_out(tmp_path: Path) -> None:
+def test_every_stream_of_an_xz_file_is_read(tmp_path: Path) -> None:
     first, second = lzma.compress(b"one\n\n"), lzma.compress(b"two\n")
-    # The format allows zeros between streams and behind the last.
+    # The format allows zeros between streams and after the last.
     path = write(tmp_path / "a.txt.xz", first + b"\0" * 8 + second + b"\0" * 4)
     assert read_documents(path) == ["one", "two"]
     for damaged in (first + b"\1" + second[1:], first + b"no stream", first + second[:20]):
@@ -101,7 +101,7 @@ def test_no_stream_of_an_xz_file_is_left_out(tmp_path: Path) -> None:
             read_documents(write(path, damaged))
 
 
-def test_texts_are_checked_made_nfc_and_counted(tmp_path: Path) -> None:
+def test_texts_are_checked_normalised_and_counted(tmp_path: Path) -> None:
     decomposed = unicodedata.normalize("NFD", "café")
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"{decomposed}\r\nb"}, {"text": "ก", "unused": "\x00"}])
     with pytest.raises(UserError, match=r"a\.jsonl:1 has a carriage return"):
@@ -133,11 +133,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str) -> None:
     assert sum(1 for _ in shard.items(Collector("refuse"))) == 6000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # What is read at a time is 16 KiB to 1 MiB, by the format.
+    # 16 KiB to 1 MiB are read at a time, depending on the format.
     assert peak < 1_500_000
 
 
-def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
+def test_each_file_is_a_shard_unless_there_is_a_limit(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", f"{name}1\n\n{name}2\n")
     reading = Reading(str(tmp_path / "*.txt"))
@@ -153,7 +153,7 @@ def test_a_shard_for_each_file_and_one_with_a_limit(tmp_path: Path) -> None:
     assert again == limited and [item for item, _ in again.items(Collector("refuse"))] == ["a1", "a2", "b1"]
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_reading_ends_at_its_limits(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", [{"text": "aaaa"}, {"text": "กก"}, {"text": "c"}]))
     assert [items(Reading(path, max_bytes=size)) for size in (1, 9, 10, 11)] == [
         ["aaaa"],
@@ -165,14 +165,14 @@ def test_limits(tmp_path: Path) -> None:
     assert items(Reading(path, max_bytes=11, max_items=1)) == items(Reading(path, max_bytes=1, max_items=2)) == ["aaaa"]
     text = str(write(tmp_path / "a.txt", "a\n\nb\n\nc\n"))
     assert items(Reading(text, max_items=2)) == ["a", "b"]
-    # What stands behind the limit is not read.
+    # Nothing after the limit is read.
     tsv = write(tmp_path / "a.tsv", "a\tb\nc\td\nbad\n")
     assert items(Reading(str(tsv), "pairs", max_items=2)) == [("a", "b"), ("c", "d")]
     chat = str(jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}, {"messages": CHAT}, {"bad": 1}]))
     assert len(items(Reading(chat, "conversations", max_items=2))) == 2
 
 
-def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
+def test_a_key_depends_on_what_is_read_and_nothing_else(tmp_path: Path) -> None:
     def key(reading: Reading) -> str:
         (shard,) = shards(reading, hash_of)
         return shard.key
@@ -238,7 +238,7 @@ def test_a_key_changes_exactly_with_what_is_read(tmp_path: Path) -> None:
         (Reading("org/none", container="datasets"), "there is no such directory here, and on the hub it cannot be"),
     ],
 )
-def test_settings_that_do_not_go_together(
+def test_settings_that_conflict_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: Reading, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What the tests of sources share: a few texts, files of them, and the items that come out."""
+"""Shared by the tests of sources: a few texts, files of them, and the items that are read from these."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ def hash_of(path: Path) -> str:
 
 
 def items(reading: Reading, collector: Collector | None = None) -> list[Item]:
+    """All items of a reading, in order."""
     collector = collector or Collector(reading.controls)
     return [item for shard in shards(reading, hash_of) for item, _ in shard.items(collector)]
 
 
 def places(reading: Reading) -> list[str]:
+    """Where each item of a reading is, as errors name it."""
     return [str(place) for shard in shards(reading, hash_of) for _, place in shard.items(Collector(reading.controls))]
 
 
 def write(path: Path, content: str | bytes) -> Path:
+    """Writes a file, and the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path

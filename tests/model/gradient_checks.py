@@ -1,4 +1,4 @@
-"""Outputs and gradients of a function, and their comparison with those of another."""
+"""Outputs and gradients of a function, and their comparison with those of another function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @partial(jax.jit, static_argnames="function")
 def outputs_and_gradients(function: Any, *arguments: Any) -> tuple[Any, Any]:
-    """The outputs, and the gradients of all arguments of a scalar that weighs the outputs unequally."""
+    """The outputs, and the gradients of a scalar of them with respect to all arguments."""
 
     def scalar(*arguments: Any) -> tuple[jax.Array, Any]:
         outputs = function(*arguments)

@@ -20,7 +20,7 @@ from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.parameters import assemble, merge
 
 
-def test_dropout_takes_a_key() -> None:
+def test_dropout_depends_on_its_key() -> None:
     config = tiny_config(VOCAB)
     split = trained_split(config)
     undropped = assemble(
@@ -36,7 +36,7 @@ def test_dropout_takes_a_key() -> None:
     one, same, other = (hidden(*split, jax.random.key(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert np.abs(one - plain).max() > 0.01 and np.abs(one - other).max() > 0.01
-    # No rate: a key changes nothing.
+    # At rate 0 a key changes nothing.
     assert np.array_equal(hidden(*undropped, jax.random.key(1)), plain)
 
 
@@ -49,7 +49,7 @@ def layer_of(lora: LoraConfig, parts: Mapping[str, jax.Array]) -> LoRALinear:
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
-def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: bool) -> None:
+def test_gradients_of_adapted_layers_match_the_formula(dropped: bool) -> None:
     rate, size_in, sizes_out = 0.25, 8, (6, 5, 5)
     lora = LoraConfig(rank=3, alpha=7.5, dropout=rate)
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: boo
     kernels = [layer.pop("kernel") for layer in layers]
     key = jax.random.key(1) if dropped else None
 
-    # With identities for a and b, and no kernel, what comes out is what the adapter is given.
+    # With identities for a and b and a kernel of zeros, the output is the adapter's input.
     eye = jnp.eye(size_in)
     open_layer = layer_of(LoraConfig(size_in, size_in, rate), {"kernel": 0 * eye, "a": eye, "b": eye})
     given = np.asarray(open_layer(x, adapters=True, dropout=key))
@@ -100,16 +100,16 @@ def test_the_gradients_of_adapted_layers_are_those_of_their_formula(dropped: boo
 @pytest.mark.parametrize(
     ("rate", "dropped"), [(0.5, 128), (0.2, 51), (0.05, 13), (1e-6, 1)], ids=["half", "rounded", "small", "not 0"]
 )
-def test_dropout_drops_so_many_256ths_and_keeps_the_mean(rate: float, dropped: int) -> None:
-    """Of a length that is no multiple of four, for four values come from one random number."""
+def test_dropout_rounds_its_rate_to_256ths_and_keeps_the_mean(rate: float, dropped: int) -> None:
+    """Four values come from one random number, so the length is not a multiple of four."""
     eye = jnp.eye(64)
     layer = layer_of(LoraConfig(64, 64, rate), {"kernel": 0 * eye, "a": eye, "b": eye})
     out = np.asarray(layer(jnp.ones((4, 402, 64)), adapters=True, dropout=jax.random.key(3)))
     assert set(np.unique(out)) == {0, np.float32(256 / (256 - dropped))}
     share = dropped / 256
     for part in np.split(out[:, :400], 4, axis=1):
-        # Five standard deviations of a mean of so many draws.
+        # Five standard deviations of the mean.
         assert abs((part == 0).mean() - share) < 5 * (share / part.size) ** 0.5
-    # Nor do two parts drop alike.
+    # Two parts drop independently.
     first, second = (part == 0 for part in np.split(out[:, :202], 2, axis=1))
     assert abs((first & second).mean() - share**2) < 5 * share / first.size**0.5

@@ -1,4 +1,4 @@
-"""The model: equal to transformers', documents do not see each other, gradients reach what trains."""
+"""The model: it equals that of transformers, documents are apart, and gradients reach what trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from transllm_jax.training.step import summed_loss
 @pytest.mark.reference
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: bool) -> None:
+def test_logits_match_transformers(tmp_path: Path, kv_heads: int, tied: bool) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: b
     )
 
     tokens, positions, segments = (array.copy() for array in whole_rows())
-    # Row 0 is padded on its left. Row 1 starts at a position above 0 and has a gap, which shows that positions count.
+    # Row 0 is padded on its left. Row 1 starts at a position above 0 and has a gap, so its positions matter.
     segments[0, :7] = 0
     positions[0] = np.maximum(np.arange(LENGTH) - 7, 0)
     positions[1] = np.arange(LENGTH) + 5 + 30 * (np.arange(LENGTH) > 10)
@@ -78,8 +78,8 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kv_heads: int, tied: b
     ],
     ids=["new rows", "base rows too", "base rows too, tied", "llama3", "mistral", "qwen2", "qwen3"],
 )
-def test_gradients_are_those_of_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
-    """By the chain rule: with G the gradient of a merged kernel W + s a b, that of a is s G b', that of b is s a' G."""
+def test_gradients_match_transformers(tmp_path: Path, config: LlamaConfig, train_base: bool) -> None:
+    """The chain rule: if G is the gradient of a kernel W + s a b, that of a is s G b' and that of b is s a' G."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, config: LlamaConfig
         assert np.abs(ours[path] - values).max() < 1e-4 * np.abs(values).max(), path
 
 
-def test_a_document_does_not_see_its_neighbours() -> None:
+def test_a_document_does_not_attend_to_its_neighbours() -> None:
     split = trained_split(tiny_config(VOCAB))
     rng = np.random.default_rng(9)
     document = rng.integers(0, VOCAB + NEW, 8, dtype=np.int32)
@@ -139,12 +139,12 @@ def test_a_document_does_not_see_its_neighbours() -> None:
     assert alone.std() > 0.3
     for neighbours in ("padding", "documents", "documents"):
         assert np.array_equal(row(6, neighbours), alone)
-    # At another place the same sums are taken in another order: equal to float32's rounding.
+    # At another place the same numbers are summed in another order: they are equal up to float32 rounding.
     for start in (0, 16):
         assert np.abs(row(start, "documents") - alone).max() < 1e-5
 
 
-def test_a_token_does_not_see_later_ones() -> None:
+def test_a_token_does_not_attend_to_later_ones() -> None:
     split = base_split(tiny_config(VOCAB))
     tokens, positions, segments = whole_rows()
     before = logits(split, (tokens, positions, segments))
@@ -155,8 +155,8 @@ def test_a_token_does_not_see_later_ones() -> None:
     assert np.abs(before[:, 15:] - after[:, 15:]).max(axis=(0, 2)).min() > 0.01
 
 
-def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> None:
-    # Untied, so that each of the two base tables shows a gradient of its own.
+def test_gradients_reach_all_that_trains_and_nothing_frozen() -> None:
+    # Untied, so that each of the two base tables has its own gradient.
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False))
     batch = training_batch(VOCAB + NEW)
 
@@ -167,23 +167,23 @@ def test_no_gradient_reaches_frozen_weights_and_all_that_trains_gets_one() -> No
     for path, values in of_trainable.items():
         values = np.asarray(values)
         assert np.isfinite(values).all(), path
-        # Every layer of an adapter, and every new row.
+        # Each layer of an adapter, and each new row, has a gradient.
         assert (np.abs(values).reshape(len(values), -1).max(axis=1) > 1e-4).all(), path
 
 
-def test_base_rows_that_train_get_gradients_in_place_of_the_frozen_ones() -> None:
+def test_trained_base_rows_get_gradients() -> None:
     structure, trainable, frozen = trained_split(tiny_config(VOCAB, tied=False), train_base=True)
     batch = training_batch(VOCAB + NEW)
     of_trainable, of_frozen = gradients(trainable, frozen, batch, structure=structure)
     assert not any(np.asarray(values).any() for values in of_frozen.values())
     moved = {path: np.abs(np.asarray(of_trainable[path])).max(axis=1) for path in BASE_ROWS}
-    # Read are the ids of a text's tokens, the last of each aside; in the output every row takes part.
+    # The embedding's rows of all tokens but each text's last are read; all rows take part in the output.
     read = np.isin(np.arange(VOCAB), np.asarray(batch["tokens"])[np.asarray(batch["weights"]) > 0])
     assert 0 < read.sum() < VOCAB and np.array_equal(moved[BASE_ROWS[0]] > 0, read)
     assert (moved[BASE_ROWS[1]] > 1e-4).all()
 
 
-def test_the_original_model_has_no_gradient_of_trained_base_rows() -> None:
+def test_without_adapters_trained_base_rows_get_no_gradient() -> None:
     structure, trainable, frozen = trained_split(tiny_config(VOCAB), train_base=True)
     batch = training_batch(VOCAB)
 
@@ -192,14 +192,14 @@ def test_the_original_model_has_no_gradient_of_trained_base_rows() -> None:
 
     value, slopes = jax.jit(jax.value_and_grad(loss), static_argnames="of")(trainable, of=structure)
     assert not any(np.asarray(slopes[path]).any() for path in slopes if path != "vocabulary.new")
-    # Its loss is that of the frozen rows: that of a model that trains no base rows, bit for bit.
+    # The loss uses the frozen rows: it is that of a model that trains no base rows, bit for bit.
     without = trained_split(tiny_config(VOCAB))
     same = {path: trainable[path] for path in without.trainable}
     assert value == jax.jit(loss, static_argnames="of")(same, of=without.structure)
 
 
-def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
-    # Layers enough that what is kept of them is most of the memory.
+def test_remat_saves_memory_and_keeps_the_gradients() -> None:
+    # With 8 layers, most of the memory is what is kept of them.
     structure, trainable, frozen = trained_split(replace(tiny_config(VOCAB), num_hidden_layers=8))
     batch = training_batch(VOCAB + NEW)
 
@@ -218,11 +218,11 @@ def test_remat_takes_less_memory_to_the_same_loss_and_gradients() -> None:
         assert np.allclose(loss, again, rtol=1e-6)
         for path, values in gradient.items():
             scale = np.abs(values).max()
-            # The same operations, which are compiled anew beside others: float32 rounding, through eight layers.
+            # The same operations are compiled differently: float32 rounding, through eight layers.
             assert scale > 0 and np.abs(values - recomputed[path]).max() < 1e-5 * scale, path
 
 
-def test_what_remat_does_not_know_is_refused() -> None:
+def test_an_unknown_remat_is_refused() -> None:
     split = trained_split(tiny_config(VOCAB))
     known = ", ".join(get_args(Remat))
     with pytest.raises(ValueError, match=f"^remat is True; it must be one of {known}$"):

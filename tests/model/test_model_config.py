@@ -1,4 +1,4 @@
-"""The model's config: every field counts, and what would be computed wrongly is refused."""
+"""The model's config: every field has an effect, and unsupported values are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.parameters import load_frozen
 from transllm_jax.model.rope import RopeScaling
 
-# For each field another value, and the weight that then does not fit (None: the weights fit, the logits differ).
+# For each field another value, and the weight that does not fit it (None: all weights fit, but the logits differ).
 OTHER_VALUES: dict[str, tuple[Any, str | None]] = {
     "vocab_size": (62, "vocabulary.base"),
     "hidden_size": (64, "final_norm.scale"),
@@ -38,12 +38,12 @@ OTHER_VALUES: dict[str, tuple[Any, str | None]] = {
 }
 
 
-def test_no_field_of_the_config_is_without_a_test() -> None:
+def test_every_field_of_the_config_has_a_test() -> None:
     assert OTHER_VALUES.keys() == {field.name for field in fields(LlamaConfig)}
 
 
 @pytest.mark.parametrize("field", [name for name, (_, misfit) in OTHER_VALUES.items() if misfit])
-def test_weights_of_another_shape_than_the_config_are_refused(field: str) -> None:
+def test_weights_of_another_shape_are_refused(field: str) -> None:
     value, misfit = OTHER_VALUES[field]
     config = tiny_config(VOCAB)
     with pytest.raises(UserError, match=misfit):
@@ -57,7 +57,7 @@ def test_weights_of_another_shape_than_the_config_are_refused(field: str) -> Non
         {"rope_theta": OTHER_VALUES["rope_theta"][0]},
         {"rope_scaling": OTHER_VALUES["rope_scaling"][0]},
         {"sliding_window": OTHER_VALUES["sliding_window"][0]},
-        # The same shapes of all weights, cut into other heads.
+        # All weights have the same shapes, but are split into other heads.
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
     ],
     ids=["rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window", "heads"],
@@ -75,7 +75,7 @@ def test_max_position_embeddings_limits_generation() -> None:
         Engine(base_split(config), config).generate([[1] * 10], max_new_tokens=11, stop=[0])
 
 
-def test_the_config_survives_the_way_to_config_json_and_back() -> None:
+def test_the_config_comes_back_from_config_json() -> None:
     for tied in (True, False):
         config = replace(
             tiny_config(VOCAB, tied=tied), rope_theta=500000.0, rms_norm_eps=1e-6, max_position_embeddings=77
@@ -83,7 +83,7 @@ def test_the_config_survives_the_way_to_config_json_and_back() -> None:
         assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_config_json_of_either_generation_of_transformers_is_read() -> None:
+def test_config_json_of_old_and_new_transformers_is_read() -> None:
     raw = tiny_config(VOCAB).to_hf()
     del raw["rope_theta"]
     newer = LlamaConfig.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}})
@@ -103,7 +103,7 @@ def test_config_json_of_either_generation_of_transformers_is_read() -> None:
     ],
     ids=str,
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_unsupported_configs_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         LlamaConfig.from_hf(tiny_config(VOCAB).to_hf() | changes)
 
@@ -117,6 +117,6 @@ def test_a_missing_field_is_named() -> None:
 
 @pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"])
 @pytest.mark.parametrize("value", [0, -2, "many", 1.5, True])
-def test_sizes_that_are_no_sizes_are_refused_by_name(field: str, value: object) -> None:
+def test_bad_sizes_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(UserError, match=field):
         LlamaConfig.from_hf({**tiny_config(300).to_hf(), field: value})

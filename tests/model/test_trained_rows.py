@@ -1,4 +1,4 @@
-"""Adapters and vocabulary rows beside the frozen weights, and how a model is put together of them."""
+"""Adapters and vocabulary rows beside the frozen weights, and how `assemble` puts a model together."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ from transllm_jax.model.vocabulary import Vocabulary
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_without_adapters_and_new_rows_it_is_the_original_model_bit_for_bit(tied: bool, train_base: bool) -> None:
+def test_switched_off_it_is_the_original_model_bit_for_bit(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
     original = logits(base_split(config), whole_rows())
     trained = trained_split(config, train_base=train_base)
     assert np.array_equal(logits(trained, whole_rows(), adapters=False, base_only=True), original)
-    assert np.abs(logits(trained, whole_rows())[..., :VOCAB] - original).max() > 0.1, "what is switched off counts"
+    assert np.abs(logits(trained, whole_rows())[..., :VOCAB] - original).max() > 0.1, (
+        "adapters and new rows have an effect"
+    )
 
 
 def test_fresh_adapters_change_nothing() -> None:
@@ -49,20 +51,20 @@ def test_copies_of_the_base_rows_change_nothing(dtype: Any) -> None:
     config = tiny_config(VOCAB, tied=False)
     frozen = load_frozen(config, random_weights(config), dtype)
     new = {path: np.ones((NEW, config.hidden_size), np.float32) for path in ("vocabulary.new", "vocabulary.output_new")}
-    # The model's own start is the copy; a stage's, too.
+    # Training of base rows begins with copies.
     copies = {path: np.asarray(frozen[path.removesuffix("_trained")], np.float32) for path in BASE_ROWS}
     rows = whole_rows(VOCAB + NEW)
     assert (rows[0] >= VOCAB).any()
     with_copies = logits(assemble(config, frozen, trainable=new | copies), rows)
     assert np.array_equal(with_copies, logits(assemble(config, frozen, trainable=new), rows))
-    # Without new rows as well, as an adapter from elsewhere may be.
+    # The same without new rows, which an adapter from elsewhere may lack.
     assert np.array_equal(
         logits(assemble(config, frozen, trainable=copies), whole_rows()),
         logits(assemble(config, frozen), whole_rows()),
     )
 
 
-def test_a_model_that_trains_its_base_rows_begins_with_copies_of_them() -> None:
+def test_trained_base_rows_begin_as_copies() -> None:
     for tied in (True, False):
         config = tiny_config(VOCAB, tied=tied)
         vocabulary = Vocabulary(config, NEW, train_base=True, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
@@ -84,11 +86,11 @@ def test_a_tied_model_has_one_set_of_trained_base_rows() -> None:
     }
     width = tiny_config(VOCAB).hidden_size
     assert rows == {True: {BASE_ROWS[0]: (VOCAB, width)}, False: dict.fromkeys(BASE_ROWS, (VOCAB, width))}
-    # Not there unless asked for.
+    # There are none by default.
     assert not any(path in BASE_ROWS for path in abstract(tiny_config(VOCAB), LORA, NEW).trainable)
 
 
-def test_fresh_adapters_are_a_function_of_the_seed() -> None:
+def test_fresh_adapters_depend_on_the_seed() -> None:
     config = tiny_config(VOCAB)
     one, again, other = (initial_adapters(config, LORA, seed=seed) for seed in (7, 7, 8))
     assert one.keys() == abstract(config, LORA, 0).trainable.keys()
@@ -101,14 +103,14 @@ def test_fresh_adapters_are_a_function_of_the_seed() -> None:
             limit = (3 / values.shape[1]) ** 0.5
             assert 0.8 * limit < np.abs(values).max() <= limit
             assert not np.array_equal(values, other[path])
-    # Same shapes, drawn apart: k and v, and the two layers.
+    # Arrays of the same shape are drawn independently: k and v, and the two layers.
     assert not np.array_equal(one["blocks.attention.k.a"], one["blocks.attention.v.a"])
     assert not np.array_equal(one["blocks.mlp.up.a"][0], one["blocks.mlp.up.a"][1])
 
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool, train_base: bool) -> None:
+def test_a_trained_model_equals_its_merged_weights(tied: bool, train_base: bool) -> None:
     config = tiny_config(VOCAB, tied=tied)
     merged = merged_weights(config, LORA, random_trainable(config, LORA, NEW, train_base=train_base))
     larger = replace(config, vocab_size=VOCAB + NEW)
@@ -119,7 +121,7 @@ def test_a_trained_model_is_the_model_of_its_merged_weights(tied: bool, train_ba
     assert np.abs(ours - wanted).max() < 1e-4
 
 
-def test_assemble_lists_all_that_is_wrong() -> None:
+def test_assemble_lists_everything_wrong() -> None:
     config = tiny_config(VOCAB)
     frozen = load_frozen(config, random_weights(config))
     trainable = random_trainable(config, LORA, NEW)
@@ -150,7 +152,7 @@ def test_assemble_refuses_base_rows_that_do_not_fit() -> None:
         assemble(tied, load_frozen(tied, random_weights(tied)), trainable=rows)
 
 
-def test_load_frozen_lists_all_that_is_wrong_and_takes_the_weights_otherwise() -> None:
+def test_load_frozen_lists_everything_wrong_or_takes_the_weights() -> None:
     config = tiny_config(VOCAB)
     weights = random_weights(config)
     weights["surplus"] = np.zeros(3, np.float32)
@@ -167,7 +169,7 @@ def test_load_frozen_lists_all_that_is_wrong_and_takes_the_weights_otherwise() -
     weights |= {"final_norm.scale": np.ones(48, np.float32), "blocks.mlp.down.kernel": down}
     kept = dict(weights)
     frozen = load_frozen(config, weights)
-    assert not weights, "only one copy is held"
+    assert not weights, "load_frozen takes the arrays, so that only one copy is held"
     assert frozen.keys() == kept.keys() and all(np.array_equal(frozen[path], kept[path]) for path in kept)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the model share: small models in the middle of training, their logits and gradients."""
+"""Shared by the tests of the model: small models in the middle of training, their logits and gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def base_split(config: LlamaConfig) -> Split:
 def random_trainable(
     config: LlamaConfig, lora: LoraConfig, new_rows: int, *, train_base: bool = False
 ) -> dict[str, np.ndarray]:
-    """Adapters, new rows and perhaps base rows in the middle of training: nothing is zero."""
+    """Adapters, new rows and, if asked for, base rows as in the middle of training: nothing is zero."""
     rng = np.random.default_rng(3)
     shapes = abstract(config, lora, new_rows, train_base=train_base).trainable
     return {path: 0.2 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
@@ -73,12 +73,12 @@ def whole_rows(vocab_size: int = VOCAB, seed: int = 1) -> tuple[np.ndarray, ...]
 
 @partial(jax.jit, static_argnames="structure")
 def gradients(trainable: Any, frozen: Any, batch: Any, *, structure: Any) -> tuple[Any, Any]:
-    """The summed loss's gradients of what trains and of what is frozen."""
+    """The gradients of the summed loss, with respect to what trains and to what is frozen."""
     return jax.grad(lambda *trees: summed_loss(structure, *trees, batch), argnums=(0, 1))(trainable, frozen)
 
 
 def merged_weights(config: LlamaConfig, lora: LoraConfig, trainable: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights of a plain model that computes what the base does with these adapters and vocabulary rows."""
+    """The weights of a plain model that computes the same as the base with these adapters and vocabulary rows."""
     merged = random_weights(config)
     for path in merged:
         if path.endswith(".kernel"):
@@ -93,7 +93,7 @@ def merged_weights(config: LlamaConfig, lora: LoraConfig, trainable: Mapping[str
 
 
 def training_batch(vocab_size: int) -> dict[str, jax.Array]:
-    """Two documents a row and padding, with every id of the vocabulary among tokens and labels."""
+    """Rows of two documents and padding, with every id of the vocabulary among tokens and labels."""
     order = np.random.default_rng(5).permutation(np.arange(3 * LENGTH) % vocab_size)[: 2 * LENGTH]
     tokens = order.reshape(2, LENGTH).astype(np.int32)
     tokens[:, :NEW] = np.arange(vocab_size - NEW, vocab_size)

@@ -1,4 +1,4 @@
-"""A module of HLO around instructions that a test writes by hand."""
+"""A module of HLO around hand-written instructions."""
 
 from __future__ import annotations
 

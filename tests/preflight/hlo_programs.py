@@ -1,4 +1,4 @@
-"""Programs whose FLOPs and traffic are known, compiled by XLA for the CPU or for a TPU."""
+"""Programs of known FLOPs and traffic, compiled by XLA for the CPU or for a TPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Rows, inner sizes, rounds of the loops, and the shape of the step: layers, width, feed-forward, vocabulary, length.
+# Sizes of the products, rounds of the loops; and of the step: layers, width, feed-forward, vocabulary, length.
 M, K, N, ROUNDS, INNER = 256, 512, 1024, 6, 3
 LAYERS, D, F, V, T = 8, 512, 1024, 2048, 256
-ROWS = 2  # sequences a device
+ROWS = 2  # sequences per device
 LINKS = 4  # devices along fsdp
 
 
@@ -28,7 +28,7 @@ def compile_programs(platform: str, out: Path) -> None:
     alone = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     both = ("data", "fsdp")
 
-    # XLA's CPU compiler widens bfloat16, and its TPU compiler narrows float32 that products round anyway.
+    # XLA's CPU compiler widens bfloat16; its TPU compiler narrows float32 inputs of products.
     usual = jnp.float32 if platform == "cpu" else jnp.bfloat16
 
     def array(*shape: int, spec: PartitionSpec | None = None, dtype: object = usual) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""The counter of compiled programs: known answers from XLA's compilers for the CPU and, with libtpu, for TPUs."""
+"""The counter of compiled programs: known results for XLA's compilers for the CPU and, with libtpu, for TPUs."""
 
 from __future__ import annotations
 
@@ -51,42 +51,42 @@ def counted(programs: tuple[str, Path], name: str) -> Counts:
         ("product", 2 * M * K * N),
         ("scan", ROUNDS * 2 * M * K * K),
         ("nested", ROUNDS * INNER * 2 * M * K * K),
-        # Two products forward, the same again, and two gradients of each.
+        # Two products forward, the same again when recomputed, and two gradients of each.
         ("checkpointed", ROUNDS * (2 + 2 + 4) * 2 * M * K * K),
-        # The branch with two products.
+        # The larger branch, with two products.
         ("conditional", 2 * 2 * M * M * M),
         ("batched", 2 * 2 * 4 * M * M * 128),
         ("collectives", ROUNDS * 2 * 2 * 128 * K * K),
     ],
 )
-def test_flops_are_those_of_the_products(programs: tuple[str, Path], name: str, flops: int) -> None:
+def test_flops_are_counted(programs: tuple[str, Path], name: str, flops: int) -> None:
     counts = counted(programs, name)
     assert counts.flops == flops
     assert counts.flops_by_dtype == {"f32" if programs[0] == "cpu" else "bf16": flops}
 
 
-def test_flops_of_a_step_with_layers_sharded_over_all_devices(programs: tuple[str, Path]) -> None:
-    """The TPU compiler turns these products into windowed convolutions in loops of their own, between permutes."""
+def test_flops_of_a_sharded_step(programs: tuple[str, Path]) -> None:
+    """The TPU compiler turns these products into windowed convolutions in loops with permutes."""
     tokens = ROWS * T
     forward = 2 * tokens * (4 * D * D + 3 * D * F) + 4 * tokens * T * D
-    # The last product of a layer is not needed again in its backward pass.
+    # The backward pass does not recompute the last product of a layer.
     layer = 4 * forward - 2 * tokens * D * F
     assert counted(programs, "step").flops == LAYERS * layer + 3 * 2 * tokens * D * V
 
 
-def test_traffic_of_a_product_and_of_a_scan_that_slices_its_weights(programs: tuple[str, Path]) -> None:
+def test_traffic_of_a_product_and_a_scan(programs: tuple[str, Path]) -> None:
     assert counted(programs, "product").hbm_bytes == item(programs) * (M * K + K * N + M * N)
     moved = counted(programs, "scan").hbm_bytes
     weights, rows = item(programs) * ROUNDS * K * K, item(programs) * M * K
-    # Each round reads one slice of the weights. On the CPU a slice and the rows between the rounds are written and read
-    # too, a few times; never all weights in each round.
+    # Each round reads one slice of the weights, never all. On the CPU the slice and the rows between the rounds are
+    # written and read a few times, too.
     assert weights + 2 * rows <= moved <= 3 * weights + 10 * ROUNDS * rows
     if programs[0] != "cpu":
         # The rows stay in VMEM between the rounds.
         assert moved <= weights + 3 * rows
 
 
-def test_collectives_in_a_loop(programs: tuple[str, Path]) -> None:
+def test_collectives_in_a_loop_count_each_round(programs: tuple[str, Path]) -> None:
     counts = counted(programs, "collectives")
     kinds = counts.by_kind()
     block, share = item(programs) * 128 * K, (LINKS - 1) / LINKS
@@ -99,7 +99,7 @@ def test_collectives_in_a_loop(programs: tuple[str, Path]) -> None:
         assert kinds["reduce-scatter"] == (ROUNDS, ROUNDS * block / LINKS, ROUNDS * share * block)
         assert kinds["all-reduce"] == (ROUNDS, ROUNDS * block, summed)
     else:
-        # So small a reduce-scatter is an all-reduce and a slice there.
+        # There a reduce-scatter of this size is an all-reduce and a slice.
         assert kinds["all-reduce"] == (2 * ROUNDS, 2 * ROUNDS * block, summed + ROUNDS * 2 * share * block)
     gathers = [found for found in counts.collectives.values() if found.kind == "all-gather"]
     assert gathers[0].groups[1] == tuple(range(LINKS, 2 * LINKS))
@@ -107,11 +107,13 @@ def test_collectives_in_a_loop(programs: tuple[str, Path]) -> None:
     permute = next(found for found in counts.collectives.values() if found.pairs)
     assert permute.pairs[:2] == ((0, 1), (1, 2)) and permute.groups[0] == tuple(range(LINKS))
     assert permute.asynchronous == (programs[0] != "cpu")
-    assert counts.link_bytes == pytest.approx(sum(kind[2] for kind in kinds.values()), rel=1e-12)  # order of a sum
+    assert counts.link_bytes == pytest.approx(
+        sum(kind[2] for kind in kinds.values()), rel=1e-12
+    )  # another order of the sum
     assert counts.largest(1)[0].link_bytes == max(found.link_bytes for found in counts.collectives.values())
 
 
-def test_a_collective_that_goes_on_through_several_fusions_counts_once(programs: tuple[str, Path]) -> None:
+def test_a_collective_across_fusions_counts_once(programs: tuple[str, Path]) -> None:
     text = (programs[1] / "step").read_text(encoding="utf-8")
     counts = count_hlo(text)
     gathers = [found for found in counts.collectives.values() if found.kind == "all-gather"]

@@ -1,4 +1,4 @@
-"""The counter on programs by hand: convolutions, fusions, VMEM and collectives."""
+"""The counter on hand-written programs: convolutions, fusions, VMEM and collectives."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from transllm_jax.preflight.program.hlo import count_hlo
         ((2, 7, 3), (4, 2, 3), "size=2 pad=3_0 rhs_reversal=1", "b0f_o0i->b0f", (2, 9, 4)),
     ],
 )
-def test_flops_of_a_convolution_are_the_products_that_exist(
+def test_flops_of_a_convolution_leave_out_the_padding(
     left: tuple[int, ...], right: tuple[int, ...], window: str, labels: str, result: tuple[int, ...]
 ) -> None:
-    """Against every triple of places, one by one."""
+    """Compared with a count of every triple of output, kernel and input place."""
     options: dict[str, list[int]] = {}
     for part in window.split():
         key, _, value = part.partition("=")
@@ -73,17 +73,17 @@ FUSED = """
 """
 
 
-def test_slices_and_updates_inside_a_fusion_count_as_what_they_touch() -> None:
+def test_slices_and_updates_in_a_fusion_count_what_they_touch() -> None:
     entry = """%p = f32[100,8]{1,0} parameter(0)
 %q = f32[8]{0} parameter(1)
 %i = s32[] parameter(2)
 %r = f32[100,8]{1,0} parameter(3)
 ROOT %f = f32[100,8]{1,0} fusion(%p, %q, %i, %r), kind=kLoop, calls=%fused"""
-    # A row of p, q, the index, and a row that is written; r is updated in place.
+    # It reads a row of p, q and the index, and writes a row; r is updated in place.
     assert count_hlo(module(entry, FUSED)).hbm_bytes == 4 * (8 + 8 + 1 + 8)
 
 
-def test_vmem_and_names_of_values_move_nothing() -> None:
+def test_vmem_and_bitcasts_move_nothing() -> None:
     entry = """%a = f32[64]{0} parameter(0)
 %s = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%a)
 %d = f32[64]{0:S(1)} copy-done(%s)
@@ -95,12 +95,12 @@ def test_vmem_and_names_of_values_move_nothing() -> None:
 %z = s32[]{:S(6)} constant(0)
 ROOT %t = (f32[8,8]{1,0}) tuple(%n)"""
     counts = count_hlo(module(entry))
-    # To VMEM; the product back; a slice read and written, and written again as an update.
+    # Read into VMEM; the product written; a slice read and written; an update read and written.
     assert counts.hbm_bytes == 4 * (64 + 64 + 2 * 16 + 2 * 16)
     assert [work.kind for work in counts.work.values()] == ["copy", "compute", "compute", "compute"]
 
 
-def test_an_all_reduce_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter() -> None:
+def test_an_all_reduce_that_a_fusion_slices_is_a_reduce_scatter() -> None:
     fused = """
 %both (x: f32[30,8]) -> f32[8,8] {
   %x = f32[30,8]{1,0} parameter(0)
@@ -124,7 +124,7 @@ ROOT %y = f32[8,8]{1,0} all-reduce(%f), channel_id=2, replica_groups=[4,2]<=[2,4
     assert counts.hbm_bytes == 4 * (240 + 64 + 64 + 64)
 
 
-def test_wrappers_of_asynchronous_work() -> None:
+def test_wrapped_asynchronous_collectives_are_counted() -> None:
     wrapped = """
 %wrapped (x: f32[32]) -> f32[8] {
   %x = f32[32]{0} parameter(0)
@@ -151,8 +151,8 @@ ROOT %e = f32[64]{0} all-gather-done(%g)"""
     }
 
 
-def test_an_asynchronous_collective_fusion() -> None:
-    """As the TPU compiler writes it: a start, a piece beside a product, an end."""
+def test_an_asynchronous_collective_fusion_counts_once() -> None:
+    """The TPU compiler writes it in three parts: a start, a piece beside a product, an end."""
     tuple_of = "(f32[8,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
     carried = "(f32[8,8]{1,0}, f32[8,8]{1,0}, f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]{:S(2)})"
     gather = "all-gather(%x), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}"
@@ -195,7 +195,7 @@ ROOT %e = f32[32,8]{{1,0}} fusion(%a, %b, %c), kind=kCustom, calls=%end"""
     assert {work.kind: work.hbm_bytes for work in counts.work.values()} == {"collective": 4 * 320, "compute": 4 * 128}
 
 
-def test_what_is_not_counted_is_said() -> None:
+def test_what_is_not_counted_is_listed() -> None:
     entry = """%x = f32[8,8]{1,0} parameter(0)
 %a = f32[8,8]{1,0} custom-call(%x), custom_call_target="AllocateBuffer"
 ROOT %y = f32[8,8]{1,0} cholesky(%a), lower=true"""
@@ -204,7 +204,7 @@ ROOT %y = f32[8,8]{1,0} cholesky(%a), lower=true"""
 
 
 def test_a_large_program_is_read_in_seconds() -> None:
-    """Not timed: what is slow here would be quadratic, and would not end."""
+    """It is not timed: a quadratic reader would not end."""
     rows = "\n".join(f"%v{index} = f32[8]{{0}} add(%v{index - 1}, %v{index - 1})" for index in range(1, 100_000))
     counts = count_hlo(module(f"%v0 = f32[8]{{0}} parameter(0)\n{rows}"))
     assert counts.hbm_bytes == 99_999 * 3 * 32

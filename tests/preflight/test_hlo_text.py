@@ -1,4 +1,4 @@
-"""The text of compiled programs, by hand: groups, shapes, instructions and the rounds of loops."""
+"""Hand-written programs: groups, shapes, instructions and the rounds of loops."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from transllm_jax.preflight.program.hlo_text import parse_groups, parse_hlo, par
         ("channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", ((0, 1), (2, 3))),
     ],
 )
-def test_every_way_to_write_groups(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
+def test_groups_are_read_in_every_notation(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
     assert parse_groups(f", channel_id=1, {text}", 8) == groups
 
 
-def test_groups_that_are_not_understood_are_an_error() -> None:
+def test_unknown_groups_raise() -> None:
     with pytest.raises(ValueError, match="without groups"):
         parse_groups("replica_groups=something, dimensions={0}", 8)
     assert parse_pairs("replica_groups={{0,1}}") == ()
 
 
-def test_shapes() -> None:
+def test_shapes_are_read() -> None:
     shapes = parse_shapes("(bf16[2,256]{1,0:T(8,128)(2,1)S(1)}, (s4[3]{0}, pred[]), f8e4m3fn[<=5], token[])")
     assert [(shape.dtype, shape.dims, shape.space, shape.bytes) for shape in shapes] == [
         ("bf16", (2, 256), 1, 1024.0),
@@ -48,14 +48,14 @@ def test_shapes() -> None:
     assert [shape.hbm() for shape in shapes] == [0.0, 1.5, 1.0, 5.0, 0.0]
 
 
-def test_no_module_is_an_error() -> None:
+def test_a_text_without_a_module_raises() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         parse_hlo("HloModule empty\n")
     with pytest.raises(ValueError, match="no ENTRY"):
         parse_hlo("")
 
 
-def test_an_instruction_over_several_lines() -> None:
+def test_an_instruction_over_several_lines_is_read() -> None:
     text = module(
         """%a = f32[4]{0} parameter(0)
 %call = (f32[4]{0}, f32[2]{0}) custom-call(%a, /*index=1*/%a), custom_call_target="tpu_custom_call", x={y={
@@ -71,7 +71,7 @@ ROOT %b = f32[4]{0} get-tuple-element(%call), index=0"""
 
 
 def loop(start: int, step: int, limit: int, compare: str, *, opcode: str = "add", wide: bool = False) -> str:
-    """A loop over an 8x8 product; `wide`: limit and step come from outside, through the loop's tuple."""
+    """A loop over an 8x8 product; if `wide`, limit and step are elements of the loop's tuple."""
     kind = "(s32[], f32[8,8], s32[], s32[])"
     typed = "(s32[], f32[8,8]{1,0}, s32[], s32[])"
     step_line = "get-tuple-element(%p), index=2" if wide else f"constant({step})"
@@ -126,7 +126,7 @@ ROOT %w = {typed} while(%in), condition=%condition, body=%body""",
         (loop(0, 1, 5, "LT").replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'), 3),
     ],
 )
-def test_rounds_of_a_loop(text: str, rounds: int) -> None:
+def test_rounds_of_a_loop_are_counted(text: str, rounds: int) -> None:
     counts = count_hlo(text)
     assert counts.unexplained == []
     assert counts.flops == rounds * 2 * 8**3
@@ -140,7 +140,7 @@ def test_rounds_of_a_loop(text: str, rounds: int) -> None:
         loop(0, 1, 5, "LT").replace("add(%j, %step)", "multiply(%j, %step)"),
     ],
 )
-def test_a_loop_whose_rounds_are_not_known_is_listed(text: str) -> None:
+def test_a_loop_of_unknown_rounds_is_listed(text: str) -> None:
     counts = count_hlo(text)
     assert counts.flops == 2 * 8**3
     assert len(counts.unexplained) == 1 and "rounds unknown" in counts.unexplained[0]

@@ -1,4 +1,4 @@
-"""Checkpoints: restored bit for bit, and refused where they are of another shape or damaged."""
+"""Checkpoints: restored bit for bit, and refused if damaged or of another shape."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tiny_training import (
     NEW,
     OPTIMIZER,
     STEPS,
+    adapted_split,
     latest,
     leaves,
-    new_split,
     restored,
     run,
     save,
@@ -34,7 +34,7 @@ from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.step import initial_state
 
-# A frozen array that was given away with the state.
+# XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"4", "7"}
 
 
-def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_its_step_while_training_goes_on(tmp_path: Path) -> None:
     onwards = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=(0,))
     large = {"vocabulary.new": jnp.zeros((1000, 1000))}
     state = onwards(initial_state(large, make_optimizer(OPTIMIZER)))
@@ -62,7 +62,7 @@ def test_what_is_saved_is_the_state_of_the_moment_though_training_goes_on(tmp_pa
     assert int(again.step) == 1 and (np.asarray(again.trainable["vocabulary.new"]) == 1).all()
 
 
-# Orbax leaves the readers of the other arrays unfinished.
+# Orbax does not finish reading the other arrays.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "other",
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, other: dict[st
 
 
 def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
-    arrays = dict(new_split().trainable)
+    arrays = dict(adapted_split().trainable)
     save_arrays(tmp_path / "trainable", arrays)
     read = load_arrays(tmp_path / "trainable")
     assert tree_bytes(read) == tree_bytes(arrays)
@@ -91,8 +91,8 @@ def test_arrays_of_a_stage_are_read_back(tmp_path: Path) -> None:
         load_arrays(tmp_path / "elsewhere")
 
 
-def test_where_all_checkpoints_are_damaged_it_is_refused_each_time(tmp_path: Path) -> None:
-    """The first refusal must leave what makes the second one: a loop that restarts a run is not to begin it anew."""
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_each_time(tmp_path: Path) -> None:
+    """The first refusal keeps the damaged checkpoints, so that a restart does not begin the run anew."""
     directory = tmp_path / "pretrain"
     run(directory)
     for step in ("4", "6"):

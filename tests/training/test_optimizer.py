@@ -1,38 +1,108 @@
-"""The optimizer: its rates, its moments, its groups and its clipping."""
+"""The optimizer: the rates of its schedules, its moments, its groups and its clipping."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from tiny_training import OPTIMIZER, leaves, new_split
+from conftest import random_weights
+from tiny_steps import ADAPTERS, FAMILY, NEW_ROWS, RATES
+from tiny_training import OPTIMIZER, adapted_split, leaves, tree_bytes
 
-from transllm_jax.model.parameters import count_parameters
-from transllm_jax.training.optimizer import make_optimizer, moments_size, schedule
-
-# A frozen array that was given away with the state.
-pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
+from transllm_jax.model.parameters import BASE_ROWS, count_parameters
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, parameter_group, schedule
 
 
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
-    config = replace(OPTIMIZER, learning_rate=0.5, steps=20, warmup_steps=4, final_fraction=0.2)
-    rate = schedule(config)
-    values = [float(rate(step)) for step in range(21)]
-    assert np.allclose(values[:5], [0.1, 0.2, 0.3, 0.4, 0.5])
-    falling = [0.1 + 0.4 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(17)]
-    assert np.allclose(values[4:], falling) and math.isclose(values[20], 0.1, rel_tol=1e-5)
-    # No warm-up starts at the peak; nothing but warm-up ends just below it.
-    assert math.isclose(schedule(replace(config, warmup_steps=0))(0), 0.5, rel_tol=1e-6)
-    assert math.isclose(schedule(replace(config, warmup_steps=20))(19), 0.5 * 20 / 21, rel_tol=1e-5)
+def test_the_rates_of_each_schedule() -> None:
+    def rates(**changes: Any) -> list[float]:
+        config = OptimizerConfig(0.5, steps=20, warmup_steps=4, final_fraction=0.2)
+        rate = schedule(replace(config, **changes))
+        compiled = jax.jit(rate)
+        values = [float(rate(step)) for step in range(23)]
+        # The step computes the rate of a number on the device.
+        assert np.allclose(values, [compiled(jnp.int32(step)) for step in range(23)], rtol=1e-6)
+        return values
+
+    rising = [0.1, 0.2, 0.3, 0.4]
+    cosine = [0.1 + 0.4 * (1 + np.cos(np.pi * step / 16)) / 2 for step in range(17)]
+    linear = [0.5 - 0.4 * step / 16 for step in range(17)]
+    stable = [0.5] * 12 + [0.5 - 0.4 * step / 5 for step in range(6)]
+    for changes, wanted in (
+        ({}, rising + cosine),
+        ({"schedule": "linear"}, rising + linear),
+        # Steps 4 to 14 are at the peak; so is step 15, the first of the last five.
+        ({"schedule": "wsd", "decay_steps": 5}, rising + stable[1:]),
+        ({"schedule": "constant"}, rising + [0.5] * 17),
+        ({"schedule": "constant", "warmup_steps": 0}, [0.5] * 21),
+        ({"warmup_steps": 0}, [0.1 + 0.4 * (1 + np.cos(np.pi * step / 20)) / 2 for step in range(21)]),
+        ({"warmup_steps": 0, "schedule": "linear"}, [0.5 - 0.4 * step / 20 for step in range(21)]),
+        ({"warmup_steps": 0, "schedule": "wsd", "decay_steps": 20}, [0.5 - 0.4 * step / 20 for step in range(21)]),
+    ):
+        values = rates(**changes)
+        assert np.allclose(values, [*wanted, wanted[-1], wanted[-1]], rtol=1e-5), changes
+    # Without warm-up the first step is at the peak; with nothing but warm-up the last is just below it.
+    assert np.isclose(rates(warmup_steps=0)[0], 0.5, rtol=1e-6)
+    assert np.isclose(rates(warmup_steps=20)[19], 0.5 * 20 / 21, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay_steps", [0, 17])
+def test_a_decay_that_does_not_fit_is_refused(decay_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"decay_steps is {decay_steps}; schedule wsd wants 1 to 16"):
+        OptimizerConfig(0.5, steps=20, warmup_steps=4, schedule="wsd", decay_steps=decay_steps)
+
+
+def test_moments_match_optax_or_stay() -> None:
+    parameters = {"vocabulary.new": jnp.linspace(-1, 1, 3000).reshape(30, 100)}
+    ours, theirs = (
+        make_optimizer(RATES),
+        optax.chain(
+            optax.clip_by_global_norm(RATES.clip_norm),
+            optax.scale_by_adam(RATES.beta1, RATES.beta2),
+            optax.add_decayed_weights(RATES.weight_decay),
+            optax.scale(RATES.new_rows_multiplier),
+        ),
+    )
+    state, wanted_state = ours.init(parameters), theirs.init(parameters)
+    for number in range(3):
+        gradient = jax.tree.map(lambda values: jnp.cos(values * (9 + number)), parameters)  # noqa: B023
+        _, kept = ours.update(gradient, state, parameters, finite=jnp.bool_(False))
+        assert tree_bytes(kept) == tree_bytes(state)
+        update, state = ours.update(gradient, state, parameters, finite=jnp.bool_(True))
+        wanted, wanted_state = theirs.update(gradient, wanted_state, parameters)
+        assert tree_bytes(update) == tree_bytes(wanted)
+        assert list(tree_bytes(state).values()) == list(tree_bytes(wanted_state).values())
+
+
+def test_weight_decay_leaves_scales_and_biases_alone() -> None:
+    paths = ["final_norm.scale", "blocks.attention.q.bias", "blocks.attention.q.kernel", "blocks.attention.q.a"]
+    arrays = {path: jnp.ones((2, 3)) for path in [*paths, "vocabulary.new"]}
+    optimizer = make_optimizer(replace(RATES, weight_decay=0.5, new_rows_multiplier=1.0))
+    update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, arrays), optimizer.init(arrays), arrays)
+    decayed = {path for path, change in update.items() if np.any(change)}
+    assert decayed == {"blocks.attention.q.kernel", "blocks.attention.q.a", "vocabulary.new"}
+
+
+def test_each_array_is_in_its_group() -> None:
+    assert {parameter_group(path) for path in ADAPTERS} == {"adapters"}
+    assert {parameter_group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
+    assert {parameter_group(path) for path in random_weights(FAMILY)} == {"weights"}
+    # The multiplier does not apply to the base's weights.
+    parameters = {path: jnp.ones(2) for path in ("vocabulary.base", "vocabulary.new", "blocks.mlp.up.kernel")}
+    optimizer = make_optimizer(replace(RATES, new_rows_multiplier=3.0, weight_decay=0.0))
+    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
+    # Adam's first update is the gradient's sign; the step multiplies it by the rate.
+    assert np.allclose(updates["vocabulary.base"], 1) and np.allclose(updates["blocks.mlp.up.kernel"], 1)
+    assert np.allclose(updates["vocabulary.new"], 3)
 
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["new rows", "base rows too"])
-def test_the_optimizer_keeps_two_moments_of_what_trains_and_nothing_else(train_base: bool) -> None:
-    split = new_split(train_base=train_base)
+def test_the_optimizer_keeps_two_moments_of_what_trains(train_base: bool) -> None:
+    split = adapted_split(train_base=train_base)
     assert ("vocabulary.base_trained" in split.trainable) == train_base
     state = make_optimizer(OPTIMIZER).init(split.trainable)
     assert moments_size(state) == 2 * count_parameters(split.trainable)
@@ -58,12 +128,12 @@ def test_the_multiplier_scales_the_new_rows_rate() -> None:
         return {path: np.asarray(values) for path, values in updates.items()}
 
     once, thrice = update(1.0), update(3.0)
-    # Adam's first step is the gradient's sign; the decay is the weight's tenth. The rate is the step's to apply.
+    # Adam's first update is the gradient's sign, plus a tenth of the weight. The step multiplies it by the rate.
     assert np.allclose(once["blocks.mlp.up.a"], 1 + 0.07, rtol=1e-4)
     assert np.allclose(once["vocabulary.new"], 1 - 0.04, rtol=1e-4)
     assert np.array_equal(thrice["blocks.mlp.up.a"], once["blocks.mlp.up.a"])
     assert np.allclose(thrice["vocabulary.new"], 3 * once["vocabulary.new"], rtol=1e-6)
-    # Trained base rows are of the same group.
+    # Trained base rows are in the same group.
     for updates in (once, thrice):
         assert (updates["vocabulary.base_trained"] == updates["vocabulary.new"][0, 0]).all()
 
@@ -75,5 +145,5 @@ def test_large_gradients_are_clipped_to_their_global_norm() -> None:
     _, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
     means = [np.asarray(leaf) for path, leaf in leaves(state) if ".mu[" in jax.tree_util.keystr(path)]
     assert len(means) == 2
-    # The gradients' norm is 5; Adam is given a tenth of them, and its first mean is half of that.
+    # The norm is 5 and is clipped to a tenth; Adam's first mean is half of the clipped gradient.
     assert np.allclose(sum(means), [0.15, 0.2], rtol=1e-5)

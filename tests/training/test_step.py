@@ -11,46 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
-from tiny_steps import (
-    GRADIENTS,
-    LORA,
-    ONES,
-    RATES,
-    VOCAB,
-    adapted_split,
-    batch_of,
-    gradient_of,
-    in_parts,
-    near,
-    rows_of,
-    stepper,
-    tree_bytes,
-)
+from tiny_steps import GRADIENTS, RATES, batch_of, gradient_of, in_parts, near, rows_of, stepper
+from tiny_training import LORA, VOCAB, adapted_split, tree_bytes
 
 from transllm_jax.model.parameters import abstract, merge
 from transllm_jax.training.optimizer import make_optimizer, schedule
 from transllm_jax.training.step import Batch, batch_losses, initial_state, make_step
 
-# A frozen array that was given away with the state.
+# XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
-def test_the_rate_is_that_of_the_state_and_not_of_the_parts() -> None:
-    """An optimizer that always gives 1: what moves is the rate."""
+def test_the_rate_depends_on_the_step_and_not_on_the_parts() -> None:
+    """The optimizer's update is always 1, so the arrays move by the rate."""
     rate = schedule(RATES)
-    for accumulate in (1, 4):
+    for accumulate in (1, 2):
         split = adapted_split()
-        step = make_step(split.structure, ONES, rate, seed=0, dropout=False, remat="none", accumulate=accumulate)
         for number in (0, 2, 5):
             trainable = jax.tree.map(jnp.zeros_like, split.trainable)
-            state = initial_state(trainable, ONES)._replace(step=jnp.int32(number))
-            state, _ = step(state, split.frozen, in_parts(batch_of(), accumulate))
+            state = initial_state(trainable, GRADIENTS)._replace(step=jnp.int32(number))
+            state, _ = stepper(accumulate)(state, split.frozen, in_parts(batch_of(), accumulate))
             assert int(state.step) == number + 1
             for path, values in state.trainable.items():
                 assert np.allclose(values, -float(rate(number)), rtol=1e-6), path
 
 
-def test_parts_of_a_batch_give_what_the_whole_batch_gives() -> None:
+def test_parts_of_a_batch_give_the_same_as_the_whole() -> None:
     batch = batch_of()
     wanted, whole = gradient_of(stepper(), batch)
     assert whole.tokens == batch["weights"].sum() > 0
@@ -60,8 +46,9 @@ def test_parts_of_a_batch_give_what_the_whole_batch_gives() -> None:
         assert metrics.tokens == whole.tokens and np.array_equal(metrics.source_tokens, whole.source_tokens)
         for field in ("loss", "gradient_norm", "source_loss"):
             assert np.allclose(getattr(metrics, field), getattr(whole, field), rtol=1e-5), field
-    # What a mean of the parts' means would give is far from it.
-    parts = [gradient_of(stepper(), rows_of(batch, slice(at, at + 4))) for at in (0, 4)]
+    # The mean of the parts' means would be far from it.
+    halves = [jnp.arange(8)[:, None] < 4, jnp.arange(8)[:, None] >= 4]
+    parts = [gradient_of(stepper(), batch | {"weights": batch["weights"] * half}) for half in halves]
     assert not np.isclose((parts[0][1].loss + parts[1][1].loss) / 2, whole.loss, rtol=1e-3)
     for path, values in wanted.items():
         mean = (parts[0][0][path] + parts[1][0][path]) / 2
@@ -69,17 +56,17 @@ def test_parts_of_a_batch_give_what_the_whole_batch_gives() -> None:
 
 
 @pytest.mark.parametrize("batch", [batch_of(), in_parts(batch_of(), 4)], ids=["whole", "in 4"])
-def test_a_batch_that_is_not_in_the_parts_of_the_step_is_refused(batch: Batch) -> None:
+def test_a_batch_in_other_parts_is_refused(batch: Batch) -> None:
     split = adapted_split()
     shape = re.escape(str(batch["tokens"].shape))
     with pytest.raises(ValueError, match=f"^a batch of tokens {shape} is not in 2 parts"):
         stepper(2)(initial_state(split.trainable, GRADIENTS), split.frozen, batch)
 
 
-def test_each_part_drops_by_its_own_key_of_seed_step_and_part() -> None:
-    one = rows_of(batch_of(), np.array([1, 2]))
+def test_dropout_depends_on_seed_step_and_part() -> None:
+    one = rows_of(batch_of(), slice(4))
     batch = {field: jnp.concatenate([values, values]) for field, values in one.items()}
-    batch["sources"] = jnp.array([0, 0, 1, 1])
+    batch["sources"] = jnp.repeat(jnp.arange(2, dtype=jnp.int32), 4)
     split = adapted_split()
     losses = {}
     for dropout in (False, True):
@@ -100,7 +87,7 @@ def test_each_part_drops_by_its_own_key_of_seed_step_and_part() -> None:
 
 def test_losses_by_source_add_up_to_the_whole() -> None:
     batch = batch_of()
-    # Weights other than 0 and 1, as where a source counts less.
+    # Weights other than 0 and 1: a source may count less.
     batch["weights"] = batch["weights"] * jnp.where(batch["sources"] == 1, 0.25, 1.0)[:, None]
     _, metrics = gradient_of(stepper(), batch)
     split = adapted_split()
@@ -112,14 +99,14 @@ def test_losses_by_source_add_up_to_the_whole() -> None:
     assert metrics.tokens == metrics.source_tokens.sum()
     assert np.isclose(metrics.loss, metrics.source_loss.sum() / metrics.tokens, rtol=1e-6)
     assert metrics.finite
-    # A batch that does not say is one source.
+    # A batch without the field is one source.
     del batch["sources"]
     _, alone = gradient_of(stepper(), batch)
     assert np.isclose(alone.loss, metrics.loss, rtol=1e-6) and not alone.source_loss[1:].any()
     assert alone.source_tokens.tolist() == [metrics.tokens, 0, 0]
 
 
-def test_z_loss_is_descended_and_not_reported() -> None:
+def test_z_loss_is_in_the_gradient_but_not_reported() -> None:
     plain, metrics = gradient_of(stepper(), batch_of())
     ours, reported = gradient_of(stepper(z_loss=0.5), batch_of())
     parted, _ = gradient_of(stepper(2, z_loss=0.5), in_parts(batch_of(), 2))
@@ -139,7 +126,7 @@ def test_z_loss_is_descended_and_not_reported() -> None:
     near(parted, ours)
 
 
-def test_an_update_that_is_not_finite_leaves_every_byte() -> None:
+def test_an_update_that_is_not_finite_changes_nothing() -> None:
     split = adapted_split()
     optimizer = make_optimizer(RATES)
     step = make_step(split.structure, optimizer, schedule(RATES), seed=1, dropout=False, remat="none")
@@ -151,7 +138,7 @@ def test_an_update_that_is_not_finite_leaves_every_byte() -> None:
     for number in (1, 2):
         state, metrics = step(state, split.frozen, broken)
         assert not metrics.finite and not np.isfinite(metrics.loss)
-        assert tree_bytes((state.trainable, state.optimizer)) == before, "the count of moments, too"
+        assert tree_bytes((state.trainable, state.optimizer)) == before, "also the optimizer's count"
         assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (1 + number, number, number)
     state, metrics = step(state, split.frozen, good)
     assert metrics.finite and (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)
@@ -161,16 +148,18 @@ def test_an_update_that_is_not_finite_leaves_every_byte() -> None:
     assert (int(state.skipped), int(state.skipped_in_a_row)) == (3, 1)
 
 
-def test_a_gradient_that_is_not_finite_is_enough() -> None:
+def test_a_gradient_that_is_not_finite_is_skipped() -> None:
+    """New rows so large that the loss is finite and the gradient is not."""
     split = adapted_split()
+    split.trainable["vocabulary.new"] *= 1e25
     before = tree_bytes(split.trainable)
-    step = stepper(z_loss=1.5e38)
-    state, metrics = step(initial_state(split.trainable, GRADIENTS), split.frozen, batch_of())
+    state = initial_state(split.trainable, GRADIENTS)
+    state, metrics = stepper()(state, split.frozen, batch_of())
     assert np.isfinite(metrics.loss) and not np.isfinite(metrics.gradient_norm) and not metrics.finite
     assert tree_bytes(state.trainable) == before and int(state.skipped) == 1
 
 
-def test_to_be_able_to_skip_copies_nothing() -> None:
+def test_skipping_updates_needs_no_copies() -> None:
     split = abstract(replace(tiny_config(VOCAB), num_hidden_layers=1), LORA, 5000)
     optimizer = make_optimizer(RATES)
     step = make_step(split.structure, optimizer, schedule(RATES), seed=0, dropout=False, remat="none")
@@ -178,6 +167,6 @@ def test_to_be_able_to_skip_copies_nothing() -> None:
     program = step.lower(state, split.frozen, jax.eval_shape(lambda: batch_of(1))).compile()
     memory = program.memory_analysis()
     rows = 5000 * 48 * 4
-    # The rows' gradient, and one array of their size beside it; copies of the moments would be two more.
+    # The gradient of the rows and one more array of their size; copies of the moments would be two more.
     assert rows < memory.temp_size_in_bytes < 2.5 * rows
-    assert memory.alias_size_in_bytes > 3 * rows, "rows and moments are updated where they are"
+    assert memory.alias_size_in_bytes > 3 * rows, "rows and moments are updated in place"

@@ -1,8 +1,9 @@
-"""Training: a step, the loop, and a run that was stopped ends as one that was not."""
+"""Training: a step, the loop, and a stopped run ends as an undisturbed one."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from tiny_training import (
     Broken,
     Dying,
     Source,
+    adapted_split,
     batch_of,
     latest,
     leaves,
     mean_loss,
-    new_split,
     restored,
     run,
     tree_bytes,
@@ -38,7 +39,7 @@ from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.step import initial_state, make_step
 
-# A frozen array that was given away with the state.
+# XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
@@ -48,15 +49,15 @@ def stepping(structure: Any, config: OptimizerConfig = OPTIMIZER, *, seed: int =
 
 @pytest.fixture(scope="module")
 def step() -> Any:
-    return stepping(new_split().structure)
+    return stepping(adapted_split().structure)
 
 
 def device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {field: jnp.asarray(values) for field, values in batch.items()}
 
 
-def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) -> None:
-    split = new_split()
+def test_a_step_changes_all_that_trains_and_nothing_frozen(step: Any) -> None:
+    split = adapted_split()
     before, frozen = tree_bytes(split.trainable), tree_bytes(split.frozen)
     batch = device(batch_of(0))
     wanted = mean_loss(split.trainable, batch)
@@ -64,7 +65,7 @@ def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) 
     state, metrics = step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, batch)
     after = tree_bytes(state.trainable)
     assert after.keys() == before.keys() and all(after[path] != before[path] for path in before)
-    # Still there (not donated), and untouched.
+    # The frozen arrays were not donated, and are unchanged.
     assert tree_bytes(split.frozen) == frozen
     assert int(state.step) == 1
     assert metrics.tokens == 2 * (LENGTH - 1)
@@ -72,9 +73,9 @@ def test_a_step_changes_all_that_trains_and_no_bit_of_what_is_frozen(step: Any) 
     assert 0 < metrics.gradient_norm < 100
 
 
-def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None:
-    # Untied, so that the embedding shows which rows were read; in the output every row takes part.
-    split = new_split(train_base=True, tied=False)
+def test_a_step_moves_trained_base_rows() -> None:
+    # Untied, so that the embedding shows which rows were read: in the output every row takes part.
+    split = adapted_split(train_base=True, tied=False)
     frozen, before = tree_bytes(split.frozen), {path: np.array(split.trainable[path]) for path in BASE_ROWS}
     optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.0))
     step = stepping(split.structure, replace(OPTIMIZER, weight_decay=0.0))
@@ -83,17 +84,17 @@ def test_a_step_moves_the_base_rows_where_they_train_and_no_frozen_bit() -> None
     read, written = (np.abs(np.asarray(state.trainable[path]) - before[path]).max(axis=1) for path in BASE_ROWS)
     seen = np.isin(np.arange(VOCAB), batch["tokens"][:, :-1])
     assert seen.sum() >= 4 and (read[~seen] == 0).all()
-    # Adam's first step is the rate, half of the peak, and for vocabulary rows twice that.
+    # Adam's first step is the rate: half of the peak, times 2 for vocabulary rows.
     assert np.allclose(read[seen], OPTIMIZER.learning_rate, rtol=1e-2)
     assert np.allclose(written, OPTIMIZER.learning_rate, rtol=1e-2)
     assert tree_bytes(split.frozen) == frozen
 
 
-def test_the_step_is_on_the_mean_over_weighted_tokens(step: Any) -> None:
+def test_the_loss_is_the_mean_over_weighted_tokens(step: Any) -> None:
     """A batch with all weights doubled has the same mean: the same loss, gradient norm and next arrays."""
     outcomes = []
     for factor in (1, 2):
-        split = new_split()
+        split = adapted_split()
         batch = batch_of(0)
         batch["weights"] = factor * batch["weights"]
         outcomes.append(step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, device(batch)))
@@ -105,7 +106,7 @@ def test_the_step_is_on_the_mean_over_weighted_tokens(step: Any) -> None:
 
 
 def test_a_batch_without_a_trained_token_is_harmless(step: Any) -> None:
-    split = new_split()
+    split = adapted_split()
     batch = batch_of(0)
     batch["weights"] = np.zeros_like(batch["weights"])
     state, metrics = step(initial_state(split.trainable, make_optimizer(OPTIMIZER)), split.frozen, device(batch))
@@ -127,7 +128,7 @@ def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> 
     seen = [device(batch_of(k)) for k in range(STEPS)]
     before, after = (
         np.mean([mean_loss(trainable, batch) for batch in seen])
-        for trainable in (new_split().trainable, outcome.trainable)
+        for trainable in (adapted_split().trainable, outcome.trainable)
     )
     assert after < before - 0.2
     rate = schedule(OPTIMIZER)
@@ -138,13 +139,13 @@ def test_a_run_logs_every_step_and_learns(undisturbed: tuple[Outcome, Path]) -> 
     assert latest(directory) == STEPS
 
 
-def test_dropout_is_a_function_of_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
+def test_dropout_depends_on_seed_and_step(step: Any, undisturbed: tuple[Outcome, Path]) -> None:
     optimizer = make_optimizer(OPTIMIZER)
-    dropping, other_seed = (stepping(new_split().structure, seed=seed, dropout=True) for seed in (11, 12))
+    dropping, other_seed = (stepping(adapted_split().structure, seed=seed, dropout=True) for seed in (11, 12))
 
     def arguments(number: int) -> tuple[Any, ...]:
         """Batch 0 and the arrays that a run starts from, at a step of the given number."""
-        split = new_split()
+        split = adapted_split()
         state = initial_state(split.trainable, optimizer)._replace(step=jnp.int32(number))
         return state, split.frozen, device(batch_of(0))
 
@@ -163,9 +164,7 @@ def require_same(outcome: Outcome, directory: Path, undisturbed: tuple[Outcome, 
     assert tree_bytes(restored(directory)) == tree_bytes(restored(other))
 
 
-def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: tuple[Outcome, Path]
-) -> None:
+def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     interrupt = Interrupt()
     directory = tmp_path / "pretrain"
 
@@ -179,13 +178,11 @@ def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(
 
     asked_for: list[int] = []
     outcome = run(directory, Source(asked_for.append))
-    assert asked_for == [3, 4, 5], "no batch twice, none left out"
+    assert asked_for == [3, 4, 5], "each remaining batch once"
     require_same(outcome, directory, undisturbed)
 
 
-def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: tuple[Outcome, Path]
-) -> None:
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     directory = tmp_path / "pretrain"
 
     def die(k: int) -> None:
@@ -194,7 +191,7 @@ def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
 
     with pytest.raises(KeyboardInterrupt):
         run(directory, Source(die), checkpoint_every=3)
-    # Step 4 is logged but not saved; and a kill may come in the middle of a line.
+    # Step 4 is logged but not saved. A kill may also come in the middle of a line.
     metrics = directory / "metrics.jsonl"
     assert [row["step"] for row in read_rows(metrics)] == [1, 2, 3, 4]
     assert latest(directory) == 3
@@ -207,7 +204,7 @@ def test_a_run_that_was_killed_past_its_checkpoint_ends_as_one_that_was_not(
     require_same(outcome, directory, undisturbed)
 
 
-def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
+def test_a_request_to_stop_at_the_last_step_changes_nothing(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
     interrupt = Interrupt()
 
     def ask(k: int) -> None:
@@ -216,7 +213,7 @@ def test_a_request_at_the_last_step_stops_nothing(tmp_path: Path, undisturbed: t
     require_same(run(tmp_path / "a", Source(ask), interrupt=interrupt), tmp_path / "a", undisturbed)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Path) -> None:
+def test_an_update_that_is_not_finite_is_skipped_and_recorded(tmp_path: Path) -> None:
     directory = tmp_path / "pretrain"
     outcome = run(directory, Broken({1, 3}), max_skipped=2)
     assert (outcome.steps, outcome.skipped) == (STEPS, 2)
@@ -228,7 +225,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Pat
     assert skipped[1]["rows"] == ["text.txt:6", "text.txt:7"] and skipped[0]["loss"] in ("inf", "nan")
     state = restored(directory)
     assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (STEPS, 2, 0)
-    # Stopped between the two, it ends with the same bytes.
+    # A run that is stopped between the two ends with the same bytes.
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "again", Dying({1, 3}), max_skipped=2)
     run(tmp_path / "again", Broken({1, 3}), max_skipped=2)
@@ -237,14 +234,14 @@ def test_an_update_that_is_not_finite_is_skipped_and_accounted_for(tmp_path: Pat
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
     directory = tmp_path / "pretrain"
     said = r"pretrain: .* not finite in 2 steps in a row, up to step 5; .* lower pretrain\.learning_rate"
     with pytest.raises(Diverged, match=said):
         run(directory, Broken({1, 3, 4}), checkpoint_every=3, max_skipped=2)
     assert latest(directory) == 3
     assert all(np.isfinite(leaf).all() for _, leaf in leaves(restored(directory)))
-    # What was skipped in a row before a stop counts after it.
+    # Updates that were skipped before a stop count after it.
     with pytest.raises(Preempted):
         interrupt = Interrupt()
         interrupt.requested = True
@@ -253,21 +250,19 @@ def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_stands(tmp_path: 
         run(tmp_path / "stopped", Broken({0, 1}), max_skipped=2)
 
 
-def test_a_run_goes_on_with_more_steps_and_refuses_fewer_than_it_did(tmp_path: Path) -> None:
-    run(tmp_path / "a")
+def test_a_run_may_get_more_steps_but_not_fewer(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
+    shutil.copytree(undisturbed[1], tmp_path / "a")
     more = run(tmp_path / "a", optimizer=replace(OPTIMIZER, steps=STEPS + 2))
     assert more.steps == STEPS + 2
     with pytest.raises(UserError, match=r"checkpoint is at step 8, past the 3 steps of the config; raise a\.steps"):
         run(tmp_path / "a", optimizer=replace(OPTIMIZER, steps=3))
 
 
-def test_the_ledger_has_the_time_of_all_steps(tmp_path: Path) -> None:
-    run(tmp_path / "a", checkpoint_every=2)
-    spent = summarise(tmp_path / "a" / LEDGER)["seconds"]
+def test_the_ledger_has_the_time_of_all_steps(undisturbed: tuple[Outcome, Path]) -> None:
+    spent = summarise(undisturbed[1] / LEDGER)["seconds"]
     assert all(spent[name] > 0 for name in ("init", "compile", "step", "save", "data")) and spent["validate"] == 0
 
 
-def test_a_run_that_had_finished_reports_its_last_loss(tmp_path, undisturbed):
-    run(tmp_path / "pretrain")
-    again = run(tmp_path / "pretrain")
+def test_a_finished_run_reports_its_last_loss(tmp_path: Path, undisturbed: tuple[Outcome, Path]) -> None:
+    again = run(shutil.copytree(undisturbed[1], tmp_path / "pretrain"))
     assert again.last_loss == undisturbed[0].last_loss

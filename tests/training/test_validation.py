@@ -1,4 +1,4 @@
-"""Validation: the best checkpoint is kept, and a stage stops when it gets no better."""
+"""Validation: the best checkpoint is kept, and a stage stops when it no longer improves."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transllm_jax.training.checkpoint import Checkpoints
 from transllm_jax.training.record.metrics import read_rows, read_validations
 from transllm_jax.training.validation import Watch
 
-# A frozen array that was given away with the state.
+# XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
 
 def watch_of(scores: list[float], every: int = 1, patience: int | None = None, of: str = "") -> tuple[Watch, list[int]]:
-    """Validations with these results, one after the other; and how many were made."""
+    """A watch that measures these scores one after the other, and a list with an entry for each."""
     made: list[int] = []
 
     def measure(trainable: Any) -> float:
@@ -43,7 +43,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a" / "validation.jsonl") == [
         {"step": step, "bits_per_byte": score} for step, score in ((2, 3.0), (4, 1.0), (6, 2.0))
     ]
-    # Of equal ones the last: it has seen more.
+    # Of equal ones the last is the best, because it has seen more.
     watch, _ = watch_of([1.0, 2.0, 1.0], every=2)
     assert run(tmp_path / "b", watch=watch, checkpoint_every=100, keep=1).best == 6
 
@@ -64,7 +64,7 @@ def test_a_stage_stops_when_it_gets_no_better(tmp_path: Path) -> None:
     watch, made = watch_of(scores, patience=2)
     outcome = run(tmp_path / "a", watch=watch)
     assert (outcome.steps, outcome.best, len(made)) == (4, 2, 4)
-    # Killed after it had stopped, it does not go on; killed before, it comes to the same end.
+    # A run that is started again after it stopped does not go on; one killed before comes to the same end.
     watch, made = watch_of([])
     again = run(tmp_path / "a", watch=replace(watch, patience=2))
     assert (again.steps, again.best, made) == (4, 2, [])
@@ -82,7 +82,7 @@ def test_validations_of_other_rows_are_not_compared(tmp_path: Path, capsys: pyte
         with pytest.raises(Preempted):
             run(tmp_path / "a", watch=watch_of(scores, of=of)[0], interrupt=interrupt)
 
-    # Step by step: with other rows every score is higher, and so is the best of them.
+    # A run in parts: with other rows every score is higher, also the best one.
     stopped([1.0], "few")
     stopped([1.5], "few")
     stopped([3.0], "many")
@@ -92,5 +92,5 @@ def test_validations_of_other_rows_are_not_compared(tmp_path: Path, capsys: pyte
     rows = read_validations(tmp_path / "a" / "validation.jsonl")
     assert [row["step"] for row in rows] == [3, 4, 5, 6] and {row["of"] for row in rows} == {"many"}
     assert len(read_rows(tmp_path / "a" / "validation.jsonl")) == 6
-    # Nothing was measured on these rows yet, and the scores of others have no say.
+    # Nothing was measured on these rows yet, and scores on other rows do not count.
     assert run(tmp_path / "a", watch=watch_of([], of="third")[0]).best is None

@@ -1,4 +1,4 @@
-"""What the tests of the step share: models of which adapters or all weights train, batches, and steps."""
+"""Shared by the tests of the step: models of which adapters or all weights train, batches, and steps."""
 
 from __future__ import annotations
 
@@ -11,35 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from conftest import random_weights, tiny_config
+from tiny_training import NEW, VOCAB, adapted_split
 
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen
 from transllm_jax.training.optimizer import OptimizerConfig, schedule
 from transllm_jax.training.step import Batch, Metrics, initial_state, make_step
 
-VOCAB, NEW, ROWS, LENGTH = 40, 5, 8, 12
-LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
+ROWS, LENGTH = 8, 12
 RATES = OptimizerConfig(1e-2, steps=8, warmup_steps=3, new_rows_multiplier=2.0, weight_decay=0.01)
-# Optimizers that remember the last gradient; and that always give 1.
+# An optimizer that remembers the last gradient, and whose update is always 1.
 GRADIENTS = optax.GradientTransformationExtraArgs(
     lambda parameters: jax.tree.map(jnp.zeros_like, parameters),
-    lambda gradient, state, parameters=None, *, finite: (gradient, gradient),
-)
-ONES = optax.GradientTransformationExtraArgs(
-    lambda parameters: (),
-    lambda gradient, state, parameters=None, *, finite: (jax.tree.map(jnp.ones_like, gradient), state),
+    lambda gradient, state, parameters=None, *, finite: (jax.tree.map(jnp.ones_like, gradient), gradient),
 )
 FAMILY = replace(tiny_config(VOCAB, tied=False), attention_bias=True, mlp_bias=True)
-
-
-def adapted_split(*, train_base: bool = False, tied: bool = True) -> Split:
-    """Adapters and new rows in the middle of training: nothing is zero."""
-    config = tiny_config(VOCAB, tied=tied)
-    rng = np.random.default_rng(1)
-    shapes = abstract(config, LORA, NEW, train_base=train_base).trainable
-    trainable = {path: 0.1 * rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in sorted(shapes.items())}
-    return assemble(config, load_frozen(config, random_weights(config)), lora=LORA, trainable=trainable)
 
 
 def full_split(config: LlamaConfig = FAMILY, dtype: Any = jnp.float32, **options: Any) -> Split:
@@ -52,7 +38,7 @@ def full_split(config: LlamaConfig = FAMILY, dtype: Any = jnp.float32, **options
 
 
 def batch_of(rows: int = ROWS, seed: int = 0) -> Batch:
-    """Random tokens of the whole vocabulary; very different numbers of them count in each row, one of them 0."""
+    """Random tokens of the whole vocabulary. The number of weighted tokens differs from row to row; in one it is 0."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB + NEW, (rows, LENGTH), dtype=np.int32)
     counted = rng.permutation(np.arange(rows) * (LENGTH - 1) // max(rows - 1, 1))
@@ -73,19 +59,14 @@ def rows_of(batch: Batch, chosen: Any) -> Batch:
 
 
 def in_parts(batch: Batch, accumulate: int) -> Batch:
-    """A batch as a step with `accumulate` takes it: its rows in so many parts, one after the other."""
+    """The batch that a step with `accumulate` takes: its rows in this many parts."""
     if accumulate == 1:
         return batch
     return {field: values.reshape(accumulate, -1, *values.shape[1:]) for field, values in batch.items()}
 
 
-def tree_bytes(tree: Any) -> dict[str, bytes]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
-
-
 def near(ours: Any, wanted: Any, tolerance: float = 1e-5) -> None:
-    """Relative to each array's largest value: float32, sums in another order."""
+    """Raises unless arrays are equal up to float32 rounding, relative to each array's largest value."""
     assert ours.keys() == wanted.keys()
     for path, values in wanted.items():
         scale = np.abs(values).max()
@@ -94,6 +75,7 @@ def near(ours: Any, wanted: Any, tolerance: float = 1e-5) -> None:
 
 @cache
 def stepper(accumulate: int = 1, dropout: bool = False, z_loss: float = 0.0) -> Any:
+    """A compiled step of `adapted_split`, made once for all tests."""
     return make_step(
         adapted_split().structure,
         GRADIENTS,

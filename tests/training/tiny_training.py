@@ -1,4 +1,4 @@
-"""What the tests of training share: a small model, batches by number, and runs of the loop on them."""
+"""Shared by the tests of training: a small model, numbered batches, and runs of the loop on them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, steps=STEPS, warmup_steps=1, new_rows_multiplier=2.0, weight_decay=0.01)
 
 
-def new_split(lora: LoraConfig = LORA, new_rows: int = NEW, *, train_base: bool = False, tied: bool = True) -> Split:
-    """A model in the middle of training: nothing is zero."""
+def adapted_split(
+    lora: LoraConfig = LORA, new_rows: int = NEW, *, train_base: bool = False, tied: bool = True
+) -> Split:
+    """A model as in the middle of training: nothing is zero."""
     config = tiny_config(VOCAB, tied=tied)
     rng = np.random.default_rng(1)
     shapes = abstract(config, lora, new_rows, train_base=train_base).trainable
@@ -40,7 +42,7 @@ def new_split(lora: LoraConfig = LORA, new_rows: int = NEW, *, train_base: bool 
 
 
 def batch_of(k: int) -> dict[str, np.ndarray]:
-    """Batch k: sequences in which each token determines the next, among base and new ids."""
+    """Batch k: sequences of base and new ids in which each token determines the next."""
     tokens = np.zeros((2, LENGTH), np.int32)
     tokens[:, 0] = [k % (VOCAB + NEW), (7 * k + 3) % (VOCAB + NEW)]
     for place in range(1, LENGTH):
@@ -57,7 +59,7 @@ def batch_of(k: int) -> dict[str, np.ndarray]:
 
 
 class Source:
-    """Batches by number; `before` is called with each number that is asked for."""
+    """Numbered batches; calls `before` with each number that is asked for."""
 
     batch_size = 2
 
@@ -84,23 +86,23 @@ def run(
     watch: Watch | None = None,
     **changes: Any,
 ) -> Outcome:
-    # No batch is asked for ahead of its step, so that what happens at one happens there.
+    # No batch is read ahead of its step, so that `before` is called at that step.
     config = LoopConfig(OPTIMIZER, checkpoint_every=checkpoint_every, seed=11, dropout=True, ahead=0)
     config = replace(config, **changes)
     directory.mkdir(parents=True, exist_ok=True)
     with Ledger(directory / LEDGER) as ledger:
         given = (source or Source(), config, directory, Progress(quiet=True), interrupt or Interrupt(), ledger, watch)
-        return train(new_split(), *given)
+        return train(adapted_split(), *given)
 
 
 @cache
 def _summed_loss() -> Any:
-    split = new_split()
+    split = adapted_split()
     return jax.jit(lambda trainable, batch: summed_loss(split.structure, trainable, split.frozen, batch))
 
 
 def mean_loss(trainable: Any, batch: dict[str, jax.Array]) -> float:
-    """nats a token, without dropout"""
+    """Mean nats a token, without dropout."""
     return float(_summed_loss()(trainable, batch) / batch["weights"].sum())
 
 
@@ -129,9 +131,9 @@ def save(directory: Path, *states: TrainState) -> None:
 
 
 def some_state(step: int, *, lora: LoraConfig = LORA, new_rows: int = NEW, train_base: bool = False) -> TrainState:
-    """A state in which every value is another one."""
+    """A state of random values."""
     rng = np.random.default_rng(step)
-    state = initial_state(new_split(lora, new_rows, train_base=train_base).trainable, make_optimizer(OPTIMIZER))
+    state = initial_state(adapted_split(lora, new_rows, train_base=train_base).trainable, make_optimizer(OPTIMIZER))
     drawn = jax.tree.map(
         lambda leaf: (
             jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) if leaf.ndim else jnp.int32(rng.integers(99))
@@ -142,7 +144,7 @@ def some_state(step: int, *, lora: LoraConfig = LORA, new_rows: int = NEW, train
 
 
 class Broken(Source):
-    """Batches of which some have a loss that is not finite."""
+    """Batches; those in `broken` have a loss that is not finite."""
 
     def __init__(self, broken: set[int]) -> None:
         super().__init__()
@@ -156,6 +158,8 @@ class Broken(Source):
 
 
 class Dying(Broken):
+    """Batches, of which number 3 is interrupted as by Ctrl-C."""
+
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         if k == 3:
             raise KeyboardInterrupt
