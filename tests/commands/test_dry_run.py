@@ -57,7 +57,7 @@ class Planned:
 
     def job(self, name: str) -> Job:
         """A stage's training; to measure it uses it up."""
-        return prepare(self.run, self.workdir / name, name=name, start="vocabulary", parts=self.parts[name])
+        return prepare(self.run, name=name, start="vocabulary", parts=self.parts[name])
 
     def section(self, name: str) -> str:
         """What was printed of a stage."""

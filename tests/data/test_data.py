@@ -19,7 +19,7 @@ from transllm_jax.data.rows.examples import (
     document_examples,
     make_example,
     pair_texts,
-    whole_text,
+    text_example,
 )
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
@@ -235,11 +235,11 @@ class WithBos:
 
 
 def test_a_document_ends_with_its_end_and_its_bos_is_not_trained(tokenizer: Tokenizer) -> None:
-    example = whole_text(tokenizer, tokenizer.encode(THAI))
+    example = text_example(tokenizer, tokenizer.encode(THAI))
     assert example.ids.tolist() == [*tokenizer.encode(THAI), tokenizer.document_end_id]
     assert example.mask.all()
     assert (example.ids.dtype, example.mask.dtype) == (np.int32, np.uint8)
-    with_bos = whole_text(WithBos(), WithBos().encode("ab"))
+    with_bos = text_example(WithBos(), WithBos().encode("ab"))
     assert with_bos.ids.tolist() == [1, 107, 108, 2]
     assert with_bos.mask.tolist() == [0, 1, 1, 1]
 
@@ -248,7 +248,7 @@ def test_long_documents_are_split_and_lose_nothing() -> None:
     examples = document_examples(WithBos(), ["a" * 20, "b", "c" * 6], 8)
     assert len(examples) == 5 and max(map(len, examples)) == 8
     joined = np.concatenate([examples[0].ids, *(e.ids[1:] for e in examples[1:3])])
-    assert joined.tolist() == whole_text(WithBos(), WithBos().encode("a" * 20)).ids.tolist()
+    assert joined.tolist() == text_example(WithBos(), WithBos().encode("a" * 20)).ids.tolist()
     assert [e.ids[-1] for e in examples] == [107, 107, 2, 2, 2]
 
 
@@ -259,7 +259,7 @@ def test_pairs_give_both_directions() -> None:
 def test_pairs_that_are_too_long_are_counted(tokenizer: Tokenizer) -> None:
     pairs = [("good day", "ดี"), ("a long text " * 30, "ยาว"), ("two", "สอง")]
     counts = Counter[str]()
-    made = Transform("pairs", 64).made(tokenizer, pairs, counts)
+    made = Transform("pairs", 64).make_examples(tokenizer, pairs, counts)
     assert [len(one.examples) for one in made] == [2, 0, 2] and counts["longer than a row"] == 1
     for text, example in zip(pair_texts(*pairs[0]), made[0].examples, strict=True):
         assert example.ids.tolist() == [*tokenizer.encode(text), tokenizer.document_end_id] and example.mask.all()
@@ -285,7 +285,7 @@ def test_long_conversations_are_cut_at_a_turn_and_counted(tokenizer: Tokenizer) 
     hopeless = conversation("one " * 200, "first.")
     unanswered = conversation("one", "first.", "two")
     counts = Counter[str]()
-    made = Transform("conversations", 120).made(tokenizer, [short, long, hopeless, unanswered], counts)
+    made = Transform("conversations", 120).make_examples(tokenizer, [short, long, hopeless, unanswered], counts)
     assert [len(one.examples) for one in made] == [1, 1, 0, 1]
     assert (counts["cut at a turn"], counts["longer than a row"]) == (2, 1)
     examples = [example for one in made for example in one.examples]

@@ -25,7 +25,7 @@ from transllm_jax.data.rows.examples import (
     document_examples,
     make_example,
     pair_texts,
-    whole_text,
+    text_example,
 )
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
 from transllm_jax.data.rows.planned import PlannedRows, Selection
@@ -99,7 +99,7 @@ def test_rows_are_those_of_packing_in_memory(
         assert len(examples) > len(items) and rows.counts["split"] > 0
     elif content == "pairs":
         texts = [text for pair in items for text in pair_texts(*pair)]
-        whole = [whole_text(tokenizer, tokenizer.encode(text)) for text in texts]
+        whole = [text_example(tokenizer, tokenizer.encode(text)) for text in texts]
         examples = [example for example in whole if len(example) <= length]
         # Counted by pairs; both directions of each are longer here.
         assert len(whole) - len(examples) == 2 * rows.counts["longer than a row"] > 0

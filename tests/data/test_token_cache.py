@@ -78,7 +78,7 @@ def test_records_are_the_examples(
     tokens = written(tmp_path / "cache", shard, transform, tokenizer)
     counts = Counter[str]()
     items = items_of([shard])
-    made = transform.made(tokenizer, items, counts)
+    made = transform.make_examples(tokenizer, items, counts)
     wanted = [example for found, _ in made for example in found]
     assert_same(tokens.examples(list(range(len(tokens)))), wanted)
     assert_same(tokens.examples([3, 0, 3]), [wanted[n] for n in (3, 0, 3)])
@@ -108,7 +108,7 @@ def test_bytes_of_a_conversation_are_those_of_the_answers_that_are_trained(token
         (two, [*first, *second, *third], 5),  # cut at a turn
     ):
         counts = Counter[str]()
-        ((examples, sizes),) = Transform("conversations", length).made(tokenizer, [messages], counts)
+        ((examples, sizes),) = Transform("conversations", length).make_examples(tokenizer, [messages], counts)
         assert len(examples) == 1 and sizes == [size] and counts["cut at a turn"] == (length == two)
 
 
@@ -383,7 +383,7 @@ def test_two_writers_at_once(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: 
         thread.join()
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.array_record", "a.npz"]
     tokens = ShardTokens(path, "a")
-    made = TEXT.made(tokenizer, items_of([shard]), Counter())
+    made = TEXT.make_examples(tokenizer, items_of([shard]), Counter())
     assert_same(tokens.examples(list(range(len(tokens)))), [example for found, _ in made for example in found])
 
 

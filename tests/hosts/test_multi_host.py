@@ -192,7 +192,7 @@ def test_one_is_lost_or_stopped_and_the_job_goes_on(config: Path, whole: Path, p
 
     line = lost(1, step=5)
     assert line in [
-        f"error: process 1 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step {step} stands; {AGAIN}"
+        f"error: process 1 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step {step} is kept; {AGAIN}"
         for step in (2, 3, 4)
     ]
     ended = start(config, workdir, 2, *UNTIL, harm=(1, signal.SIGTERM, 4))
@@ -206,7 +206,7 @@ def test_one_is_lost_or_stopped_and_the_job_goes_on(config: Path, whole: Path, p
     assert newest == 6
     # The first process, where all is written and the others meet.
     line = lost(0, step=7)
-    assert line == f"error: process 0 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step 6 stands; {AGAIN}"
+    assert line == f"error: process 0 of 2 (host {HOST}) was lost; pretrain: the checkpoint of step 6 is kept; {AGAIN}"
     require_done(start(config, workdir, 2, *UNTIL))
     require_same(results(workdir, ["pretrain"]), of_pretraining(whole))
 
@@ -306,7 +306,7 @@ def test_new_hosts_go_on_from_the_store(
     assert [one.code for one in ended] == [1, -signal.SIGKILL], said(ended)
     # That of step 6 may have been at work, and complete a moment later.
     (line,) = own_lines(ended[0])
-    assert any(f"pretrain: the checkpoint of step {step} stands" in line for step in (4, 6)), line
+    assert any(f"pretrain: the checkpoint of step {step} is kept" in line for step in (4, 6)), line
     # The newest one is damaged, in a part that the second process wrote; the one before it is used.
     store = Store(f"{url}/pretrain/checkpoints")
     files = store.files()

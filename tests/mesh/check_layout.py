@@ -125,8 +125,8 @@ def test_a_layout_of_the_devices_there_are() -> None:
 def test_a_batch_lies_by_rows(shape: Shape, accumulate: int) -> None:
     layout, size = layout_of(shape), 8 * accumulate
     placement, batch = Placement(layout, accumulate), batch_of(0, size)
-    assert placement.places(size).tolist() == list(range(size))
-    for field, values in placement.cut(batch, size).items():
+    assert placement.local_rows(size).tolist() == list(range(size))
+    for field, values in placement.to_devices(batch, size).items():
         wanted = batch[field]
         in_parts = wanted.reshape(accumulate, 8, *wanted.shape[1:]) if accumulate > 1 else wanted
         assert values.dtype == wanted.dtype and values.sharding == placement.batch_sharding
@@ -162,10 +162,10 @@ def test_the_rows_of_all_processes_are_the_batch(
     held, count = [], 8 // processes
     for process in range(processes):
         own = set(range(process * count, (process + 1) * count))
-        places = placement.places(size)
+        places = placement.local_rows(size)
         held.append(places)
         # It has no other rows.
-        found: Any = placement.cut({field: values[places] for field, values in batch.items()}, size)
+        found: Any = placement.to_devices({field: values[places] for field, values in batch.items()}, size)
         for field, parts in found.items():
             assert {device.id for device in parts} == own
             for index, values in parts.values():

@@ -140,7 +140,7 @@ def prepare(case: Case, layout: Layout, length: int = LENGTH) -> Prepared:
 
     def cut(number: int) -> dict[str, jax.Array]:
         rows = batch_of(number, size, length)
-        return placement.cut({field: values[placement.places(size)] for field, values in rows.items()}, size)
+        return placement.to_devices({field: values[placement.local_rows(size)] for field, values in rows.items()}, size)
 
     return Prepared(step, placement.initial(make, split.trainable), split, cut)
 

@@ -82,11 +82,11 @@ def test_on_one_device_everything_is_what_it_was() -> None:
         is None
     )
     placement = Placement(SINGLE, 2)
-    assert placement.metrics is None and placement.places(6).tolist() == list(range(6))
+    assert placement.metrics is None and placement.local_rows(6).tolist() == list(range(6))
     rows = np.arange(6 * 2).reshape(6, 2)
-    cut = placement.cut({"tokens": rows, "sources": rows[:, 0]}, 6)
+    cut = placement.to_devices({"tokens": rows, "sources": rows[:, 0]}, 6)
     assert np.array_equal(cut["tokens"], rows.reshape(2, 3, 2)) and cut["sources"].shape == (2, 3)
-    assert np.array_equal(Placement(SINGLE).cut({"tokens": rows}, 6)["tokens"], rows)
+    assert np.array_equal(Placement(SINGLE).to_devices({"tokens": rows}, 6)["tokens"], rows)
     assert not any(jax.tree.leaves(placement.shardings(cut)))
 
 

@@ -60,7 +60,6 @@ def test_training_starts_from_the_float32_values_of_the_base(tmp_path: Path, lor
     if lora == "none":
         job = training.prepare(
             run,
-            run.workdir / "pretrain",
             name="pretrain",
             start="vocabulary",
             parts=training.source_parts(run, "pretrain"),
@@ -170,7 +169,7 @@ def test_training_keeps_one_copy_of_the_base(
         return Outcome(split.trainable, 0)
 
     monkeypatch.setattr(training, "train", look)
-    monkeypatch.setattr(training, "_told", lambda *_: {})
+    monkeypatch.setattr(training, "_summary", lambda *_: {})
     training.train_stage(
         run,
         tmp_path / "run" / "pretrain",

@@ -15,7 +15,7 @@ from tiny_steps import ADAPTERS, FAMILY, NEW_ROWS, RATES
 from tiny_training import OPTIMIZER, adapted_split, leaves, tree_bytes
 
 from transllm_jax.model.parameters import BASE_ROWS, count_parameters
-from transllm_jax.training.optimizer import OptimizerConfig, group, make_optimizer, moments_size, schedule
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size, parameter_group, schedule
 
 
 def test_the_rates_of_each_schedule() -> None:
@@ -88,9 +88,9 @@ def test_weight_decay_leaves_scales_and_biases_alone() -> None:
 
 
 def test_each_array_is_in_its_group() -> None:
-    assert {group(path) for path in ADAPTERS} == {"adapters"}
-    assert {group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
-    assert {group(path) for path in random_weights(FAMILY)} == {"weights"}
+    assert {parameter_group(path) for path in ADAPTERS} == {"adapters"}
+    assert {parameter_group(path) for path in NEW_ROWS | set(BASE_ROWS)} == {"new_rows"}
+    assert {parameter_group(path) for path in random_weights(FAMILY)} == {"weights"}
     # The multiplier does not apply to the base's weights.
     parameters = {path: jnp.ones(2) for path in ("vocabulary.base", "vocabulary.new", "blocks.mlp.up.kernel")}
     optimizer = make_optimizer(replace(RATES, new_rows_multiplier=3.0, weight_decay=0.0))

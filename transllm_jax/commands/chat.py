@@ -21,7 +21,7 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages.manifest import Artifact
-from transllm_jax.stages.points import POINTS, newest_point, tokenless
+from transllm_jax.stages.points import POINTS, ids_without_token, newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers
@@ -92,7 +92,7 @@ def open_session(
         model = open_directory(path)
         tokenizer, name = Tokenizer.load(path), path.name
         frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
-        padding = tokenless(tokenizer, model.config.vocab_size)
+        padding = ids_without_token(tokenizer, model.config.vocab_size)
         engine = Engine(assemble(model.config, frozen, padding=padding), model.config)
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")

@@ -65,7 +65,7 @@ def show_plan(run: Run) -> None:
             say("  chains and English answers are known after stage recover: not counted here", style="yellow")
         if not parts:
             continue
-        job = prepare(run, run.workdir / name, name=name, start="vocabulary", parts=parts)
+        job = prepare(run, name=name, start="vocabulary", parts=parts)
         console.print(_sources(job))
         _say_steps(say, job, name, measure(job))
         say(f"  the first {ROWS} rows, with {TRAINED[0]} {TRAINED[1]} around what the loss counts")
@@ -128,7 +128,7 @@ def measure(job: Job) -> Cost:
     step = step_of(config, job.split)
     make = partial(initial_state, optimizer=make_optimizer(config.optimizer))
     state, frozen = placement.initial(make, job.split.trainable), job.split.frozen
-    batch = placement.cut(job.batches[0], size)
+    batch = placement.to_devices(job.batches[0], size)
     compiled: Any = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
     known = compiled.memory_analysis()
     held, trained, moments = (
@@ -140,7 +140,7 @@ def measure(job: Job) -> Cost:
         return Cost(held, trained, moments, temporary, None)
     seconds = []
     for number in range(STEPS):
-        batch = placement.cut(job.batches[number], size)
+        batch = placement.to_devices(job.batches[number], size)
         started = time.perf_counter()
         state, metrics = compiled(state, frozen, batch)
         jax.block_until_ready(metrics.loss)

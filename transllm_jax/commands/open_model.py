@@ -24,7 +24,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
-from transllm_jax.stages.points import POINTS, about, newest_point
+from transllm_jax.stages.points import POINTS, chat_metadata, newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
@@ -102,7 +102,7 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
     if not trainable.is_dir():
         raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
     merged = Merged(open_hf(run.models.base), load_arrays(trainable), run.models.scale)
-    return Source(merged, run.models.base, workdir / "vocabulary", run.models.lora, about(run.config), point)
+    return Source(merged, run.models.base, workdir / "vocabulary", run.models.lora, chat_metadata(run.config), point)
 
 
 def peft_base(directory: Path) -> str:

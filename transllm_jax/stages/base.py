@@ -13,14 +13,14 @@ from transllm_jax.tokenizer.ends import unnamed_end
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What the import depends on, and the type that all steps compute in."""
+    """The inputs of the import; among them the dtype in which all steps compute."""
     return {"model": run.config.model.model_dump(exclude={"shape"})}
 
 
 def check(run: Run) -> None:
-    """Refuse a chat template that cannot be trained on, hours before the stage that does so; raises UserError.
+    """Refuse a chat template that cannot be trained on, hours before the stage that uses it. Raises UserError.
 
-    Says which token ends an answer where the model's files do not.
+    Prints which token ends an answer if the model's files do not name it.
     """
     tokenizer = run.models.tokenizer("base")
     check_template(tokenizer)

@@ -1,6 +1,6 @@
-"""What stage `recover` found as conversations, which stage `transfer` reads like any other source.
+"""The results of stage `recover` as conversations, which stage `transfer` reads like any other source.
 
-`chains.jsonl` holds the parts of each chain, for people; the two files of conversations are made of it alone.
+`chains.jsonl` holds the parts of each chain in readable form; the two files of conversations are made from it alone.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ def _record(question: str, answer: str) -> str:
 def conversation_sources(run: Run) -> tuple[Source, Source]:
     """The chains, and the English answers, as sources of conversations.
 
-    Stage `recover` wrote them. One that an older version finished has its chains alone: they are written now.
+    Stage `recover` writes both files. An older version wrote only chains.jsonl: they are then written now.
     """
     directory = run.workdir / "recover"
     paths = [directory / name for name in _CONVERSATIONS]
 
-    def complete() -> bool:
+    def write_missing() -> bool:
         missing = not all(path.is_file() for path in paths)
         if missing:
             write_conversations(directory, run.markers)
         return missing
 
-    if run.peers.run_on_primary("the conversations of recover", complete):
+    if run.peers.run_on_primary("the conversations of recover", write_missing):
         run.site.publish("recover")
     chains, english = (Source(path=str(path), format="conversations") for path in paths)
     return chains, english

@@ -1,4 +1,4 @@
-"""The evaluation of one point on the held-out files, which no stage reads."""
+"""The evaluation of one point on the held-out files, which no stage trains on."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
+from transllm_jax.model.parameters import Split
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 
-# Beside the results: the original model's answers, for the evaluations of all points.
+# In the directory of all evaluations: the original model's answers, which the evaluation of each point uses.
 ORIGINAL = "original_answers.json"
-# What the parts of an evaluation that is not done found.
+# The results of the parts that are done, while an evaluation is not finished.
 SO_FAR = "so_far.json"
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What an evaluation reads: files and config sections."""
+    """An evaluation's inputs: the config sections and files that it reads."""
     section = run.config.evaluation
     return {
         # `others` are not measured.
@@ -40,7 +41,16 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def require_held_out(run: Run) -> None:
-    """Refuse a held-out file that a stage trains on, or a copy of one. Raises UserError that names it."""
+    """Refuse a held-out file that a stage also trains on, or that is a copy of such a file. Raises UserError."""
+    trained_on = _trained_hashes(run)
+    for name, files in _held_out_hashes(run).items():
+        for file, digest in files.items():
+            if digest in trained_on:
+                raise UserError(f"{name}: {file} is also trained on; hold it out of every stage")
+
+
+def _trained_hashes(run: Run) -> set[str]:
+    """The hashes of all files that a stage trains on."""
     config = run.config
     trained = [
         *config.vocabulary.sources,
@@ -51,8 +61,12 @@ def require_held_out(run: Run) -> None:
     ]
     recover = config.recover
     records = [recover.instructions, recover.translate_instructions.file, recover.translate_answers.file]
-    seen = {*run.inputs.source_hashes(trained).values(), *run.inputs.hashes(path for path in records if path).values()}
-    section = config.evaluation
+    return {*run.inputs.source_hashes(trained).values(), *run.inputs.hashes(path for path in records if path).values()}
+
+
+def _held_out_hashes(run: Run) -> dict[str, dict[str, str]]:
+    """The hashes of the held-out files by config key."""
+    section = run.config.evaluation
     held_out = {
         "evaluation.text": run.inputs.source_hashes([section.text]),
         "evaluation.pairs": run.inputs.hashes([section.pairs]),
@@ -60,16 +74,13 @@ def require_held_out(run: Run) -> None:
         "evaluation.others": run.inputs.source_hashes(section.others),
     }
     for name in ("pretrain", "translate", "transfer"):
-        validation = getattr(config, name).validation
+        validation = getattr(run.config, name).validation
         held_out[f"{name}.validation"] = {} if validation is None else run.inputs.source_hashes([validation.source])
-    for name, files in held_out.items():
-        for file, digest in files.items():
-            if digest in seen:
-                raise UserError(f"{name}: {file} is also trained on; hold it out of every stage")
+    return held_out
 
 
 def check(run: Run) -> None:
-    """What can be known to be wrong before the first evaluation begins. Raises UserError."""
+    """Find what is wrong with the config and files of an evaluation before the first begins. Raises UserError."""
     section, prompts = run.config.evaluation, run.config.prompts
     for key, given in (("to_target", prompts.to_target), ("to_english", prompts.to_english)):
         for prompt in given:
@@ -92,42 +103,40 @@ def check(run: Run) -> None:
     in_target = [(row[target], place) for row, place in zip(rows, rows.places, strict=True)]
     sides = [(text, place) for pair, place in zip(pairs, pairs.places, strict=True) for text in pair]
     run.models.check_room([*asked, *in_target], "evaluation.max_new_tokens", section.max_new_tokens)
-    # After stage `translate` as a pair is written, after stage `transfer` with the room of a chain.
+    # At point `translate` texts are translated between markers; at point `transfer` questions need room for a chain.
     run.models.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
     run.models.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
-    """Measure a point; writes results.json. What its parts found is kept as they come, for a run that is cut off.
+    """Measure a point, and write results.json. Each part's result is kept at once, so a stopped evaluation goes on.
 
     Raises Preempted between two batches when asked to stop.
     """
     config, path = run.config, directory / SO_FAR
     base = run.models.split("base")
-    here = Point(
-        point, base if point == "base" else run.models.split(point), run.models.tokenizer(point), run.models.config
-    )
-    found: dict[str, Any] = (
+    split = base if point == "base" else run.models.split(point)
+    here = Point(point, split, run.models.tokenizer(point), run.models.config)
+    done: dict[str, Any] = (
         run.peers.run_on_primary("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
+    stop_if_asked = partial(_stop_if_asked, run)
 
     with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:
 
         def part(name: str, make: Callable[[], Any]) -> Any:
-            if name not in found:
-                bar.update(1 + len(found), name)
-                found[name] = make()
+            if name not in done:
+                bar.update(1 + len(done), name)
+                done[name] = make()
                 if run.primary:
-                    write_json(path, found)
-                _look(run)
-            return found[name]
+                    write_json(path, done)
+                stop_if_asked()
+            return done[name]
 
         try:
             held_out = _held_out(run)
             if run.teacher is None:
-                asked = [question for question, _ in held_out.questions]
-                answers = _original_answers(run, directory.parent / ORIGINAL, asked)
-                run.teacher = Teacher(base, answers, batch_size=4, between=partial(_look, run))
+                run.teacher = _make_teacher(run, base, directory.parent / ORIGINAL, held_out)
             results = evaluate(
                 here,
                 run.teacher,
@@ -137,29 +146,18 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
                 run.markers,
                 config.language.name,
                 part,
-                partial(_look, run),
+                stop_if_asked,
             )
         except Preempted:
             run.push(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
-            told = f"{len(found)} of {PARTS} parts: stopped, what is done is saved"
+            told = f"{len(done)} of {PARTS} parts: stopped, what is done is saved"
             raise Preempted(f"evaluation/{point}: {told}") from None
         bar.update(PARTS + 1)
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})
         path.unlink(missing_ok=True)
-    metrics = results["metrics"]
-    return {
-        "text": f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
-        f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
-        f"{metrics['well_formed_chains']:.0%} well-formed chains"
-    }
-
-
-def _look(run: Run) -> None:
-    """Raise Preempted, in all processes, if one of them was asked to stop."""
-    if run.peers.any(run.interrupt.requested):
-        raise Preempted("evaluation: stopped, what is done is saved")
+    return {"text": _summary_text(results["metrics"])}
 
 
 def _held_out(run: Run) -> HeldOut:
@@ -178,11 +176,20 @@ def _held_out(run: Run) -> HeldOut:
     )
 
 
+def _make_teacher(run: Run, base: Split, path: Path, held_out: HeldOut) -> Teacher:
+    """The original model with its answers to the English questions, which `path` keeps."""
+    answers = _original_answers(run, path, [question for question, _ in held_out.questions])
+    return Teacher(base, answers, batch_size=4, between=partial(_stop_if_asked, run))
+
+
 def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
-    """The original model's answers to the English questions as (prompt ids, answer ids with the end token)."""
+    """The original model's answers to the English questions as (prompt ids, answer ids).
+
+    The answer ids include the end token, unless the answer was cut off. `path` keeps the answers.
+    """
     tokenizer, section = run.models.tokenizer("base"), run.config.evaluation
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
-    # The prompts, not the questions: a template may write the date.
+    # The answers in the file are used if they were made from the same. Prompts, because a template may write the date.
     wanted = {
         "prompts": prompts,
         "ends": list(end_ids(tokenizer)),
@@ -194,7 +201,7 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
         return [(row["prompt"], row["answer"]) for row in known["rows"]]
     engine = Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size)
     generated = engine.generate(
-        prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_look, run)
+        prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_stop_if_asked, run)
     )
     rows: list[dict[str, Any]] = []
     for question, prompt, ids in zip(questions, prompts, generated, strict=True):
@@ -203,3 +210,17 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
     if run.primary:
         write_json(path, {"of": wanted, "rows": rows})
     return [(row["prompt"], row["answer"]) for row in rows]
+
+
+def _summary_text(metrics: Mapping[str, float]) -> str:
+    return (
+        f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
+        f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
+        f"{metrics['well_formed_chains']:.0%} well-formed chains"
+    )
+
+
+def _stop_if_asked(run: Run) -> None:
+    """Raise Preempted in all processes if one of them was asked to stop."""
+    if run.peers.any(run.interrupt.requested):
+        raise Preempted("evaluation: stopped, what is done is saved")

@@ -10,14 +10,14 @@ from conversion.hf.directory import open_hf
 from conversion.hf.export import export_hf
 from conversion.merged import Merged
 from transllm_jax.disk import write_json
-from transllm_jax.stages.points import about
+from transllm_jax.stages.points import chat_metadata
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.training.arrays import load_arrays
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What the export reads besides the trained point."""
+    """The export's inputs besides the trained point."""
     return {"export": run.config.export.model_dump()}
 
 
@@ -26,7 +26,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     model = Merged(open_hf(run.models.base), load_arrays(run.models.trainable("transfer")), run.models.scale)
 
     def describe(place: Path) -> None:
-        write_json(place / "transllm.json", {**about(run.config), "readers": readers_of(place)})
+        write_json(place / "transllm.json", {**chat_metadata(run.config), "readers": readers_of(place)})
 
     export_hf(
         model,

@@ -1,4 +1,4 @@
-"""Rows that a model makes batch by batch, kept in a file as they come: a run that was cut off goes on behind them."""
+"""Rows that a model generates in batches. Each batch is appended to a file, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.stages.run import Run
 
 Row = dict[str, Any]
-# Makes the rows of one batch of places; it is also given what tells of new tokens.
+# Makes the rows with these numbers, which are one batch. The second argument is to be called with new tokens' counts.
 Make = Callable[[Sequence[int], Callable[[int], None]], Sequence[Row]]
 
-# Seconds between two copies of the rows to a store.
+# Seconds between two copies of the file to a store.
 KEEP_EVERY = 60.0
 
 
@@ -31,12 +31,12 @@ def generated_rows(
     unit: str,
     batch_size: int,
 ) -> list[Row]:
-    """The rows of `path`, one JSON object a line, in the order of `known`; those that it lacks are made and appended.
+    """The rows of `path`, one JSON object per line, in the order of `known`. Missing rows are made and appended.
 
-    known: the fields of each row that are known before it is made. make: gives a batch's rows whole. The file grows by
-    whole batches and is never written anew: a resumed run makes the same batches as an undisturbed one, and the same
-    bytes. All processes take part; the primary writes.
-    Raises Preempted after a batch when asked to stop; UserError for a file that holds other rows.
+    known: the fields of each row that are known before it is made. make: returns a batch's complete rows. The file
+    grows by whole batches and is never rewritten: a resumed run makes the same batches, and the same bytes, as an
+    undisturbed one. All processes take part; the primary writes.
+    Raises Preempted after a batch when asked to stop; UserError if the file holds other rows.
     """
 
     def kept() -> list[Row]:
@@ -65,12 +65,12 @@ def generated_rows(
 
 
 def _kept(path: Path, known: Sequence[Mapping[str, Any]], batch_size: int, stage: str) -> list[Row]:
-    """The rows of whole batches that the file holds. What stands behind them, an unfinished line for one, is cut off.
+    """The rows of the file's complete batches. The rest of the file, such as an unfinished line, is cut off.
 
-    Raises UserError for a line that is damaged or of another row, and does not touch the file then.
+    Raises UserError for a line that is damaged or belongs to another row; the file is then left as it is.
     """
     data = path.read_bytes() if path.exists() else b""
-    # What a killed process was writing has no line end.
+    # The last piece is empty, or a line that a killed process did not finish.
     lines = data.split(b"\n")[:-1]
     rows: list[Row] = []
     for number, line in enumerate(lines):
@@ -81,8 +81,8 @@ def _kept(path: Path, known: Sequence[Mapping[str, Any]], batch_size: int, stage
         wanted = known[number] if number < len(known) else None
         if not isinstance(row, dict) or wanted is None or any(row.get(key) != value for key, value in wanted.items()):
             raise UserError(
-                f"{path}:{number + 1} is not the row that belongs there; mend the line, remove the file to have all of "
-                f"it made anew, or begin the stage anew with --force {stage}"
+                f"{path}:{number + 1} is not the row that belongs there; correct the line, remove the file to make all "
+                f"rows again, or redo the stage with --force {stage}"
             )
         rows.append(row)
     if len(rows) < len(known):

@@ -1,4 +1,4 @@
-"""The files that the stages of a run read: their hashes, their items, and what is wrong with them."""
+"""The files that the stages of a run read: their hashes, their items, and checks for faults."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from transllm_jax.tokenizer.chat import encode_conversation
 
 T = TypeVar("T", bound=Item)
 
-# Before a run begins, at most this many characters of a source are read for faults, and at most this many of its
-# conversations are put through the chat template.
-CHECKED, TRIED = 100_000_000, 1000
+# Before a run begins, at most this many characters of a source are checked, and at most this many of its conversations
+# are rendered by the chat template.
+CHECKED_CHARACTERS, RENDERED = 100_000_000, 1000
 
 
 def reading(source: Source) -> Reading:
-    """How the data package is asked for a source of the config."""
+    """A source of the config in the form that the data package takes."""
     return Reading(
         path=source.path,
         content=source.format,
@@ -64,17 +64,17 @@ class Inputs:
         self._checked: set[str] = set()
 
     def hashes(self, paths: Iterable[str]) -> dict[str, str]:
-        """The hashes of the files that these paths (or globs) mean, as `file PATH` -> hash, for a step's inputs.
+        """The hashes of the files that match these paths or globs, as `file PATH` -> hash, for a step's inputs.
 
         Raises UserError for a path without a file.
         """
-        # Named by the path as given, which the user knows; the content is what counts.
+        # Named by the path as given, which the user knows; only the content matters.
         found = {f"file {file}": self.hash_of(file) for path in paths for file in resolve(path)}
         self.hash_of.write()
         return found
 
     def source_hashes(self, given: Iterable[Source]) -> dict[str, str]:
-        """The hashes of the sources' files, for a step's inputs; a dataset has one hash, of its shards' keys.
+        """The hashes of the sources' files, for a step's inputs. A dataset has one hash, that of its shards' keys.
 
         Raises UserError for a source without a file.
         """
@@ -97,7 +97,7 @@ class Inputs:
     ) -> Iterator[tuple[Item, Place]]:
         """The items of a source one at a time, each with its place.
 
-        find_special: finds a special token in a text; an item that holds one is a bad row. The collector refuses or
+        find_special: finds a special token in a text; an item that contains one is a bad row. The collector refuses or
         skips bad rows. Raises UserError.
         """
         for shard in self.shards(source):
@@ -111,7 +111,7 @@ class Inputs:
     def read(self, source: Source, stage: str, find_special: Callable[[str], str | None] | None = None) -> Loaded[Any]:
         """All items of a source: documents, (English, target) pairs, or conversations; see `items`.
 
-        stage: the one whose directory gets the bad rows.
+        stage: its directory gets the file of bad rows.
         """
         collector = Collector(source.controls, source.on_bad_rows)
         found = list(self.items(source, collector, find_special))
@@ -124,7 +124,7 @@ class Inputs:
             yield target_text(source, item)
 
     def read_target(self, source: Source, stage: str) -> list[str]:
-        """All texts in the target language; one that holds a special token is a bad row."""
+        """All texts in the target language; a text that contains a special token is a bad row."""
         loaded = self.read(source, stage, self._models.tokenizer("base").find_special)
         return [target_text(source, item) for item in loaded]
 
@@ -133,12 +133,12 @@ class Inputs:
         return [item[0] if source.format == "pairs" else item for item in self.read(source, stage)]
 
     def find_special(self, text: str) -> str | None:
-        """The first of the base's special tokens or the chain's markers in a text: no user data may hold one."""
+        """The first special token of the base, or marker of the chain, in a text. The user's data may not have any."""
         found = self._models.tokenizer("base").find_special(text)
         return found or next((marker for marker in self._markers if marker in text), None)
 
     def check(self, source: Source) -> None:
-        """Read a source for its faults alone, once, up to `CHECKED` characters. The rest is checked when it is used.
+        """Check a source's first `CHECKED_CHARACTERS` characters, once. The rest is checked when it is used.
 
         Raises UserError with file and line.
         """
@@ -149,11 +149,11 @@ class Inputs:
         characters = good = 0
         whole = True
         for item, place in self.items(source, collector, self.find_special):
-            if source.format == "conversations" and good < TRIED:
-                self._try_template(item, place)
+            if source.format == "conversations" and good < RENDERED:
+                self._check_template(item, place)
             good += 1
             characters += sum(map(len, texts_of(item)))
-            if characters > CHECKED:
+            if characters > CHECKED_CHARACTERS:
                 whole = False
                 break
         if whole and collector.skipped:
@@ -161,8 +161,8 @@ class Inputs:
             check_share(source.path, good, collector.skipped, source.max_bad_share, first, "")
         self._checked.add(known)
 
-    def _try_template(self, item: Item, place: Place) -> None:
-        """Raises UserError with the place for a conversation that the chat template refuses."""
+    def _check_template(self, item: Item, place: Place) -> None:
+        """Raises UserError with the place if the chat template refuses the conversation."""
         assert isinstance(item, list)
         try:
             encode_conversation(self._models.tokenizer("base"), item, self._markers)
@@ -171,23 +171,23 @@ class Inputs:
 
     @cached_property
     def evaluation_texts(self) -> EvaluationTexts:
-        """The texts of the evaluation sets. No training text may hold a part of one."""
+        """The texts of the evaluation sets. No training text may contain a part of one."""
         section = self._config.evaluation
         pairs = Source(path=section.pairs, format="pairs")
-        here = "evaluation"
-        texts = [("evaluation.text", text) for item in self.read(section.text, here) for text in texts_of(item)]
-        texts += [("evaluation.pairs", text) for pair in self.read(pairs, here) for text in pair]
+        stage = "evaluation"
+        texts = [("evaluation.text", text) for item in self.read(section.text, stage) for text in texts_of(item)]
+        texts += [("evaluation.pairs", text) for pair in self.read(pairs, stage) for text in pair]
         for field in section.instruction_fields:
             rows = read_jsonl(section.instructions, required=(field,))
             texts += [("evaluation.instructions", row[field]) for row in rows]
         for number, source in enumerate(section.others):
             texts += [
-                (f"evaluation.others.{number}", text) for item in self.read(source, here) for text in texts_of(item)
+                (f"evaluation.others.{number}", text) for item in self.read(source, stage) for text in texts_of(item)
             ]
         return EvaluationTexts(texts)
 
     def contamination_hashes(self, wanted: bool) -> dict[str, Any]:
-        """The evaluation sets, for the inputs of a step whose training text depends on them; nothing if not wanted."""
+        """The evaluation sets as inputs of a step that removes contaminated text; empty if not wanted."""
         section = self._config.evaluation
         if not wanted:
             return {}
@@ -199,12 +199,12 @@ class Inputs:
         }
 
     def check_clean(self, items: Iterable[Item], what: str, key: str) -> None:
-        """Raises UserError that names the config's key if every item holds an evaluation text."""
+        """Raises UserError that names the config's key if every item contains an evaluation text."""
         if all(self.evaluation_texts.found_in(text_of(item)) is not None for item in items):
             raise UserError(f"{what}: all of it holds evaluation texts; give other text, or set {key} to false")
 
     def uncontaminated(self, items: list[T], what: str) -> list[T]:
-        """The items that hold no evaluation text; says how many were left out."""
+        """The items that contain no evaluation text; prints how many were left out."""
         kept = [item for item in items if self.evaluation_texts.found_in(text_of(item)) is None]
         if len(kept) < len(items):
             self._progress.say(

@@ -1,7 +1,7 @@
-"""What a step leaves on disk, and its manifest: what it was made of, so that what is done is known and never redone.
+"""A step's directory and its manifest, which records what the step was made from, so that no finished step is redone.
 
-A step is done when its manifest says so; the manifest is written last. Its `inputs` are the config keys that it read,
-the hashes of the files that it read, and the fingerprints of the steps before it.
+A step is done when its manifest says so; the manifest is written last. Its `inputs` are the config keys that the step
+read, the hashes of the files that it read, and the fingerprints of the steps before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from transllm_jax.errors import UserError
 
 State = Literal["absent", "running", "done"]
 
-
-# Stands in a message for a section of the config in place of which there was, or is, a value.
+# Represents a section of the config in a message, if the key had or has a plain value instead.
 SECTION = "a section"
 
 
@@ -29,7 +28,7 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 
 def flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """A nested config section as dotted keys, so that a change can be named."""
+    """A nested config section as dotted keys, so that messages can name a change."""
     if isinstance(value, Mapping):
         return {k: v for key, inner in value.items() for k, v in flatten(f"{prefix}.{key}", inner).items()}
     return {prefix: value}
@@ -51,10 +50,10 @@ class Artifact:
         return manifest
 
     def state(self, inputs: Mapping[str, Any], may_change: Sequence[str] = ()) -> State:
-        """Whether the step is absent, was cut off, or is done, with these inputs.
+        """Whether the step with these inputs is absent, was stopped ("running"), or is done.
 
-        may_change: keys (and what lies below them) that may differ where the step was cut off.
-        Raises UserError that names what changed, when it was begun with others.
+        may_change: keys, with all keys below them, that may differ if the step was stopped.
+        Raises UserError that names the changes if the step was begun with other inputs.
         """
         manifest = self.manifest()
         if manifest is None:
@@ -62,9 +61,7 @@ class Artifact:
         changed = self.changes(inputs)
         if manifest["state"] == "running":
             free = tuple(f"{key}." for key in may_change)
-            changed = (
-                {key: both for key, both in changed.items() if not f"{key}.".startswith(free)} if free else changed
-            )
+            changed = {key: both for key, both in changed.items() if not f"{key}.".startswith(free)}
         if changed:
             shown = ", ".join(f"{k} ({_short(old)} -> {_short(new)})" for k, (old, new) in list(changed.items())[:5])
             raise UserError(
@@ -80,26 +77,26 @@ class Artifact:
         manifest = self.manifest()
         if manifest is None:
             return {}
-        # Through JSON, as the manifest went: a tuple there is a list.
-        wanted, given = manifest["inputs"], json.loads(json.dumps(inputs))
-        keys = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
-        found = {key: (wanted.get(key), given.get(key)) for key in keys}
+        # Converted through JSON, like the manifest, in which tuples have become lists.
+        then, now = manifest["inputs"], json.loads(json.dumps(inputs))
+        keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        changed = {key: (then.get(key), now.get(key)) for key in keys}
         # A key that is a value on one side and a section on the other is one change, not one for each key below it.
-        for key in wanted.keys() ^ given.keys():
-            # What is named with a space is a file, whose name may begin another's.
+        for key in then.keys() ^ now.keys():
+            # A key with a space is a file, whose name may be the beginning of another file's.
             below = [] if " " in key else [other for other in keys if other.startswith(f"{key}.")]
             if below:
-                found[key] = (wanted.get(key, SECTION), given.get(key, SECTION))
+                changed[key] = (then.get(key, SECTION), now.get(key, SECTION))
                 for other in below:
-                    found.pop(other, None)
-        return dict(sorted(found.items()))
+                    changed.pop(other, None)
+        return dict(sorted(changed.items()))
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Note what a resumable step is being made of."""
+        """Write that a resumable step has begun, with its inputs."""
         write_json(self.path, {"step": self.name, "state": "running", "inputs": inputs})
 
     def finish(self, inputs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-        """Note that the step is done; written last."""
+        """Write that the step is done. To be called last."""
         write_json(
             self.path,
             {
@@ -112,7 +109,7 @@ class Artifact:
         )
 
     def clear(self) -> None:
-        """Remove all of it; the manifest first, so that a kill in between leaves nothing that looks done."""
+        """Remove the directory; the manifest first, so that a kill in between leaves nothing that looks done."""
         self.path.unlink(missing_ok=True)
         if self.directory.exists():
             shutil.rmtree(self.directory)

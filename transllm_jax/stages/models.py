@@ -20,17 +20,17 @@ from transllm_jax.model.layout import Index, Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
-from transllm_jax.stages.points import lora_of, tokenless
+from transllm_jax.stages.points import ids_without_token, lora_of
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
 
 class Models:
-    """Weights, splits and tokenizers by point, read from a work directory when they are first asked for."""
+    """Weights, splits and tokenizers by point, read from a work directory on first use."""
 
     def __init__(self, config: Config, workdir: Path, today: date) -> None:
-        """today: the day that chat templates are told."""
+        """today: the date for chat templates."""
         self._config, self._workdir, self._today = config, workdir, today
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -56,7 +56,7 @@ class Models:
 
     @cached_property
     def layout(self) -> Layout:
-        """How arrays are laid out on the run's devices. Raises UserError for a mesh of another number of devices."""
+        """How arrays are sharded over the devices. Raises UserError if the mesh is for another number of devices."""
         mesh = self._config.mesh
         shape = mesh_shape(len(jax.devices()), mesh.data, mesh.fsdp, mesh.tensor)
         return make_layout(shape, self._config.attention)
@@ -89,7 +89,7 @@ class Models:
         if point != "base":
             lora, trainable = self.lora, load_arrays(self.trainable(point))
             rows += len(trainable.get("vocabulary.new", ()))
-        padding = tokenless(self.tokenizer(point), rows)
+        padding = ids_without_token(self.tokenizer(point), rows)
         return assemble(self.config, self.frozen, lora=lora, trainable=trainable, padding=padding, layout=self.layout)
 
     def check_length(self, key: str, length: int) -> None:
@@ -103,8 +103,9 @@ class Models:
     ) -> None:
         """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
 
-        chat: it is asked in a conversation, not as a text to translate between two markers. The base's tokenizer
-        counts: the expanded one needs no more. Raises UserError that names its place and the config's key.
+        chat: the question is asked in a conversation; if not, it is a text to translate between two markers. Tokens are
+        those of the base's tokenizer; the expanded one needs no more. Raises UserError that names the question's place
+        and the config's key.
         """
         tokenizer, context = self.tokenizer("base"), self.config.context
 
@@ -115,7 +116,7 @@ class Models:
 
         frame = length("a")
         for text, place in questions:
-            # A token holds a byte at least, so most questions need not be encoded.
+            # A token has at least one byte, so most questions need not be encoded.
             if frame + len(text.encode()) + new_tokens <= context:
                 continue
             tokens = length(text)

@@ -1,10 +1,10 @@
-"""What the rows of new tokens start from.
+"""Initial rows of new tokens.
 
-The mean of the rows of the pieces that a token replaces is close (Gee et al., Fast Vocabulary Transfer, EMNLP 2022).
-`weighted` lets the pieces count by how much they say, which is little for one that stands everywhere. But a mean does
-not know how often the token occurs, and the pieces of bytes outbid the tokens that are made of them. `calibrated` mends
-both along one direction: the one in which the model's states on target-language text differ most clearly from those on
-English text. `random` knows nothing; it is what the others are measured against (bench/rows.py).
+The mean of the rows of the pieces that a token replaces is a good start (Gee et al., Fast Vocabulary Transfer, EMNLP
+2022). `weighted` gives less weight to pieces that are frequent, because they say little. But a mean does not reflect
+how often the token occurs, and byte pieces get higher logits than the tokens that are made of them. `calibrated`
+corrects both along one direction: the one in which the model's states on target-language text differ most clearly from
+those on English text. `random` is the baseline to which the others are compared (bench/rows.py).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import on_host
 from transllm_jax.training.step import hidden_states
 
-# What a new token is raised by, in nats, where the text is of the target language: over its pieces, which stay.
+# How much a new token's logit rises on target-language text on average, in nats; those of its pieces do not change.
 BOOST = 3.0
-# How much the base rows' own use of a direction counts against it, beside the states' spread along it.
+# The weight of the base rows' extent along a direction, relative to the states' spread along it, in choosing one.
 BASE_WEIGHT = 100.0
-# Tokens of each language whose states are looked at, in rows of this many tokens, so many rows at once.
+# How many tokens of each language give states; tokens per row; rows per batch.
 STATES, LENGTH, BATCH = 4096, 256, 4
-# A piece's share of the text at which it counts half (smooth inverse frequency, Arora et al., ICLR 2017). Their 1e-3 is
-# for words. Here the byte that begins every character has a share of a third and says little by itself, but with tied
-# tables the output needs it. Bits per byte of Thai with SmolLM2-135M: 1.645 with 1e-3, 1.571 with 0.03, 1.391 with 0.3,
-# and 1.369 for the plain mean.
+# A piece with this share of the text has half of the full weight (smooth inverse frequency, Arora et al., ICLR 2017).
+# Their 1e-3 is for words. Here the byte that begins every character has a share of a third and says little by itself,
+# but with tied tables the output needs it. Bits per byte of Thai with SmolLM2-135M: 1.645 with 1e-3, 1.571 with 0.03,
+# 1.391 with 0.3, and 1.369 for the plain mean.
 HALF = 0.3
-# Documents whose ids are held at once.
+# Documents that are encoded at once.
 DOCUMENTS = 1000
 
 
@@ -65,7 +65,7 @@ def random_rows(table: np.ndarray, size: int, seed: int, number: int = 0) -> np.
 
 
 def token_counts(tokenizer: Tokenizer, documents: Sequence[str], first: int, number: int) -> np.ndarray:
-    """How often each of the ids first .. first + number stands in the documents, int64 [number]."""
+    """How often each of the ids first .. first + number - 1 occurs in the documents, int64 [number]."""
     counts = np.zeros(number, np.int64)
     for start in range(0, len(documents), DOCUMENTS):
         for ids in tokenizer.encode_batch(documents[start : start + DOCUMENTS]):
@@ -75,7 +75,7 @@ def token_counts(tokenizer: Tokenizer, documents: Sequence[str], first: int, num
 
 
 def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) -> np.ndarray:
-    """The model's states before the output on the documents' first `STATES` tokens or so, float32 [.., D]."""
+    """The model's last hidden states on about the first `STATES` tokens of the documents, float32 [.., D]."""
     rows = pack(document_examples(tokenizer, documents, LENGTH), LENGTH)
     found = []
     for first in range(0, min(len(rows), STATES // LENGTH), BATCH):
@@ -88,14 +88,14 @@ def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) ->
 def calibrated(
     rows: np.ndarray, counts: np.ndarray, target: np.ndarray, english: np.ndarray, base: np.ndarray
 ) -> np.ndarray:
-    """Rows that give new tokens their frequency as a prior, where the text is of the target language.
+    """Rows that give new tokens their frequency as a prior on target-language text.
 
-    rows [n, D]; counts [n], how often each token occurs in the corpus, 0 for one that is left as it is (a marker);
-    target and english [.., D], the model's states before the output on text of both languages; base [V, D], the frozen
-    output rows. With u the direction that separates the two kinds of states (Fisher's linear discriminant, kept away
-    from directions that the base rows read), a row gets u * (BOOST + log count - mean log count) / (mean target state
-    along u): on target-language text its logit rises by that much, on English text by little or less.
-    Raises UserError where the states do not tell the languages apart.
+    rows [n, D]; counts [n], how often each token occurs in the corpus, 0 for one that stays as it is (a marker); target
+    and english [.., D], the model's last hidden states on text of each language; base [V, D], the frozen output rows.
+    Let u be the direction that separates the two sets of states (Fisher's linear discriminant, with a penalty for
+    directions that the base rows use). A row gets u * (BOOST + log count - mean log count) / (mean target state along
+    u). So its logit rises by BOOST + log count - mean log count on target-language text, and hardly on English text.
+    Raises UserError if the states do not separate the languages.
     """
     rows, base = rows.astype(np.float64), base.astype(np.float64)
     target, english = target.astype(np.float64), english.astype(np.float64)

@@ -1,6 +1,7 @@
-"""A run: each step that is not done is done, in order; a stopped one goes on.
+"""A run: does the steps that are not done, in order, and continues a stopped one.
 
-Several processes take every step together. The primary decides for all what is done, and what a step is made of.
+If there are several processes, they do every step together. The primary decides for all which steps are done, and with
+which inputs a step is made.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transllm_jax.stages.steps import (
     fingerprints,
     steps_until,
 )
-from transllm_jax.training.arrays import check_place
+from transllm_jax.training.arrays import check_checkpoint_path
 from transllm_jax.training.record.ledger import LEDGER
 
 # Files of a work directory that belong to no step.
@@ -46,7 +47,7 @@ RUN, VERSIONS = "run.yaml", "versions.json"
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that holds its work directory: the inputs of each step, and the states of the steps that stay."""
+    """A run that holds its work directory, with the inputs of each step, and the states of the steps that stay."""
 
     run: Run
     inputs: Mapping[str, Inputs]
@@ -64,12 +65,12 @@ def run_pipeline(
     since: float | None = None,
     profile: int = 0,
 ) -> bool:
-    """Run what is not done yet, up to and including stage `until` with its evaluation.
+    """Run the steps that are not done, up to and including stage `until` with its evaluation.
 
-    workdir: a directory for this process alone, or the site of several. force: redo this step and all that builds on
-    it. since: when the process began, by `time.monotonic`. profile: how many steps of each training stage are traced.
+    workdir: a directory for a single process, or the site of several. force: redo this step and all that build on it.
+    since: when the process began, by `time.monotonic`. profile: how many steps of each training stage are traced.
     Returns whether there was anything to do.
-    Raises UserError for bad input, before any model is loaded where that can be known; Preempted when stopped.
+    Raises UserError for bad input, if possible before any model is loaded; Preempted when stopped.
     """
     wanted, removed = steps_until(until), dependents(force) if force is not None else set()
     with _begin(config, workdir, progress, interrupt, removed, since=since, profile=profile) as begun:
@@ -77,7 +78,7 @@ def run_pipeline(
         checked = False
         for step in todo:
             if step.after and not checked:
-                # The base is there. What else the steps need is checked now, not after hours of training.
+                # All checks need the base model. They are made now, not after hours of training.
                 with run.ledger.spend("init"):
                     _check(run, todo)
                 checked = True
@@ -96,11 +97,11 @@ def plan(
     *,
     since: float | None = None,
 ) -> None:
-    """Take the steps before the first training, then let `show` describe the trainings. Raises as `run_pipeline`."""
+    """Do the steps before the first training, then let `show` describe the trainings. Raises as `run_pipeline`."""
     with _begin(config, workdir, progress, interrupt, set(), since=since) as begun:
         for step in STEPS:
             if step.name == "vocabulary":
-                # The base is there, and the rest can be checked.
+                # All checks need the base model.
                 _check(begun.run, STEPS)
             if step.name in ("base", "vocabulary") and begun.states[step.name] != "done":
                 _take(begun, step)
@@ -118,24 +119,24 @@ def _begin(
     since: float | None,
     profile: int = 0,
 ) -> Iterator[Begun]:
-    """Hold the work directory, look at what is there, and remove the steps `removed`; with the ledger open."""
+    """Lock the work directory, determine the steps' states, remove the steps `removed`, and open the ledger."""
     site = workdir if isinstance(workdir, Site) else Site.of(workdir)
     for place in (site.workdir, site.storage.name):
-        check_place(place)
+        check_checkpoint_path(place)
     with site.held(progress.say):
         site.pull(RUN, HASHES, LEDGER)
         day = site.peers.run_on_primary("the date", lambda: _first_day(config, site.workdir).isoformat())
         config = config.model_copy(update={"date": date.fromisoformat(str(day))})
         run = Run(config, site, progress, interrupt, since=since, profile=profile)
-        # Every step's inputs first: a path without a file is found before an hour of training, not after. A file that
-        # all hosts see is hashed by the primary alone.
+        # The inputs of all steps come first, so that a missing file is found before any training. A file that all hosts
+        # see is hashed only by the primary.
         inputs = run.peers.run_primary_first("inputs", lambda: look_at_inputs(run))
         run.peers.require_equal(file_hashes(inputs))
-        # Nothing is written to the store meanwhile, so all hosts fetch at once.
+        # All hosts fetch at the same time: nothing is written to the store meanwhile.
         for step in STEPS:
             if step.name not in removed:
-                site.pull(step.directory, *step.beside)
-        # States are looked at before anything is removed: a run that is refused has removed nothing.
+                site.pull(step.directory, *step.other_files)
+        # States are determined before anything is removed, so that a run that is refused has removed nothing.
         settled, states = run.peers.run_on_primary("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
         if run.primary:
             _remove(run, removed)
@@ -146,7 +147,7 @@ def _begin(
             with run.ledger:
                 yield Begun(run, settled, states)
         except BaseException:
-            # Why the run ended matters more than that these could not be kept.
+            # The error that ended the run matters more than one from saving these files.
             with suppress(UserError, OSError):
                 site.push(HASHES, LEDGER)
             raise
@@ -154,14 +155,14 @@ def _begin(
 
 
 def _first_day(config: Config, workdir: Path) -> date:
-    """The day that chat templates are told: the config's; else the day on which the run began, which run.yaml keeps."""
+    """The date for chat templates: that of the config, else the day on which the run began, which run.yaml records."""
     path = workdir / RUN
     kept = recorded_date(path) if config.date is None and path.exists() else None
     return kept or config.date or date.today()
 
 
 def look_at_inputs(run: Run) -> dict[str, Inputs]:
-    """The inputs of each step. Raises UserError for what is wrong with them, and can be known without the base."""
+    """The inputs of each step. Raises UserError for faults that can be found without the base model."""
     vocabulary.require_language(run)
     vocabulary.require_corpus(run)
     evaluate.require_held_out(run)
@@ -173,8 +174,8 @@ def look_at_states(
 ) -> tuple[dict[str, Inputs], dict[str, State]]:
     """The inputs of each step, and the states of the steps that are not removed.
 
-    A step that is done keeps the inputs it was made with where they may differ (`Step.stays`). Raises UserError where a
-    step was made with others.
+    A step that is done keeps those of its inputs that may differ then (`Step.stays`). Raises UserError if a step was
+    made with other inputs.
     """
     settled: dict[str, Inputs] = {}
     states: dict[str, State] = {}
@@ -189,7 +190,7 @@ def look_at_states(
 
 
 def _keep_as_made(run: Run, step: Step, given: Inputs) -> None:
-    """Put the values that a finished step was made with in place of those in `given`, and say so."""
+    """In `given`, replace values that may differ by those with which a finished step was made; prints which."""
     place = artifact(run.workdir, step.name)
     manifest = place.manifest() if step.stays else None
     if manifest is None or manifest["state"] != "done":
@@ -201,6 +202,7 @@ def _keep_as_made(run: Run, step: Step, given: Inputs) -> None:
 
 
 def _state(run: Run, step: Step, given: Inputs) -> State:
+    """A step's state; a stopped short step whose inputs have changed counts as absent, because it begins again."""
     place = artifact(run.workdir, step.name)
     manifest = place.manifest()
     if step.short and manifest is not None and manifest["state"] == "running" and place.changes(given):
@@ -209,19 +211,19 @@ def _state(run: Run, step: Step, given: Inputs) -> State:
 
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
-    """Find what is wrong with the config and the files of these steps, in all processes together."""
+    """Check the config and the files of these steps, in all processes together. Raises UserError."""
 
     def check() -> None:
         base.check(run)
-        for look in dict.fromkeys(step.check for step in steps):
-            if look is not None:
-                look(run)
+        for check_step in dict.fromkeys(step.check for step in steps):
+            if check_step is not None:
+                check_step(run)
 
     run.peers.run_on_all(check)
 
 
 def _take(begun: Begun, step: Step) -> None:
-    """Do a step, or go on with it."""
+    """Do a step, or continue it if it was stopped. Its time is recorded in the ledger."""
     run, resume = begun.run, step.resumable and begun.states.get(step.name) == "running"
     with run.ledger.stage(step.name, anew=not resume), run.ledger.spend(step.activity):
         _do(run, step, begun.inputs[step.name], resume=resume)
@@ -250,12 +252,12 @@ def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
     if run.primary:
         place.finish(inputs, {**summary, "seconds": seconds})
     run.push()
-    run.site.publish(*step.beside, step.directory)
+    run.site.publish(*step.other_files, step.directory)
     run.progress.say(Text.assemble(f"  {summary['text']}  ", (f"{seconds:.0f} s", "dim")))
 
 
 def _remove(run: Run, names: Set[str]) -> None:
-    # The last first: a kill in between leaves no step that builds on a missing one.
+    # In reverse order, so that a kill in between leaves no step that builds on a missing one.
     for step in reversed(STEPS):
         if step.name in names:
             run.site.storage.remove(step.directory)

@@ -1,6 +1,6 @@
-"""The points of a run: states of the model, and what of it trains.
+"""The points of a run, which are states of the model, and which arrays train.
 
-`base` is the original chat model; each stage that changes the model leaves the point of its own name.
+`base` is the original chat model; each stage that changes the model produces the point of its own name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
 
 
 def newest_point(workdir: Path) -> str:
-    """The last point of a run that is done. Raises UserError before the first."""
+    """The last point that is done. Raises UserError if none is."""
     for point in reversed(POINTS):
         manifest = Artifact(workdir / point, point).manifest()
         if manifest is not None and manifest["state"] == "done":
@@ -37,7 +37,7 @@ def lora_of(config: Config) -> LoraConfig | None:
 
 
 def trains(config: Config, path: str) -> bool:
-    """Whether training changes this array of a point. `config.embeddings` says which parts of the vocabulary train."""
+    """Whether this array of a point trains. `config.embeddings` says which arrays of the vocabulary do."""
     if not path.startswith("vocabulary."):
         return True
     new = path in ("vocabulary.new", "vocabulary.output_new")
@@ -49,17 +49,17 @@ def markers_of(config: Config) -> Markers:
     return Markers(config.markers.english, config.target_marker, config.markers.response)
 
 
-def about(config: Config) -> dict[str, Any]:
+def chat_metadata(config: Config) -> dict[str, Any]:
     """What `transllm chat` needs to know about an exported model: the content of its `transllm.json`."""
     return {"language": config.language.model_dump(), "markers": asdict(markers_of(config))}
 
 
 def token_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of real tokens, in order. Names that only fill the gap before new ids are left out."""
+    """The ids of real tokens, in order, without the placeholders that fill a gap before the new ids."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     return sorted(number for token, number in vocabulary.items() if token != unused(number))
 
 
-def tokenless(tokenizer: Tokenizer, rows: int) -> Padding:
+def ids_without_token(tokenizer: Tokenizer, rows: int) -> Padding:
     """The ids below `rows` that a tokenizer has no token for."""
     return padding_of(token_ids(tokenizer), rows)

@@ -1,4 +1,4 @@
-"""The end of a run: all results together, as JSON and as a page, and whether the goals were met."""
+"""The last step of a run: all results as JSON and as an HTML page, and whether the goals were met."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
 VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 # How many conversations and translations the page shows.
 SHOWN = 8
-# Of the updates that were skipped, so many are shown, and of each the texts of so many rows.
+# How many skipped updates the page shows, and the texts of how many rows of each.
 SKIPPED, SKIPPED_ROWS = 3, 4
 
 
@@ -45,12 +45,9 @@ def collect(run: Run) -> dict[str, Any]:
     """The results of all points and stages in the form that the report reads."""
     config = run.config
     measured = {point: read_json(run.workdir / "evaluation" / point / "results.json") for point in POINTS}
-    manifests = {name: read_json(run.workdir / name / "manifest.json") for name in STAGES}
-    metrics: dict[str, dict[str, float | None]] = {}
-    for point, result in measured.items():
-        for name, value in result["metrics"].items():
-            metrics.setdefault(name, {})[point] = value
-    vocabulary = manifests["vocabulary"]["summary"]
+    summaries = {name: read_json(run.workdir / name / "manifest.json")["summary"] for name in STAGES}
+    metrics = _by_metric(measured)
+    vocabulary = summaries["vocabulary"]
     return {
         "title": config.title,
         "language": config.language.model_dump(),
@@ -74,18 +71,8 @@ def collect(run: Run) -> dict[str, Any]:
             ),
         },
         "goals": goals(metrics, config.language.name, _variety(measured["transfer"]["answers"])),
-        "stages": [
-            {
-                "name": name,
-                "seconds": manifest["summary"].get("seconds"),
-                "steps": manifest["summary"].get("steps"),
-                "tokens": manifest["summary"].get("tokens"),
-                **_speed(run.workdir / name, manifest["summary"]),
-                "summary": manifest["summary"]["text"],
-            }
-            for name, manifest in manifests.items()
-        ],
-        "trained": {name: _trained(run.workdir / name, manifests[name]["summary"]) for name in TRAINED},
+        "stages": [_stage(name, run.workdir / name, summary) for name, summary in summaries.items()],
+        "trained": {name: _trained(run.workdir / name, summaries[name]) for name in TRAINED},
         "ledger": summarise(run.workdir / LEDGER),
         "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAINED},
         "translations": _translations(run, measured),
@@ -94,8 +81,99 @@ def collect(run: Run) -> dict[str, Any]:
     }
 
 
+def _by_metric(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """The values of each metric by point, from the results of each point."""
+    metrics: dict[str, dict[str, float | None]] = {}
+    for point, result in measured.items():
+        for name, value in result["metrics"].items():
+            metrics.setdefault(name, {})[point] = value
+    return metrics
+
+
+def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str, variety: str) -> list[dict[str, Any]]:
+    """What a run should achieve, each goal with what was measured. `met` is None if something was not measured.
+
+    metrics: value by metric and point. variety: says how different the chains are, next to the share of well-formed
+    ones.
+    """
+
+    def values(metric: str, before: str = "base") -> tuple[float | None, float | None]:
+        """A metric at an earlier point, by default that of the original model, and after stage `transfer`."""
+        by_point = metrics.get(metric, {})
+        return by_point.get(before), by_point.get("transfer")
+
+    tokens_before, tokens_after = values("tokens_per_character")
+    _, well_formed = values("well_formed_chains")
+    kl_before, kl_after = values("english_kl", "translate")
+    return [
+        _bits_goal(language, *values("bits_per_byte")),
+        _goal(
+            f"Tokens per {language} character",
+            "at most 0.40",
+            f"{written(tokens_after)} against {written(tokens_before)}",
+            None if tokens_after is None else tokens_after <= 0.40,
+        ),
+        _chrf_goal(f"English to {language}", *values("chrf_to_target")),
+        _chrf_goal(f"{language} to English", *values("chrf_to_english")),
+        _goal(
+            "Well-formed chains",
+            "at least 90 %",
+            f"{written(well_formed, 'share')}; {variety}",
+            None if well_formed is None else well_formed >= 0.9,
+        ),
+        _goal(
+            "English answers kept",
+            "KL to the original lower after stage 4 than after stage 3",
+            f"{written(kl_after)} against {written(kl_before)}",
+            None if kl_before is None or kl_after is None else kl_after < kl_before,
+        ),
+    ]
+
+
+def _goal(name: str, wanted: str, measured: str, met: bool | None) -> dict[str, Any]:
+    return {"name": name, "wanted": wanted, "measured": measured, "met": met}
+
+
+def _bits_goal(language: str, before: float | None, after: float | None) -> dict[str, Any]:
+    change, met = "", None
+    if before is not None and after is not None and before > 0:
+        change, met = f" ({percent(after / before - 1, sign=True)})", after <= 0.8 * before
+    return _goal(
+        f"{language} bits per byte",
+        "at least 20 % below the original model's with its own tokenizer",
+        f"{written(after)} against {written(before)}{change}",
+        met,
+    )
+
+
+def _chrf_goal(direction: str, before: float | None, after: float | None) -> dict[str, Any]:
+    return _goal(
+        f"chrF, {direction}",
+        "above the original model's",
+        f"{written(after, 'score')} against {written(before, 'score')}",
+        None if before is None or after is None else after > before,
+    )
+
+
+def _variety(answers: Sequence[Mapping[str, Any]]) -> str:
+    """How many chains have different questions: a model can learn the form of a chain without its content."""
+    questions = [answer["chain"]["question_en"] for answer in answers if answer["chain"] is not None]
+    return f"{len(set(questions))} different English questions in {len(questions)} chains"
+
+
+def _stage(name: str, directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seconds": summary.get("seconds"),
+        "steps": summary.get("steps"),
+        "tokens": summary.get("tokens"),
+        **_speed(directory, summary),
+        "summary": summary["text"],
+    }
+
+
 def _speed(directory: Path, summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """A stage's tokens a second, the share of the devices' FLOPs that the model used, and the most memory in use."""
+    """A stage's tokens per second, model FLOPs utilisation and peak memory in bytes; None if not known."""
     rows = read_rows(directory / "speed.jsonl")
 
     def known(key: str) -> list[float]:
@@ -103,7 +181,7 @@ def _speed(directory: Path, summary: Mapping[str, Any]) -> dict[str, float | Non
 
     used, speeds = known("model_flops_utilisation"), known("tokens_per_second")
     return {
-        # The summary's is of the last process: nothing, where no step was left for it.
+        # The summary has the speed of the last process, which is 0 if no step was left for it.
         "tokens_per_second": summary.get("tokens_per_second") or (median(speeds) if speeds else None),
         "model_flops_utilisation": median(used) if used else None,
         "memory_bytes": max(known("memory_bytes"), default=None),
@@ -111,7 +189,7 @@ def _speed(directory: Path, summary: Mapping[str, Any]) -> dict[str, float | Non
 
 
 def _trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage was trained on, its validation and the updates that it skipped; None for what is not known."""
+    """A stage's sources, validation and skipped updates; None for what is not known."""
     skipped = read_rows(directory / "skipped.jsonl")
     return {
         "sources": summary.get("sources"),
@@ -128,77 +206,8 @@ def _trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _variety(answers: Sequence[Mapping[str, Any]]) -> str:
-    """How many of the chains say something of their own: a form can be learned without a content."""
-    questions = [answer["chain"]["question_en"] for answer in answers if answer["chain"] is not None]
-    return f"{len(set(questions))} different English questions in {len(questions)} chains"
-
-
-def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str, variety: str) -> list[dict[str, Any]]:
-    """What a run is expected to show, each with what was measured. `met` is None where something was not measured.
-
-    `variety` says how different the chains are, beside the share that is well formed.
-    """
-
-    def goal(name: str, wanted: str, measured: str, met: bool | None) -> dict[str, Any]:
-        return {"name": name, "wanted": wanted, "measured": measured, "met": met}
-
-    def at(metric: str, point: str) -> float | None:
-        return metrics.get(metric, {}).get(point)
-
-    found = []
-    before, after = at("bits_per_byte", "base"), at("bits_per_byte", "transfer")
-    known = before is not None and after is not None and before > 0
-    change = f" ({percent(after / before - 1, sign=True)})" if known else ""  # type: ignore[operator]
-    found.append(
-        goal(
-            f"{language} bits per byte",
-            "at least 20 % below the original model's with its own tokenizer",
-            f"{written(after)} against {written(before)}{change}",
-            after <= 0.8 * before if known else None,  # type: ignore[operator]
-        )
-    )
-    before, after = at("tokens_per_character", "base"), at("tokens_per_character", "transfer")
-    found.append(
-        goal(
-            f"Tokens per {language} character",
-            "at most 0.40",
-            f"{written(after)} against {written(before)}",
-            None if after is None else after <= 0.40,
-        )
-    )
-    for metric, name in (("chrf_to_target", f"English to {language}"), ("chrf_to_english", f"{language} to English")):
-        before, after = at(metric, "base"), at(metric, "transfer")
-        found.append(
-            goal(
-                f"chrF, {name}",
-                "above the original model's",
-                f"{written(after, 'score')} against {written(before, 'score')}",
-                None if before is None or after is None else after > before,
-            )
-        )
-    after = at("well_formed_chains", "transfer")
-    found.append(
-        goal(
-            "Well-formed chains",
-            "at least 90 %",
-            f"{written(after, 'share')}; {variety}",
-            None if after is None else after >= 0.9,
-        )
-    )
-    before, after = at("english_kl", "translate"), at("english_kl", "transfer")
-    found.append(
-        goal(
-            "English answers kept",
-            "KL to the original lower after stage 4 than after stage 3",
-            f"{written(after)} against {written(before)}",
-            None if before is None or after is None else after < before,
-        )
-    )
-    return found
-
-
 def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first held-out pairs, each with its translations at three points."""
     pairs = read_pairs(run.config.evaluation.pairs, limit=run.config.evaluation.max_pairs)[:SHOWN]
     return [
         {
@@ -214,11 +223,11 @@ def _translations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def _conversations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first held-out questions with the final answers and the original model's; none is chosen for how it looks."""
     section = run.config.evaluation
     target = section.instruction_fields[1]
     rows = read_jsonl(section.instructions, required=(target,), limit=section.max_chats)
     answers, before = measured["transfer"]["answers"], measured["base"]["answers"]
-    # The first ones, whatever they are: an example is not chosen for how it looks.
     return [
         {"question": row[target], "base": old["visible"], **new}
         for row, new, old in list(zip(rows, answers, before, strict=True))[:SHOWN]

@@ -1,4 +1,4 @@
-"""One run of the pipeline: what every stage is given."""
+"""One run of the pipeline: the object that every stage gets."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from transllm_jax.stages.points import markers_of
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.training.record.ledger import LEDGER, Ledger
 
-# The hashes of files, in the work directory.
+# The file of hashes in the work directory.
 HASHES = "hashes.json"
 
 
 def seed_for(seed: int, purpose: str) -> int:
-    """31 bits that are a function of both, the same in every process: Python's own hash of a text is not."""
+    """31 bits that are a function of both, and the same in every process (unlike Python's `hash` of a string)."""
     digest = hashlib.sha256(json.dumps([seed, purpose]).encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
 
 
 class Run:
-    """The config; where the run happens (`site`); its models and tokenizers (`models`) and its files (`inputs`)."""
+    """The config, the place of the run (`site`), its models and tokenizers (`models`), and its files (`inputs`)."""
 
     def __init__(
         self,
@@ -46,20 +46,20 @@ class Run:
         since: float | None = None,
         profile: int = 0,
     ) -> None:
-        """workdir: a directory for one process alone, or the site of several.
+        """workdir: a directory for a single process, or the site of several.
 
-        since: when the process began, by `time.monotonic`. profile: steps of each training stage that are traced.
+        since: when the process began, by `time.monotonic`. profile: how many steps of each training stage are traced.
         """
         self.config = config
         self.site = workdir if isinstance(workdir, Site) else Site.of(workdir)
         self.progress, self.interrupt = progress, interrupt
-        # The day that chat templates are told. The pipeline fills it in when a run begins.
+        # The date for chat templates. The pipeline puts that of the run's beginning into the config.
         self.today = config.date or date.today()
         self.models = Models(config, self.workdir, self.today)
         self.bad_rows = BadRows(self.record_directory, self.workdir, progress.say)
         hash_of = FileHashes(self.workdir / HASHES, keep=self.primary)
         self.inputs = Inputs(config, self.models, hash_of, self.bad_rows, progress)
-        # The original model with its answers to held-out questions: made by the first evaluation, used by all.
+        # The original model and its answers to held-out questions. The first evaluation makes it, all use it.
         self.teacher: Teacher | None = None
         self.profile = profile
         self._since = since
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def primary(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.site.peers.primary
 
     @property
@@ -85,22 +85,20 @@ class Run:
         return markers_of(self.config)
 
     def seed_for(self, purpose: str) -> int:
-        """The seed of one purpose, such as a stage's name: a hash of it and of the run's seed.
+        """The seed for a purpose, such as a stage's name: a hash of it and of the run's seed.
 
-        No two purposes share a seed, nor do neighbouring seeds of the config.
+        So different purposes get different seeds, and so do neighbouring seeds of the config.
         """
         return seed_for(self.config.seed, purpose)
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The account of this process's time."""
+        """The record of how this process spends its time."""
         return Ledger(self.record_directory(self.workdir) / LEDGER, since=self._since)
 
     def record_directory(self, directory: Path) -> Path:
-        """Where this process writes its records of a step: the step's directory, or a temporary one that nobody reads.
-
-        The primary's records alone count.
-        """
+        """Where this process writes its records of a step: the step's directory if it is the primary, whose records
+        alone count; otherwise a temporary directory."""
         if self.primary:
             return directory
         place = self._scratch / directory.name
@@ -113,7 +111,7 @@ class Run:
         return Path(self._temporary.name)
 
     def push(self, *steps: str) -> None:
-        """Copy these steps and the ledger to the run's store, if it has one, so that they outlive this host."""
+        """Copy these steps and the ledger to the run's store, if it has one, so that they survive this host."""
         if self.primary and self.site.mirrored:
             with self.ledger.still():
                 self.site.push(LEDGER, *steps)

@@ -1,4 +1,4 @@
-"""The steps of a run, in their order: what each reads, what it follows, and what it writes."""
+"""The steps of a run in order: what each reads, which steps it follows, and what it writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.manifest import Artifact, fingerprint, flatten
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import HOW, MAY_CHANGE
+from transllm_jax.stages.training import MAY_CHANGE, METHOD
 
 # A step's inputs as dotted config keys and hashes of files.
 Inputs = dict[str, Any]
@@ -22,12 +22,12 @@ Inputs = dict[str, Any]
 class Step:
     """A step writes one directory. `after` names the steps whose results it reads.
 
-    inputs: what the step reads. work: does it, in its directory, and returns a summary with a line `text`.
-    check: finds faults in the step's part of the config and its files; it needs the base model alone.
-    resumable: the step keeps what it has when it is stopped; another begins again.
-    may_change: config keys that may differ when a stopped step goes on. stays: keys that may differ when the step is
-    done: its result stays as it was made. short: the step takes minutes, so with any changed input it begins again.
-    alone: the primary does the work, which needs no devices. beside: files outside of its directory that it writes.
+    inputs: returns what the step reads. work: does the step in its directory, and returns a summary with a line `text`.
+    check: finds faults in the step's config and files; of the model it needs only the base.
+    resumable: a stopped step continues; if not, it begins again.
+    may_change: config keys that may differ when a stopped step continues. stays: keys that may differ when the step is
+    done; its result stays as it was made. short: the step takes minutes, so it begins again if any input has changed.
+    alone: only the primary does the work, which needs no devices. other_files: files outside its directory.
     """
 
     name: str
@@ -40,22 +40,22 @@ class Step:
     stays: tuple[str, ...] = ()
     short: bool = False
     alone: bool = False
-    beside: tuple[str, ...] = ()
+    other_files: tuple[str, ...] = ()
 
     @property
     def directory(self) -> str:
         """The step's directory below the work directory."""
-        # The report's page and results are outside of its own.
+        # The report's page and results are outside of it.
         return "evaluation/report" if self.name == "report" else self.name
 
     @property
     def activity(self) -> str:
-        """What the ledger calls the step's time, its training apart."""
+        """The ledger's category for the step's time; training is recorded separately."""
         return "validate" if self.name.startswith("evaluation/") else "other"
 
 
 def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
-    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, HOW))
+    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, METHOD))
     return Step(
         name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change, stays=stays
     )
@@ -70,7 +70,7 @@ def _evaluation(point: str) -> Step:
         evaluate.check,
         resumable=True,
         short=True,
-        beside=(f"evaluation/{evaluate.ORIGINAL}",),
+        other_files=(f"evaluation/{evaluate.ORIGINAL}",),
     )
 
 
@@ -93,7 +93,7 @@ STEPS = (
         report.run_stage,
         (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
         alone=True,
-        beside=("evaluation/results.json", "report.html"),
+        other_files=("evaluation/results.json", "report.html"),
     ),
 )
 NAMES = tuple(step.name for step in STEPS)
@@ -105,14 +105,14 @@ def artifact(workdir: Path, name: str) -> Artifact:
 
 
 def index(name: str, option: str = "step") -> int:
-    """A step's place in `STEPS`. Raises UserError for another name."""
+    """A step's position in `STEPS`. Raises UserError if there is no such step; option: named in the message."""
     if name not in NAMES:
         raise UserError(f"{option} {name}: no such stage; the stages are {', '.join(NAMES)}")
     return NAMES.index(name)
 
 
 def steps_until(name: str | None) -> tuple[Step, ...]:
-    """The steps up to and including this one with its evaluation; all where it is None. Raises UserError."""
+    """The steps up to and including this one with its evaluation; all steps for None. Raises UserError."""
     if name is None:
         return STEPS
     end, evaluation = index(name, "--until"), f"evaluation/{name}"
@@ -120,7 +120,7 @@ def steps_until(name: str | None) -> tuple[Step, ...]:
 
 
 def dependents(name: str) -> set[str]:
-    """This step and all that build on it. Raises UserError."""
+    """This step and all steps that build on it. Raises UserError."""
     found = {NAMES[index(name, "--force")]}
     for step in STEPS:
         if found & set(step.after):
@@ -143,6 +143,6 @@ def fingerprints(step: Step, inputs: Mapping[str, Inputs]) -> dict[str, str]:
 
 
 def file_hashes(inputs: Mapping[str, Inputs]) -> dict[str, str]:
-    """The hashes of files among the inputs: each host reads them by itself."""
+    """The hashes of files among the inputs. Each host may have its own copies, which must be equal."""
     found = {key: value for of_step in inputs.values() for key, value in of_step.items() if " " in key}
     return {key: str(value) for key, value in found.items() if not key.startswith("after ")}

@@ -1,4 +1,4 @@
-"""The sources of a training stage as rows by index: tokenised once, cleaned, planned, read from the cache."""
+"""A training stage's sources as rows by index: tokenised once, cleaned, planned, and read from the token cache."""
 
 from __future__ import annotations
 
@@ -20,19 +20,32 @@ from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.scripts import script_of
 
-# Tokenised text, in the work directory.
+# The directory of tokenised text in the work directory.
 TOKENS = "tokens"
-# Bytes on disk of a source whose tokenising is stopped on request.
+# Tokenising a source of at least this many bytes on disk can be interrupted.
 LARGE = 16 << 20
-# Shards that are tokenised before they are copied to a store.
+# The number of shards that are tokenised between two copies to a store.
 TOGETHER = 64
+_UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
+# Counts of a source's items that were left out or changed.
+_LEFT_OUT = (
+    "too short",
+    "too long",
+    "other script",
+    "contaminated",
+    "exact duplicates",
+    "near duplicates",
+    "over the budget",
+    "longer than a row",
+    "cut at a turn",
+)
 
 
 def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
-    """The rows of a source for a stage; says what was left out of it.
+    """The rows of a source for a stage.
 
-    Raises UserError with file and line for what is wrong in it, and where nothing is left; and Preempted when asked to
-    stop: the shards that are whole stay.
+    Raises UserError with file and line if something is wrong in the source, or if nothing is left of it; Preempted when
+    asked to stop. Finished shards stay in the cache.
     """
     cleaning = source.cleaning
     transform = Transform(
@@ -55,13 +68,13 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
 
 
 def chain_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
-    """The rows of conversations that the run made itself: they hold the chain's markers, and nothing is cleaned."""
+    """The rows of conversations that the run itself wrote; they may hold the chain's markers, and are not cleaned."""
     transform = Transform("conversations", length, run.markers, exact=False, holds_markers=True)
     return _rows(run, stage, source, transform)
 
 
 def instruction_rows(run: Run, stage: str, pairs: Source, length: int, *, contamination: bool) -> PlannedRows:
-    """The rows of translation instructions, made of pairs.
+    """The rows of translation instructions made from pairs.
 
     contamination: leave out pairs that hold an evaluation text.
     """
@@ -78,15 +91,28 @@ def instruction_rows(run: Run, stage: str, pairs: Source, length: int, *, contam
 
 
 def validation_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
-    """The rows of held-out text: as the stage's own, and nothing left out but what no row can hold."""
+    """The rows of held-out text, made as those of the stage; only what does not fit into a row is left out."""
     transform = Transform(content=source.format, length=length, markers=run.markers, exact=False)
     return _rows(run, stage, source, transform)
 
 
+def left_out(rows: PlannedRows) -> dict[str, int]:
+    """How many items were left out of a source, by reason, without zeros; bad rows included."""
+    known = {reason: rows.counts[reason] for reason in _LEFT_OUT if rows.counts.get(reason)}
+    skipped = {f"{BAD_ROWS}{reason}": count for reason, count in _counts_of(rows, _SKIPPED).items()}
+    return skipped | known
+
+
+def fields_not_read(rows: PlannedRows) -> dict[str, int]:
+    """The fields of a source's records that are ignored, and how many records have each."""
+    return _counts_of(rows, _IGNORED)
+
+
 def _rows(run: Run, stage: str, source: Source, transform: Transform) -> PlannedRows:
+    """Tokenise a source and plan its rows. Raises UserError if there are too many bad rows, or no rows at all."""
     shards = run.inputs.shards(source)
     total = sum(shard.size for shard in shards)
-    long = total >= LARGE or not all(shard.size for shard in shards)  # a size of 0 is not known
+    interruptible = total >= LARGE or not all(shard.size for shard in shards)  # a size of 0 is not known
     with (
         run.ledger.spend("data"),
         run.progress.task(f"{stage}: tokens of {source.path}", total=max(total, 1), unit="byte") as bar,
@@ -94,11 +120,11 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
 
         def tell(done: int, items: int) -> None:
             bar.update(done, f"{items:,} {_UNITS[source.format]}")
-            # What takes seconds is finished, so that it need not be done again.
-            if long:
+            # A small source is finished in seconds, so that it need not be done again.
+            if interruptible:
                 run.interrupt.check(f"{stage}: tokenising")
 
-        cache = _Cache(run)
+        cache = _TokenCache(run)
         tokens = cache.tokens(shards, transform, source, tell)
         choice = Selection(
             row_length=transform.length,
@@ -108,67 +134,71 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
             seed=run.config.seed,
         )
         rows = cache.rows(tokens, choice)
-    bad = [row for shard in tokens if shard.skipped for row in shard.bad_rows()]
-    run.bad_rows.note(stage, source, rows.counts["items"], _named(rows, _SKIPPED), bad)
-    if ignored := _named(rows, _IGNORED):
-        what = ", ".join(f"{name} ({count:,})" for name, count in sorted(ignored.items()))
-        run.progress.say(f"  {stage}: fields of {source.path} that are not read: {what}")
+    _report(run, stage, source, tokens, rows)
     if not len(rows):
-        gone = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
             f"{stage}: nothing of {source.path} is left to train on ({rows.counts['items']:,} {_UNITS[source.format]}: "
-            f"{gone or 'none'}): give it more text, or loosen cleaning, tokens or length"
+            f"{reasons or 'none'}): give it more text, or loosen cleaning, tokens or length"
         )
     return rows
 
 
-class _Cache:
-    """The token cache of a run: in one directory for all of its processes, on its store, or each process's own.
+def _report(run: Run, stage: str, source: Source, tokens: Sequence[ShardTokens], rows: PlannedRows) -> None:
+    """Report a source's bad rows and ignored fields. Raises UserError if there are too many bad rows."""
+    bad = [row for shard in tokens if shard.skipped for row in shard.bad_rows()]
+    run.bad_rows.note(stage, source, rows.counts["items"], _counts_of(rows, _SKIPPED), bad)
+    if ignored := fields_not_read(rows):
+        what = ", ".join(f"{name} ({count:,})" for name, count in sorted(ignored.items()))
+        run.progress.say(f"  {stage}: fields of {source.path} that are not read: {what}")
 
-    Where it is not each one's own, each process tokenises its part of the shards.
+
+class _TokenCache:
+    """The token cache of a run: in a directory that all processes share, on the run's store, or one per process.
+
+    If it is shared or on the store, each process tokenises its part of the shards.
     """
 
     def __init__(self, run: Run) -> None:
         given = run.config.token_cache
         self._run, self._directory = run, Path(given) if given else run.workdir / TOKENS
         self._mirrored = run.site.mirrored and given is None
-        # A cache of the user's is not always on a disk that all hosts share.
+        # A cache directory that the user chose may not be on a disk that all hosts share.
         self._divided = given is None or run.site.shares(self._directory)
 
     def tokens(
         self, shards: Sequence[Shard], transform: Transform, source: Source, tell: OnProgress
     ) -> list[ShardTokens]:
-        """The tokens of all shards, which are there after it."""
+        """The tokens of all shards; those that the cache lacks are made."""
         run, tokenizer = self._run, self._run.models.tokenizer("vocabulary")
         paths = {shard: shard_path(self._directory, shard, transform, tokenizer.fingerprint) for shard in shards}
         mine: Sequence[Shard] = shards
         if self._divided:
-            # The largest first, dealt in turn.
+            # Processes take shards in turn, the largest first.
             ordered = sorted(paths, key=lambda shard: (-shard.size, paths[shard].name))
             mine = ordered[run.peers.number :: run.peers.count]
 
-        def made(some: Iterable[Shard]) -> list[ShardTokens]:
+        def tokenised(some: Iterable[Shard]) -> list[ShardTokens]:
             policy = source.controls, self._directory
             return tokenise(list(some), transform, tokenizer, *policy, on_progress=tell, on_bad_rows=source.on_bad_rows)
 
         if self._mirrored:
             self._fetch(paths[shard] for shard in mine)
-            # Some at a time, so that they outlive this host when they are done.
+            # Copied to the store a few at a time, so that finished shards survive the loss of this host.
             for first in range(0, len(mine), TOGETHER):
                 some = mine[first : first + TOGETHER]
-                made(some)
-                names = [paths[shard] for shard in some]
-                run.site.storage.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+                tokenised(some)
+                run.site.storage.add(TOKENS, *_file_names([paths[shard] for shard in some]))
         elif self._divided and run.peers.count > 1:
-            made(mine)
+            tokenised(mine)
         if self._divided:
             run.peers.barrier("tokens")
         if self._mirrored:
             self._fetch(paths.values())
-        return made(shards)
+        return tokenised(shards)
 
     def rows(self, tokens: Sequence[ShardTokens], choice: Selection) -> PlannedRows:
-        """The rows, planned by the primary where the others can read the plan."""
+        """The planned rows. If the cache is shared, the primary makes the plan and the others read it."""
         path, place = plan_path(tokens, choice, self._directory), self._run.site.storage
 
         def planned() -> PlannedRows:
@@ -182,41 +212,19 @@ class _Cache:
         return self._run.peers.run_primary_first("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
-        """Bring what the store has of shards that are not here; what says that a shard is whole comes last."""
+        """Fetch shards that are missing here from the store."""
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
-            names = [records_path(path).name for path in wanted], [path.name for path in wanted]
-            self._run.site.storage.fetch(TOKENS, *names)
+            self._run.site.storage.fetch(TOKENS, *_file_names(wanted))
 
 
-_UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
-# Counts of a source that say that something was left out, or changed.
-_LEFT_OUT = (
-    "too short",
-    "too long",
-    "other script",
-    "contaminated",
-    "exact duplicates",
-    "near duplicates",
-    "over the budget",
-    "longer than a row",
-    "cut at a turn",
-)
+def _file_names(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """The names of shards' files in the order of copying: those that mark a shard as complete come last."""
+    return [records_path(path).name for path in paths], [path.name for path in paths]
 
 
-def left_out(rows: PlannedRows) -> dict[str, int]:
-    """What was left out of a source, by reason; only what there was."""
-    known = {reason: rows.counts[reason] for reason in _LEFT_OUT if rows.counts.get(reason)}
-    skipped = {f"{BAD_ROWS}{reason}": count for reason, count in _named(rows, _SKIPPED).items()}
-    return skipped | known
-
-
-def fields_not_read(rows: PlannedRows) -> dict[str, int]:
-    """The fields of a source's records that nobody reads, and of how many records."""
-    return _named(rows, _IGNORED)
-
-
-def _named(rows: PlannedRows, prefix: str) -> dict[str, int]:
+def _counts_of(rows: PlannedRows, prefix: str) -> dict[str, int]:
+    """The counts whose names begin with a prefix, by the rest of the name."""
     return {name.removeprefix(prefix): count for name, count in rows.counts.items() if name.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""What the three training stages share: packed sources in, trained adapters and new rows out."""
+"""What the training stages share: from the rows of their sources to trained adapters and new rows."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Speed
 from transllm_jax.training.validation import Watch
 
-# Keys of a training section that no result depends on.
+# Keys of a training section on which no result depends.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
-# Keys that say how a result is computed, not which: rounding may differ, and what dropout draws. They may change where
-# the stage was cut off, and where it is done, which then stays as it was made.
-HOW = ("remat", "accumulate", "max_skipped")
-# Keys that may change where the stage was cut off: it goes on with the new ones. With other rows of validation, or
-# another source, the best checkpoint is sought anew among those to come.
-MAY_CHANGE = ("steps", "epochs", "validation", *HOW)
+# Keys that change how the result is computed, and so only its rounding and what dropout draws. They may change when a
+# stopped stage goes on. They may also change when the stage is done: its result then stays as it was made.
+METHOD = ("remat", "accumulate", "max_skipped")
+# Keys that may change when a stopped stage goes on. If the rows of the validation change, only later checkpoints can be
+# the best one.
+MAY_CHANGE = ("steps", "epochs", "validation", *METHOD)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source of rows in a mixture: its name, its rows, and its share (None: by its size).
+    """A source of rows in a mixture: its name, its rows, and its share (None: in proportion to its size).
 
-    items: what it was made of, where that is known. left_out: how many of them were not used or cut, by reason, and
-    bad rows. fields_not_read: of its records, and how many have them.
+    items: the number of items that the rows were made from, if known. left_out: how many items were left out or cut, by
+    reason, and bad rows. fields_not_read: fields of its records that are ignored, and how many records have them.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Part:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What is known of it before training."""
+        """The part's contribution to the stage's summary, which is known before training."""
         return {
             "items": self.items,
             "left_out": dict(self.left_out),
@@ -75,10 +75,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage's training, ready to begin: what is trained, on which batches, how."""
+    """A stage's training, ready to begin. held: arrays of the stage's result that do not train."""
 
     split: Split
-    # Arrays of the stage's result that do not train.
     held: Flat
     batches: Batches
     parts: Sequence[Part]
@@ -86,14 +85,8 @@ class Job:
     watch: Watch | None
 
 
-def section_of(run: Run, name: str) -> Training:
-    """The config's section of a training stage."""
-    section: Training = getattr(run.config, name)
-    return section
-
-
 def training_inputs(run: Run, name: str) -> dict[str, Any]:
-    """What a training stage's result depends on, of the config's section and its sources."""
+    """The inputs on which a training stage's result depends: its config section and the files of its sources."""
     section = section_of(run, name)
     sources = getattr(section, "sources", [])
     measured = run.inputs.source_hashes([section.validation.source] if section.validation else [])
@@ -101,37 +94,41 @@ def training_inputs(run: Run, name: str) -> dict[str, Any]:
         name: section.model_dump(mode="json", exclude=set(NEUTRAL)),
         "seed": run.config.seed,
         **run.inputs.source_hashes(sources),
-        # Named as keys of the validation, so that they may change with it.
+        # Named as keys of `validation`, so that they may change with it (`MAY_CHANGE`).
         **{f"{name}.validation.{key}": digest for key, digest in measured.items()},
         **run.inputs.contamination_hashes(any(source.cleaning.contamination for source in sources)),
     }
 
 
 def check_training(run: Run, name: str) -> None:
-    """What can be known to be wrong before a training stage begins. Raises UserError."""
+    """Find what is wrong with a training stage's config and files before it begins. Raises UserError."""
     section = section_of(run, name)
     run.models.check_length(f"{name}.length", section.length)
     check_layout(run.models.layout, name, section, run.models.config.head_dim)
-    # Where it stands, before the manifest takes the new number for the stage's own.
+    _check_steps(run, name, section)
+    sources = getattr(section, "sources", [])
+    for source in sources:
+        run.inputs.check(source)
+    if any(source.cleaning.contamination for source in sources):
+        _ = run.inputs.evaluation_texts  # reads whole files; the check of an evaluation reads only what it measures
+    if section.validation is not None:
+        run.inputs.check(section.validation.source)
+
+
+def _check_steps(run: Run, name: str, section: Training) -> None:
+    """Refuse fewer steps than a checkpoint has. Now, because beginning the stage writes `steps` into its manifest."""
     place = run.site.storage.checkpoints(name)
     saved = [path.name for path in place.iterdir()] if place.exists() else []
     reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
         raise UserError(
             f"{name}.steps is {section.steps}, but the stage has a checkpoint of step {reached}; raise {name}.steps, "
-            f"or begin the stage anew with --force {name}"
+            f"or redo the stage with --force {name}"
         )
-    sources = getattr(section, "sources", [])
-    for source in sources:
-        run.inputs.check(source)
-    if any(source.cleaning.contamination for source in sources):
-        _ = run.inputs.evaluation_texts  # whole files: of an evaluation, no more than it measures is looked at
-    if section.validation is not None:
-        run.inputs.check(section.validation.source)
 
 
 def check_layout(layout: Layout, name: str, section: Training, head_dim: int) -> None:
-    """Whether a stage's batches can be cut over a mesh. Raises UserError that names the config's key."""
+    """Refuse batches that cannot be sharded over the mesh. Raises UserError that names the config's key."""
     rows, parts = section.batch_size // section.accumulate, layout.batch_parts
     if rows % parts:
         raise UserError(
@@ -139,52 +136,88 @@ def check_layout(layout: Layout, name: str, section: Training, head_dim: int) ->
             f"{parts * section.accumulate}"
         )
     if section.length % layout.size("tensor"):
-        raise UserError(f"{name}.length: {section.length} is no multiple of mesh.tensor {layout.size('tensor')}")
+        raise UserError(f"{name}.length: {section.length} is not a multiple of mesh.tensor {layout.size('tensor')}")
     refusal = splash_supports(section.length, head_dim) if layout.attention == "splash" else None
     if refusal:
         raise UserError(f"{name}.length: {refusal}; change it, or set attention=plain")
 
 
 def source_parts(run: Run, name: str) -> list[Part]:
-    """The sources of a stage's config as rows; says what was left out of each."""
-    section = section_of(run, name)
-    return [
-        part_of(
-            run,
-            name,
-            f"{number} {Path(source.path).name}",
-            source,
-            planned_rows(run, name, source, section.length),
-            source.weight,
-        )
-        for number, source in enumerate(getattr(section, "sources", []), 1)
-    ]
+    """The sources of a stage's config as parts of its mixture; prints what was left out of each."""
+    section, parts = section_of(run, name), []
+    for number, source in enumerate(getattr(section, "sources", []), 1):
+        rows = planned_rows(run, name, source, section.length)
+        parts.append(part_of(run, name, f"{number} {Path(source.path).name}", source, rows, source.weight))
+    return parts
 
 
 def part_of(run: Run, stage: str, name: str, source: Source, rows: PlannedRows, weight: float | None) -> Part:
-    """A source's rows as a part of a stage's mixture; says what was left out of it. Bad rows were said already."""
+    """A source's rows as a part of a stage's mixture; prints what was left out of it, except bad rows."""
     items, missing = rows.counts["items"], left_out(rows)
-    said = {reason: count for reason, count in missing.items() if not reason.startswith(BAD_ROWS)}
-    if said:
-        what = ", ".join(f"{count:,} {reason}" for reason, count in said.items())
+    # Bad rows were printed when the source was read.
+    reasons = {reason: count for reason, count in missing.items() if not reason.startswith(BAD_ROWS)}
+    if reasons:
+        what = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         run.progress.say(f"  {stage}: of {items:,} items of {source.path}: {what}", style="yellow")
     return Part(name, rows, weight, items, missing, fields_not_read(rows))
 
 
-def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
+def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """Train from point `start` on a mixture, and save the result as point `name`. Returns the stage's summary."""
+    job = prepare(run, name=name, start=start, parts=parts)
+    started = time.monotonic()
+    outcome = train(
+        job.split,
+        job.batches,
+        job.config,
+        run.record_directory(directory),
+        run.progress,
+        run.interrupt,
+        run.ledger,
+        job.watch,
+        Environment(run.peers, run.site.storage.checkpoints(name), lambda: run.push(name), run.profile),
+    )
+
+    def finish() -> dict[str, Any]:
+        save_arrays(directory / "trainable", arrays)
+        return {
+            **_summary(directory, job, outcome),
+            "tokens_per_second": outcome.tokens_per_second,
+            "train_seconds": time.monotonic() - started,
+        }
+
+    with run.ledger.spend("save"):
+        arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
+        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
+
+
+def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
     """A stage's training from point `start` on a mixture of rows; nothing is trained yet.
 
-    The stage's order of batches and dropout depend on the run's seed and the stage's name alone.
+    The order of batches and the dropout depend only on the run's seed and the stage's name.
     """
-    section = section_of(run, name)
-    seed = run.seed_for(name)
+    section, seed = section_of(run, name), run.seed_for(name)
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
         whole = run.models.split(start)
         split = whole.freeze(path for path in whole.trainable if not trains(run.config, path))
+    held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
+    config = loop_config(
+        run.models.lora,
+        name,
+        section,
+        steps,
+        seed=seed,
+        sources=tuple(part.name for part in parts),
+        speed=_speed(run, section, new_rows=len(whole.trainable["vocabulary.new"])),
+    )
+    return Job(split, held, batches, parts, config, _watch(run, name, section, split))
+
+
+def _speed(run: Run, section: Training, new_rows: int) -> Speed:
+    """The model FLOPs of a token, and the peak FLOP/s of all devices together, if it is known."""
     lora = run.models.lora
-    new_rows = len(whole.trainable["vocabulary.new"])
     flops = train_flops_per_token(
         run.models.config,
         lora,
@@ -195,17 +228,7 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
         train_new=run.config.embeddings != "none",
     )
     peak = peak_flops(jax.devices()[0])
-    config = loop_config(
-        lora,
-        name,
-        section,
-        steps,
-        seed=seed,
-        sources=tuple(part.name for part in parts),
-        speed=Speed(flops, None if peak is None else peak * len(jax.devices())),
-    )
-    held = {path: array for path, array in whole.trainable.items() if path not in split.trainable}
-    return Job(split, held, batches, parts, config, _watch(run, name, section, split))
+    return Speed(flops, None if peak is None else peak * len(jax.devices()))
 
 
 def loop_config(
@@ -218,7 +241,7 @@ def loop_config(
     sources: tuple[str, ...],
     speed: Speed | None = None,
 ) -> LoopConfig:
-    """What the training loop is told of a stage's section. Raises UserError for a schedule that does not fit."""
+    """The training loop's settings from a stage's section. Raises UserError if warm-up and decay exceed the steps."""
     return LoopConfig(
         _optimizer(section, steps, name),
         checkpoint_every=section.checkpoint_every,
@@ -258,68 +281,48 @@ def _optimizer(section: Training, steps: int, name: str) -> OptimizerConfig:
 
 
 def _watch(run: Run, name: str, section: Training, split: Split) -> Watch | None:
+    """How to measure bits per byte on the first rows of the section's validation source; None without validation."""
     validation = section.validation
     if validation is None:
         return None
     rows = validation_rows(run, name, validation.source, section.length)
-    number, size = min(validation.rows, len(rows)), max(section.batch_size // section.accumulate, 1)
+    number = min(validation.rows, len(rows))
     read = [rows.row(row) for row in range(number)]
-    content = hashlib.sha256()
-    for values in (row[key] for row in read for key in sorted(row)):
-        content.update(np.ascontiguousarray(values).tobytes())
-    # Padding fills the last batch, so that all have one shape.
-    empty = {field: np.zeros_like(values) for field, values in read[0].items()}
-    read += [empty] * (-number % size)
-    found = [
-        {field: np.stack([row[field] for row in read[first : first + size]]) for field in empty}
-        for first in range(0, len(read), size)
-    ]
+    batches = _padded_batches(read, max(section.batch_size // section.accumulate, 1))
     size_in_bytes = sum(rows.bytes(row) for row in range(number))
 
     def measure(trainable: Flat) -> float:
-        total = sum(float(nats(split.structure, trainable, split.frozen, batch)) for batch in found)
+        total = sum(float(nats(split.structure, trainable, split.frozen, batch)) for batch in batches)
         return total / math.log(2) / size_in_bytes
 
-    return Watch(measure, validation.every, validation.patience, content.hexdigest()[:16])
+    return Watch(measure, validation.every, validation.patience, _rows_hash(read))
 
 
-def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
-    """Train from point `start` on a mixture and save the result as point `name`."""
-    job = prepare(run, directory, name=name, start=start, parts=parts)
-    started = time.monotonic()
-    outcome = train(
-        job.split,
-        job.batches,
-        job.config,
-        run.record_directory(directory),
-        run.progress,
-        run.interrupt,
-        run.ledger,
-        job.watch,
-        Environment(run.peers, run.site.storage.checkpoints(name), lambda: run.push(name), run.profile),
-    )
-
-    def finish() -> dict[str, Any]:
-        save_arrays(directory / "trainable", arrays)
-        return {
-            **_told(directory, job, outcome),
-            "tokens_per_second": outcome.tokens_per_second,
-            "train_seconds": time.monotonic() - started,
-        }
-
-    with run.ledger.spend("save"):
-        arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
-        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
+def _padded_batches(rows: Sequence[dict[str, np.ndarray]], size: int) -> list[dict[str, np.ndarray]]:
+    """Batches of `size` rows. Empty rows fill the last one, so that all have one shape and one compiled program."""
+    empty = {field: np.zeros_like(values) for field, values in rows[0].items()}
+    filled = [*rows, *([empty] * (-len(rows) % size))]
+    return [
+        {field: np.stack([row[field] for row in filled[first : first + size]]) for field in empty}
+        for first in range(0, len(filled), size)
+    ]
 
 
-def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:
+def _rows_hash(rows: Sequence[dict[str, np.ndarray]]) -> str:
+    content = hashlib.sha256()
+    for values in (row[key] for row in rows for key in sorted(row)):
+        content.update(np.ascontiguousarray(values).tobytes())
+    return content.hexdigest()[:16]
+
+
+def _summary(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:
     losses = [row["loss"] for row in read_rows(directory / "metrics.jsonl") if row["loss"] is not None]
     first = losses[0] if losses else math.nan
     tokens = outcome.steps * job.batches.batch_size * job.parts[0].rows.row_length
     text = f"{outcome.steps} steps, {tokens:,} tokens; loss {first:.2f} -> {outcome.last_loss:.2f}"
     if outcome.best is not None:
-        found = {row["step"]: row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")}
-        text += f"; best at step {outcome.best}, {found[outcome.best]:.3f} bits a byte"
+        measured = {row["step"]: row["bits_per_byte"] for row in read_rows(directory / "validation.jsonl")}
+        text += f"; best at step {outcome.best}, {measured[outcome.best]:.3f} bits a byte"
     if outcome.skipped:
         text += f"; {outcome.skipped} update{'s' if outcome.skipped > 1 else ''} skipped, not finite"
     epochs = job.batches.epoch(outcome.steps)
@@ -331,3 +334,9 @@ def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:
         "best": outcome.best,
         "sources": {part.name: {**part.summary, "epochs": epochs[part.name]} for part in job.parts},
     }
+
+
+def section_of(run: Run, name: str) -> Training:
+    """The config's section of a training stage."""
+    section: Training = getattr(run.config, name)
+    return section

@@ -17,12 +17,12 @@ from transllm_jax.stages.token_rows import chain_rows, instruction_rows
 from transllm_jax.stages.training import Part, check_training, part_of, source_parts, train_stage, training_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 
-# The point that the stage goes on from.
+# The point from which the stage starts.
 START = "translate"
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What this stage reads: files and config sections."""
+    """The stage's inputs: the config sections and files that it reads."""
     config = run.config
     return {
         **training_inputs(run, "transfer"),
@@ -34,7 +34,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def check(run: Run) -> None:
-    """What can be known to be wrong before this stage begins. Raises UserError."""
+    """Find what is wrong with the stage's config and files before it begins. Raises UserError."""
     section = run.config.transfer
     check_training(run, "transfer")
     run.inputs.check(section.pairs)
@@ -42,7 +42,7 @@ def check(run: Run) -> None:
         collector = Collector("remove", section.pairs.on_bad_rows)
         pairs = (item for item, _ in run.inputs.items(section.pairs, collector))
         run.inputs.check_clean(pairs, section.pairs.path, "transfer.contamination")
-    # A chain of three texts of a token each, with its markers and its end.
+    # The shortest chain has three texts of one token each, three markers and an end token.
     least = len(encode_prompt(run.models.tokenizer("base"), [{"role": "user", "content": "a"}])) + 7
     if section.length < least:
         raise UserError(
@@ -52,7 +52,7 @@ def check(run: Run) -> None:
 
 
 def parts(run: Run) -> list[Part]:
-    """The rows that the stage trains on: chains, English answers, translation instructions, and other sources."""
+    """The parts of the stage's mixture: chains, English answers, translation instructions, and other sources."""
     section, found = run.config.transfer, []
     sources = conversation_sources(run) if section.chains or section.english else ()
     for name, source, weight in zip(("chains", "english"), sources, (section.chains, section.english), strict=False):
@@ -63,7 +63,7 @@ def parts(run: Run) -> list[Part]:
 
 
 def known_parts(run: Run) -> list[Part]:
-    """The rows that are known before stage `recover`: translation instructions, and other sources."""
+    """The parts that do not depend on stage `recover`: translation instructions, and other sources."""
     section, found = run.config.transfer, []
     if section.translations:
         rows = instruction_rows(run, "transfer", section.pairs, section.length, contamination=section.contamination)
@@ -72,5 +72,5 @@ def known_parts(run: Run) -> list[Part]:
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Train on from stage `translate`; resumes from its checkpoint."""
+    """Train from point `translate`, or from the stage's own last checkpoint."""
     return train_stage(run, directory, name="transfer", start=START, parts=parts(run))

@@ -12,25 +12,25 @@ from typing import Any
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Part, check_training, source_parts, train_stage, training_inputs
 
-# The point that the stage goes on from.
+# The point from which the stage starts.
 START = "pretrain"
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    """What this stage reads: files and config sections."""
+    """The stage's inputs: the config sections and files that it reads."""
     return training_inputs(run, "translate")
 
 
 def check(run: Run) -> None:
-    """What can be known to be wrong before this stage begins. Raises UserError."""
+    """Find what is wrong with the stage's config and files before it begins. Raises UserError."""
     check_training(run, "translate")
 
 
 def parts(run: Run) -> list[Part]:
-    """The rows that the stage trains on, source by source."""
+    """The parts of the stage's mixture: one per source."""
     return source_parts(run, "translate")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Train on from stage `pretrain`; resumes from its checkpoint."""
+    """Train from point `pretrain`, or from the stage's own last checkpoint."""
     return train_stage(run, directory, name="translate", start=START, parts=parts(run))

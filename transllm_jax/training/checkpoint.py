@@ -1,11 +1,11 @@
-"""Checkpoints of what trains: adapters, new rows, optimizer state and step. The frozen base is never in one.
+"""Checkpoints of the training state: adapters, new rows, optimizer state and step, but never the frozen base.
 
 A step directory appears by an atomic rename when it is complete, so a kill at any moment leaves the previous checkpoint
-standing. Each array's sums are worked out on the device before it is written and after it was read: what was damaged
-on the way is found whatever the layout of devices, and the checkpoint before it is used.
+intact. Checksums of each array are computed on the device before it is written and after it is read, and are the same
+on every layout of devices. If they differ, the checkpoint is damaged and the one before it is used.
 
-Of several processes each writes and reads the parts that its devices hold, in one place that all see: a directory, or a
-path on an object store.
+With several processes, each writes and reads the shards of its own devices. All use one place, which all can see: a
+directory, or a path on an object store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -32,18 +32,18 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.training.step import TrainState
 
-# The items of a step: the arrays, and what is known of them.
+# The items of a step: the arrays, and a record of their shapes, dtypes and checksums and of the step's score.
 _STATE, _RECORD = "state", "record"
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be read, or reads as something else than was written."""
+    """A checkpoint that cannot be read, or differs from what was written."""
 
 
 class Checkpoints:
     """Step-numbered checkpoints in one directory: the newest `keep`, and the one with the best (lowest) score.
 
-    Of several processes all make the same calls, in the same order.
+    If there are several processes, all make the same calls in the same order.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Checkpoints:
         peers: Peers | None = None,
     ) -> None:
         """directory: a Path that all processes see, or an epath.Path on a store."""
-        _hush()
+        _ignore_closed_event_loop()
         self._directory: Any = directory if "://" in str(directory) else Path(directory).absolute()
         self._say, self._peers = say, peers or Peers()
         self._scores: dict[int, float] = {}
-        # The newest that was begun, and the newest that is whole for certain.
+        # The newest step whose save was started, and the newest that is known to be complete on disk.
         self._newest: int | None = None
-        self._whole: int | None = None
+        self._complete: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(keep, self._scores),
+            preservation_policy=_NewestAndBest(keep, self._scores),
             create=True,
             enable_async_checkpointing=True,
-            # Otherwise, where a directory cannot be made, threads wait minutes for it before the process can end.
+            # Otherwise, if a directory cannot be made, threads wait for it for minutes before the process can end.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            # What a killed process left half-written.
+            # Removes what a killed process left half-written.
             cleanup_tmp_directories=True,
         )
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
@@ -76,44 +76,43 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         self._reader = ocp.StandardCheckpointHandler()
         for step in self.steps():
-            self._newest = self._whole = step
+            self._newest = self._complete = step
             try:
                 score = self._record(step)["score"]
             except _Damaged:
-                continue  # found and said when it is to be restored
+                continue  # reported when the step is restored
             if score is not None:
                 self._scores[step] = score
 
     def steps(self) -> list[int]:
         """The complete steps, in order."""
-        found: list[int] = self._peers.share(sorted(self._manager.all_steps()))
-        return found
+        steps: list[int] = self._peers.share(sorted(self._manager.all_steps()))
+        return steps
 
     @property
-    def whole(self) -> int | None:
-        """The newest step that is complete on disk; one that is being written is not."""
-        if self._whole != self._newest and not self._manager.is_saving_in_progress():
-            self._whole = self._newest
-        return self._whole
+    def newest_complete(self) -> int | None:
+        """The newest step that is complete on disk; a step that is still being written does not count."""
+        if self._complete != self._newest and not self._manager.is_saving_in_progress():
+            self._complete = self._newest
+        return self._complete
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest score (of equal ones the last), or None where none has a score."""
+        """The step with the lowest score (the last of equal ones), or None if no step has a score."""
         return min(self._scores, key=lambda step: (self._scores[step], -step), default=None)
 
-    def compare(self, steps: Iterable[int]) -> None:
-        """Only the scores of these steps, and of those to come, are compared: the others are of something else."""
-        alike = set(steps)
-        for step in self._scores.keys() - alike:
+    def compare_only(self, steps: Iterable[int]) -> None:
+        """Forget the scores of all other steps: they measure something else. Scores of later saves count."""
+        for step in self._scores.keys() - set(steps):
             del self._scores[step]
 
     def save(self, state: TrainState, score: float | None = None) -> None:
-        """Write the state in the background; the next save, or `close`, waits for it. A score is better when lower.
+        """Write the state in the background; the next save, or `close`, waits for it. A lower score is better.
 
-        Raises OSError for a full disk; the last complete checkpoint stands.
+        Raises OSError if the disk is full; the last complete checkpoint is kept.
         """
         step = int(state.step)
         if step == self.latest():
@@ -130,14 +129,14 @@ class Checkpoints:
         items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave(record)}
         with _disk_full(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
-        # Saving waits for the one before.
-        self._whole, self._newest = self._newest, step
+        # This save has waited for the one before, which is complete now.
+        self._complete, self._newest = self._newest, step
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state that is whole, in the structure, shapes and placement of `like`; None where there is none.
+        """The newest intact state, in the structure, shapes and placement of `like`; None if there is no checkpoint.
 
-        A damaged one is named, put aside, and the one before it is used. Raises UserError when a checkpoint is of
-        another shape (another rank or vocabulary), and when all are damaged.
+        A damaged checkpoint is reported and put aside, and the one before it is used. Raises UserError if a checkpoint
+        has other shapes (another rank or vocabulary), and if all are damaged.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -149,39 +148,20 @@ class Checkpoints:
             for other, message in damaged.items():
                 self._put_aside(other)
                 self._say(f"{message}; it was put aside, step {step} is used")
-            self._newest = self._whole = step
+            self._newest = self._complete = step
             return state
         if damaged:
-            # All stay where they are: the next run must not take the stage for one that has none.
+            # None is put aside: otherwise the next run would find no checkpoint and silently train from step 0.
             said = "; ".join(damaged.values())
-            raise UserError(f"{said}; no other is left: run the stage with --force to begin it anew")
+            raise UserError(f"{said}; no other is left: run the stage with --force to redo it")
         return None
 
     def read(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step. Raises as `restore` does, and an error where it is damaged."""
+        """The state of a step. Raises as `restore` does, and an error if it is damaged."""
         record = self._record(step)["arrays"]
         wanted = _plain(like)
-        shapes = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in _paths(wanted)}
-        found = {path: [array["shape"], array["dtype"]] for path, array in record.items()}
-        if shapes != found:
-            other = sorted(path for path in shapes.keys() | found.keys() if shapes.get(path) != found.get(path))
-            path = next((path for path in other if path.startswith("trainable")), other[0])
-            raise UserError(
-                f"{self._directory}/{step}: not a checkpoint of this configuration ({path} is "
-                f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to begin anew"
-            )
-        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-        plain: Any = None
-        failed: Exception | None = None
-        try:
-            # Not by the manager: it would wait for a process that met the damage, and has given up.
-            plain = self._reader.restore(self._place(step, _STATE), args=ocp.args.StandardRestore(targets))
-        # Orbax and tensorstore raise many kinds for files that are missing, cut short or changed, plain Exception too.
-        except Exception as error:
-            failed = error
-        # One process may find what another does not read.
-        if reason := next(filter(None, self._peers.gather(None if failed is None else _reason(failed))), None):
-            raise _Damaged(reason) from failed
+        self._check_shapes(step, record, wanted)
+        plain = self._read_arrays(step, wanted)
         sums = dict(zip((path for path, _ in _paths(plain)), _sums(plain), strict=True))
         wrong = sorted(path for path, array in record.items() if sums[path] != array["sums"])
         if wrong:
@@ -192,13 +172,41 @@ class Checkpoints:
             raise _Damaged(f"it holds step {int(state.step)}")
         return state
 
+    def _check_shapes(self, step: int, record: Mapping[str, Any], wanted: Any) -> None:
+        """Raises UserError if the arrays in a step's record are not those of `wanted`."""
+        shapes = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in _paths(wanted)}
+        found = {path: [array["shape"], array["dtype"]] for path, array in record.items()}
+        if shapes != found:
+            other = sorted(path for path in shapes.keys() | found.keys() if shapes.get(path) != found.get(path))
+            path = next((path for path in other if path.startswith("trainable")), other[0])
+            raise UserError(
+                f"{self._directory}/{step}: not a checkpoint of this configuration ({path} is "
+                f"{_shape(found.get(path))}, not {_shape(shapes.get(path))}); run the stage with --force to redo it"
+            )
+
+    def _read_arrays(self, step: int, wanted: Any) -> Any:
+        """The arrays of a step, placed as those of `wanted`. Raises _Damaged in all processes if one cannot read."""
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        plain: Any = None
+        failed: Exception | None = None
+        try:
+            # Not by the manager: it would wait for a process that has met the damage and given up.
+            plain = self._reader.restore(self._place(step, _STATE), args=ocp.args.StandardRestore(targets))
+        # For missing, truncated or changed files orbax and tensorstore raise many types, even plain Exception.
+        except Exception as error:
+            failed = error
+        # A process may read only intact shards while another meets the damage.
+        if reason := next(filter(None, self._peers.gather(None if failed is None else _reason(failed))), None):
+            raise _Damaged(reason) from failed
+        return plain
+
     def wait(self) -> None:
-        """Wait for what is being written. Raises OSError for a full disk."""
+        """Wait for the save in progress. Raises OSError if the disk is full."""
         with _disk_full(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for what is being written, and end. Raises OSError for a full disk."""
+        """Wait for the save in progress, and close. Raises OSError if the disk is full."""
         try:
             self.wait()
         finally:
@@ -208,7 +216,7 @@ class Checkpoints:
         return self._manager.directory / str(step) / item
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What is known of a step's arrays, as the primary reads it."""
+        """The record of a step, read by the primary and shared with all processes. Raises _Damaged."""
         found = self._peers.share(self._read_record(step) if self._peers.primary else None)
         if isinstance(found, str):
             raise _Damaged(found)
@@ -222,14 +230,15 @@ class Checkpoints:
             written = record.pop("sha256")
         except Exception as error:
             return _reason(error)
-        # Before anything is made of it: a shape that was changed is not another configuration, nor a score a better.
+        # Checked before any use, so that a damaged shape or score is not taken for another configuration or a better
+        # step.
         return record if written == _digest(record) else "its record differs from what was saved"
 
     def _put_aside(self, step: int) -> None:
         if self._peers.primary:
             place = self._directory.parent / "damaged"
             place.mkdir(exist_ok=True)
-            # A store has no empty directory.
+            # On a store an empty directory does not exist.
             number = sum(1 for _ in place.iterdir()) if place.exists() else 0
             _move(self._directory / str(step), place / f"{step}-{number}")
         self._peers.barrier("a damaged checkpoint")
@@ -238,7 +247,7 @@ class Checkpoints:
 
 
 def _move(directory: Any, to: Any) -> None:
-    """Give a directory another name; on a store, which has no directories, file by file."""
+    """Rename a directory; on a store, which has no directories, move file by file."""
     if isinstance(directory, Path) and "://" not in str(directory):
         os.replace(directory, to)
         return
@@ -252,14 +261,14 @@ def _move(directory: Any, to: Any) -> None:
         directory.rmtree()
 
 
-class _Kept(PreservationPolicy):
-    """The newest few, and the best."""
+class _NewestAndBest(PreservationPolicy):
+    """Keeps the newest few checkpoints, and the one with the lowest score."""
 
     def __init__(self, newest: int, scores: dict[int, float]) -> None:
         self._newest, self._scores = newest, scores
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """For each checkpoint, oldest first."""
+        """Whether to keep each checkpoint, oldest first."""
         steps = sorted(info.step for info in checkpoints)
         kept = set(steps[-self._newest :])
         scored = [step for step in steps if step in self._scores]
@@ -269,7 +278,7 @@ class _Kept(PreservationPolicy):
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    # optax's states are named tuples of its own types: stored as a numbered list, a checkpoint does not depend on them.
+    # optax's states are named tuples of its own types. Leaves by number keep a checkpoint independent of these types.
     leaves = jax.tree.leaves(state.optimizer)
     return {**state._asdict(), "optimizer": {f"{place:04d}": leaf for place, leaf in enumerate(leaves)}}
 
@@ -280,10 +289,10 @@ def _paths(plain: Any) -> list[tuple[str, Any]]:
 
 
 def _sums(plain: Any) -> list[list[int]]:
-    """Two sums of each array's bits, in the order of its leaves; equal on every layout of devices.
+    """Two checksums of each array's bits, in the order of the leaves; equal on every layout of devices.
 
-    Each value is weighted by an odd number that its place gives. Modulo 2^32 a changed bit always changes a sum, and
-    the order of adding changes nothing.
+    Each value is weighted by an odd number that depends on its position. In sums modulo 2^32, a single changed bit
+    always changes the sum, and the order of addition does not matter.
     """
     leaves = jax.tree.leaves(plain)
     shardings = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
@@ -292,15 +301,15 @@ def _sums(plain: Any) -> list[list[int]]:
 
 
 @lru_cache
-def _sum_leaves(everywhere: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    # On a mesh, where each process can read them.
-    return jax.jit(lambda leaves: [_sum(leaf) for leaf in leaves], out_shardings=everywhere)
+def _sum_leaves(replicated: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    # On a mesh the sums are replicated, so that each process can read them.
+    return jax.jit(lambda leaves: [_sum(leaf) for leaf in leaves], out_shardings=replicated)
 
 
 def _sum(leaf: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    # Not by reshaping to one dimension: that would gather an array that is cut over devices.
+    # Not by reshaping to one dimension: that would gather a sharded array.
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -321,23 +330,23 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _hush() -> None:
-    """Pass over what tensorstore tells of a save or a read that orbax gave up: that nobody waits for its answer."""
+def _ignore_closed_event_loop() -> None:
+    """Suppress an unraisable error: tensorstore finishes a save or read for which orbax no longer waits."""
     others = sys.unraisablehook
-    if getattr(others, "__name__", "") == _hush.__name__:
+    if getattr(others, "__name__", "") == _ignore_closed_event_loop.__name__:
         return
 
     def hook(unraisable: Any) -> None:
         if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
             others(unraisable)
 
-    hook.__name__ = _hush.__name__
+    hook.__name__ = _ignore_closed_event_loop.__name__
     sys.unraisablehook = hook
 
 
 @contextmanager
 def _disk_full(directory: Path) -> Iterator[None]:
-    """Make of whatever a library says of a full disk the system's own error."""
+    """Raise OSError(ENOSPC) in place of whatever error a library raises for a full disk."""
     try:
         yield
     except Exception as error:

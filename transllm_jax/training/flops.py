@@ -1,7 +1,7 @@
 """Model FLOPs: what a training step has to compute, counted from the model's shape, and what devices can compute.
 
-Counted are the products: two FLOPs a multiplication and addition. What is computed again in rematerialisation is not,
-so that model FLOPs utilisation compares runs whatever they recompute.
+Only matrix products count, with two FLOPs per multiply-add. Rematerialised computation does not count, so that model
+FLOPs utilisation is comparable between runs that recompute different parts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import TARGETS, LoraConfig
 
-# Dense bfloat16 FLOP/s by the name that JAX gives a device: the makers' data sheets.
+# Dense bfloat16 FLOP/s from the manufacturers' data sheets, by JAX's device kind.
 PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -30,7 +30,7 @@ PEAK = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The peak of a device in bfloat16 FLOP/s; None where it is not known (a CPU; a card of another speed)."""
+    """The peak bfloat16 FLOP/s of a device; None if it is not known (a CPU, or a kind that is not in `PEAK`)."""
     return PEAK.get(device.device_kind)
 
 
@@ -44,27 +44,27 @@ def train_flops_per_token(
     train_base: bool = False,
     train_new: bool = True,
 ) -> float:
-    """FLOPs a token of a training step on rows of `length` tokens, each of which is trained on.
+    """FLOPs per token of a training step on rows of `length` tokens, all of which are trained on.
 
-    The forward pass, the gradient of every product's input, and that of the weights which train: all with `full`,
-    otherwise adapters, new rows (unless not `train_new`) and with `train_base` the base's output rows.
-    Attention is counted at its causal half, as MaxText counts it (PaLM's formula takes the whole square), and at the
-    keys that a sliding window leaves.
+    They are those of the forward pass, of the gradient of every product's input, and of the gradient of the weights
+    that train: all if `full`; otherwise the adapters, the new rows if `train_new`, and the base's output rows if
+    `train_base`. Attention counts the causal half, as in MaxText (PaLM's formula counts the whole square), and only
+    the keys within a sliding window.
     """
     kernels, adapters = _weights(config, lora)
     d = config.hidden_size
     base, new = config.vocab_size * d, new_rows * d
-    # Forward and gradient of the input, by all weights; gradient of the weights, by those that train.
+    # The forward pass and the gradient of the input use all weights; the gradient of weights, only those that train.
     used = kernels + adapters + base + new
     trained = adapters + (kernels if full else 0) + (base if full or train_base else 0) + (new if train_new else 0)
     keys = mean_keys(config, length)
-    # Scores and sums of values, and for each two products backward.
+    # Two products forward, the scores and the sums of values, and two backward for each of them.
     attention = config.num_hidden_layers * 2 * 3 * 2 * keys * config.num_attention_heads * config.head_dim
     return 4.0 * used + 2.0 * trained + attention
 
 
 def mean_keys(config: LlamaConfig, length: int) -> float:
-    """How many keys a query of a row sees on average: half of them, or a window's, of which the first queries half."""
+    """The mean number of keys per query of a row: length / 2, or with a window of w keys w * (1 - w / (2 * length))."""
     window = min(config.sliding_window or length, length)
     return window * (1 - window / (2 * length))
 
@@ -72,7 +72,10 @@ def mean_keys(config: LlamaConfig, length: int) -> float:
 def forward_flops_per_token(
     config: LlamaConfig, lora: LoraConfig | None, new_rows: int, keys: float, *, logits: float = 1.0
 ) -> float:
-    """FLOPs a token of reading or generating, which attends to so many keys; of `logits` of the tokens the output."""
+    """FLOPs per token of a forward pass in which each token attends to `keys` keys.
+
+    logits: the share of tokens for which the output layer is computed.
+    """
     output = (config.vocab_size + new_rows) * config.hidden_size
     attention = config.num_hidden_layers * 2 * 2 * keys * config.num_attention_heads * config.head_dim
     return 2.0 * (sum(_weights(config, lora)) + logits * output) + attention

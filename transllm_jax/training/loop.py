@@ -43,7 +43,7 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop needs to know besides the optimizer. sources: the names of the mixture's sources."""
+    """The loop's settings. sources: the names of the mixture's sources. ahead: batches prepared before their steps."""
 
     optimizer: OptimizerConfig
     checkpoint_every: int
@@ -57,16 +57,16 @@ class LoopConfig:
     max_skipped: int = 5
     sources: tuple[str, ...] = ("all",)
     speed: Speed = field(default_factory=Speed)
-    # Batches that are made ahead of their steps.
     ahead: int = 2
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a training runs in; by default one process and a directory of this host.
+    """Where a training runs; by default in one process, with a directory of this host.
 
-    checkpoints: their directory, which all processes see; by default `checkpoints` beside the records. before_save:
-    called before a checkpoint is written, when the records of its steps are. profile: how many steps are traced.
+    checkpoints: their directory, which all processes see; by default `checkpoints` in the directory of the records.
+    before_save: called before each checkpoint, after the records of its steps are written. profile: how many steps are
+    traced.
     """
 
     peers: Peers = field(default_factory=Peers)
@@ -77,9 +77,10 @@ class Environment:
 
 @dataclass
 class Outcome:
-    """What a stage's training did; the speed is that of this process's steps, compilation aside.
+    """The result of a stage's training.
 
-    trainable: of the last step, or with validation of `best`, the step with the lowest. steps: those that were done.
+    trainable: the arrays after the last step or, with validation, after step `best`, which has the lowest score.
+    steps: how many were done. tokens_per_second: the speed of this process's steps, without compilation.
     """
 
     trainable: Flat
@@ -91,7 +92,7 @@ class Outcome:
 
 
 def step_of(config: LoopConfig, split: Split) -> Step:
-    """The step that the loop runs on a model (or on one of shapes)."""
+    """The compiled step that the loop runs on a model, whose arrays may be shapes only."""
     optimizer, placement = make_optimizer(config.optimizer), Placement(split.layout)
     state = placement.shapes(partial(initial_state, optimizer=optimizer), split.trainable)
     return make_step(
@@ -122,16 +123,16 @@ def train(
 ) -> Outcome:
     """Train the split's trainable arrays for `config.optimizer.steps` steps, from the last checkpoint on.
 
-    directory: where this process writes its records; each process has one of its own, of the same name, and the
-    primary's counts. The trainable arrays are given away: they belong to the training from then on.
-    Every key and batch is a function of (seed, step): a run that was killed ends with the bytes of one that was not.
-    Raises Preempted after saving, when asked to stop; Diverged when too many updates in a row had to be skipped;
-    UserError for checkpoints that are all damaged, of another shape, or past the last step.
+    directory: where this process writes its records. Each process has its own, of the same name; only the primary's
+    counts. The trainable arrays are donated: the caller must not use them afterwards.
+    Every key and batch is a function of (seed, step): a run that was killed ends with the same bytes as one that was
+    not. Raises Preempted after saving, when asked to stop; Diverged if too many updates in a row were skipped;
+    UserError if all checkpoints are damaged, or one has other shapes or is past the last step.
     """
     environment = environment or Environment()
     peers, name, steps = environment.peers, directory.name, config.optimizer.steps
     placement = Placement(split.layout, config.accumulate)
-    size, rows = batches.batch_size, placement.places(batches.batch_size)
+    size, rows = batches.batch_size, placement.local_rows(batches.batch_size)
 
     # Restore the last checkpoint, or begin.
     with ledger.spend("init"):
@@ -148,7 +149,7 @@ def train(
     earlier = [] if watch is None else peers.share(read_rows(directory / "validation.jsonl"))
     validation = Validation(watch, earlier, progress.say)
     if watch is not None:
-        checkpoints.compare(validation.steps)
+        checkpoints.compare_only(validation.steps)
 
     bar = progress.task(name, total=steps, done=first, unit="step")
     reporter = Reporter(
@@ -179,16 +180,16 @@ def train(
                 batch = ahead[number]
             waited = time.perf_counter() - started
 
-            # A step. All processes agree whether to stop, a step after one of them was asked to.
+            # A step. All processes agree to stop one step after one of them was asked to.
             done = number + 1
             last, due = done == steps, validation.due(done, done == steps)
             with ledger.spend("compile" if number == first else "step"):
                 with trace.step(number):
-                    state, metrics = step(state, split.frozen, placement.cut(batch, size))
+                    state, metrics = step(state, split.frozen, placement.to_devices(batch, size))
                 stop = agreement.tell(done, interrupt.requested)
                 trace.dispatched(metrics)
 
-                # The log; it is a step behind, so that the device never waits for the host.
+                # The log. It is one step behind, so that the device never waits for the host.
                 reporter.add(number, metrics, size * batch["tokens"].shape[1], waited)
                 save = last or due or stop or done % config.checkpoint_every == 0
                 if save or number == first:
@@ -212,7 +213,7 @@ def train(
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
 
-        # The result: the last step's arrays, or those of the best validation.
+        # The result: the arrays of the last step, or of the step with the best validation.
         loss = reporter.loss if math.isfinite(reporter.loss) else _last_loss(directory)
         speed, reached, skipped = reporter.tokens_per_second, int(state.step), int(state.skipped)
         best = checkpoints.best() if watch is not None else None
@@ -235,14 +236,14 @@ def _restored(checkpoints: Checkpoints, shapes: TrainState, split: Split) -> Tra
     """The state of the last checkpoint, placed as a fresh one, so that both run the same compiled program."""
     restored = checkpoints.restore(shapes)
     if restored is not None:
-        # Else the initial arrays would take memory to the end.
+        # Otherwise the initial arrays would take memory until the end.
         for array in split.trainable.values():
             array.delete()
     return restored
 
 
 def _check_start(progress: Progress, directory: Path, first: int, steps: int) -> None:
-    """Say from which step the training goes on. Raises UserError for a checkpoint past the last step."""
+    """Say from which step the training goes on. Raises UserError if the checkpoint is past the last step."""
     name = directory.name
     if logged := len(read_rows(directory / "metrics.jsonl")):
         lost = "" if first else f": it has no checkpoint, so what was logged up to line {logged} is done again"
@@ -250,14 +251,14 @@ def _check_start(progress: Progress, directory: Path, first: int, steps: int) ->
     if first > steps:
         raise UserError(
             f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
-            f"begin the stage anew with --force {name}"
+            f"redo the stage with --force {name}"
         )
 
 
 def _checkpoint_of(name: str, checkpoints: Checkpoints) -> str:
-    """What is said when a process is lost."""
-    step = checkpoints.whole
-    return f"{name} has no checkpoint yet" if step is None else f"{name}: the checkpoint of step {step} stands"
+    """Which checkpoint there is: part of the message when a process is lost."""
+    step = checkpoints.newest_complete
+    return f"{name} has no checkpoint yet" if step is None else f"{name}: the checkpoint of step {step} is kept"
 
 
 def _warn(progress: Progress) -> Callable[[str], None]:
@@ -265,6 +266,6 @@ def _warn(progress: Progress) -> Callable[[str], None]:
 
 
 def _last_loss(directory: Path) -> float:
-    """The last loss that was logged: a stage killed just before it was noted as done has no step left to take."""
+    """The last logged loss, for a stage that was killed after its last step and has none left to do."""
     losses = [row["loss"] for row in read_rows(directory / "metrics.jsonl") if row["loss"] is not None]
     return losses[-1] if losses else math.nan

@@ -1,7 +1,7 @@
 """The learning-rate schedule and the optimizer, over the trainable arrays only.
 
-The optimizer gives updates before the rate, and the step multiplies by it: the rate is a function of the step in the
-training state, so nothing else has to be restored for it, and a skipped update delays no schedule.
+The optimizer returns updates that the training step multiplies by the learning rate. The rate is a function of the step
+number in the training state: a checkpoint needs nothing else for it, and a skipped update does not delay the schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 # Optimizer steps done so far -> the learning rate of the next, float32; usable inside a JAX transform.
 Rate = Callable[[jax.Array | int], jax.Array]
 
-# The rows of the vocabulary that train apart from the weights of the base.
+# The vocabulary rows that train: the new rows, and copies of the base rows.
 _ROWS = ("vocabulary.new", "vocabulary.output_new", *BASE_ROWS)
 
 
@@ -28,9 +28,9 @@ _ROWS = ("vocabulary.new", "vocabulary.output_new", *BASE_ROWS)
 class OptimizerConfig:
     """`learning_rate` is the peak of adapters and weights; the vocabulary rows' is `new_rows_multiplier` times that.
 
-    Those are the new rows, and the copies of base rows where they train. After `warmup_steps` the rate follows
-    `schedule`: down to `final_fraction` of the peak at `steps`, as a half cosine or a line; `wsd` (arXiv 2404.06395)
-    stays at the peak and falls as a line in the last `decay_steps`; `constant` stays.
+    Vocabulary rows are the new rows, and the copies of base rows if they train. After `warmup_steps` the rate follows
+    `schedule`: `cosine` and `linear` fall to `final_fraction` of the peak at `steps`; `wsd` (arXiv 2404.06395) stays at
+    the peak and falls linearly to it in the last `decay_steps`; `constant` stays at the peak.
     """
 
     learning_rate: float
@@ -56,7 +56,7 @@ class OptimizerConfig:
 def schedule(config: OptimizerConfig) -> Rate:
     """The learning rate by step: linear warm-up, then what `config.schedule` says."""
     warmup, peak = config.warmup_steps, config.learning_rate
-    # The step at which the fall begins, and that at which it ends.
+    # The steps at which the decay begins and ends.
     start = config.steps - config.decay_steps if config.schedule == "wsd" else warmup
     end = max(config.steps, start + 1)
 
@@ -67,14 +67,14 @@ def schedule(config: OptimizerConfig) -> Rate:
         elif config.schedule == "constant":
             fallen = jnp.zeros_like(fallen)
         factor = 1 - (1 - config.final_fraction) * fallen
-        # Not from 0: the first step would train nothing.
+        # The warm-up does not start from 0: the first step would train nothing.
         risen = jnp.minimum((step + 1) / (warmup + 1), 1.0)
         return jnp.float32(peak) * jnp.where(step < warmup, risen, factor)
 
     return rate
 
 
-def group(path: str) -> str:
+def parameter_group(path: str) -> str:
     """The group of a trainable array: `new_rows` (and copies of base rows), `adapters`, or the base's own `weights`."""
     if path in _ROWS:
         return "new_rows"
@@ -82,20 +82,19 @@ def group(path: str) -> str:
 
 
 def _decays(tree: Mapping[str, Any]) -> dict[str, bool]:
-    """Which arrays weight decay shrinks: not the norms' scales, which are 1 in rest, nor biases."""
+    """Which arrays weight decay shrinks: all but biases and the norms' scales, whose neutral value is 1."""
     return {path: not path.endswith((".scale", ".bias")) for path in tree}
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW with global-norm clipping for a flat dictionary of trainable arrays (path -> array), before the rate.
+    """AdamW with global-norm clipping, without the learning rate, for a flat dictionary (path -> trainable array).
 
-    What it gives is to be multiplied by minus the learning rate. Its `update` takes `finite`, a bool: where it is false
-    the state stays as it is, bit for bit, and the update is to be thrown away. The moments are float32, as the arrays
-    are; nothing is kept for frozen weights, which never get here.
+    The caller multiplies the updates by minus the learning rate. `update` takes `finite`, a bool: if it is false, the
+    state stays as it is, bit for bit, and the caller must discard the update. The moments are float32, like the arrays.
     """
 
     def labels(tree: Mapping[str, Any]) -> dict[str, str]:
-        return {path: group(path) for path in tree}
+        return {path: parameter_group(path) for path in tree}
 
     scales = {
         "adapters": optax.identity(),
@@ -111,7 +110,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def _adam(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam, to the bit, that keeps its state where the gradient is not `finite`."""
+    """optax.scale_by_adam, bit for bit, but its state does not change if the gradient is not `finite`."""
     adam = optax.scale_by_adam(beta1, beta2, eps=(eps := 1e-8))
 
     def update(
@@ -119,7 +118,7 @@ def _adam(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[Any, optax.ScaleByAdamState]:
         _, moved = adam.update(gradient, state)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-        # Worked out from the moments that are kept: from others, both would be in memory, and these be copied first.
+        # Computed from the moments that are kept. From `moved`, both would be in memory at once, after a copy.
         mean, square = (optax.tree.bias_correction(*of, state.count) for of in ((state.mu, beta1), (state.nu, beta2)))
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
 
@@ -127,5 +126,5 @@ def _adam(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
 
 
 def moments_size(optimizer_state: Any) -> int:
-    """The number of values in the optimizer's state, its scalars (step counts) aside."""
+    """The number of values in the optimizer's state, without its scalars (step counts)."""
     return sum(leaf.size for leaf in jax.tree.leaves(optimizer_state) if leaf.ndim)

@@ -12,10 +12,10 @@ from transllm_jax.model.parameters import Flat
 
 @dataclass(frozen=True)
 class Watch:
-    """`measure` gives bits per byte, every `every` steps.
+    """What to measure during training: `measure` returns bits per byte; it is called every `every` steps.
 
-    patience: training ends after this many measurements without a new best. of: says what is measured; measurements of
-    something else are not compared with these.
+    patience: training ends after this many measurements without a new best. of: identifies the text that is measured;
+    measurements of another text are not compared with these.
     """
 
     measure: Callable[[Flat], float]
@@ -25,39 +25,39 @@ class Watch:
 
 
 class Validation:
-    """The measurements of a training so far. Without a watch it measures nothing and is never due."""
+    """The measurements of a training so far. Without a watch nothing is measured and none is due."""
 
     def __init__(self, watch: Watch | None, earlier: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
-        """earlier: the lines of validation.jsonl so far. say: is told where some are of other rows."""
+        """earlier: the lines of validation.jsonl so far. say: prints a message if some are of other rows."""
         self.watch = watch
         if watch is None:
-            self._alike: list[Mapping[str, Any]] = []
+            self._comparable: list[Mapping[str, Any]] = []
         else:
-            self._alike = [row for row in earlier if row.get("of", "") == watch.of]
-            others = [row["step"] for row in earlier if row not in self._alike]
+            self._comparable = [row for row in earlier if row.get("of", "") == watch.of]
+            others = [row["step"] for row in earlier if row not in self._comparable]
             if others:
                 say(
-                    f"  validations up to step {max(others)} were of other rows; the best checkpoint is sought among "
-                    "those that are measured on the rows of now",
+                    f"  validations up to step {max(others)} were of other rows; the best checkpoint is chosen among "
+                    "those measured on the present rows",
                 )
-        self._scores = [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in self._alike]
+        self._scores = [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in self._comparable]
 
     @property
     def of(self) -> str:
-        """What is measured."""
+        """Identifies the text that is measured."""
         return "" if self.watch is None else self.watch.of
 
     @property
     def steps(self) -> Iterable[int]:
         """The steps whose measurements count."""
-        return [row["step"] for row in self._alike]
+        return [row["step"] for row in self._comparable]
 
     def due(self, done: int, last: bool) -> bool:
         """Whether to measure after this many steps."""
         return self.watch is not None and (last or done % self.watch.every == 0)
 
     def measure(self, trainable: Flat) -> float:
-        """Bits per byte of the arrays that train; it may be not finite."""
+        """Bits per byte of the model with these arrays; it may be infinite or NaN."""
         assert self.watch is not None
         measured = self.watch.measure(trainable)
         self._scores.append(measured if math.isfinite(measured) else math.inf)

@@ -1,7 +1,7 @@
 """Token sequences to train on, made from documents, pairs and conversations.
 
-Packing puts examples side by side and never splits one. So what is longer than a row is made shorter here: documents
-are split, conversations cut at a turn.
+Packing never splits an example. So texts that are longer than a row are shortened here: documents are split, and
+conversations are cut at a turn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Outcome = Literal["kept", "cut", "dropped"]
 
 
 class TextTokenizer(Protocol):
-    """What examples need of a tokenizer (`transllm_jax.tokenizer.tokenizer.Tokenizer` is one)."""
+    """The part of `transllm_jax.tokenizer.tokenizer.Tokenizer` that examples need."""
 
     @property
     def bos_ids(self) -> list[int]: ...
@@ -36,9 +36,9 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """ids: int32 [n]. mask: uint8 [n], 1 where the token is a target that is trained.
+    """ids: int32 [n]. mask: uint8 [n], 1 for tokens that are trained as targets.
 
-    A token is predicted from those before it in its example, so mask[0] never counts, whatever it is.
+    A token is predicted from those before it in its example, so mask[0] has no effect.
     """
 
     ids: np.ndarray
@@ -57,17 +57,17 @@ def make_example(ids: Sequence[int], mask: Sequence[int]) -> Example:
     return Example(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
 
 
-def whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
-    """The ids of a text, with its end: all is trained but what the tokenizer puts before a text by itself."""
+def text_example(tokenizer: TextTokenizer, ids: list[int]) -> Example:
+    """An example of a text's ids: BOS, if the tokenizer adds one, is context; the ids and the end token are trained."""
     bos = list(tokenizer.bos_ids)
     return make_example([*bos, *ids, tokenizer.document_end_id], [0] * len(bos) + [1] * (len(ids) + 1))
 
 
 def split_example(example: Example, length: int) -> list[Example]:
-    """The example in pieces of at most `length` tokens (>= 2), in order.
+    """The example in pieces of at most `length` tokens (>= 2), in order. Raises ValueError for a smaller length.
 
-    A piece begins with the last token of the one before, as context only (mask 0): so each token of the whole
-    is a target in exactly one piece.
+    Each piece but the first begins with the last token of the one before, as context only (mask 0), so each token of
+    the example is a target in exactly one piece.
     """
     if length < 2:
         raise ValueError(f"pieces must hold at least 2 tokens, not {length}")
@@ -83,13 +83,13 @@ def split_example(example: Example, length: int) -> list[Example]:
 
 
 def document_examples(tokenizer: TextTokenizer, texts: Sequence[str], length: int) -> list[Example]:
-    """Documents for causal LM in examples of at most `length` tokens; longer ones are split."""
+    """Documents for causal LM as examples of at most `length` tokens; longer documents are split."""
     encoded = tokenizer.encode_batch(list(texts))
-    return [piece for ids in encoded for piece in split_example(whole_text(tokenizer, ids), length)]
+    return [piece for ids in encoded for piece in split_example(text_example(tokenizer, ids), length)]
 
 
 def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
-    """Both directions of a pair as texts, from English and to English."""
+    """A pair as two texts: from English to the target language, and from the target language to English."""
     english, target = markers.english, markers.target
     return f"{english}{en}{target}{th}", f"{target}{th}{english}{en}"
 
@@ -97,12 +97,12 @@ def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
 def conversation_rows(
     tokenizer: Tokenizer, messages: Sequence[Message], max_length: int, markers: Markers = MARKERS
 ) -> tuple[list[chat.Row], Outcome]:
-    """A conversation by the model's chat template, trained on exactly the answers and their end tokens.
+    """A conversation in the model's chat template; exactly the answers and their end tokens are trained.
 
-    It is one row, or one an answer where the template rewrites earlier turns. One of more than `max_length` tokens, or
-    with a last question that nobody answered, loses whole turns from its end ("cut"); one whose first turn does not fit
-    gives none ("dropped"). Raises UserError for what the chat template or `chat.encode_conversation` refuses, such as a
-    special token inside a message.
+    It becomes one row, or one row per answer if the template rewrites earlier turns. A conversation of more than
+    `max_length` tokens, or with a last question without an answer, loses whole turns at its end ("cut"). If its first
+    turn does not fit, it has no rows ("dropped"). Raises UserError for what the chat template or
+    `chat.encode_conversation` refuses, such as a special token inside a message.
     """
     rows, cut = chat.fitting_rows(tokenizer, messages, max_length, markers.in_order())
     return rows, "dropped" if not rows else "cut" if cut else "kept"

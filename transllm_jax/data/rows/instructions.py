@@ -13,20 +13,20 @@ from transllm_jax.tokenizer.chat import Message
 
 @dataclass(frozen=True)
 class Instructions:
-    """How pairs become instructions. `{language}` and `{text}` in a prompt stand for the language and the sentence."""
+    """How pairs become instructions. A prompt has `{language}` and `{text}` where the language and the text go."""
 
     to_target: tuple[str, ...]
     to_english: tuple[str, ...]
     language: str
 
     def conversation(self, english: str, target: str, number: int, markers: Markers) -> list[Message]:
-        """Pair `number` of a source. Directions alternate, and the prompts of each direction take turns."""
-        place, backwards = divmod(number, 2)
-        if backwards:
-            prompt = self.to_english[place % len(self.to_english)]
+        """Pair `number` of a source as a conversation. Directions alternate; so do the prompts of each direction."""
+        turn, to_english = divmod(number, 2)
+        if to_english:
+            prompt = self.to_english[turn % len(self.to_english)]
             question, answer = target, build_translation(english, markers.english, markers)
         else:
-            prompt = self.to_target[place % len(self.to_target)]
+            prompt = self.to_target[turn % len(self.to_target)]
             question, answer = english, build_translation(target, markers.target, markers)
         asked = prompt.replace("{language}", self.language).replace("{text}", question)
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

@@ -1,6 +1,6 @@
-"""From an item of a source to the token sequences that are trained on: all that a cached shard depends on.
+"""From an item of a source to token sequences to train on. Everything on which a cached shard depends is here.
 
-A `Transform` goes to worker processes, and its key is part of a cached shard's name.
+A `Transform` is sent to worker processes, and its key is part of a cached shard's name.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from transllm_jax.data.rows.examples import (
     make_example,
     pair_texts,
     split_example,
-    whole_text,
+    text_example,
 )
 from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_FORMAT = 2  # of what `examples_of` gives
+# Part of the key. To be raised if the same settings give other examples.
+_FORMAT = 2
 
 
-class Made(NamedTuple):
-    """What became of one item: its examples, and of each the UTF-8 bytes of the text that it trains."""
+class ItemExamples(NamedTuple):
+    """The examples of one item, and for each the number of UTF-8 bytes of the text that it trains."""
 
     examples: list[Example]
     bytes: list[int]
 
 
 class Prepared(NamedTuple):
-    """Items before they are encoded. kept: of each, whether it is trained on; items: those that are; texts: of them."""
+    """Items before encoding. kept: whether each item is used; items: those that are used; texts: to encode of these."""
 
     kept: list[bool]
     items: list[Item]
@@ -55,10 +56,10 @@ class Prepared(NamedTuple):
 class Transform:
     """How items become examples of at most `length` tokens.
 
-    instructions: pairs become translation instructions; None: the text of both directions. holds_markers: the run made
-    the items itself, and they may hold the chain's markers; in any other item a marker or special token makes it a bad
-    row. rules, evaluation: what is left out (see `data.cleaning`). exact: note each item's hash, so that duplicates can
-    be found; near: its MinHash signature too.
+    instructions: pairs become translation instructions; if None, texts of both directions. holds_markers: the run made
+    the items itself, and they may contain the chain's markers; any other item with a marker or special token is a bad
+    row. rules, evaluation: which items are left out (see `data.clean`). exact, near: compute each item's hash, and its
+    MinHash signature, by which duplicates are found.
     """
 
     content: Content
@@ -73,7 +74,7 @@ class Transform:
 
     @property
     def key(self) -> str:
-        """A hash of all of it."""
+        """A hash of all fields."""
         parts: list[Any] = [_FORMAT, self.content, self.length, self.markers.in_order()]
         parts += [asdict(self.rules), self.exact, self.near]
         parts.append(None if self.evaluation is None else self.evaluation.key)
@@ -84,13 +85,13 @@ class Transform:
         known = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def made(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[Made]:
-        """The examples of each item; none for one that was left out, which is counted by its reason."""
+    def make_examples(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[ItemExamples]:
+        """The examples of each item; none for an item that is left out. counts: gets the number left out, by reason."""
         prepared = self.prepare(items, counts)
         return self.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)
 
     def prepare(self, items: Sequence[Item], counts: Counter[str], first: int = 0) -> Prepared:
-        """The first part of `made`: what is left out, and the texts to encode of the rest.
+        """The first part of `make_examples`: decide which items are left out, and give the texts to encode of the rest.
 
         first: the number of the first item in its shard.
         """
@@ -101,17 +102,17 @@ class Transform:
                 counts[why] += 1
             kept.append(why is None)
         numbered = enumerate(zip(items, kept, strict=True), first)
-        given = [self._asked(item, number) for number, (item, keep) in numbered if keep]
-        texts: list[str] = []  # a conversation is encoded message by message, by the chat template
+        used = [self._as_instruction(item, number) for number, (item, keep) in numbered if keep]
+        texts: list[str] = []  # none for conversations, whose messages the chat template encodes one by one
         if self.content == "pairs" and self.instructions is None:
-            pairs = [item for item in given if isinstance(item, tuple)]
+            pairs = [item for item in used if isinstance(item, tuple)]
             texts = [text for english, target in pairs for text in pair_texts(english, target, self.markers)]
         elif self.content == "text":
-            texts = [str(item) for item in given]
-        return Prepared(kept, given, texts)
+            texts = [str(item) for item in used]
+        return Prepared(kept, used, texts)
 
-    def _asked(self, item: Item, number: int) -> Item:
-        """A pair as an instruction, where the transform makes instructions; any other item as it is."""
+    def _as_instruction(self, item: Item, number: int) -> Item:
+        """A pair as an instruction if the transform makes instructions; any other item unchanged."""
         if self.instructions is None or not isinstance(item, tuple):
             return item
         return self.instructions.conversation(*item, number, self.markers)
@@ -123,17 +124,17 @@ class Transform:
         ids: Sequence[list[int]],
         counts: Counter[str],
         places: Sequence[Place | None] | None = None,
-    ) -> list[Made]:
-        """The last part of `made`: the examples, of the ids of the prepared texts.
+    ) -> list[ItemExamples]:
+        """The last part of `make_examples`: the examples, from the ids of the prepared texts.
 
-        places: where all the items stand. Raises UserError, with the place, for a conversation that the chat template
-        refuses.
+        places: the places of all items, for messages. Raises UserError with the place for a conversation that the chat
+        template refuses.
         """
         places = [None] * len(prepared.kept) if places is None else places
-        given = [place for place, keep in zip(places, prepared.kept, strict=True) if keep]
-        whole = [whole_text(tokenizer, one) for one in ids]
-        examples = iter(self._examples(tokenizer, prepared, whole, counts, given))
-        return [next(examples) if keep else Made([], []) for keep in prepared.kept]
+        used = [place for place, keep in zip(places, prepared.kept, strict=True) if keep]
+        whole = [text_example(tokenizer, text_ids) for text_ids in ids]
+        examples = iter(self._examples(tokenizer, prepared, whole, counts, used))
+        return [next(examples) if keep else ItemExamples([], []) for keep in prepared.kept]
 
     def _examples(
         self,
@@ -142,30 +143,33 @@ class Transform:
         whole: list[Example],
         counts: Counter[str],
         places: Sequence[Place | None],
-    ) -> list[Made]:
+    ) -> list[ItemExamples]:
         if self.content == "conversations" or self.instructions is not None:
             both = zip(prepared.items, places, strict=True)
             return [self._conversation(tokenizer, item, counts, place) for item, place in both]
         if self.content == "text":
             return [self._document(example, text, counts) for example, text in zip(whole, prepared.texts, strict=True)]
-        found = []
-        for pair, ways in zip(prepared.items, zip(whole[::2], whole[1::2], strict=True), strict=True):
-            # Half a translation teaches to stop early: a long one is left out, not cut.
-            short = [example for example in ways if len(example) <= self.length]
-            # Pairs, as all else is counted by items, though each direction goes by itself.
-            counts["longer than a row"] += len(short) < 2
-            found.append(Made(short, [len("".join(map(str, pair)).encode())] * len(short)))
-        return found
+        directions = zip(whole[::2], whole[1::2], strict=True)
+        return [self._pair(item, both, counts) for item, both in zip(prepared.items, directions, strict=True)]
 
-    def _document(self, example: Example, text: str, counts: Counter[str]) -> Made:
+    def _pair(self, pair: Item, directions: Sequence[Example], counts: Counter[str]) -> ItemExamples:
+        # A direction that is too long is left out, not cut: half a translation would teach the model to stop early.
+        short = [example for example in directions if len(example) <= self.length]
+        # Counted once per pair, though each direction is left out by itself: all counts are of items.
+        counts["longer than a row"] += len(short) < 2
+        return ItemExamples(short, [len("".join(map(str, pair)).encode())] * len(short))
+
+    def _document(self, example: Example, text: str, counts: Counter[str]) -> ItemExamples:
         pieces = split_example(example, self.length)
         counts["split"] += len(pieces) > 1
         # A piece's share of the bytes is its share of the tokens.
         ends = np.cumsum([len(piece) for piece in pieces])
         edges = np.concatenate([[0], ends * len(text.encode()) // ends[-1]])
-        return Made(pieces, np.diff(edges).tolist())
+        return ItemExamples(pieces, np.diff(edges).tolist())
 
-    def _conversation(self, tokenizer: Tokenizer, item: Item, counts: Counter[str], place: Place | None) -> Made:
+    def _conversation(
+        self, tokenizer: Tokenizer, item: Item, counts: Counter[str], place: Place | None
+    ) -> ItemExamples:
         assert isinstance(item, list)
         try:
             rows, outcome = conversation_rows(tokenizer, item, self.length, self.markers)
@@ -173,10 +177,10 @@ class Transform:
             raise error if place is None else UserError(f"{place}: {error}") from error
         counts["longer than a row"] += outcome == "dropped"
         counts["cut at a turn"] += outcome == "cut"
-        return Made([make_example(row.ids, row.mask) for row in rows], [row.size for row in rows])
+        return ItemExamples([make_example(row.ids, row.mask) for row in rows], [row.size for row in rows])
 
     def keys(self, item: Item) -> tuple[int, np.ndarray | None]:
-        """What duplicates of an item are found by: a hash, and a signature where near ones are wanted."""
+        """What duplicates are found by: an item's hash (0 if not `exact`), and its signature (None if not `near`)."""
         text = text_of(item)
         return (exact_key(text) if self.exact else 0), (signature(text) if self.near else None)
 
@@ -185,6 +189,6 @@ def refuse_specials(item: Item, place: Place, tokenizer: Tokenizer, markers: Mar
     """Refuse a special token or marker inside user data. Raises UserError with file and line."""
 
     def find_special(text: str) -> str | None:
-        return tokenizer.find_special(text) or next((m for m in markers.in_order() if m in text), None)
+        return tokenizer.find_special(text) or next((marker for marker in markers.in_order() if marker in text), None)
 
     refuse_special(item, find_special, place)
