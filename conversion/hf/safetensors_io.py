@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion.directories import read_json, write_json
 from conversion.names import Tensor, collapse
+from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -97,7 +97,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    mapping = read_json(directory / INDEX).get("weight_map")
+    mapping = read_model_json(directory / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise UserError(f"{directory / INDEX} has no weight_map from tensor to file; fetch it again")
     return mapping

@@ -21,7 +21,6 @@ import yaml
 from conftest import Command, random_weights, tiny_run, write_tiny_model
 from tiny_families import FAMILIES
 
-from conversion.directories import read_json, write_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.hf.safetensors_io import DTYPES, write_tensors
 from conversion.logits import logits_of
@@ -32,7 +31,7 @@ from conversion.verify import compare
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import convert
 from transllm_jax.commands.open_model import open_source
-from transllm_jax.disk import parse_size
+from transllm_jax.disk import parse_size, read_json, write_json
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer

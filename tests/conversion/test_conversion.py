@@ -22,15 +22,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from conversion.directories import check_destination, fingerprint_of, new_directory, sha256_of
 from conversion.fetch import fetch
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.hf.export import export_hf
-from conversion.import_base import base_fingerprint, import_base
+from conversion.import_base import base_fingerprint, fingerprint_of, import_base
 from conversion.merged import Merged
 from conversion.names import collapse, kernel_shapes, tensors, weight_shapes
+from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.new_directory import check_destination, new_directory
 
 CONFIG = LlamaConfig(
     vocab_size=300,
@@ -477,7 +478,7 @@ def test_two_processes_with_one_destination_do_not_meet(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made by another process meanwhile"), new_directory(tmp_path / "dst") as one:
         (one / "config.json").write_text("one")
         code = (
-            "import sys; from pathlib import Path; from conversion.directories import new_directory\n"
+            "import sys; from pathlib import Path; from transllm_jax.new_directory import new_directory\n"
             "with new_directory(Path(sys.argv[1])) as d: (d / 'config.json').write_text('two')"
         )
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "dst")], check=True, cwd=Path(__file__).parents[2])

@@ -23,13 +23,14 @@ import tensorstore
 from conftest import random_weights, tiny_config
 
 from conversion import store
-from conversion.directories import new_directory, read_json, write_json
 from conversion.hf.directory import open_hf, read_weights, write_config, write_model
 from conversion.names import EMBEDDING, OUTPUT, Tensor, tensors, weight_shapes
 from conversion.opened import Opened
 from conversion.store import MANIFEST, MAX_CHUNK_BYTES, Store, open_store, transposed, write_store
+from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.new_directory import new_directory
 
 VOCAB = 60
 CONFIG = tiny_config(VOCAB, tied=False)

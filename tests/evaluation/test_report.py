@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 from rich.console import Console
 
 from transllm_jax.commands.status import status_table
-from transllm_jax.evaluation.page import report
 from transllm_jax.evaluation.page.measures import percent, rows, written
 from transllm_jax.evaluation.page.plots import validation_plot
 from transllm_jax.evaluation.page.report import (
@@ -469,7 +469,7 @@ def test_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write_report(results, path)
     assert path.read_bytes() == first

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from conversion.directories import read_json
 from transllm_jax.config import Config, load_config
+from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE

@@ -19,11 +19,11 @@ import pytest
 import yaml
 from conftest import tiny_run
 
-from conversion.directories import sha256_of
 from conversion.hf.directory import read_weights
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.sources import read_jsonl
+from transllm_jax.disk import sha256_of
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, count, load_frozen

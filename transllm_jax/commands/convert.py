@@ -11,7 +11,6 @@ import numpy as np
 from rich.table import Table
 
 from conversion.adapter import Adapter, write_adapter
-from conversion.directories import check_destination, new_directory, read_json
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel
 from conversion.hf.directory import open_hf
@@ -28,9 +27,10 @@ from conversion.peft.read import read_peft
 from conversion.peft.write import Rows, write_peft
 from conversion.verify import Comparison, compare
 from transllm_jax.commands.open_model import open_source, tokenizer_of
-from transllm_jax.disk import parse_size, write_json
+from transllm_jax.disk import parse_size, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
+from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.llama_cpp import misread, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -185,7 +185,7 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     _destination(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
-    named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    named = read_model_json(adapter / CONFIG).get("base_model_name_or_path")
     if named and _lasting(str(named)) != _lasting(base):
         progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
     if found.new_rows and found.tokenizer_dir is None:

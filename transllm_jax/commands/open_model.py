@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from conversion.adapter import ADAPTER, Adapter, read_adapter
-from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
@@ -20,6 +19,7 @@ from conversion.opened import Opened
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
 from transllm_jax.config import load_config
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
@@ -106,7 +106,7 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
 
 def peft_base(directory: Path) -> str:
     """The base that a PEFT adapter names. Raises UserError where it names none."""
-    base = read_json(directory / CONFIG).get("base_model_name_or_path")
+    base = read_model_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{directory / CONFIG} names no base_model_name_or_path; give the base with --base")
     return base

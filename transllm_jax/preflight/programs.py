@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conversion.directories import read_json
 from conversion.hf.directory import parse_config
 from transllm_jax.config import Config, Training
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
@@ -120,7 +120,7 @@ def model_of(config: Config, workdir: Path, *, full: bool = False) -> Model:
             f"the shape of {config.model.source} is not known here: name its config.json with "
             "model.shape=FILE, or import it with `transllm run CONFIG --until base`"
         )
-    shape = parse_config(read_json(path), path.parent)
+    shape = parse_config(read_model_json(path), path.parent)
     return Model(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
 
 

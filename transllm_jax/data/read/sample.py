@@ -26,6 +26,7 @@ from typing import Any
 from transllm_jax.data.pool import cores, count, share_out
 from transllm_jax.data.read.files import Collector, Controls, Separator
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
+from transllm_jax.disk import whole
 from transllm_jax.errors import UserError
 
 _FORMAT = 2  # of the files in the cache
@@ -124,11 +125,11 @@ def sample_documents(
         )
         for file, stat in zip(files, stats, strict=True)
     ]
-    whole = hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:32]
+    key = hashlib.sha256(" ".join(job.key for job in jobs).encode()).hexdigest()[:32]
     with tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache)) as directory:
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
-        sample = place / f"sample-{whole}.jsonl"
+        sample = place / f"sample-{key}.jsonl"
         if not sample.is_file():
             parts = {job: place / f"part-{job.key}.jsonl" for job in jobs}
             _read_all(jobs, parts, processes, on_progress)
@@ -210,15 +211,10 @@ def _read_file(job: _Job, part: Path, at: Callable[[int], None]) -> None:
 
 
 def _write(path: Path, report: SampleReport, cut: int | None, items: Iterable[tuple[int, int, str]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"report": asdict(report), "cut": cut}) + "\n")
-            for priority, size, text in items:
-                file.write(f"{priority} {size} {json.dumps(text, ensure_ascii=False)}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path, shared=True) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"report": asdict(report), "cut": cut}) + "\n")
+        for priority, size, text in items:
+            file.write(f"{priority} {size} {json.dumps(text, ensure_ascii=False)}\n")
 
 
 def _header(path: Path) -> dict[str, Any]:

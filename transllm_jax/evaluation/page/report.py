@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from transllm_jax.disk import write_bytes
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
@@ -73,17 +73,7 @@ def write_report(results: Results, path: Path) -> None:
     """
     # Rendered before anything is opened; a lone surrogate, which UTF-8 has no bytes for, becomes "?".
     data = render_report(results).encode("utf-8", errors="replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_bytes(path, data)
 
 
 def render_report(results: Results) -> str:
