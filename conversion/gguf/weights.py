@@ -95,14 +95,9 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_IN_LAYER[module]}.{kind}"
 
 
-def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's q or k `[heads * H, D]`, or their bias `[heads * H]`, in GGUF's row order: each head's two halves
-    interleaved."""
-    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """The reverse of `permute`."""
+    """GGUF's q or k `[heads * H, D]`, or their bias `[heads * H]`, where each head's two halves are interleaved, in
+    Hugging Face's row order."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -43,22 +43,11 @@ OF_A_LOSS = ("Gloo", "Connection closed by peer", "Connection reset by peer", "U
 SHARED = {"UserError": UserError, "Preempted": Preempted, "Diverged": Diverged}
 
 
-def connect(given: Connection | None, *, same: Mapping[str, str] | None = None, patience: float = PATIENCE) -> Peers:
-    """This process among the others of its run; before anything else is done with jax.
-
-    `same`: as in `Peers.require_equal`, and before jax connects them. `patience`: seconds for all to come.
-    PeerLost: they did not, and the line says which. UserError: they do not belong together.
-    """
-    peers = join(given, patience=patience)
-    with peers.unless_lost():
-        if same is not None:
-            peers.require_equal(same)
-        peers.start_jax(patience)
-    return peers
-
-
 def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
-    """As `connect`, but jax is not connected yet: that is for `Peers.start_jax`."""
+    """This process among the others of its run; jax is not connected yet: that is for `Peers.start_jax`.
+
+    `patience`: seconds for all to come. PeerLost: they did not, and the line says which.
+    """
     if given is None or given.count == 1:
         return Peers()
     hub, host = None, given.host
@@ -237,15 +226,6 @@ class Peers:
         found = self._member.meet(name, value, timeout)
         assert found is not None
         return found
-
-    @contextlib.contextmanager
-    def unless_lost(self) -> Iterator[None]:
-        """What fails in here because a process was lost waits for the line that says so."""
-        try:
-            yield
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
 
     def start_jax(self, patience: float = PATIENCE) -> None:
         """jax.distributed, with the primary's service reached through the relay. Nothing for one process."""

@@ -2,7 +2,7 @@
 
 The kernels go through [T, T] in blocks, skip those that the causal mask or the window leaves empty, and never write
 scores to memory. `block_sizes` is the one place that chooses the blocks; what the kernels compute and move follows
-from it: `splash_flops` tells it from shapes, and `kernel_flops` and `kernel_bytes` from a compiled program.
+from it: `kernel_flops` and `kernel_bytes` tell it of a compiled program.
 
 How a call looks in `compiled.as_text()` for a TPU. An attention layer is the forward kernel, and in the backward pass
 one fused kernel, or two where the row is so long that fusing does not pay:
@@ -128,19 +128,6 @@ def attend_splash(
 
     out: jax.Array = jax.vmap(attend)(q, k, v, segment_ids)
     return out.astype(v.dtype)
-
-
-def splash_flops(
-    batch: int, heads: int, length: int, head_dim: int, window: int | None = None, itemsize: int = 2
-) -> tuple[int, int]:
-    """FLOPs of the matrix products of a call with q [B, N, T, H]: of the forward kernel, and of the backward kernels.
-
-    They compute whole blocks, so half the square and more; key heads make no difference. `itemsize` is that of q, in
-    bytes.
-    """
-    shape = _Shape(batch, heads, heads, length, head_dim, itemsize)
-    backward = ("dkv",) if block_sizes(length, head_dim, itemsize).fused else ("dkv", "dq")
-    return _cost("fwd", shape, window).flops, sum(_cost(phase, shape, window).flops for phase in backward)
 
 
 def kernel_flops(

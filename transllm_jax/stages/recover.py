@@ -191,7 +191,7 @@ def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str
     """What the file of translations has of each text. Raises UserError where that must be all, and is not."""
     if config.file is None:
         return [None] * len(texts)
-    found = FileTranslator(config.file, config.fields).translate(texts, "to_target")
+    found = FileTranslator(config.file, config.fields).translate(texts)
     missing = [text for text, translation in zip(texts, found, strict=True) if translation is None]
     if missing and config.missing == "error":
         raise UserError(

@@ -96,11 +96,6 @@ def parse(text: str, markers: Markers = MARKERS) -> Chain | None:
     return Chain(*parts)
 
 
-def well_formed(text: str, markers: Markers = MARKERS) -> bool:
-    """Whether the three markers stand once each, in order, each followed by text, nothing before them."""
-    return parse(text, markers) is not None
-
-
 def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
     """The marker to append so that generation goes on with a chain that stopped early.
 

@@ -282,7 +282,3 @@ def _ranges(points: Iterable[int]) -> tuple[Range, ...]:
         else:
             found.append([c, c])
     return tuple((first, last) for first, last in found)
-
-
-# What the tests of expansion go through.
-SCRIPTS = {code: script_of(code) for code in ("ar", "el", "he", "hi", "km", "lo", "ru", "ta", "th")}

@@ -243,12 +243,6 @@ class Tokenizer:
         return found
 
     @cached_property
-    def pad_id(self) -> int:
-        """The padding token; the end token where there is none."""
-        found = self._role_id("pad_token")
-        return self.eos_id if found is None else found
-
-    @cached_property
     def document_end_id(self) -> int:
         """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, or else eos."""
         found = next((token for name in _DOCUMENT_ENDS if (token := self.token_id(name)) is not None), None)

@@ -124,8 +124,3 @@ def _adam(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
-
-
-def moments_size(optimizer_state: Any) -> int:
-    """The number of values in the optimizer's state, its scalars (step counts) aside."""
-    return sum(leaf.size for leaf in jax.tree.leaves(optimizer_state) if leaf.ndim)

@@ -103,11 +103,6 @@ class PackedRows:
         """Tokens of all rows, padding apart."""
         return int((self.segment_ids > 0).sum())
 
-    @property
-    def trained_count(self) -> int:
-        """Positions whose label is trained (weight 1)."""
-        return int((self.weights > 0).sum())
-
 
 def plan(lengths: Sequence[int] | np.ndarray, row_length: int, *, window: int = 256) -> list[list[int]]:
     """First-fit: every example goes into the first of at most `window` open rows that has room for it.
