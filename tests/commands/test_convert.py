@@ -29,9 +29,9 @@ from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.opened import Opened
 from conversion.verify import compare
 from transllm_jax.cli import main as cli
-from transllm_jax.commands import convert
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.disk import parse_size, read_json, write_json
+from transllm_jax.model.mesh import parse_mesh
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -498,7 +498,7 @@ def test_a_signal_that_a_callback_swallowed_still_stops(
 
 def test_sizes_and_meshes() -> None:
     assert [parse_size(text) for text in ("5GB", "1.5 MB", "2GiB", "7")] == [5 * 10**9, 1500000, 2**31, 7]
-    assert convert.parse_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
+    assert parse_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
 
 
 def test_progress_counts_bytes(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from tiny_families import FAMILIES
 
 from conversion.hf.directory import write_model
 from conversion.names import tensors
+from transllm_jax.choices import Remat
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.model import attention
 from transllm_jax.model.attention import attend, attend_causally, causal_mask
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig, LoRALinear, project
 from transllm_jax.model.parameters import (
     BASE_ROWS,

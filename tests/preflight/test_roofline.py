@@ -72,6 +72,7 @@ def test_what_is_no_slice_is_refused(name: str, part: str) -> None:
 def test_the_table_of_chips() -> None:
     for name, chip in CHIPS.items():
         assert chip.name == name and chip.peak_flops == PEAK[chip.device_kind]
+        assert f": {chip.peak_flops / 1e12:.0f} TFLOP/s" in chip.sources
         assert chip.usable_hbm_bytes <= chip.hbm_bytes
         assert f"docs.cloud.google.com/tpu/docs/{name}" in chip.sources
     assert all(parse_topology(f"v5e:{shape}") for shape in FLAT)

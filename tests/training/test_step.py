@@ -16,9 +16,9 @@ import optax
 import pytest
 from conftest import random_weights, tiny_config
 
+from transllm_jax.choices import Remat
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, load_frozen, merge
 from transllm_jax.training.optimizer import OptimizerConfig, group, make_optimizer, schedule

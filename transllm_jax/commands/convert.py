@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from transllm_jax.commands.open_model import open_source, tokenizer_of
 from transllm_jax.disk import parse_size, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.mesh import parse_mesh
 from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.llama_cpp import misread, readers_of
@@ -336,14 +336,3 @@ def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[
     finally:
         for bar in bars:
             bar.close()
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """A mesh such as `fsdp=8,tensor=2`. Raises UserError for what is not of that form."""
-    mesh: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if not match or match[1] in mesh:
-            raise UserError(f"the mesh {text!r} is not of the form fsdp=8,tensor=2; correct {part.strip()!r}")
-        mesh[match[1]] = int(match[2])
-    return mesh

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from transllm_jax.choices import Attention
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
     Evaluation,
@@ -53,7 +54,7 @@ class Config(Section):
     mesh: Mesh = Mesh()
     # The kernel of attention in training: splash (a TPU's; lengths that are multiples of 128), our own, or splash where
     # it can be.
-    attention: Literal["auto", "plain", "splash"] = "auto"
+    attention: Attention = "auto"
     # Where tokenised text is kept, for this run and others; by default in the work directory.
     token_cache: Location | None = None
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from transllm_jax.choices import Remat
 from transllm_jax.config.data import PairSource, Source, WholeSource
 from transllm_jax.config.section import Positive, Section, Share
 
@@ -61,7 +62,7 @@ class Training(Section):
     # What of a layer is computed again in the backward pass: nothing; all but the outputs of its linear layers and of
     # attention; these but q (queries); these but q, k and v (feed_forward is kept); these but the feed-forward part
     # (attention is kept); or the whole layer. Less memory, more time, in this order.
-    remat: Literal["none", "projections", "queries", "feed_forward", "attention", "full"] = "none"
+    remat: Remat = "none"
     # Stop when so many updates in a row had to be skipped, because a loss or gradient was not finite.
     max_skipped: Positive = 5
     validation: Validation | None = None

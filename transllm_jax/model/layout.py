@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from transllm_jax.choices import Attention
 from transllm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 # plain: our own, on any device. splash: the TPU's (transllm_jax.model.splash). auto: splash where it can be.
-Attention = Literal["auto", "plain", "splash"]
 # A part of an array: a slice for each dimension.
 Index = tuple[slice, ...]
 # The path of an array, and parts of it -> these parts.

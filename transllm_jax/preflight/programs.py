@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from conversion.hf.directory import parse_config
+from transllm_jax.choices import Remat
 from transllm_jax.config import Config, Training
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, abstract
 from transllm_jax.stages.trained import lora_of, trains

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
 from transllm_jax.preflight.program.chips import Topology
+from transllm_jax.words import size
 
 GIB = 2**30
 
@@ -70,17 +71,17 @@ def show(console: Console, found: Measured) -> None:
         f": {program.about}; mesh {mesh_of(found)} ",
         (f"compiled in {found.seconds:.0f} s", "dim"),
     )
-    kinds = {kind: size for kind, size in program.arguments.items() if size}
+    kinds = {kind: amount for kind, amount in program.arguments.items() if amount}
     if found.kept:
         kinds["kept for the backward pass"] = found.kept
     # What is kept is a part of what the compiler calls temporary; where it finds a shorter way, not all of it.
     kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
-    parts = ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items())
+    parts = ", ".join(f"{kind} {size(amount)}" for kind, amount in kinds.items())
     room = f"{found.needed / GIB:.2f} of {chip.usable_hbm_bytes / GIB:.2f} GiB"
     say("  memory a chip  ", room if found.fits else (f"{room}: it does not fit", "red"), f": {parts}")
     if not found.fits:
-        for name, size in found.buffers():
-            say(f"    {_size(size):>10}  {name}")
+        for name, amount in found.buffers():
+            say(f"    {size(amount):>10}  {name}")
         return
     counts, best, ordinary = found.counts, found.best, found.ordinary
     assert counts is not None and best is not None and ordinary is not None
@@ -163,10 +164,6 @@ def as_json(found: Measured) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second if best else None,
         "compile_seconds": found.seconds,
     }
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
 
 
 def _seconds(seconds: float) -> str:

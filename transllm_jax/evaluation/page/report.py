@@ -22,7 +22,6 @@ from transllm_jax.evaluation.page.measures import (
     NOT_MEASURED,
     Results,
     clean,
-    duration,
     language_name,
     number,
     part,
@@ -30,12 +29,12 @@ from transllm_jax.evaluation.page.measures import (
     point_label,
     points,
     rows,
-    size,
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
 from transllm_jax.evaluation.page.terminal import conversation_panel, summary_table
 from transllm_jax.evaluation.page.verdict import verdict
+from transllm_jax.words import duration, size
 
 __all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
 
@@ -164,14 +163,15 @@ def _translations(results: Results) -> Iterator[dict[str, Any]]:
 
 def _stages(results: Results) -> Iterator[dict[str, str]]:
     for stage in results.get("stages") or []:
-        speed, flops = number(stage.get("tokens_per_second")), number(stage.get("model_flops_utilisation"))
+        keys = ("seconds", "tokens_per_second", "memory_bytes", "model_flops_utilisation")
+        seconds, speed, memory, flops = (number(stage.get(key)) for key in keys)
         yield {
             "name": str(stage.get("name") or ""),
-            "time": duration(number(stage.get("seconds"))),
+            "time": NOT_MEASURED if seconds is None else duration(seconds),
             "steps": _count(stage.get("steps")),
             "tokens": _count(stage.get("tokens")),
             "speed": "" if speed is None else f"{speed:,.1f}",
-            "memory": size(number(stage.get("memory_bytes"))),
+            "memory": "" if memory is None else size(memory),
             "flops": "" if flops is None else percent(flops),
             "summary": clean(stage.get("summary")),
         }
