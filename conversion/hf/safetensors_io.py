@@ -32,7 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 _EXPONENTS = {
     DTYPES["F32"]: np.uint32(0x7F800000),
     DTYPES["F16"]: np.uint16(0x7C00),
@@ -267,7 +267,7 @@ def _write_file(
     end = 0
     for part in parts:
         header[part.tensor.name] = {
-            "dtype": _CODES[part.dtype],
+            "dtype": CODES[part.dtype],
             "shape": list(part.tensor.shape),
             "data_offsets": [end, end + part.size],
         }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
+from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
 
 
@@ -37,9 +38,9 @@ class Source(Section):
     # `tfds` NAME, NAME/CONFIG or NAME:VERSION.
     path: Location
     # What is in it. pairs: English and the target language.
-    format: Literal["text", "pairs", "conversations"] = "text"
+    format: Content = "text"
     # How it is stored; by default what the file's suffix says: .jsonl (or .ndjson, .json), .parquet, else lines.
-    container: Literal["lines", "jsonl", "parquet", "datasets", "tfds"] | None = None
+    container: Container | None = None
     # Of records: the field of a text (`text` by default), or the two of a pair, English first. `a.b` is b inside of a.
     # What else a record has is not read. Conversations are known by their form: `conversations`, `messages`, or
     # `instruction`, `input` and `output`; fields beside these are read, refused or, where they say nothing of the
@@ -51,12 +52,12 @@ class Source(Section):
     split: str = "train"
     data_dir: str | None = None
     # Of text in lines: what stands between two documents.
-    separator: Literal["blank line", "line"] = "blank line"
+    separator: Separator = "blank line"
     # Control characters: refused with their place, or removed and counted.
-    controls: Literal["refuse", "remove"] = "refuse"
+    controls: Controls = "refuse"
     # A row that cannot be read (an empty side, a third column, two questions in a row, a special token in it) stops the
     # run, or is left out, counted and written to bad_rows.jsonl in the stage's directory.
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    on_bad_rows: OnBadRows = "refuse"
     # At most this share of a source's rows may be skipped; ten may be in any case, for small files.
     max_bad_share: Share = 0.01
     # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.

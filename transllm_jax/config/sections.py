@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
@@ -53,7 +54,7 @@ class Vocabulary(Section):
     # more tokens, and which llama.cpp does, too (a GGUF file has no place for a pre-tokenizer of its own). By default
     # `base` where the script is Latin, and of a qwen2 model, whose pre-tokenizer transformers 5 makes whatever
     # tokenizer.json says; `whole` elsewhere.
-    cuts: Literal["whole", "base"] | None = None
+    cuts: Cuts | None = None
     # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
     # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
     # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of

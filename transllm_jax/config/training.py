@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from transllm_jax.choices import Remat
+from transllm_jax.choices import Remat, Schedule
 from transllm_jax.config.data import PairSource, Source, WholeSource
 from transllm_jax.config.section import Positive, Section, Share
 
@@ -42,7 +42,7 @@ class Training(Section):
     new_rows_multiplier: float = Field(default=1.0, gt=0)
     # Warm-up, then down to final_fraction of the peak: as a cosine, in a line, or (wsd) in a line over the last
     # decay_ratio of the steps; constant stays at the peak.
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     # Warm-up as a share of the steps (0.01 by default), or in steps.
     warmup_ratio: Share | None = None
     warmup_steps: Annotated[int, Field(ge=0)] | None = None

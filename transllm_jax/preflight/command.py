@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from transllm_jax.choices import Remat
+from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
 from transllm_jax.errors import UserError
 from transllm_jax.model.mesh import make_layout, mesh_shape, parse_mesh
 from transllm_jax.preflight.measure import Measured, measure
 from transllm_jax.preflight.program.chips import Topology, parse_topology, topology_devices
-from transllm_jax.preflight.programs import STAGES, TRAININGS, Model, Program, generation, model_of, training
+from transllm_jax.preflight.programs import STAGES, Model, Program, generation, model_of, training
 from transllm_jax.preflight.search import candidates
 from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology
 

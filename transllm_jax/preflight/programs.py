@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from conversion.hf.directory import parse_config
-from transllm_jax.choices import Remat
+from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
@@ -30,7 +30,6 @@ from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
 from transllm_jax.training.step import batch_losses, initial_state
 
-TRAININGS = ("pretrain", "translate", "transfer")
 STAGES = (*TRAININGS, "generation")
 # Arrays of a batch, [B, T] each but the last.
 _FIELDS = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "labels": jnp.int32}

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import Controls, Separator
 from transllm_jax.data.pool import cores, count, share_out
-from transllm_jax.data.read.files import Collector, Controls, Separator
+from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
 from transllm_jax.disk import whole
 from transllm_jax.errors import UserError

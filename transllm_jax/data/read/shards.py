@@ -12,31 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.data.read import catalog, hub
 from transllm_jax.data.read.conversations import FIELDS, Form, conversation, form_of
-from transllm_jax.data.read.files import (
-    COMPRESSED,
-    BadRow,
-    Collector,
-    Controls,
-    OnBadRows,
-    Place,
-    Separator,
-    attempt,
-    no_items,
-    refusing,
-    resolve,
-)
+from transllm_jax.data.read.files import COMPRESSED, BadRow, Collector, Place, attempt, no_items, refusing, resolve
 from transllm_jax.data.read.parquet import iter_rows
 from transllm_jax.data.read.records import Record, iter_json, text_at
 from transllm_jax.data.read.sources import aligned_rows, document_rows, pair_rows
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import Message
 
-Content = Literal["text", "pairs", "conversations"]
-Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
 Item = str | tuple[str, str] | list[Message]
 
 _FORMAT = 2  # of the items: raised when the same files come to give other items

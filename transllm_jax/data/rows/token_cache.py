@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from transllm_jax.choices import Controls, OnBadRows
 from transllm_jax.data.clean.cleaning import text_of
 from transllm_jax.data.clean.near_duplicates import SIZE
-from transllm_jax.data.read.files import Collector, Controls, OnBadRows, Place, attempt
+from transllm_jax.data.read.files import Collector, Place, attempt
 from transllm_jax.data.read.shards import Item, Shard
 from transllm_jax.data.rows.array_file import read_arrays, write_arrays, writing
 from transllm_jax.data.rows.examples import Example

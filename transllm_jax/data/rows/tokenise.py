@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transllm_jax.choices import Controls, OnBadRows
 from transllm_jax.data.pool import cores, count, share_out
-from transllm_jax.data.read.files import Controls, OnBadRows
 from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.rows.transform import Transform

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import Rules, reason, text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.clean.near_duplicates import exact_key, signature
 from transllm_jax.data.read.files import Place
-from transllm_jax.data.read.shards import Content, Item
+from transllm_jax.data.read.shards import Item
 from transllm_jax.data.read.sources import refuse_special
 from transllm_jax.data.rows.examples import (
     Example,

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from transllm_jax.choices import TRAININGS
 from transllm_jax.disk import write_bytes
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
@@ -38,7 +39,6 @@ from transllm_jax.words import duration, size
 
 __all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
 
-_EXPECTED_CURVES = ("pretrain", "translate", "transfer")
 _CHAIN = ("question_en", "answer_en", "answer_target")
 # What the time of a run is shown as, in this order; the keys are those of transllm_jax.training.record.ledger.
 _SPENT = {
@@ -232,7 +232,7 @@ def _skipped(results: Results) -> Iterator[dict[str, Any]]:
 
 def _curves(results: Results) -> Iterator[dict[str, Any]]:
     losses, trained = part(results, "losses"), part(results, "trained")
-    for stage in [*_EXPECTED_CURVES, *(name for name in losses if name not in _EXPECTED_CURVES)]:
+    for stage in [*TRAININGS, *(name for name in losses if name not in TRAININGS)]:
         records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
         finite = [record for record in records if number(record.get("loss")) is not None]
         caption = NOT_MEASURED
