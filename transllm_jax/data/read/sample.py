@@ -27,7 +27,7 @@ from transllm_jax.choices import Controls, Separator
 from transllm_jax.data.pool import cores, count, share_out
 from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
-from transllm_jax.disk import whole
+from transllm_jax.disk import sha256_of_json, whole
 from transllm_jax.errors import UserError
 
 _FORMAT = 2  # of the files in the cache
@@ -78,8 +78,7 @@ class _Job:
 
     @property
     def key(self) -> str:
-        content = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return sha256_of_json([_FORMAT, asdict(self)])[:32]
 
 
 def sample_documents(

@@ -6,7 +6,6 @@ shards, and a budget of tokens is kept to.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from transllm_jax.data.clean.near_duplicates import SIZE, keep_first
 from transllm_jax.data.rows.array_file import read_arrays, write_arrays
 from transllm_jax.data.rows.packing import fill, plan
 from transllm_jax.data.rows.token_cache import ShardTokens
+from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
 
 _FORMAT = 3  # of a stored plan
@@ -46,8 +46,8 @@ class Choice:
 
 def plan_path(shards: Sequence[ShardTokens], choice: Choice, directory: Path) -> Path:
     """Where the plan of these shards lies or will lie."""
-    known = json.dumps([_FORMAT, asdict(choice), [shard.path.name for shard in shards]], sort_keys=True)
-    return directory / f"plan-{hashlib.sha256(known.encode()).hexdigest()[:24]}.npz"
+    known = [_FORMAT, asdict(choice), [shard.path.name for shard in shards]]
+    return directory / f"plan-{sha256_of_json(known)[:24]}.npz"
 
 
 class PlannedRows:
