@@ -220,8 +220,7 @@ def test_a_step_that_products_bound() -> None:
     estimate = estimate_step(counts, topology, MESH, places(4, 4), 16 * 197e12 * 0.8, efficiency=0.5)
     assert estimate.compute == pytest.approx(2.0) and estimate.memory == pytest.approx(1.0)
     assert estimate.network == {"fsdp": pytest.approx(1.0)} and estimate.exposed == 0.0
-    assert estimate.seconds == estimate.optimistic == pytest.approx(2.0)
-    assert estimate.pessimistic == pytest.approx(4.0)
+    assert estimate.seconds == pytest.approx(2.0)
     assert estimate.bound == "compute"
     assert estimate.mfu == pytest.approx(0.4) and estimate.hfu == pytest.approx(0.5)
 
@@ -231,7 +230,7 @@ def test_a_collective_that_the_program_waits_for_adds_its_time() -> None:
     waited = collective("all-reduce", 4.5e10 * 3, ((0, 1, 2, 3),), asynchronous=False)
     estimate = estimate_step(program(waited, flops=197e12), topology, MESH, places(4, 4), 0.0, efficiency=0.5)
     assert estimate.seconds == pytest.approx(5.0) and estimate.exposed == pytest.approx(3.0)
-    assert estimate.bound == "network" and estimate.optimistic == pytest.approx(3.0)
+    assert estimate.bound == "network"
 
 
 def test_what_runs_beside_the_computation_costs_only_what_is_longer() -> None:
@@ -242,7 +241,6 @@ def test_what_runs_beside_the_computation_costs_only_what_is_longer() -> None:
     # Two axes are different links; five seconds of the longer one, of which two are hidden.
     assert estimate.network == {"fsdp": pytest.approx(5.0), "data": pytest.approx(4.0)}
     assert estimate.seconds == pytest.approx(5.0) and estimate.exposed == pytest.approx(3.0)
-    assert estimate.pessimistic == pytest.approx(11.0)
 
 
 def test_instructions_do_not_overlap_and_copies_do() -> None:

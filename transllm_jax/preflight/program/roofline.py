@@ -1,9 +1,8 @@
 """Seconds of a step from what its program does: a roofline, with every assumption spelled out.
 
-A chip computes at a share of its peak, moves HBM at its published bandwidth, and sends over links of its torus. Three
-answers: `optimistic` has all of that overlap without loss, `pessimistic` has none of it overlap, and `seconds` follows
-the program: instructions run one after the other, each as long as its products or its bytes take, whichever is longer;
-collectives that the program starts and later awaits run beside them, the others stop everything.
+A chip computes at a share of its peak, moves HBM at its published bandwidth, and sends over links of its torus.
+Instructions run one after the other, each as long as its products or its bytes take, whichever is longer; collectives
+that the program starts and later awaits run beside them, the others stop everything.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ class Estimate:
     """
 
     seconds: float
-    optimistic: float
-    pessimistic: float
     compute: float
     memory: float
     network: dict[str, float]
@@ -86,8 +83,6 @@ def estimate_step(
     shares = {"compute": products, "memory": moving, "network": exposed}
     return Estimate(
         seconds=seconds,
-        optimistic=max(compute, memory, *network.values()),
-        pessimistic=compute + memory + sum(network.values()),
         compute=compute,
         memory=memory,
         network=network,
