@@ -11,10 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
-from transllm_jax.preflight.program.chips import Topology
+from transllm_jax.preflight.program.chips import GIB, Topology
 from transllm_jax.words import size
-
-GIB = 2**30
 
 
 def mesh_of(found: Measured) -> str:
