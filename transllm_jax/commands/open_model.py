@@ -9,15 +9,15 @@ from typing import Any
 
 from conversion.adapter import ADAPTER, Adapter, read_adapter
 from conversion.fetch import fetch
-from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer
+from conversion.hf.tokenizer_files import has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
 from conversion.opened import Opened
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
+from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.config import load_config
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
@@ -120,11 +120,6 @@ def check_base(adapter: Adapter, base: Source, where: Path) -> None:
 
 def tokenizer_of(found: Source) -> Tokenizer:
     """The tokenizer of what was opened; of a GGUF file or a tokenizer.model alone, made for the purpose."""
-    if found.tokenizer is not None and (found.tokenizer / "tokenizer.json").is_file():
-        return Tokenizer.load(found.tokenizer)
+    where = found.model.where if isinstance(found.model, GGUFModel) else found.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(found.model, GGUFModel):
-            write_tokenizer(found.model.fields, scratch, found.model.where)
-        elif found.tokenizer is not None:
-            bring_tokenizer(found.tokenizer, Path(scratch))
-        return Tokenizer.load(scratch)
+        return open_tokenizer(str(where), Path(scratch)).tokenizer
