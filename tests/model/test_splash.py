@@ -215,7 +215,7 @@ def run(code: str, environment: dict[str, str]) -> str:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
