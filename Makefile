@@ -37,11 +37,15 @@ QUICK := $(wildcard tests/test_*.py) tests/config tests/data tests/tokenizer tes
 quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 -q $(QUICK)
 
+# Hundreds of small programs are compiled and each runs for milliseconds: LLVM's expensive passes cost more than they save.
+# test-full compiles as users do.
+FAST := XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+	$(FAST) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not full'
 
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -s tests/reliability/check_*.py
 
 newest:

@@ -1,13 +1,13 @@
-"""Cleaning training text in one process: megabytes a second, microseconds a text, and how many texts are left out.
+"""Measures the cleaning of training text in one process: MB per second, microseconds per text, and texts left out.
 
     python bench/cleaning.py FILE ... [--format text|lines|jsonl] [--evaluation FILE ...] [--script Thai]
                              [--threshold 0.8] [--signatures 1000000] [--show 10]
 
-FILES: UTF-8, also .xz. text: documents separated by a blank line; lines: one a line (a pair: its tab stays in the
-text); jsonl: all strings of an object, or of those in its lists, are one text. EVALUATION: jsonl or lines; each string,
-or each column between tabs, is one text, and the file's name is that of the set. Of each file the table shows the
-speed of every part (best of three), then what is removed and, with --show, some of it.
---signatures: how long so many random signatures take, of which every tenth is a near copy, and the peak memory beyond
+FILE: UTF-8, may be .xz. text: documents separated by a blank line; lines: one text per line (a pair keeps its tab);
+jsonl: all strings in an object and its lists are one text. --evaluation: jsonl or lines; each string, or each column
+between tabs, is one text, and the file's name is the name of the set. For each file the table shows the speed of every
+part (best of three), then what is removed and, with --show, some examples.
+--signatures: also measures this many random signatures, every tenth a near copy: seconds, and the peak memory beyond
 their array.
 """
 
@@ -82,7 +82,7 @@ def time_signatures(count: int, threshold: float) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     print(
         f"{count:,} signatures at {threshold} ({bands(threshold)} bands and hashes a band): {took:.1f} s, "
-        f"{result.near:,} of {len(copies):,} copies of likeness 0.93 removed, {peak / count:.0f} bytes a text"
+        f"{result.near:,} of {len(copies):,} copies of similarity 0.93 removed, {peak / count:.0f} bytes a text"
     )
 
 

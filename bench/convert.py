@@ -1,13 +1,13 @@
-"""A checkpoint of LLaMA-2-7B's shape into ours and back: seconds, peak memory, and whether every bit came through.
+"""Converts a checkpoint of LLaMA-2-7B's shape to ours and back; measures time and memory, and compares every bit.
 
     python bench/convert.py [--layers 32] [--dir DIR] [--keep] [--mesh fsdp=8,tensor=2] [--rank 64] [--transformers]
 
 Writes a Hugging Face directory of random bfloat16 weights (13.5 GB in shards of at most 2 GB; fewer layers make it
-smaller), then runs `transllm convert from-hf SRC OURS` and `transllm convert to-hf OURS BACK`, each in a process of its
-own, whose peak resident memory the kernel reports when it ends. At last every tensor of BACK is compared with that of
-SRC by its SHA-256, and config.json byte for byte. With `--rank`, random adapters on all layers are merged into
-OURS by a third command, with the logits of a prompt before and after. With `--transformers` (and torch), what people do
-today is timed too: `from_pretrained` and `save_pretrained`. Needs free space of three times the weights.
+smaller), then runs `transllm convert from-hf SRC OURS` and `transllm convert to-hf OURS BACK`, each in its own process,
+whose peak resident memory the kernel reports when it ends. Then every tensor of BACK is compared with that of SRC by
+its SHA-256, and config.json byte for byte. With `--rank`, a third command merges random adapters on all layers into
+OURS and computes the logits of a prompt before and after. With `--transformers` (and torch), `from_pretrained` and
+`save_pretrained` are timed too. Needs free disk space of three times the weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
-from conversion.adapter import Adapter, write_adapter  # noqa: E402
+from conversion.adapter import AdapterDescription, write_adapter  # noqa: E402
 from conversion.hf.directory import open_hf, write_config  # noqa: E402
 from conversion.hf.safetensors_io import write_tensors  # noqa: E402
 from conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
@@ -59,13 +59,13 @@ def llama2_7b(layers: int) -> LlamaConfig:
 
 
 def write_source(directory: Path, config: LlamaConfig) -> None:
-    """Random finite bfloat16 bits: sign and mantissa of every kind, exponents around those of real weights."""
+    """Write random finite bfloat16 weights: any sign and mantissa, and exponents like those of real weights."""
     dtype = np.dtype(ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)
 
     def get(tensor: Tensor) -> np.ndarray:
         bits = rng.integers(0, 1 << 16, int(np.prod(tensor.shape)), dtype=np.uint16)
-        # The exponent's high bits 0111 1: from 2^-7 up to 2^0, so never NaN nor infinite.
+        # The exponent's high bits are 0111 1: from 2^-7 up to 2^0, so never NaN or infinite.
         np.bitwise_and(bits, 0x83FF, out=bits)
         np.bitwise_or(bits, 0x3C00, out=bits)
         return bits.view(dtype).reshape(tensor.shape)
@@ -76,8 +76,8 @@ def write_source(directory: Path, config: LlamaConfig) -> None:
     build_tiny_tokenizer(directory)  # 400 tokens: the other rows count as padding
 
 
-# Between us and the command: the kernel counts the memory of whoever starts a process among that process's own peak,
-# and we have held whole tensors. Prints the peak in KiB.
+# Starts the command and prints its peak memory in KiB. The kernel counts the memory of the parent in a process's peak,
+# and this script has held whole tensors, so a small process starts the command.
 LAUNCHER = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
@@ -87,12 +87,12 @@ sys.exit(code)
 
 
 def convert(*arguments: str) -> tuple[float, float]:
-    """Run `transllm convert ARGUMENTS`; gives seconds and the process's peak resident memory in GiB."""
+    """Run `transllm convert ARGUMENTS`; returns seconds and the process's peak resident memory in GiB."""
     return measure([sys.executable, "-m", "transllm_jax.cli.main", "convert", *arguments])
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds of a command, and its process's peak resident memory in GiB."""
+    """Run a command; returns seconds and the process's peak resident memory in GiB."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", LAUNCHER, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
@@ -110,7 +110,7 @@ model.save_pretrained(sys.argv[2], max_shard_size="2GB")
 
 
 def write_random_adapter(directory: Path, base: Path, config: LlamaConfig, rank: int) -> None:
-    """Adapters on every layer that change the kernels by about a hundredth of their size."""
+    """Write adapters on every layer that change the kernels by about a hundredth of their size."""
     lora, rng = LoraConfig(rank, 2.0 * rank), np.random.default_rng(1)
     arrays = {}
     for path, (size_in, size_out) in kernel_shapes(config).items():
@@ -121,7 +121,7 @@ def write_random_adapter(directory: Path, base: Path, config: LlamaConfig, rank:
     save_arrays(directory / "trainable", arrays)
     copy_tokenizer(base, directory)
     model = open_directory(base)
-    write_adapter(directory, Adapter.of(model, lora, base_name=str(base), source="random"))
+    write_adapter(directory, AdapterDescription.of(model, lora, base_name=str(base), source="random"))
 
 
 def hashes(directory: Path) -> dict[str, tuple[str, str]]:

@@ -1,15 +1,15 @@
-"""The way from files to batches: megabytes a second, how much of the rows is padding, milliseconds a batch, memory.
+"""Measures the data path from files to batches: MB per second, share of padding, milliseconds per batch, memory.
 
     python bench/data.py TOKENIZER --corpus FILE ... [--content text|pairs] [--length 512] [--megabytes 60]
                          [--examples 1000000] [--batch 8] [--near] [--repeat 3]
 
-TOKENIZER: a Hugging Face directory. FILES: documents separated by blank lines, or lines of pairs (English, tab, target
-language), also .xz; control characters are removed. The corpus is repeated to so many megabytes of UTF-8 and written as
-one file and as eight. Printed: bare `encode_batch_fast` on the same texts in memory, which no pipeline can beat, and
-beside it the whole of reading, checking, cleaning, encoding and writing; each is the best of --repeat, in turns. Then
-padding at this length, as packed here and by the two usual ways; the time to plan so many examples of the corpus's
-lengths; the time to make a batch of packed rows in one thread; the peak memory of this process. --near: with MinHash
-signatures. Times are wall times: keep the machine quiet.
+TOKENIZER: a Hugging Face directory. FILE: documents separated by blank lines, or lines of pairs (English, tab, target
+language), may be .xz; control characters are removed. The corpus is repeated up to --megabytes of UTF-8 and written as
+one file and as eight. Prints the speed of `encode_batch_fast` alone on the same texts in memory, which no pipeline can
+beat, and that of reading, checking, cleaning, encoding and writing together; each is the best of --repeat, in turns.
+Then the share of padding at --length, as packed here and by the two usual methods; the time to plan --examples of the
+corpus's lengths; the time to make a batch of packed rows in one thread; and the peak memory of this process. --near:
+with MinHash signatures. Times are wall times, so nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transllm_jax.data.read.shards import Item, Reading, Shard, shards
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.examples import pair_texts
 from transllm_jax.data.rows.packing import plan
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.token_cache import ShardTokens
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--corpus", nargs="+", required=True)
     parser.add_argument("--content", choices=["text", "pairs"], default="text")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--megabytes", type=float, default=60, help="0: the corpus as it is, once")
+    parser.add_argument("--megabytes", type=float, default=60, help="0: the corpus without repetition")
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--near", action="store_true")
@@ -132,7 +132,7 @@ def main() -> None:
         print(f"  the cache holds {disk / 1e6:.1f} MB, {disk / tokens.lengths.sum():.2f} bytes a token")
 
         # Repeats would be taken for duplicates.
-        rows = PlannedRows([tokens], Choice(options.length, exact=False), cache)
+        rows = PlannedRows([tokens], Selection(options.length, exact=False), cache)
         print_padding(tokens.lengths.astype(np.int64), rows, options.length, options.batch)
         lengths = np.random.default_rng(0).choice(tokens.lengths, options.examples)
         print(f"plan of {options.examples:,} examples: {timed(lambda: plan(lengths, options.length)):.1f} s")

@@ -1,14 +1,14 @@
-"""Expanding a tokenizer on a large corpus: seconds, memory, and what comes of it.
+"""Expands a tokenizer on a large corpus; measures time, memory and the result.
 
     python bench/expand.py BASE --corpus FILE ... [--megabytes 100] [--size 8000] [--language th] [--distinct]
 
-BASE: a Hugging Face directory with tokenizer.json. FILES: UTF-8 text, documents separated by a blank line, also .xz.
-Every 20th document is held out. The rest is cut at spaces and line ends, and these sentences, repeated and shuffled,
-make documents of 50 sentences up to the wanted size. So repeated, a small corpus has fewer distinct runs of the script
-than real text of that size: with --distinct, the sentences of a document are cut at random places and joined without a
-space, so that nearly every run is new; that is harder than real text.
-Printed as the phases pass: seconds; then the peak memory of the process, tokens per character of the held-out
-documents before and after, new pieces that the training text never makes, and English texts (--english) that change.
+BASE: a Hugging Face directory with tokenizer.json. FILE: UTF-8 text, documents separated by a blank line, may be .xz.
+Every 20th document is held out. The rest is split into sentences at spaces and line ends. They are repeated and
+shuffled to make documents of 50 sentences, up to the wanted size. A repeated small corpus has fewer distinct runs of
+the script than real text of that size. With --distinct, the sentences of a document are cut at random places and joined
+without a space, so that nearly every run is new, which is harder than real text. Prints the seconds of each phase, then
+the peak memory of the process, tokens per character of the held-out documents before and after, new pieces that the
+training text never makes, and English texts (--english) that change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read(path: Path) -> str:
 
 
 def repeated(documents: list[str], megabytes: float, distinct: bool) -> Iterator[str]:
-    """Documents of shuffled sentences, about so many megabytes of UTF-8 together."""
+    """Documents of shuffled sentences, with about this many megabytes of UTF-8 in all."""
     rng = random.Random(0)
     sentences = [sentence for document in documents for sentence in document.split()]
     left = megabytes * 1e6
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def peak() -> float:
-    """The process's largest memory so far in GiB."""
+    """The process's peak memory so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -1,10 +1,11 @@
-"""Each family in each type through the converter, and its logits beside transformers': the largest differences.
+"""Converts every family in every type, and compares its logits with those of transformers.
 
     python bench/families.py
 
-Small random models. Columns: bits that differ after Hugging Face -> ours -> Hugging Face; logits of a text, whole and
-with the key and value cache, against transformers' on the same weights, both in float32; and, for bfloat16, the mean
-error of our bfloat16 arithmetic over that of transformers', against exact logits. Needs torch.
+The models are small and random. Columns: bits that differ after Hugging Face -> ours -> Hugging Face; the largest
+difference of a text's logits from transformers' on the same weights in float32, without and with the key and value
+cache; and for bfloat16, the mean error of our logits divided by that of transformers', both against exact logits. Needs
+torch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from conversion.store import open_store, write_store  # noqa: E402
 
 
 def differing_bits(a: HFModel, b: HFModel) -> int:
-    """Bits that differ in all tensors of two models of one shape."""
+    """The number of bits that differ between two models with the same config."""
     count = 0
     for tensor in tensors(a.config):
         x, y = (np.ascontiguousarray(model.read(tensor)).view(np.uint8) for model in (a, b))

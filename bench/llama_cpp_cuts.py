@@ -1,15 +1,15 @@
-"""What llama.cpp makes of an expanded byte-level tokenizer, beside what its tokenizer.json says.
+"""Compares the ids that llama.cpp gives to text with those of an expanded byte-level tokenizer's tokenizer.json.
 
     python bench/llama_cpp_cuts.py BASE --pre llama-bpe --addon llama-addon.node --corpus FILE ... --held-out FILE ...
                                    [--size 4000] [--language th] [--plain FILE ...] [--stand-in qwen35]
 
 BASE: a directory with tokenizer.json. --pre: the pre-tokenizer that llama.cpp's converter names for the base
-(llama-bpe, qwen2, smollm). --addon: llama.cpp itself, as the npm package @node-llama-cpp/linux-x64 brings it built
-(`npm install` it, the file lies under bins/); it is run by node. FILES: UTF-8 text, documents separated by a blank
-line, also .xz; --plain: texts without the language, whose ids must stay; --stand-in: another pre-tokenizer of
-llama.cpp's, by which whole runs are read.
-Printed for the base as it is and for each way of cutting: tokens per character of the held-out documents as trained and
-in llama.cpp, in how many of them the ids differ, and whether the converter takes the tokenizer for the base's.
+(llama-bpe, qwen2, smollm). --addon: llama.cpp as a file of the npm package @node-llama-cpp/linux-x64 (`npm install` it;
+the file is in bins/), which node runs. FILE: UTF-8 text, documents separated by a blank line, may be .xz. --plain:
+texts without the language, whose ids must not change. --stand-in: another pre-tokenizer of llama.cpp, to try on whole
+runs. Prints, for the unchanged base and for each kind of `cuts`: tokens per character of the held-out documents by
+tokenizer.json and by llama.cpp, in how many documents the ids differ, and whether the converter takes the tokenizer for
+the base's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read(path: Path) -> list[str]:
 
 
 def write_vocabulary(tokenizer: Tokenizer, pre: str, path: Path) -> None:
-    """A GGUF file of the tokenizer alone, as llama.cpp's converter writes it."""
+    """Write a GGUF file with only the tokenizer, like llama.cpp's converter."""
     state = json.loads(tokenizer.backend.to_str())
     added = {token["content"]: token for token in state["added_tokens"]}
     vocabulary = {**state["model"]["vocab"], **{token["content"]: token["id"] for token in added.values()}}

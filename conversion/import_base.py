@@ -1,4 +1,4 @@
-"""Import of a model: any source becomes a Hugging Face directory, or a checkpoint of our own."""
+"""Imports a model: converts any source to a Hugging Face directory, or to our own checkpoint."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from conversion.gguf.weights import open_gguf
 from conversion.hf.directory import HFModel, parse_config, require_all_finite, write_config
 from conversion.hf.export import copy_generation_config, copy_notices
 from conversion.hf.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
-from conversion.hf.tokenizer_files import bring_tokenizer, has_tokenizer, token_ids
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer, token_ids
 from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened, size_of
+from conversion.opened import OpenedModel, size_of
 from conversion.store import write_store
 from transllm_jax.disk import read_model_json, sha256_of, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.new_directory import new_directory
 
-Layout = Literal["hf", "store"]
+Format = Literal["hf", "store"]
 SOURCE = "source.json"
 
 
 @dataclass(frozen=True)
 class _Options:
-    layout: Layout
+    layout: Format
     sha256: str | None
     mesh: Mapping[str, int] | None
     say: Callable[[str], None]
-    # Told the bytes in all; gives what is told the bytes done.
+    # Called with the number of bytes in all; returns a function that is called with the bytes done.
     begin: Callable[[int], Callable[[int], None]]
 
 
@@ -49,22 +49,23 @@ def import_base(
     *,
     sha256: str | None = None,
     overwrite: bool = False,
-    layout: Layout = "hf",
+    layout: Format = "hf",
     mesh: Mapping[str, int] | None = None,
     say: Callable[[str], None] | None = None,
     begin: Callable[[int], Callable[[int], None]] | None = None,
 ) -> None:
-    """Fetch a model and write it to `dst`: weights, config, tokenizer, and `source.json`, which says where from.
+    """Fetch a model and write it to `dst`: weights, config, tokenizer, and `source.json`, which records the source.
 
     `source`: see `conversion.fetch.fetch`. `layout` "hf" is a Hugging Face directory: the safetensors of a directory
-    or repository are taken over byte for byte, in the type and the shards that they have. "store" is our own
-    checkpoint (`conversion.store`), cut for `mesh`. A quantised tensor of a GGUF file becomes float32.
-    `sha256` is the expected hash of the source's weights: of the GGUF file or the one safetensors file, or,
-    of several, what `sha256sum *.safetensors | sha256sum` prints.
+    or repository are copied byte for byte, with their types and shards. "store" is our own checkpoint
+    (`conversion.store`), cut for `mesh`. A quantised tensor of a GGUF file becomes float32. `sha256` is the expected
+    hash of the source's weights: of the GGUF file or the one safetensors file; of several files, it is what
+    `sha256sum *.safetensors | sha256sum` prints.
 
-    Every tensor's name, shape and finiteness is checked here. Atomic: `dst` is there whole or as it was. `say` gets
-    a line before what takes long, and what was found; `begin` is told the bytes in all, and what it returns the bytes
-    done. Raises UserError for whatever is wrong with the source, and if `dst` is not empty and `overwrite` is false.
+    Every tensor's name, shape and finiteness is checked here. Atomic: `dst` is complete or unchanged. `say` is called
+    with one line before each slow step and for each finding. `begin` is called with the number of bytes in all, and
+    the function that it returns with the bytes done. Raises UserError for anything wrong with the source, and if `dst`
+    is not empty and `overwrite` is false.
     """
     say = say or (lambda line: None)
     options = _Options(layout, sha256, mesh, say, begin or (lambda total: lambda size: None))
@@ -101,10 +102,10 @@ def base_fingerprint(directory: str | Path) -> str:
 
 
 def padding_rows(directory: Path, source: str | None = None) -> int:
-    """How many of the embedding's rows are beyond the tokenizer's highest id.
+    """How many of the embedding's rows are above the tokenizer's highest id.
 
-    Some are normal: an embedding is often padded to a round number of rows. Raises UserError if the tokenizer has ids
-    that the embedding has no row for.
+    An embedding is often padded to a round number of rows. Raises UserError if the tokenizer has ids for which the
+    embedding has no row.
     """
     vocab_size = parse_config(read_model_json(directory / "config.json"), directory).vocab_size
     highest = max(token_ids(directory, source), default=-1)
@@ -133,12 +134,12 @@ def _import_gguf(fetched: Fetched, directory: Path, options: _Options) -> dict[s
 
 
 class _Narrowed:
-    """A GGUF file whose norms and biases have the type of its matrices, where that loses nothing.
+    """A GGUF file whose norms and biases are converted to the type of its matrices, if that is exact.
 
-    llama.cpp stores them as float32 whatever the model's type was; a bfloat16 model comes back as one.
+    llama.cpp stores them as float32, whatever the model's type was. So a bfloat16 model stays bfloat16.
     """
 
-    def __init__(self, model: Opened) -> None:
+    def __init__(self, model: OpenedModel) -> None:
         self.where, self.config, self._model = model.where, model.config, model
         self._main = widest({model.dtype(tensor) for tensor in tensors(model.config) if len(tensor.shape) == 2})
         self._small = {
@@ -167,40 +168,40 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
     if options.layout == "store" and not has_tokenizer(src):
         options.say(f"{src} has no tokenizer; the weights alone are converted")
     else:
-        bring_tokenizer(src, directory)  # first: what is wrong with it is known at once
+        copy_or_make_tokenizer(src, directory)  # before the weights, so that its errors are reported at once
     raw = read_model_json(src / "config.json")
     if isinstance(model, HFModel) and options.layout == "hf":
-        _take_over(fetched, model, directory, options)
+        _copy_weights(fetched, model, directory, options)
     else:
         if options.sha256 is not None:
             require_sha256(src, weight_files(src) if isinstance(model, HFModel) else [], options.sha256)
         _write(model, directory, options)
         if isinstance(model, HFModel) and model.dropped:
-            options.say(f"left out, because other fields say the same: {collapse(model.dropped)}")
+            options.say(f"left out, because other tensors determine them: {collapse(model.dropped)}")
     shutil.copyfile(src / "config.json", directory / "config.json")
-    # The source's own: a message about it names a file that stays.
-    given = src / "generation_config.json"
-    ends = (read_model_json(given) if given.is_file() else {}, raw)
+    # Read from the source and not from the copy, so that an error names a file that the user has.
+    source_generation = src / "generation_config.json"
+    configs = (read_model_json(source_generation) if source_generation.is_file() else {}, raw)
     copy_generation_config(src, directory)
-    if options.layout == "hf" and all(fields.get("eos_token_id") is None for fields in ends):
+    if options.layout == "hf" and all(fields.get("eos_token_id") is None for fields in configs):
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
     copy_notices(src, directory)
     return {"kind": fetched.kind, "revision": fetched.revision}
 
 
-def _take_over(fetched: Fetched, model: HFModel, directory: Path, options: _Options) -> None:
-    """The source's files as they are, after every tensor was read once."""
+def _copy_weights(fetched: Fetched, model: HFModel, directory: Path, options: _Options) -> None:
+    """Copy the source's safetensors files unchanged, after a check that every value is finite."""
     files = weight_files(fetched.path)
     require_all_finite(model, options.begin(size_of(model)))
     for file in files:
-        _take(file, directory / file.name, link=fetched.kind == "hub")
+        _link_or_copy(file, directory / file.name, link=fetched.kind == "hub")
     if is_indexed(fetched.path, files):
         shutil.copyfile(fetched.path / INDEX, directory / INDEX)
     if options.sha256 is not None:
         require_sha256(fetched.path, [directory / file.name for file in files], options.sha256)
 
 
-def _write(model: Opened, directory: Path, options: _Options) -> None:
+def _write(model: OpenedModel, directory: Path, options: _Options) -> None:
     advance = options.begin(size_of(model))
     if options.layout == "store":
         write_store(directory, model, mesh=options.mesh, advance=advance)
@@ -223,20 +224,20 @@ def fingerprint_of(files: dict[str, str]) -> str:
 
 
 def require_sha256(where: Path, files: list[Path], sha256: str) -> None:
-    """Raises UserError if the files have another SHA-256 than expected (see `fingerprint_of`)."""
+    """Raises UserError unless the files have the expected SHA-256 (see `fingerprint_of`)."""
     if not files:
-        raise UserError(f"{where} is not of safetensors files, which a SHA-256 is expected of; give none")
+        raise UserError(f"{where} has no safetensors files, of which a SHA-256 could be checked; leave it out")
     found = fingerprint_of({file.name: sha256_of(file) for file in files})
     if found != sha256.lower():
         raise UserError(f"the weights of {where} have SHA-256 {found}, expected {sha256}; correct one or the other")
 
 
-def _take(src: Path, dst: Path, *, link: bool) -> None:
+def _link_or_copy(src: Path, dst: Path, *, link: bool) -> None:
     """Hard-link a file of the hub's cache, which never changes in place; copy everything else."""
     if link:
         try:
             os.link(src.resolve(), dst)
             return
         except OSError:
-            pass  # another file system: a copy serves as well
+            pass  # another file system, so it is copied
     shutil.copyfile(src, dst)

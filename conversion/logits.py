@@ -1,4 +1,4 @@
-"""What an opened checkpoint says of a prompt, read one layer at a time."""
+"""The logits of a prompt from an opened checkpoint, which is read one layer at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from conversion.merged import Merged
 from conversion.names import EMBEDDING, OUTPUT, Tensor, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.model.layerwise import logits_by_layer
 from transllm_jax.model.lora import LoraConfig
 
 
-def logits_of(model: Opened, tokens: list[int], lora: LoraConfig | None = None) -> np.ndarray:
+def logits_of(model: OpenedModel, tokens: list[int], lora: LoraConfig | None = None) -> np.ndarray:
     """Float32 logits [T, V] of one text, [T] ids. Memory: one layer, or one vocabulary table.
 
-    With `lora`, `model` is a `Merged` whose adapters are computed beside the kernels, as training does, and not
-    merged into them.
+    With `lora`, `model` is a `Merged`, and its adapters are computed separately, as in training, instead of being
+    merged into the kernels.
     """
     table = tensors(model.config)
     named = {tensor.name: tensor for tensor in table}

@@ -1,4 +1,4 @@
-"""A base with what was trained on it, read as one model: adapters merged, or all weights; vocabulary tables grown."""
+"""A base and what was trained on it, read as one model: adapters merged or all weights replaced, new rows appended."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
-# Hugging Face's table -> our paths: the new rows, and the base rows where they were trained too.
+# Hugging Face's table -> our paths of its new rows and of its trained base rows.
 _ROWS = {
     EMBEDDING: ("vocabulary.new", "vocabulary.base_trained"),
     OUTPUT: ("vocabulary.output_new", "vocabulary.output_base_trained"),
@@ -22,29 +22,29 @@ _ROWS = {
 
 
 class Merged:
-    """W + scale * (a @ b).T in float32, tensor by tensor; new rows below the base's (see `conversion.opened`).
+    """An opened model (`conversion.opened`): W + scale * (a @ b).T in float32, and new rows after the base's.
 
-    `trainable`: for each adapted kernel `PATH.a` [L, in, R] and `PATH.b` [L, R, out]; `vocabulary.new` [n, D], and
-    `vocabulary.base_trained` [V, D] in place of the base's rows; of an untied model also `vocabulary.output_new` and
-    `vocabulary.output_base_trained`. What was not trained keeps the base's type and bits.
+    `trainable`: `PATH.a` [L, in, R] and `PATH.b` [L, R, out] for each adapted kernel; `vocabulary.new` [n, D];
+    `vocabulary.base_trained` [V, D], which replaces the base's rows; for an untied model also `vocabulary.output_new`
+    and `vocabulary.output_base_trained`. What was not trained keeps the base's type and bits.
 
-    Of full fine-tuning, `trainable` holds in place of adapters all weights by their paths, `vocabulary.base` too, and
-    every tensor is read from there: the base gives its config and its types.
+    After full fine-tuning, `trainable` holds all weights by their paths, `vocabulary.base` too, and no adapters. Every
+    tensor is then read from it; the base only gives the config and the types.
 
-    `merge_adapters=False` leaves the kernels as the base has them, and grows the tables only.
+    `merge_adapters=False` leaves the base's kernels unchanged, and only appends rows to the tables.
     """
 
     def __init__(
-        self, base: Opened, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
+        self, base: OpenedModel, trainable: Mapping[str, np.ndarray], scale: float, *, merge_adapters: bool = True
     ) -> None:
-        """Raises UserError that lists every array that is missing, extra, misshapen or not finite.
+        """Raises UserError, which lists every array that is missing, extra, of the wrong shape or not finite.
 
-        And where adapters are to be kept apart of a model that has none, because all of its weights were trained.
+        Also raises UserError for `merge_adapters=False` after full fine-tuning, which has no adapters.
         """
         self.base = base
         self.scale = np.float32(scale)
         self.trainable = {path: np.asarray(array, np.float32) for path, array in trainable.items()}
-        # All weights were trained, in place of adapters.
+        # Whether this is full fine-tuning.
         self.full = not self.trainable.keys().isdisjoint(weight_shapes(base.config))
         _check(base.config, self.trainable, full=self.full)
         if self.full and not merge_adapters:
@@ -58,32 +58,32 @@ class Merged:
 
     @property
     def padding(self) -> int:
-        """How many new rows, at the end, may stand for no token: they are 0 in every table."""
+        """How many of the last new rows may have no token: they are 0 in every table."""
         tables = [self.trainable[new] for new, _ in _ROWS.values() if new in self.trainable]
         used = [np.flatnonzero(table.any(axis=1)) for table in tables]
         return self.new_rows - max((int(rows[-1]) + 1 for rows in used if len(rows)), default=0)
 
     @property
     def where(self) -> str:
-        """The base's name, with what stands on it."""
+        """The base's name, and what was trained on it, for messages."""
         return f"{self.base.where} with {'trained weights' if self.full else 'adapters'}"
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
-        """float32 for what training changed, the base's type for the rest."""
-        return np.dtype(np.float32) if self._changed(tensor) else self.base.dtype(_of(self.base, tensor))
+        """float32 for tensors that training changed, the base's type for the others."""
+        return np.dtype(np.float32) if self._changed(tensor) else self.base.dtype(_base_tensor(self.base, tensor))
 
-    def stored(self, tensor: Tensor) -> np.dtype[Any]:
-        """The base's type of this tensor, changed or not."""
-        return self.base.dtype(_of(self.base, tensor))
+    def base_dtype(self, tensor: Tensor) -> np.dtype[Any]:
+        """The base's type of this tensor, whether or not training changed it."""
+        return self.base.dtype(_base_tensor(self.base, tensor))
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The merged tensor; one that is whole among what was trained is a view of that."""
+        """The merged tensor; a tensor that `trainable` holds as a whole is a view of it."""
         if tensor.name in _ROWS and self._changed(tensor):
             new, trained = (self.trainable.get(path) for path in _ROWS[tensor.name])
             if self.full:
                 trained = self.trainable[tensor.path]
-            known = self.base.read(_of(self.base, tensor)).astype(np.float32) if trained is None else trained
-            return known if new is None else np.concatenate([known, new])
+            base = self.base.read(_base_tensor(self.base, tensor)).astype(np.float32) if trained is None else trained
+            return base if new is None else np.concatenate([base, new])
         if self.full:
             return to_hf(self.trainable, tensor)
         array = self.base.read(tensor)
@@ -91,18 +91,18 @@ class Merged:
             return array
         array = array.astype(np.float32)
         a, b = self._factors(tensor)
-        # (a b).T as b.T a.T: what is added lies in memory as what it is added to.
+        # (a b).T as b.T a.T, so that both sides of the sum have the same memory order.
         array += b.T @ (self.scale * a).T
         return array
 
     def merges(self, tensor: Tensor) -> bool:
-        """Whether an adapter is merged into this tensor, or it is a layer's that was trained whole."""
+        """Whether an adapter is merged into this tensor, or it is a layer's tensor after full fine-tuning."""
         if self.full:
             return tensor.name not in _ROWS
         return self._merge and f"{tensor.path.removesuffix('.kernel')}.a" in self.trainable
 
     def change(self, tensor: Tensor) -> float:
-        """The sum of squares of what training added to this tensor; of an adapter out of its factors."""
+        """The sum of squares of what training added to this tensor; for an adapter, computed from its factors."""
         if self.full:
             added = (self.read(tensor) - self.base.read(tensor).astype(np.float32)).reshape(-1)
             return float(np.dot(added, added))
@@ -120,15 +120,15 @@ class Merged:
         return self.merges(tensor)
 
 
-def _of(base: Opened, tensor: Tensor) -> Tensor:
-    """The base's own tensor of that name: of the tables it has fewer rows."""
+def _base_tensor(base: OpenedModel, tensor: Tensor) -> Tensor:
+    """The base's own tensor of the same name: its tables have fewer rows."""
     if tensor.name in _ROWS:
         return replace(tensor, shape=(base.config.vocab_size, base.config.hidden_size))
     return tensor
 
 
 def adapter_rank(trainable: Mapping[str, np.ndarray]) -> int | None:
-    """R of the adapters, None where there are none."""
+    """The rank R of the adapters, None if there are none."""
     return next((array.shape[-1] for path, array in sorted(trainable.items()) if path.endswith(".a")), None)
 
 

@@ -1,7 +1,7 @@
-"""The one table of tensor names: Hugging Face's LLaMA family on one side, our layout on the other.
+"""The one table that maps tensor names of Hugging Face's LLaMA family to our weights.
 
-Hugging Face stores a linear layer as `[out, in]`, one tensor a layer. We store its kernel as `[in, out]`, all
-layers stacked on axis 0 (`y = x @ kernel[layer]`). Everything else is the same array under another name.
+Hugging Face stores a linear layer as `[out, in]`, one tensor for each layer. We store its kernel as `[in, out]`, with
+all layers stacked on axis 0 (`y = x @ kernel[layer]`). Everything else is the same array under another name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transllm_jax.model.config import LlamaConfig
 
 _LAYER = "model.layers.{layer}."
 
-# Our path of a linear layer -> Hugging Face's name within the layer.
+# Our path of a linear layer -> Hugging Face's name in the layer.
 KERNELS = {
     "blocks.attention.q": "self_attn.q_proj",
     "blocks.attention.k": "self_attn.k_proj",
@@ -40,15 +40,15 @@ _HEAD_NORMS = {
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 
-# Buffers that old checkpoints carry and that follow from rope_theta: nothing to read from them.
+# Buffers in old checkpoints, which are not read because rope_theta determines them.
 DERIVED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face checkpoint and its place among our weights.
+    """One tensor of a Hugging Face checkpoint, and the weight of ours that holds it.
 
-    `shape` is Hugging Face's. `layer` is the index on our axis 0, None for a tensor that is not stacked.
+    `shape` is Hugging Face's. `layer` is the index on axis 0 of our weight, or None if it is not stacked.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Tensor:
 
 
 def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """`(in, out)` of each linear layer, keyed by our path without `.kernel`."""
+    """The shape `(in, out)` of each linear layer, by our path without `.kernel`."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -75,7 +75,7 @@ def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def tensors(config: LlamaConfig) -> list[Tensor]:
-    """Every tensor that a checkpoint of this shape consists of, in the order in which we write them."""
+    """Every tensor of a checkpoint with this config, in the order in which we write them."""
     vocabulary = (config.vocab_size, config.hidden_size)
     table = [Tensor(EMBEDDING, "vocabulary.base", vocabulary)]
     shapes = kernel_shapes(config)
@@ -108,7 +108,7 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf(weights: dict[str, np.ndarray], tensor: Tensor) -> np.ndarray:
-    """Hugging Face's tensor, of `tensor.shape`, as a view of our weights."""
+    """Hugging Face's tensor, with `tensor.shape`, as a view of our weights."""
     array = weights[tensor.path]
     if tensor.layer is not None:
         array = array[tensor.layer]
@@ -116,7 +116,7 @@ def to_hf(weights: dict[str, np.ndarray], tensor: Tensor) -> np.ndarray:
 
 
 def collapse(names: Iterable[str]) -> str:
-    """All names on one line; those that differ in the layer's number only share an entry.
+    """All names on one line; names that differ only in the layer's number share an entry.
 
     >>> collapse(["model.layers.0.a", "model.layers.1.a", "b"])
     'b, model.layers.{0,1}.a'

@@ -1,4 +1,4 @@
-"""A model directory of either kind, opened: Hugging Face's, or a checkpoint of our own."""
+"""Opens a model directory of either kind: Hugging Face's, or our own checkpoint."""
 
 from __future__ import annotations
 

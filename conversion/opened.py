@@ -1,7 +1,7 @@
-"""What every kind of checkpoint looks like once it is open: a shape, and tensors one at a time.
+"""The interface of every opened checkpoint: a config, and tensors that are read one at a time.
 
-Hugging Face directories, GGUF files, our checkpoints, and a base with what was trained on it are all read through
-this; writers and comparisons do not know which they were given.
+Hugging Face directories, GGUF files, our checkpoints, and a base with trained arrays are all read through it, so
+writers and comparisons work on any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from conversion.names import Tensor, tensors
 from transllm_jax.model.config import LlamaConfig
 
 
-class Opened(Protocol):
+class OpenedModel(Protocol):
     """An opened model. `where` names it in messages."""
 
     @property
@@ -25,12 +25,12 @@ class Opened(Protocol):
     def config(self) -> LlamaConfig: ...
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
-        """The type in which the tensor is stored (that of the values, for a quantised one), without reading it."""
+        """The type in which the tensor is stored (for a quantised one, that of its values), without reading it."""
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """One tensor of `names.tensors(config)`: of `tensor.shape`, in its stored type; not checked to be finite."""
+        """One tensor of `names.tensors(config)`, with `tensor.shape` and its stored type; it may not be finite."""
 
 
-def size_of(model: Opened) -> int:
-    """Bytes of all tensors, in their own types."""
+def size_of(model: OpenedModel) -> int:
+    """The size of all tensors in bytes, in their stored types."""
     return sum(math.prod(tensor.shape) * model.dtype(tensor).itemsize for tensor in tensors(model.config))

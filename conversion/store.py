@@ -1,12 +1,12 @@
-"""Our checkpoint of a model: each weight one zarr array, cut so that a device or a host reads only its own part.
+"""Our own checkpoint: each weight is one zarr array, in chunks from which a device or a host reads only its own part.
 
     DIR/weights.json               the manifest, written last: format, and shape, type and chunks of each array
     DIR/weights/PATH/zarr.json     one zarr v3 array for each path of `names.weight_shapes(config)`
     DIR/weights/PATH/c/0/0/0       its chunks: little-endian values of one layer each, with a CRC-32C, not compressed
 
-config.json and the tokenizer lie beside them as in a Hugging Face directory. A tensor is stored in the type of its
-source, so that it comes back bit for bit. Not compressed: zstd takes a fifth off bfloat16 weights at a quarter of the
-speed, and a chunk whose size is known cannot be cut short unnoticed.
+config.json and the tokenizer are in DIR, as in a Hugging Face directory. A tensor is stored in the type of its source,
+so that it comes back bit for bit. Chunks are not compressed: zstd makes bfloat16 weights a fifth smaller at a quarter
+of the speed, and a truncated chunk is noticed because its size is known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike
 from conversion.hf.directory import not_finite, read_config
 from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
 from conversion.names import Tensor, tensors, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.disk import is_utf8, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -38,9 +38,9 @@ MANIFEST = "weights.json"
 WEIGHTS = "weights"
 FORMAT = "transllm-jax weights"
 VERSION = 1
-# Without a mesh a vocabulary's table, the one weight that is not stacked by layer and large, is cut by rows.
+# Without a mesh, a vocabulary table, which is large and not stacked by layer, is cut by rows into chunks of this size.
 MAX_CHUNK_BYTES = 128 * 2**20
-# Behind each chunk's values: a flipped bit is found when the chunk is read.
+# At the end of each chunk, so that a flipped bit is found when the chunk is read.
 CHECKSUM_BYTES = 4
 
 _TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
@@ -48,8 +48,8 @@ _DAMAGED = "convert or copy the checkpoint again"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one weight is stored. `types` is that of each layer's tensor where not all have the array's own."""
+class ArraySpec:
+    """How one weight is stored. `types` are those of the layers' tensors, if not all have the array's `dtype`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -64,8 +64,8 @@ class Layout:
         return entry
 
     @classmethod
-    def from_json(cls, entry: Any, shape: tuple[int, ...]) -> Layout:
-        """The reverse, for an array that has to be of `shape`. Raises ValueError that says what is wrong."""
+    def from_json(cls, entry: Any, shape: tuple[int, ...]) -> ArraySpec:
+        """The reverse of `to_json`, for an array that must have `shape`. Raises ValueError that says what is wrong."""
         if not isinstance(entry, dict):
             raise ValueError("the entry is not an object")
         if entry.get("shape") != list(shape):
@@ -93,7 +93,7 @@ class Layout:
     def faults(self, directory: Path) -> str:
         """What is wrong with the chunk files of the array in `directory`; "" if nothing.
 
-        zarr reads a missing chunk as zeros, and a file says nothing of its end: both are told by the files' sizes.
+        The files' sizes show missing and truncated chunks; zarr would read a missing chunk as zeros.
         """
         size = math.prod(self.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
         counts = [math.ceil(length / chunk) for length, chunk in zip(self.shape, self.chunks, strict=True)]
@@ -112,24 +112,24 @@ class Layout:
 
 def write_store(
     directory: str | Path,
-    source: Opened,
+    source: OpenedModel,
     *,
     mesh: Mapping[str, int] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the weights of an opened model into `directory`, an existing one without weights, tensor by tensor.
+    """Write the weights of an opened model into `directory`, which exists and has no weights yet, tensor by tensor.
 
-    With `mesh` (sizes of the axes `AXES`, each 1 if not named) a chunk is what one device of it holds of one layer, by
-    `partition`. While a tensor is written the next one is read; memory holds no more than these two, the one read
-    twice while it is turned. `advance` is told the bytes of each tensor.
+    With `mesh` (sizes of the axes `AXES`, 1 for each that is not named) a chunk is the part of one layer that one
+    device holds, as by `partition`. While one tensor is written the next is read. Memory holds these two, and a second
+    copy of the one read while it is transposed. `advance` is called with the bytes of each tensor.
 
-    Raises UserError for a mesh that is not one or does not divide the model's sizes, and, after all was read, one
-    that lists all tensors with values NaN or infinite; OSError if the disk is full or not to be written on. No
-    manifest is there then, and nothing opens the directory as a checkpoint.
+    Raises UserError for a mesh that is invalid or does not divide the model's sizes, and, once everything was read, for
+    values that are NaN or infinite (all tensors are listed); OSError if the disk is full or not writable. Then no
+    manifest is written, so nothing opens the directory as a checkpoint.
     """
     directory = Path(directory)
-    layouts = _plan(source, mesh)
-    arrays = {path: _done(_open(directory, path, layout, create=True), directory) for path, layout in layouts.items()}
+    specs = _plan(source, mesh)
+    arrays = {path: _done(_open(directory, path, spec, create=True), directory) for path, spec in specs.items()}
     bad: dict[str, int] = {}
     pending: Any = None
     try:
@@ -141,51 +141,51 @@ def write_store(
                 advance(array.nbytes)
             if found := count_not_finite(array):
                 bad[tensor.name] = found
-            if not bad:  # what is written after that would be thrown away
-                array = array.astype(layouts[tensor.path].dtype, copy=False)
+            if not bad:  # else the result is discarded anyway
+                array = array.astype(specs[tensor.path].dtype, copy=False)
                 if tensor.transposed:
                     array = transposed(array)
                 if pending is not None:
                     _done(pending, directory)
                 target = arrays[tensor.path]
                 pending = (target if tensor.layer is None else target[tensor.layer]).write(array)
-                _done(pending.copy, directory)  # from here on it is tensorstore's copy that waits
+                _done(pending.copy, directory)  # tensorstore has its own copy now, so the array can be freed
         if pending is not None:
             _done(pending, directory)
     finally:
-        # Whoever clears away a directory that failed must not meet a file that is still being written.
+        # The caller removes the directory after an error, and no file may still be written then.
         if pending is not None:
             pending.commit.exception()
     if bad:
         raise not_finite(source.where, bad)
     manifest = {"format": FORMAT, "version": VERSION, "mesh": None if mesh is None else dict(mesh)}
-    manifest["arrays"] = {path: layout.to_json() for path, layout in layouts.items()}
+    manifest["arrays"] = {path: spec.to_json() for path, spec in specs.items()}
     write_json(directory / MANIFEST, manifest)
 
 
-def _plan(source: Opened, mesh: Mapping[str, int] | None) -> dict[str, Layout]:
+def _plan(source: OpenedModel, mesh: Mapping[str, int] | None) -> dict[str, ArraySpec]:
     types: dict[str, list[np.dtype[Any]]] = {}
     for tensor in tensors(source.config):
         types.setdefault(tensor.path, []).append(source.dtype(tensor))
     shapes = weight_shapes(source.config)
     if mesh is not None:
         _require_mesh(mesh, shapes)
-    layouts = {}
+    specs = {}
     for path, shape in shapes.items():
-        own = set(types[path])
-        dtype = widest(own)
-        # Kernels, norms and biases are stacked on axis 0; what is not is a table, or the last norm.
+        distinct = set(types[path])
+        dtype = widest(distinct)
+        # Kernels, norms and biases of the layers are stacked on axis 0; tables and the last norm are not.
         chunks = (1, *shape[1:]) if path.startswith("blocks.") else shape
         if mesh is not None:
             sizes = [_size(mesh, axes) for axes in partition(path)]
             chunks = tuple(chunk // size for chunk, size in zip(chunks, sizes, strict=True))
         elif path.startswith("vocabulary."):
             row = math.prod(shape[1:]) * dtype.itemsize
-            # As many rows in the last chunk as in the others, or nearly so: zarr writes it whole.
+            # Chunks of nearly equal size, because zarr stores the last chunk at full size.
             parts = math.ceil(shape[0] / max(1, MAX_CHUNK_BYTES // row))
             chunks = (math.ceil(shape[0] / parts), *shape[1:])
-        layouts[path] = Layout(shape, dtype, chunks, tuple(types[path]) if len(own) > 1 else None)
-    return layouts
+        specs[path] = ArraySpec(shape, dtype, chunks, tuple(types[path]) if len(distinct) > 1 else None)
+    return specs
 
 
 def _size(mesh: Mapping[str, int], axes: Iterable[str]) -> int:
@@ -213,8 +213,8 @@ def _require_mesh(mesh: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 def transposed(array: np.ndarray) -> np.ndarray:
     """A contiguous `[b, a]` copy of an `[a, b]` array of 2 or 4-byte values.
 
-    In strips of 16 rows, so that what is written is a cache line's half or whole: numpy's own order takes 2 to 8 times
-    as long for a LLaMA kernel, because it touches a new line for each value.
+    It works in strips of 16 rows, so that each write fills half a cache line or a whole one. numpy's own order takes 2
+    to 8 times as long for a LLaMA kernel, because it touches a new cache line for each value.
     """
     values = array.view(f"u{array.dtype.itemsize}")
     out = np.empty(values.shape[::-1], values.dtype)
@@ -225,12 +225,12 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Store:
-    """An opened checkpoint of ours (see `conversion.opened`). `mesh` is the one that it was cut for."""
+    """Our own checkpoint, opened (see `conversion.opened`). `mesh` is the one that its chunks were cut for."""
 
     directory: Path
     config: LlamaConfig
     mesh: dict[str, int] | None
-    layouts: dict[str, Layout]
+    specs: dict[str, ArraySpec]
     arrays: dict[str, Any]
 
     @property
@@ -239,12 +239,12 @@ class Store:
         return str(self.directory)
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
-        """The tensor's type in the source, and so the one in which it is read."""
-        layout = self.layouts[tensor.path]
-        return layout.dtype if layout.types is None or tensor.layer is None else layout.types[tensor.layer]
+        """The type that the tensor had in the source, in which `read` returns it."""
+        spec = self.specs[tensor.path]
+        return spec.dtype if spec.types is None or tensor.layer is None else spec.types[tensor.layer]
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The tensor in Hugging Face's orientation, bit for bit as it was written."""
+        """The tensor in Hugging Face's orientation, with the bits that it had in the source."""
         array = self._read_stored(tensor)
         return transposed(array) if tensor.transposed else array
 
@@ -255,12 +255,12 @@ class Store:
         return array.astype(self.dtype(tensor), copy=False)
 
     def read_array(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of one of our weights, in the array's stored type: what `jax.make_array_from_callback` asks for.
+        """A part of one of our weights, in the array's stored type, as `jax.make_array_from_callback` needs it.
 
-        `index` has a slice for each dimension, without steps; those left out at the end are taken whole. Only the
-        chunks that it touches are read. Raises UserError that names the array if one of them is damaged.
+        `index` has a slice without a step for each dimension; dimensions left out at the end are taken whole. Only
+        chunks that it touches are read. Raises UserError, which names the array, if one of them is damaged.
         """
-        ranges = [part.indices(size) for part, size in zip(index, self.layouts[path].shape, strict=False)]
+        ranges = [part.indices(size) for part, size in zip(index, self.specs[path].shape, strict=False)]
         if any(step != 1 for _, _, step in ranges):
             raise ValueError(f"{path}: {index} has a step")
         array = self.arrays[path]
@@ -268,16 +268,16 @@ class Store:
             array = array[tuple(slice(start, stop) for start, stop, _ in ranges)]
         try:
             return array.read().result()
-        except ValueError as error:  # tensorstore's, whatever went wrong
+        except ValueError as error:  # tensorstore raises it for every failure
             raise UserError(f"{self.where}: {path} cannot be read ({_short(error)}); {_DAMAGED}") from error
 
     def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
-        """All weights in our layout, as `conversion.hf.directory.read_weights` gives them: path -> array, in `dtype`.
+        """All weights in our layout, path -> array, in `dtype`, like `conversion.hf.directory.read_weights`.
 
-        Memory is one copy of the weights plus one tensor. Raises UserError for a damaged array, and one that lists
-        all tensors with values that are NaN or infinite.
+        Memory is one copy of the weights plus one tensor. Raises UserError for a damaged array, and for values that are
+        NaN or infinite (all tensors are listed).
         """
-        weights = {path: np.empty(layout.shape, dtype) for path, layout in self.layouts.items()}
+        weights = {path: np.empty(spec.shape, dtype) for path, spec in self.specs.items()}
         bad: dict[str, int] = {}
         for tensor in tensors(self.config):
             array = self._read_stored(tensor)
@@ -290,10 +290,10 @@ class Store:
 
 
 def open_store(directory: str | Path) -> Store:
-    """Open a checkpoint of ours without reading its weights; the size of every file is checked.
+    """Open our own checkpoint without reading its weights; the size of every file is checked.
 
-    Raises UserError if it was not finished, is of a version that we do not know, or is not the model of its
-    config.json: one line with every array that is missing, extra, of another shape or incomplete.
+    Raises UserError if it was not finished, has an unknown version, or does not fit its config.json; the message lists
+    every array that is missing, extra, incomplete or of the wrong shape.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -316,16 +316,16 @@ def open_store(directory: str | Path) -> Store:
         problems.append(f"not part of the model: {', '.join(extra)}")
     if missing := [path for path in shapes if path not in entries]:
         problems.append(f"missing: {', '.join(missing)}")
-    # Only paths of the model's own table become file names: none from the manifest can lead elsewhere.
-    layouts, arrays = {}, {}
+    # File names are only made from the model's own paths, so that no path in the manifest can lead elsewhere.
+    specs, arrays = {}, {}
     for path, shape in shapes.items():
         if path not in entries:
             continue
         try:
-            layout = Layout.from_json(entries[path], shape)
-            if faults := layout.faults(directory / WEIGHTS / path):
+            spec = ArraySpec.from_json(entries[path], shape)
+            if faults := spec.faults(directory / WEIGHTS / path):
                 raise ValueError(faults)
-            layouts[path], arrays[path] = layout, _open(directory, path, layout, create=False).result()
+            specs[path], arrays[path] = spec, _open(directory, path, spec, create=False).result()
         except ValueError as error:
             problems.append(f"{path}: {_short(error)}")
     if problems:
@@ -333,25 +333,25 @@ def open_store(directory: str | Path) -> Store:
             f"{directory}: the weights are not complete or not those of its config.json; {'; '.join(problems)}; "
             f"{_DAMAGED}"
         )
-    return Store(directory, config, mesh, layouts, arrays)
+    return Store(directory, config, mesh, specs, arrays)
 
 
-def _open(directory: Path, path: str, layout: Layout, *, create: bool) -> Any:
-    """A future of the array. One that exists has to have exactly this layout, or tensorstore raises ValueError."""
+def _open(directory: Path, path: str, array: ArraySpec, *, create: bool) -> Any:
+    """A future of the array. If it exists, it must have exactly this spec, or tensorstore raises ValueError."""
     place = str((directory / WEIGHTS / path).absolute())
     if not is_utf8(place):
-        raise UserError(f"{directory}: the path is not UTF-8, as the library that keeps weights needs; choose another")
+        raise UserError(f"{directory}: the path is not UTF-8, which tensorstore needs; choose another")
     spec: dict[str, Any] = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{place}/"},
         "metadata": {
-            "shape": layout.shape,
-            "data_type": layout.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": layout.chunks}},
+            "shape": array.shape,
+            "data_type": array.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.chunks}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         },
-        # A chunk of zeros is a chunk; one that is not there is damage.
+        # Chunks of zeros are stored, too, so that a missing chunk is always damage.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
     }
@@ -362,7 +362,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPE
 
 
 def _done(future: Any, directory: Path) -> Any:
-    """Wait for a write. tensorstore's ValueError for a full disk becomes the OSError that it was."""
+    """Wait for a write. tensorstore's ValueError for a full or unwritable disk becomes an OSError again."""
     try:
         return future.result()
     except ValueError as error:
@@ -373,5 +373,5 @@ def _done(future: Any, directory: Path) -> Any:
 
 
 def _short(error: ValueError) -> str:
-    """tensorstore's message in one line, without what it appends: ` [tensorstore_spec='...'] [os_error_code='2']`."""
+    """tensorstore's message on one line, without suffixes like ` [tensorstore_spec='...'] [os_error_code='2']`."""
     return re.split(r" \[[a-z_ ]+='", str(error), maxsplit=1)[0].replace("\n", " ")

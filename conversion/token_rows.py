@@ -11,7 +11,7 @@ import numpy as np
 from conversion.hf.safetensors_io import require_finite
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -19,16 +19,16 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenRows:
-    """A model directory as a source of rows for a model of the shape `config`."""
+    """A model from which rows are taken, for a model with the config `config`."""
 
-    model: Opened
+    model: OpenedModel
     tokenizer: Tokenizer
     config: LlamaConfig
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:
-        """The ids of tokens, spelled as tokenizer.json spells them; None for one that this model lacks.
+        """The ids of tokens, which are spelled as in tokenizer.json; None for each that this model lacks.
 
-        Raises UserError where it has none of them, or has a token for which it has no row.
+        Raises UserError if it has none of the tokens, or has a token but no row for it.
         """
         found = [self.tokenizer.token_id(token) for token in tokens]
         if all(number is None for number in found):
@@ -41,8 +41,8 @@ class TokenRows:
         return found
 
     def rows(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rows of ids, float32 [n, D]: the input rows as `vocabulary.new`, and for an untied model the output
-        rows as `vocabulary.output_new`. Raises UserError for values that are not finite.
+        """The rows of ids, float32 [n, D]: input rows as `vocabulary.new` and, for an untied model, output rows as
+        `vocabulary.output_new`. Raises UserError if a value is not finite.
         """
         named = {tensor.name: tensor for tensor in tensors(self.model.config)}
         rows = {}
@@ -56,10 +56,10 @@ class TokenRows:
 
 
 def open_token_rows(directory: str | Path, config: LlamaConfig) -> TokenRows:
-    """Open a Hugging Face directory or a checkpoint of ours as a source of rows for a model of the shape `config`.
+    """Open a Hugging Face directory or our own checkpoint to take rows from, for a model with the config `config`.
 
-    Raises UserError for what is no model directory, for rows of another width, and for a model whose input and output
-    rows differ, if one row has to serve both ends.
+    Raises UserError if it is not a model directory, if its rows have another width, or if it has separate input and
+    output rows while `config` ties them.
     """
     model = open_directory(directory)
     if model.config.hidden_size != config.hidden_size:
@@ -69,6 +69,6 @@ def open_token_rows(directory: str | Path, config: LlamaConfig) -> TokenRows:
         )
     if config.tie_word_embeddings and not model.config.tie_word_embeddings:
         raise UserError(
-            f"{model.where}: it has input rows and output rows, and the base ties the two; give a model that ties them"
+            f"{model.where} has separate input and output rows, but the base ties them; give a model that ties them"
         )
     return TokenRows(model, Tokenizer.load(directory), config)

@@ -1,4 +1,4 @@
-"""Two checkpoints compared: every tensor, the config, and what they say of a prompt."""
+"""Compares two checkpoints: every tensor, the config, and the logits of a prompt."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from conversion.hf.safetensors_io import CODES
 from conversion.logits import logits_of
 from conversion.names import Tensor, collapse, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.model.config import LlamaConfig
 
-# Implied by which tensors there are, and so compared through them.
+# Fields that are not compared, because a difference shows in the names and shapes of the tensors.
 _IMPLIED = {"model_type", "attention_bias", "mlp_bias", "tie_word_embeddings", "vocab_size"}
-# Values compared at once: float32 copies of a whole vocabulary table would take gigabytes.
+# How many values are compared at once: float32 copies of a whole vocabulary table would take gigabytes.
 _BLOCK = 1 << 22
 
 
 @dataclass
 class Group:
-    """All tensors of one of our paths (of the layers together). Differences are of float32 values.
+    """The comparison of all tensors with one of our paths (all layers together). Differences are of float32 values.
 
-    `rows` is how many rows the two have in common where their number differs (a vocabulary that grew).
+    If the number of rows differs (a vocabulary that grew), the rows that both have are compared.
     """
 
     path: str
@@ -49,8 +49,8 @@ class Comparison:
     groups: list[Group]
     config: list[str]
     missing: list[str]
-    # Of the prompt's logits: the largest difference, the share of positions with the same best token, and the mean KL
-    # divergence in nats; None where they were not compared.
+    # The prompt's logits: their largest difference, the share of positions with the same best token, and the mean KL
+    # divergence in nats. None if they were not compared.
     logits: float | None = None
     same_best: float | None = None
     divergence: float | None = None
@@ -67,12 +67,12 @@ class Comparison:
 
 
 def compare(
-    a: Opened, b: Opened, prompt: list[int] | None = None, advance: Callable[[int], None] | None = None
+    a: OpenedModel, b: OpenedModel, prompt: list[int] | None = None, advance: Callable[[int], None] | None = None
 ) -> Comparison:
-    """Compare two models tensor by tensor, and on a prompt of token ids, unless that is None.
+    """Compare two models tensor by tensor, and their logits on a prompt of token ids, if it is given.
 
-    Memory: one tensor of each, and then one layer of one. `advance` is told the bytes read. The logits are compared
-    on the ids that both have. A value that is not finite differs from all but the same bits.
+    Memory: one tensor of each, and later one layer of one. `advance` is called with the number of bytes read. Logits
+    are compared for the ids that both have. A value that is not finite only equals the same bits.
     """
     left = {tensor.name: tensor for tensor in tensors(a.config)}
     right = {tensor.name: tensor for tensor in tensors(b.config)}
@@ -100,7 +100,9 @@ def _config(a: LlamaConfig, b: LlamaConfig) -> list[str]:
     ]
 
 
-def _compare(group: Group, a: Opened, b: Opened, left: Tensor, right: Tensor, advance: Callable[[int], None]) -> None:
+def _compare(
+    group: Group, a: OpenedModel, b: OpenedModel, left: Tensor, right: Tensor, advance: Callable[[int], None]
+) -> None:
     x, y = a.read(left), b.read(right)
     advance(x.nbytes + y.nbytes)
     group.tensors += 1
@@ -135,7 +137,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _compare_logits(result: Comparison, a: np.ndarray, b: np.ndarray) -> None:
     size = min(a.shape[1], b.shape[1])
     a, b = a[:, :size].astype(np.float64), b[:, :size].astype(np.float64)
-    # Not a number is never the same, not even as itself.
+    # NaN counts as infinitely different, even from NaN.
     result.logits = float(np.max(np.nan_to_num(np.abs(a - b), nan=np.inf)))
     result.same_best = float(np.mean(np.argmax(a, axis=1) == np.argmax(b, axis=1)))
     log_p, log_q = _log_softmax(a), _log_softmax(b)

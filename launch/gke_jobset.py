@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A run on a TPU slice of GKE: renders jobset.yaml.j2 and hands it to kubectl.
+"""Starts a run on a TPU slice of GKE: renders jobset.yaml.j2 and passes it to kubectl.
 
-Needs Python 3.11 with jinja2, kubectl for the cluster, and JobSet 0.10.1 or later in it: earlier ones cannot tell exit
-code 2 from a preemption, and refuse the manifest.
+Needs Python 3.11 with jinja2, kubectl for the cluster, and JobSet 0.10.1 or later in the cluster: earlier versions
+cannot tell exit code 2 from a preemption, and refuse the manifest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NoReturn
 import jinja2
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml.j2")
-# Generation -> the node label's value, and the topologies: listed, or three numbers whose product is divisible by 4.
+# Generation -> the value of the node label, and the topologies. None: any three numbers with a product divisible by 4.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 GENERATIONS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "v4": ("tpu-v4-podslice", None),
@@ -29,7 +29,7 @@ GENERATIONS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "v5p": ("tpu-v5p-slice", None),
     "v6e": ("tpu-v6e-slice", FLAT),
 }
-# JobSet appends -hosts-0-INDEX and a hash to the name of a pod, which has 63 letters at most.
+# JobSet appends -hosts-0-INDEX and a hash to make the name of a pod, which may have at most 63 characters.
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
@@ -39,7 +39,7 @@ class WrongInput(Exception):
 
 @dataclass(frozen=True)
 class Slice:
-    """What a slice is called on GKE, and how it is divided into hosts."""
+    """A slice's names on GKE, and its division into hosts."""
 
     accelerator: str
     topology: str
@@ -48,7 +48,7 @@ class Slice:
 
 
 def slice_of(name: str, chips_per_host: int | None = None) -> Slice:
-    """The slice of a topology name such as v5e:4x4. WrongInput for one that GKE does not have."""
+    """The slice with a topology name such as v5e:4x4. Raises WrongInput if GKE does not have it."""
     generation, _, topology = name.partition(":")
     if generation not in GENERATIONS or not topology:
         raise WrongInput(f"topology '{name}' is unknown; write it as v5e:4x4 ({', '.join(GENERATIONS)})")
@@ -68,7 +68,7 @@ def slice_of(name: str, chips_per_host: int | None = None) -> Slice:
 
 
 def quoted(value: str | Sequence[str]) -> str:
-    """YAML of a string, in double quotes with what cannot be seen escaped; of a list, in brackets."""
+    """YAML for a string (in double quotes, with unprintable characters escaped), or for a list of strings."""
     if not isinstance(value, str):
         return f"[{', '.join(map(quoted, value))}]"
     escapes = {"\n": "\\n", '"': '\\"', "\\": "\\\\"}
@@ -82,39 +82,41 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gke_jobset.py", description="Run transllm on a TPU slice of GKE, as a JobSet.")
-    parser.add_argument("--name", required=True, help="of the JobSet; up to 40 lower-case letters, digits and -")
+    parser.add_argument("--name", required=True, help="name of the JobSet; up to 40 lower-case letters, digits and -")
     parser.add_argument("--topology", required=True, help="v4:2x2x4, v5e:4x4, v5p:2x2x1, v6e:4x4 ...")
     parser.add_argument("--image", required=True, help="the image that launch/Dockerfile builds")
-    parser.add_argument("--workdir", required=True, help="gs://bucket/path; all that outlives a pod lies there")
+    parser.add_argument("--workdir", required=True, help="gs://bucket/path, for everything that must outlive a pod")
     config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument("--config", type=Path, metavar="FILE", help="a config file here; it goes along as a ConfigMap")
+    config.add_argument("--config", type=Path, metavar="FILE", help="a local config file, passed as a ConfigMap")
     config.add_argument("--config-in-image", metavar="PATH", help="a config file in the image")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", help="Kubernetes service account that may write to the bucket")
     parser.add_argument(
         "--mount", action="append", default=[], metavar="BUCKET:/PATH", help="a bucket to read text from"
     )
-    parser.add_argument("--on-demand", action="store_true", help="nodes that are not spot")
+    parser.add_argument("--on-demand", action="store_true", help="use on-demand nodes instead of spot nodes")
     parser.add_argument("--max-restarts", type=int, default=10, help="after failures (10); preemptions do not count")
     parser.add_argument("--grace", type=int, default=600, metavar="SECONDS", help="time to save when stopped (600)")
-    parser.add_argument("--chips-per-host", type=int, help="8 for a 2x4 slice on one host; else 4 (or 1)")
-    parser.add_argument("--run-as", type=int, default=0, metavar="UID", help="user of the process (0)")
-    parser.add_argument("--dry-run", action="store_true", help="print the manifest and apply nothing")
+    parser.add_argument("--chips-per-host", type=int, help="8 for a 2x4 slice on one host; otherwise 4 (or 1)")
+    parser.add_argument("--run-as", type=int, default=0, metavar="UID", help="user id of the process (0)")
+    parser.add_argument("--dry-run", action="store_true", help="print the manifest without applying it")
     return parser
 
 
 def render(given: argparse.Namespace) -> str:
-    """The manifest, YAML. WrongInput for a value that cannot be."""
+    """The manifest, as YAML. Raises WrongInput for an invalid value."""
     if not NAME.fullmatch(given.name):
-        raise WrongInput(f"--name '{given.name}': up to 40 lower-case letters, digits and -, a letter first")
+        raise WrongInput(
+            f"--name '{given.name}': use up to 40 lower-case letters, digits and -, starting with a letter"
+        )
     if not re.fullmatch(r"gs://[^/]+/.+", given.workdir):
         raise WrongInput(f"--workdir {given.workdir}: a pod's disk is lost with it; give gs://bucket/path")
     for override in given.overrides:
         if not re.match(r"[^-=][^=]*=", override):
-            raise WrongInput(f"'{override}' is no option and no key=value; see gke_jobset.py --help")
+            raise WrongInput(f"'{override}' is neither an option nor key=value; see gke_jobset.py --help")
     if given.max_restarts < 0 or given.grace < 1:
-        raise WrongInput("--max-restarts is 0 or more, --grace 1 or more")
+        raise WrongInput("--max-restarts must be 0 or more, and --grace 1 or more")
     mounts = []
     for mount in given.mount:
         bucket, _, path = mount.partition(":")
@@ -147,7 +149,7 @@ def render(given: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit code."""
+    """Run the command and return its exit code."""
     try:
         given = _parser().parse_args(arguments)
         manifest = render(given)

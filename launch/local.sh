@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Several processes on this machine as a cluster: a smoke test of what the hosts of a pod do.
+# Runs several processes on this machine as a cluster: a smoke test of what the hosts of a pod do.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: local.sh --config FILE --workdir DIR [options] [key=value ...]
 
-Starts N processes of `transllm run` that find each other on 127.0.0.1, on the CPU (gloo), each with its own log, and
-waits. When one fails, the others are asked to stop (SIGTERM), and after --grace seconds killed. The exit code is that of
-the first that failed, or 0. Ctrl-C (or SIGTERM) asks all to stop: they save and end with 75; a second one kills.
+Starts N processes of `transllm run` on the CPU (gloo), which connect on 127.0.0.1, each with its own log, and waits
+for them. When one fails, the others are asked to stop (SIGTERM), and are killed after --grace seconds. The exit code is
+that of the first process that failed, or 0. Ctrl-C (or SIGTERM) asks all processes to stop: they save and end with exit
+code 75. A second one kills them.
 
-  --processes N   processes (2)
+  --processes N   number of processes (2)
   --devices N     virtual CPU devices of each process (1)
-  --port PORT     of the first process, where the others meet it (a free one)
-  --logs DIR      logs, one a process (WORKDIR.logs)
+  --port PORT     the first process's port, to which the others connect (a free port)
+  --logs DIR      directory for one log per process (WORKDIR.logs)
   --grace SEC     how long the others may take to stop (90)
-  --dry-run       print the commands and run none
+  --dry-run       print the commands without running them
 TEXT
 }
 
@@ -24,7 +25,7 @@ fail() {
   exit 2
 }
 
-quote() { # shell-quoted, and left alone where that needs no quotes
+quote() { # quotes a word for the shell, if it needs quotes
   case $1 in
     '' | *[!A-Za-z0-9_./:=@,%+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
     *) printf '%s' "$1" ;;
@@ -52,7 +53,7 @@ while (($#)); do
       ;;
     -*) fail "unknown option '$1'; see local.sh --help" ;;
     *=*) overrides+=("$1") && shift ;;
-    *) fail "'$1' is no option and no key=value; see local.sh --help" ;;
+    *) fail "'$1' is neither an option nor key=value; see local.sh --help" ;;
   esac
 done
 [[ -n $config ]] || fail "--config is missing"
@@ -61,7 +62,7 @@ for number in processes devices grace; do
   [[ ${!number} =~ ^[1-9][0-9]*$ ]] || fail "--$number is a number from 1, not '${!number}'"
 done
 if [[ -z $logs ]]; then
-  [[ $workdir != *://* ]] || fail "--logs is missing: it has no default beside $workdir"
+  [[ $workdir != *://* ]] || fail "--logs is missing: there is no default for the workdir $workdir"
   logs=${workdir%/}.logs
 fi
 if [[ -z $port ]]; then
@@ -91,7 +92,7 @@ command -v transllm >/dev/null || fail "transllm is missing; install this projec
 mkdir -p "$logs"
 
 pids=() stops=0
-live() { # the processes that have not been waited for
+live() { # the pids of processes that have not been waited for
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do
     [[ -z $pid ]] || echo "$pid"
@@ -105,7 +106,7 @@ send() {
 interrupted() {
   stops=$((stops + 1))
   if ((stops == 1)); then
-    echo "asking all processes to stop; once more kills them" >&2
+    echo "asking all processes to stop; a second signal kills them" >&2
     send TERM
     [[ -n $deadline ]] || deadline=$((SECONDS + grace))
   else
@@ -115,7 +116,7 @@ interrupted() {
 
 deadline='' first=0 failed='' left=$processes
 trap interrupted INT TERM HUP
-# A process group each: Ctrl-C in a terminal goes to this script alone, and reaches each process once.
+# Each process has its own process group: Ctrl-C in a terminal only reaches this script, which passes it on once.
 set -m
 for ((i = 0; i < processes; i++)); do
   command_of "$i"
@@ -124,7 +125,7 @@ for ((i = 0; i < processes; i++)); do
   echo "process $i: pid $!, log $logs/process-$i.log"
 done
 set +m
-((stops == 0)) || send TERM # it came while they were being started
+((stops == 0)) || send TERM # a signal came while the processes were being started
 while ((left)); do
   for ((i = 0; i < processes; i++)); do
     pid=${pids[i]}
@@ -140,7 +141,7 @@ while ((left)); do
     fi
   done
   if [[ -n $deadline ]] && ((left && SECONDS >= deadline)); then
-    echo "killing what has not stopped in $grace seconds" >&2
+    echo "killing the processes that have not stopped in $grace seconds" >&2
     send KILL
     deadline=$((SECONDS + 3600))
   fi

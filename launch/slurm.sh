@@ -5,8 +5,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=B:TERM@120
-# One process a node under SLURM. SIGTERM, two minutes before the time limit, reaches the run: it saves and ends with 75,
-# and the job goes back into the queue.
+# Runs one process per node under SLURM. Two minutes before the time limit SIGTERM reaches the run: it saves and ends
+# with exit code 75, and the job is requeued.
 set -euo pipefail
 
 usage() {
@@ -15,13 +15,13 @@ usage: sbatch --nodes=N [--gpus-per-node=G | --cpus-per-task=C] [--time=T] slurm
               [--max-restarts N] [key=value ...]
        slurm.sh --dry-run --config FILE --workdir DIR [key=value ...]
 
-Runs `transllm run` as one process a node. DIR is on a file system that all nodes share, or gs://bucket/path. By the exit
-code: 0 done; 2 the input is wrong, the job ends; 75 preempted, the job is requeued; any other is run again in the same
-allocation at most N times (default 3). A job that loses a node is requeued by SLURM itself (--requeue).
-To end a job for good: scancel JOB.
+Runs one process of `transllm run` per node. DIR is on a file system that all nodes share, or gs://bucket/path. What
+happens next depends on the exit code. 0: done. 2: the input is wrong, and the job ends. 75: preempted, and the job is
+requeued. Any other: the run is restarted in the same allocation, at most N times (default 3). A job that loses a node
+is requeued by SLURM itself (--requeue). To end a job for good: scancel JOB.
 
   --max-restarts N   restarts after a failure in one allocation (3)
-  --dry-run          print the directives and the commands and run none
+  --dry-run          print the directives and the commands without running them
 TEXT
 }
 
@@ -30,7 +30,7 @@ fail() {
   exit 2
 }
 
-quote() { # shell-quoted, and left alone where that needs no quotes
+quote() { # quotes a word for the shell, if it needs quotes
   case $1 in
     '' | *[!A-Za-z0-9_./:=@,%+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
     *) printf '%s' "$1" ;;
@@ -60,7 +60,7 @@ while (($#)); do
       ;;
     -*) fail "unknown option '$1'; see slurm.sh --help" ;;
     *=*) overrides+=("$1") && shift ;;
-    *) fail "'$1' is no option and no key=value; see slurm.sh --help" ;;
+    *) fail "'$1' is neither an option nor key=value; see slurm.sh --help" ;;
   esac
 done
 [[ -n $config ]] || fail "--config is missing"
@@ -69,15 +69,15 @@ done
 
 job=${SLURM_JOB_ID:-}
 nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
-# A task that ends takes no other with it: the others may still be writing their part of a checkpoint, and they stop by
-# themselves. --wait is for one that does not.
+# When a task ends, srun must not kill the others: they may still be writing their parts of a checkpoint, and they stop
+# by themselves. --wait is for a task that does not.
 command=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300)
-# Since SLURM 22.05 a step doesn't inherit this from the job.
+# Since SLURM 22.05 a step does not inherit --cpus-per-task from the job.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
 command+=(transllm run "$config" ${overrides[@]+"${overrides[@]}"} --workdir "$workdir" --distributed auto)
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
-  # Under SLURM jax takes one device a process where it isn't told otherwise.
+  # By default jax uses only one device per process under SLURM.
   export JAX_LOCAL_DEVICE_IDS=0
   for ((i = 1; i < gpus; i++)); do JAX_LOCAL_DEVICE_IDS+=",$i"; done
 fi
@@ -90,12 +90,13 @@ if [[ -n $dry_run ]]; then
   show scontrol requeue Incomplete "${job:-JOB}"
   exit 0
 fi
-[[ -n $job ]] || fail "this is no SLURM job; submit it: sbatch --nodes=N launch/slurm.sh --config FILE --workdir DIR"
+[[ -n $job ]] || fail "this is not a SLURM job; submit it: sbatch --nodes=N launch/slurm.sh --config FILE --workdir DIR"
 for tool in srun scontrol transllm; do
   command -v "$tool" >/dev/null || fail "$tool is missing; put it on PATH before sbatch"
 done
 
-# By this the processes know each other; srun hands it to every task. Others on the cluster cannot know it.
+# The processes recognise each other by this secret. srun passes it to every task, and others on the cluster cannot know
+# it.
 if [[ -z ${TRANSLLM_SECRET:-} && -r /proc/sys/kernel/random/uuid ]]; then
   TRANSLLM_SECRET=$(</proc/sys/kernel/random/uuid)
 fi
@@ -104,14 +105,14 @@ export TRANSLLM_SECRET=${TRANSLLM_SECRET:-}
 child='' stopping='' interrupted=''
 stop() {
   stopping=yes interrupted=yes
-  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true # srun passes it on to every task
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true # srun passes the signal on to every task
 }
 trap stop TERM
 
 requeue() {
-  # `Incomplete` leaves a job alone that was cancelled meanwhile.
-  echo "slurm.sh: the run ended with $1; requeue job $job"
-  scontrol requeue Incomplete "$job" || echo "slurm.sh: job $job was not requeued; submit it again to go on" >&2
+  # With `Incomplete`, a job that was cancelled meanwhile is not requeued.
+  echo "slurm.sh: the run ended with exit code $1; requeueing job $job"
+  scontrol requeue Incomplete "$job" || echo "slurm.sh: job $job was not requeued; submit it again to continue" >&2
   exit "$1"
 }
 
@@ -119,7 +120,7 @@ for ((failures = 0; ; )); do
   "${command[@]}" &
   child=$!
   [[ -z $stopping ]] || stop
-  while :; do # again where the signal interrupted it
+  while :; do # a signal interrupts `wait`; then it is called again
     interrupted='' code=0
     wait "$child" || code=$?
     [[ -n $interrupted ]] || break
@@ -129,7 +130,7 @@ for ((failures = 0; ; )); do
     0 | 2) exit "$code" ;;
     75) requeue 75 ;;
   esac
-  # Killed while it was stopping: it goes on from its last checkpoint.
+  # The run was killed while it was stopping; the requeued job resumes from its last checkpoint.
   [[ -z $stopping ]] || requeue "$code"
   failures=$((failures + 1))
   echo "slurm.sh: the run failed with exit code $code ($failures of at most $((max_restarts + 1)))" >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one command until it is done, on one host: restarts it by its exit code, with its output in a log.
+# Runs a command on one host until it is done, restarts it depending on its exit code, and writes its output to a log.
 set -euo pipefail
 
 usage() {
@@ -7,11 +7,12 @@ usage() {
 usage: supervise.sh --dir DIR [--max-restarts N] [--delay SECONDS] -- COMMAND [ARGUMENT ...]
        supervise.sh --dir DIR --state | --stop
 
-Runs COMMAND with its output in DIR/run.log. By its exit code: 0 done; 2 the input is wrong, not run again; 75 preempted,
-run again; any other (a defect, a lost peer) run again at most N times (default 10). SIGTERM reaches the command, and
-then it isn't run again. The exit code is COMMAND's last. Only one supervisor runs in a DIR: a second one says so and exits 0.
+Runs COMMAND with its output in DIR/run.log. What happens next depends on its exit code. 0: done. 2: the input is wrong,
+so it is not restarted. 75: preempted, so it is restarted. Any other (a defect, a lost peer): it is restarted at most N
+times (default 10). SIGTERM is passed on to COMMAND, which is then not restarted. The exit code is COMMAND's last one.
+Only one supervisor runs in a DIR: a second one says so and exits with 0.
 
-  --state   print one line: running, exit CODE, dead (killed or rebooted in the middle) or absent (never started)
+  --state   print one line: running, exit CODE, dead (killed, or the host was rebooted) or absent (never started)
   --stop    send SIGTERM to the supervisor that runs in DIR
 TEXT
 }
@@ -47,7 +48,7 @@ if [[ -n $question ]]; then
   state=absent
   [[ -f $dir/state ]] && state=$(<"$dir/state")
   if [[ $state == running ]] && flock --nonblock "$dir/lock" true; then
-    state=dead # nobody holds the lock
+    state=dead # no process holds the lock
   fi
   if [[ $question == --state ]]; then
     echo "$state"
@@ -59,7 +60,7 @@ fi
 
 (($#)) || fail "no command; write it after --"
 mkdir -p "$dir"
-# The command inherits the lock: while it lives, even without its supervisor, no second one starts.
+# The command inherits the lock, so that no second one starts while it runs, even if its supervisor was killed.
 exec 9>"$dir/lock"
 flock --nonblock 9 || { echo "already running in $dir" && exit 0; }
 
@@ -83,7 +84,7 @@ stop() {
 }
 trap stop TERM INT
 
-# Waits for the child, again where a signal interrupted it; sets `code`.
+# Waits for the child, again if a signal interrupted the wait; sets `code`.
 await() {
   while :; do
     interrupted='' code=0

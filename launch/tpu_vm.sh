@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
-# A run on a TPU VM slice: queued resource, installation, the run on all workers, logs, and again after a preemption.
-# Works with bash 3.2, which is what macOS has.
+# Runs on a TPU VM slice: requests it as a queued resource, installs, starts the run on all workers, fetches the logs,
+# and repeats this after a preemption. Works with bash 3.2, which is what macOS has.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: tpu_vm.sh COMMAND [options] [key=value ...]
 
-  create    ask for a queued resource and wait until it is ACTIVE
+  create    request a queued resource and wait until it is ACTIVE
   install   install this project on all workers
-  run       start `transllm run` on all workers (it goes on when ssh is lost); where it runs already, it is left alone
+  run       start `transllm run` on all workers where it is not running yet; it continues if ssh is lost
   up        create, install, run
   watch     keep a run going until it is done: create, install and run as needed, and again after a preemption.
-            Exit codes: 0 done, 2 the input is wrong, 1 given up
-  status    the state of the queued resource and of the run on each worker
+            Exit codes: 0 done, 2 the input is wrong, 1 gave up
+  status    print the state of the queued resource and of the run on each worker
   logs      fetch the log of every worker into --logs
   stop      ask the run on all workers to save and stop
   delete    delete the queued resource and its workers
 
-Options, or the variable of the environment:
+Options, or environment variables:
   --project P            TRANSLLM_PROJECT           Google Cloud project
   --zone Z               TRANSLLM_ZONE              such as us-west4-a
-  --name N               TRANSLLM_TPU_NAME          of the queued resource and its node
+  --name N               TRANSLLM_TPU_NAME          name of the queued resource and its node
   --accelerator-type T   TRANSLLM_ACCELERATOR_TYPE  v4-32, v5litepod-16, v5p-8, v6e-16 ...
-  --runtime-version V    TRANSLLM_RUNTIME_VERSION   by the accelerator type where not given
-  --spot | --on-demand   TRANSLLM_SPOT=1 | 0        spot where not given
-  --service-account S    TRANSLLM_SERVICE_ACCOUNT   of the workers; it has to be allowed to write to the bucket
-  --config FILE          TRANSLLM_CONFIG            a config file here; it is copied to the workers
-  --workdir gs://...     TRANSLLM_WORKDIR           all that outlives a worker lies there
+  --runtime-version V    TRANSLLM_RUNTIME_VERSION   by default chosen by the accelerator type
+  --spot | --on-demand   TRANSLLM_SPOT=1 | 0        spot by default
+  --service-account S    TRANSLLM_SERVICE_ACCOUNT   of the workers; it must be allowed to write to the bucket
+  --config FILE          TRANSLLM_CONFIG            a config file on this machine, which is copied to the workers
+  --workdir gs://...     TRANSLLM_WORKDIR           for everything that must outlive a worker
   --wheel FILE           TRANSLLM_WHEEL             what to install: a wheel,
   --git URL[@REF]        TRANSLLM_GIT               or a repository
   --extras LIST          TRANSLLM_EXTRAS            extras to install with it (tpu,gcs)
-  --setup COMMAND        TRANSLLM_SETUP             run on all workers at the end of install, in the run's directory,
+  --setup COMMAND        TRANSLLM_SETUP             run on all workers at the end of install, in the run's directory;
                                                     for example to copy text from a bucket
-  --max-restarts N       TRANSLLM_MAX_RESTARTS      restarts on a worker after a failure (10); 75 does not count
-  --logs DIR                                        where `logs` puts worker files (logs/NAME)
-  --poll SECONDS                                    between two looks at the state (30)
+  --max-restarts N       TRANSLLM_MAX_RESTARTS      restarts on a worker after a failure (10); code 75 does not count
+  --logs DIR                                        where `logs` puts the workers' logs (logs/NAME)
+  --poll SECONDS                                    time between two checks of the state (30)
   --delete-at-end                                   watch: fetch the logs and delete the resource when the run has ended
-  --dry-run                                         print every gcloud command and run none
+  --dry-run                                         print every gcloud command without running it
 
-gcloud reaches several workers at once only with its key in an agent: ssh-add ~/.ssh/google_compute_engine
+gcloud only reaches several workers at once if its key is in an ssh agent: ssh-add ~/.ssh/google_compute_engine
 TEXT
 }
 
@@ -50,7 +50,7 @@ fail() {
 
 say() { echo "tpu_vm.sh: $*" >&2; }
 
-quote() { # shell-quoted, and left alone where that needs no quotes
+quote() { # quotes a word for the shell, if it needs quotes
   case $1 in
     '' | *[!A-Za-z0-9_./:=@,%+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
     *) printf '%s' "$1" ;;
@@ -107,11 +107,11 @@ while (($#)); do
       ;;
     -*) fail "unknown option '$1'; see tpu_vm.sh --help" ;;
     *=*) overrides+=("$1") && shift ;;
-    *) fail "'$1' is no option and no key=value; see tpu_vm.sh --help" ;;
+    *) fail "'$1' is neither an option nor key=value; see tpu_vm.sh --help" ;;
   esac
 done
 
-# What the command needs is checked before anything is asked of the cloud.
+# Checks the options that the command needs before any request to the cloud.
 need() {
   local option
   for option in "$@"; do
@@ -132,8 +132,8 @@ need() {
         esac
         ;;
       source)
-        [[ -n $wheel || -n $git ]] || fail "--wheel or --git is missing: what is to be installed"
-        [[ -z $wheel || -z $git ]] || fail "--wheel and --git are both given; give one"
+        [[ -n $wheel || -n $git ]] || fail "--wheel or --git is missing; give what to install"
+        [[ -z $wheel || -z $git ]] || fail "both --wheel and --git are given; give one"
         [[ -z $wheel || -f $wheel ]] || fail "--wheel $wheel: no such file; build one: pip wheel --no-deps -w dist ."
         ;;
       config)
@@ -160,7 +160,7 @@ logs=${logs:-logs/$name}
 # -- gcloud
 
 where=("--project=$project" "--zone=$zone")
-tpus() { # gcloud compute tpus ..., or its print
+tpus() { # runs gcloud compute tpus ..., or prints it in a dry run
   if [[ -n $dry_run ]]; then
     words gcloud compute tpus "$@"
     echo
@@ -168,14 +168,14 @@ tpus() { # gcloud compute tpus ..., or its print
     gcloud compute tpus "$@"
   fi
 }
-on_workers() { # one command line, on all workers at once
+on_workers() { # runs one command line on all workers at once
   local line=$1
   shift
   tpus tpu-vm ssh "$name" "${where[@]}" --worker=all "--command=$line" "$@"
 }
 to_workers() { tpus tpu-vm scp "$@" "$name:transllm/" "${where[@]}" --worker=all; }
 
-queued_state() { # sets `state`: what the cloud calls it, NONE, or UNKNOWN where it could not be asked
+queued_state() { # sets `state` to the cloud's name for it, NONE, or UNKNOWN if the request failed
   local said
   if said=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)' 2>&1); then
     state=${said##*$'\n'}
@@ -215,7 +215,7 @@ await_active() {
     case $state in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDING | SUSPENDED) say "$name will not become ACTIVE; delete it, or use watch" && return 1 ;;
-      NONE | UNKNOWN) # it may take a moment until a new one is known
+      NONE | UNKNOWN) # a new resource may not be visible at once
         misses=$((misses + 1))
         ((misses < 10)) || { say "$name: no state after $misses tries; giving up" && return 1; }
         ;;
@@ -235,7 +235,7 @@ install() {
   else
     spec="transllm-jax${extras:+[$extras]} @ git+$git"
   fi
-  # The images' own Python is older than what this project needs; uv brings one.
+  # The images' own Python is too old for this project; uv installs a newer one.
   # shellcheck disable=SC2016 # expanded on the workers
   line='set -eo pipefail; export PATH=$HOME/.local/bin:$PATH;'
   line="$line command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh;"
@@ -250,13 +250,13 @@ start() {
   local line command
   command=$(words venv/bin/transllm run "$(basename "$config")" ${overrides[@]+"${overrides[@]}"} \
     --workdir "$workdir" --distributed auto)
-  # A session of its own: the end of ssh does not end it.
+  # In its own session, so that it survives the end of ssh.
   line="cd transllm && (nohup setsid bash supervise.sh --dir . --max-restarts $max_restarts -- $command"
   line="$line >/dev/null 2>&1 </dev/null &) && sleep 2 && bash supervise.sh --dir . --state"
   to_workers "$config" && on_workers "$line"
 }
 
-# One line a worker: its host name and what supervise.sh says of the run.
+# Prints one line per worker: its host name and the run's state from supervise.sh.
 # shellcheck disable=SC2016 # expanded on the workers
 ask='echo "transllm-state $(hostname) $(if [ -f transllm/supervise.sh ]; then bash transllm/supervise.sh --dir transllm --state; else echo absent; fi)"'
 
@@ -265,18 +265,18 @@ fetch_logs() {
   on_workers 'cat transllm/run.log' "--output-directory=$logs"
 }
 
-ended() { # with an exit code: the end of a watch
+ended() { # EXIT_CODE MESSAGE: ends a watch
   say "$2"
   if [[ -n $delete_at_end ]]; then
     fetch_logs || say "the logs could not be fetched"
-    remove || say "$name could not be deleted; it goes on costing money"
+    remove || say "$name could not be deleted; it still costs money"
   else
     say "$name still exists, and costs money: tpu_vm.sh delete"
   fi
   exit "$1"
 }
 
-missed() { # something went wrong that may pass
+missed() { # counts a failure that may be temporary; gives up after 10 in a row
   misses=$((misses + 1))
   say "$1 ($misses in a row)"
   ((misses < 10)) || { say "giving up; $name may still exist, and cost money: tpu_vm.sh delete" && exit 1; }
@@ -307,7 +307,7 @@ look_at_workers() {
     ended 1 "the run failed more than $max_restarts times; the logs say why: tpu_vm.sh logs"
   fi
   case $states in
-    # Where nothing was installed, on a new node. `run` leaves workers alone on which it runs.
+    # Nothing is installed on a new node. `start` does nothing on workers where the run is running.
     *absent*) if install && start; then misses=0; else missed "install or run failed"; fi ;;
     *dead* | *'exit 75'*) if start; then misses=0; else missed "run failed"; fi ;;
     *) misses=0 ;;
@@ -322,7 +322,7 @@ watch() {
     on_workers "$ask"
     echo "# ACTIVE, and a worker has no installation:"
     install
-    echo "# ACTIVE, and the run does not run on a worker:"
+    echo "# ACTIVE, and the run is not running on a worker:"
     start
     echo "# FAILED or SUSPENDED (preempted):"
     remove
@@ -338,7 +338,7 @@ watch() {
     case $state in
       ACTIVE) look_at_workers ;;
       NONE) request || missed "$name could not be created" ;;
-      FAILED) # not a preemption: without capacity in time, or a wrong request
+      FAILED) # not a preemption: there was no capacity in time, or the request was wrong
         missed "$name FAILED: deleting it"
         remove || missed "$name could not be deleted"
         ;;

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 # Before jax is imported: tests run on the CPU, wherever they run, and share one cache of compiled programs.
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from gcs_emulator import gcs  # noqa: F401
 from tiny_tokenizer import build_tiny_tokenizer
 
@@ -26,6 +28,18 @@ from transllm_jax.model.config import LlamaConfig
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "thai"
+
+
+# Folders whose files take longest: they come first, so that both workers are busy to the end.
+FIRST = ("stages", "training", "generation", "preflight", "commands", "hosts", "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 def tiny_config(vocab_size: int, *, tied: bool = True) -> LlamaConfig:
@@ -169,9 +183,43 @@ def transllm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return run
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a finished run of `tiny_run`, with its config.yaml and its base `model` beside it.
+
+    It is made once for all processes of the tests. Do not change it: `copy_run` it.
+    """
+    here = tmp_path_factory.getbasetemp()
+    here = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "finished"
+    with FileLock(here.with_suffix(".lock")):
+        if not (here / "done").exists():
+            write_tiny_model(here / "model")
+            write_config(here / "config.yaml", tiny_run(here / "model", here / "run"))
+            # Traced, which changes nothing: tests compare with runs that are not.
+            assert call("run", here / "config.yaml", "--profile", 1) == 0
+            (here / "done").touch()
+    return here / "run"
+
+
+def copy_run(finished: Path, directory: Path, steps: Iterable[str] | None = None, **changes: object) -> Path:
+    """A copy of `finished_run` (or of these steps of it) as directory/run; its config file, with sections replaced."""
+    if steps is None:
+        shutil.copytree(finished, directory / "run")
+    else:
+        for step in steps:
+            shutil.copytree(finished / step, directory / "run" / step)
+    tree = tiny_run(finished.parent / "model", directory / "run", **changes)
+    return write_config(directory / "config.yaml", tree)
+
+
+def write_config(path: Path, tree: Mapping[str, object]) -> Path:
+    """A config file with this content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def tiny_config_file(tiny_model: Path, tmp_path: Path) -> Path:
     """A config file of a whole run on the tiny model, with its work directory beside it."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_run(tiny_model, tmp_path / "run"), allow_unicode=True), encoding="utf-8")
-    return path
+    return write_config(tmp_path / "tiny.yaml", tiny_run(tiny_model, tmp_path / "run"))

@@ -40,8 +40,8 @@ Change = Callable[[gguf.GGUFWriter, dict[str, Any]], None]
 
 
 def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's q or k `[heads * H, D]`, or their bias `[heads * H]`, in GGUF's row order: each head's two halves
-    interleaved."""
+    """Hugging Face's q or k `[heads * H, D]`, or a bias `[heads * H]`, in GGUF's row order, which interleaves the two
+    halves of each head."""
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

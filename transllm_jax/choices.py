@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from typing import Literal
 
-# The three trainings, in their order.
+# The three training stages, in order.
 TRAININGS = ("pretrain", "translate", "transfer")
+# The points of a run: the states of the model after which it is evaluated, in order.
+POINTS = ("base", "vocabulary", *TRAININGS)
 
-# What of a layer is computed again in the backward pass; `config/training.py` explains each. Less memory and more time,
-# in this order.
+# Which values of a layer are computed again in the backward pass; `config/training.py` explains each. Each takes less
+# memory and more time than the one before.
 Remat = Literal["none", "projections", "queries", "feed_forward", "attention", "full"]
-# Which implementation computes attention.
+# Which implementation computes attention. plain: our own, on any device. splash: TPU only (transllm_jax.model.splash).
+# auto: splash where possible.
 Attention = Literal["auto", "plain", "splash"]
 
-# What a source of text gives, and how it is stored.
+# What the items of a source are, and how they are stored.
 Content = Literal["text", "pairs", "conversations"]
 Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
-# What is between two documents of a file of lines.
+# What separates two documents in a file of lines.
 Separator = Literal["blank line", "line"]
-# What is done with a control character, and with a row that cannot be read.
+# What to do with a control character, and with a bad row.
 Controls = Literal["refuse", "remove"]
 OnBadRows = Literal["refuse", "skip"]
-# Where a byte-level base's text is cut before it merges; no new token crosses a cut. "whole": nowhere in a run of the
-# target script; "base": where the base cuts.
+# Where the text of a byte-level base is cut before merging; no new token crosses a cut. "whole": nowhere in a run of
+# the target script; "base": where the base cuts.
 Cuts = Literal["whole", "base"]
-# How the learning rate falls after the warm-up.
+# How the learning rate falls after warm-up.
 Schedule = Literal["cosine", "linear", "wsd", "constant"]

@@ -1,6 +1,6 @@
-"""Progress of long work: a live bar in a terminal, a line now and then in a log.
+"""Progress of long work: a live bar in a terminal, an occasional line in a log.
 
-All that is printed goes through the console made here, which takes every string as it is.
+All output goes through the console made here, which prints every string literally.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-# Seconds between two lines of a bar in a log.
+# Seconds between a bar's lines in a log.
 LOG_EVERY = 15.0
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints strings as they are, in tables too: `[ab]` is no style, and `:tiger:` no picture.
+    """A console that prints strings literally, in tables too: `[ab]` is no style, and `:tiger:` no emoji.
 
-    Paths, titles and a model's words hold such things. A style is given beside the text: `print(text, style="bold")`,
-    or `Text(text, "bold")`. options: of rich's Console.
+    Paths, titles and a model's output contain such text. Pass a style separately: `print(text, style="bold")` or
+    `Text(text, "bold")`. options: those of rich's Console.
     """
-    return _Voice(markup=False, emoji=False, highlight=False, **options)
+    return _PipeConsole(markup=False, emoji=False, highlight=False, **options)
 
 
-class _Voice(Console):
-    """A console whose reader may go away (`| head`, a `tee` that was killed): what it tells of goes on unheard.
+class _PipeConsole(Console):
+    """A console whose reader may close the pipe (`| head`, a `tee` that was killed) without stopping the work.
 
-    By itself rich ends the process there, with exit code 1 and without a word or a checkpoint.
+    rich itself would end the process with exit code 1, without a message or a checkpoint.
     """
 
     def on_broken_pipe(self) -> None:
-        """Tell the rest to nobody, and say so where errors go."""
-        nobody = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nobody, sys.stdout.fileno())
-        os.close(nobody)
+        """Discard all further output, and say so on stderr."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
         with contextlib.suppress(OSError):
             os.write(2, b"nobody reads this output any more; the work goes on without it\n")
 
@@ -58,31 +58,31 @@ class Bar:
             self._task = owner.live.add_task(name, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how much is done, and a few words (a loss, a speed)."""
-        ended, self._done = self._done == self._total, done
+        """Show how much is done, with a short note (a loss, a speed)."""
+        was_complete, self._done = self._done == self._total, done
         if self._task is not None and self._owner.live is not None:
             self._owner.live.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if now - self._logged >= LOG_EVERY or (done == self._total and not ended):
+        if now - self._logged >= LOG_EVERY or (done == self._total and not was_complete):
             self._logged = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
             self._owner.say(f"  {self._name} {done}/{self._total} {self._unit}  {note}  {_clock(left)} left")
 
     def tokens(self, count: int) -> None:
-        """Say that `count` more tokens were generated; the bar shows how many a second."""
+        """Count `count` more generated tokens; the bar shows tokens a second."""
         self._tokens += count
         elapsed = max(time.monotonic() - self._started, 1e-3)
         self.update(self._done, f"{self._tokens / elapsed:,.0f} tokens/s")
 
     def add(self, size: int) -> None:
-        """Say that `size` more bytes are done; the bar shows how many megabytes a second (see `Progress.bytes`)."""
+        """Count `size` more bytes as done; the bar shows megabytes a second (see `Progress.bytes`)."""
         self._bytes += size
         elapsed = max(time.monotonic() - self._started, 1e-3)
         self.update(min(self._bytes // 10**6, self._total), f"{self._bytes / elapsed / 1e6:,.0f} MB/s")
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._task is not None and self._owner.live is not None:
             self._owner.live.remove_task(self._task)
             self._task = None
@@ -97,7 +97,7 @@ class Bar:
 
 
 class Progress:
-    """The run's one voice: messages and bars on the console."""
+    """All of a run's output to the console: messages and bars."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or plain_console(quiet=quiet)
@@ -126,25 +126,25 @@ class Progress:
             self.live.stop()
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if `stop` was called: for where one that was raised may have been swallowed."""
+        """Raise KeyboardInterrupt if `stopped` is set, for places where a raised one may have been swallowed."""
         if self.stopped:
             raise KeyboardInterrupt
 
     def say(self, message: RenderableType, *, style: str | None = None) -> None:
-        """Print a line as it is (or any rich renderable), in a style such as `yellow` for what is to be looked at."""
+        """Print a line literally (or any rich renderable); style: such as `yellow` for a warning."""
         self.console.print(message, style=style, soft_wrap=isinstance(message, (str, Text)))
 
     def task(self, name: str, *, total: int, done: int = 0, unit: str = "item") -> Bar:
-        """Begin a piece of work."""
+        """A bar for a new piece of work."""
         return Bar(self, name, total, done, f"{unit}s")
 
     def bytes(self, name: str, total: int) -> Bar:
-        """Begin a piece of work that is counted in bytes, and shown in megabytes."""
+        """A bar for a new piece of work of `total` bytes, shown in megabytes."""
         return Bar(self, name, max(total // 10**6, 1), 0, "MB")
 
 
 class Phases:
-    """Work in phases, each with a share done: one bar after the other in a terminal, nothing in a log."""
+    """Work in phases, each with the share that is done: one bar after another in a terminal, nothing in a log."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -159,7 +159,7 @@ class Phases:
             self._bar.close()
 
     def __call__(self, phase: str, share: float) -> None:
-        """Say that so much of a phase is done, from 0 to 1."""
+        """Show that this share of a phase is done, from 0 to 1."""
         if self._progress.live is None:
             return
         if phase != self._phase or self._bar is None:

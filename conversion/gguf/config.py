@@ -1,8 +1,8 @@
-"""The shape of a model of the LLaMA family from a GGUF file's metadata.
+"""The config of a model of the LLaMA family from a GGUF file's metadata.
 
-GGUF's keys are `<architecture>.<name>`. Mistral is architecture `llama`, with a sliding window where it has one.
-LLaMA 3.1's RoPE scaling is not among the metadata: llama.cpp's converter computes a divisor for every frequency from
-the parameters of Hugging Face's `llama3` scaling, and stores the divisors as a tensor.
+GGUF's keys are `<architecture>.<name>`. Mistral has the architecture `llama`, with a sliding window if it uses one.
+LLaMA 3.1's RoPE scaling is not in the metadata: llama.cpp's converter computes a divisor for every frequency from the
+parameters of Hugging Face's `llama3` scaling, and stores the divisors as a tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transllm_jax.model.rope import RopeScaling, frequencies, llama3_frequencies
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Fields that are read, or that may be there with this value only. Another one might change what the model computes,
-# and is refused by name.
+# Fields that are read (_READ), and fields that are only allowed with one value (_ONLY). Any other field might change
+# what the model computes, so it is refused by name.
 _READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
@@ -32,8 +32,8 @@ _READ = {
 _ONLY = {"expert_count": 0, "expert_used_count": 0}
 _WINDOW = "attention.sliding_window"
 
-# What the converter takes for LLaMA 3.1 and 3.2 (low_freq_factor, high_freq_factor, the original context); the file
-# holds none of the three.
+# low_freq_factor, high_freq_factor and the original context, as the converter assumes them for LLaMA 3.1 and 3.2; the
+# file does not contain them.
 _LLAMA3 = (1.0, 4.0, 8192)
 _ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 _MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
@@ -42,17 +42,17 @@ _MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 def config_of(
     path: Path, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None
 ) -> LlamaConfig:
-    """The config, from the metadata, the tensors' shapes (rows first) by GGUF's names, and `rope_freqs.weight`.
+    """The config from the metadata, the tensors' shapes (rows first) by GGUF's names, and `rope_freqs.weight`.
 
-    Raises UserError for a field that is missing, of no use, or would change what is computed (all of those are
-    listed), and for scaled RoPE that is neither linear nor LLaMA 3.1's.
+    Raises UserError for a field that is missing or invalid, for fields that are not supported (all are listed), and
+    for scaled RoPE that is neither linear nor LLaMA 3.1's.
     """
     architecture = fields["general.architecture"]
-    own = _Own(path, architecture, fields)
+    meta = _Fields(path, architecture, fields)
     allowed = _READ | ({_WINDOW} if architecture == "llama" else set())
     refused = [
         f"{architecture}.{name}={value!r}"
-        for name, value in own.values.items()
+        for name, value in meta.values.items()
         if name not in allowed and not (name in _ONLY and value == _ONLY[name])
     ]
     if refused:
@@ -60,28 +60,28 @@ def config_of(
     embedding = shapes.get("token_embd.weight")
     if embedding is None or len(embedding) != 2:
         raise UserError(f"{path}: tensor token_embd.weight is missing or not two-dimensional; fetch the file again")
-    heads = own.whole("attention.head_count")
-    hidden = own.whole("embedding_length")
-    head_dim = own.whole("attention.key_length", hidden // heads)
+    heads = meta.positive_int("attention.head_count")
+    hidden = meta.positive_int("embedding_length")
+    head_dim = meta.positive_int("attention.key_length", hidden // heads)
     # llama.cpp's own default where the field is absent.
-    theta = own.decimal("rope.freq_base", 10000.0)
-    window = own.whole(_WINDOW) if own.values.get(_WINDOW, 0) != 0 else None
+    theta = meta.positive_float("rope.freq_base", 10000.0)
+    window = meta.positive_int(_WINDOW) if meta.values.get(_WINDOW, 0) != 0 else None
     kind = "mistral" if window is not None else architecture
     try:
         config = LlamaConfig(
             vocab_size=embedding[0],
             hidden_size=hidden,
-            intermediate_size=own.whole("feed_forward_length"),
-            num_hidden_layers=own.whole("block_count"),
+            intermediate_size=meta.positive_int("feed_forward_length"),
+            num_hidden_layers=meta.positive_int("block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=own.whole("attention.head_count_kv", heads),
+            num_key_value_heads=meta.positive_int("attention.head_count_kv", heads),
             head_dim=head_dim,
-            rms_norm_eps=own.decimal("attention.layer_norm_rms_epsilon"),
+            rms_norm_eps=meta.positive_float("attention.layer_norm_rms_epsilon"),
             rope_theta=theta,
-            max_position_embeddings=own.whole("context_length"),
+            max_position_embeddings=meta.positive_int("context_length"),
             tie_word_embeddings="output.weight" not in shapes,
             model_type=kind,
-            rope_scaling=_scaling(own, head_dim, theta, rope_factors),
+            rope_scaling=_scaling(meta, head_dim, theta, rope_factors),
             attention_bias=kind == "qwen2" or (kind != "mistral" and _any(shapes, _ATTENTION_BIASES)),
             mlp_bias=kind == "llama" and _any(shapes, _MLP_BIASES),
             sliding_window=window,
@@ -94,17 +94,17 @@ def config_of(
         "rope.dimension_count": head_dim,
     }
     wrong = [
-        f"{architecture}.{name}={own.values[name]!r} where {value} is supported"
+        f"{architecture}.{name}={meta.values[name]!r} where {value} is supported"
         for name, value in expected.items()
-        if own.values.get(name, value) != value
+        if meta.values.get(name, value) != value
     ]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)}; use another file")
     return config
 
 
-class _Own:
-    """The architecture's own fields, by their name without its prefix."""
+class _Fields:
+    """The fields of the architecture, by their names without its prefix."""
 
     def __init__(self, path: Path, architecture: str, fields: Mapping[str, Any]) -> None:
         prefix = f"{architecture}."
@@ -117,7 +117,7 @@ class _Own:
             raise UserError(f"{self.path}: field {self.prefix}{name} is missing; fetch the file again")
         return value
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def positive_int(self, name: str, default: int | None = None) -> int:
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UserError(
@@ -125,15 +125,15 @@ class _Own:
             )
         return value
 
-    def decimal(self, name: str, default: float | None = None) -> float:
+    def positive_float(self, name: str, default: float | None = None) -> float:
         value = self.get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise UserError(f"{self.path}: {self.prefix}{name} is {value!r}; it must be a number above 0")
-        return _decimal(value)
+        return _shortest_decimal(value)
 
 
-def _decimal(value: float) -> float:
-    # The file holds a float32; 1e-05 is what was meant by 9.99999974e-06, and rounds to the same float32.
+def _shortest_decimal(value: float) -> float:
+    # The file holds a float32. The shortest decimal that rounds to it was meant: 1e-05, not 9.99999974e-06.
     return float(str(np.float32(value)))
 
 
@@ -141,28 +141,28 @@ def _any(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -> bool:
     return any(name.startswith("blk.") and name.endswith(names) for name in shapes)
 
 
-def _scaling(own: _Own, head_dim: int, theta: float, factors: np.ndarray | None) -> RopeScaling | None:
-    """The scaling that llama.cpp would compute: linear where a factor stands without a type, none with factor 1."""
-    kind = own.values.get("rope.scaling.type", "linear")
-    # An older name of the same number; 0 stands for "not set".
-    numbers = [own.values[name] for name in ("rope.scaling.factor", "rope.scale_linear") if own.values.get(name, 0)]
-    factor = _decimal(numbers[0]) if numbers and isinstance(numbers[0], int | float) else 1.0
+def _scaling(meta: _Fields, head_dim: int, theta: float, factors: np.ndarray | None) -> RopeScaling | None:
+    """The scaling that llama.cpp would compute: linear for a factor without a type, none for a factor of 1."""
+    kind = meta.values.get("rope.scaling.type", "linear")
+    # rope.scale_linear is an older name of the factor; 0 means "not set".
+    numbers = [meta.values[name] for name in ("rope.scaling.factor", "rope.scale_linear") if meta.values.get(name, 0)]
+    factor = _shortest_decimal(numbers[0]) if numbers and isinstance(numbers[0], int | float) else 1.0
     if kind not in ("none", "linear") or len(set(numbers)) > 1 or not 1 <= factor < math.inf:
-        stated = [f"{name}={value!r}" for name, value in own.values.items() if name.startswith("rope.scal")]
+        stated = [f"{name}={value!r}" for name, value in meta.values.items() if name.startswith("rope.scal")]
         raise UserError(
-            f"{own.path}: {own.prefix}{f', {own.prefix}'.join(stated)} is not supported; use a model without"
+            f"{meta.path}: {meta.prefix}{f', {meta.prefix}'.join(stated)} is not supported; use a model without"
         )
     if kind == "none" and factor != 1:
         raise UserError(
-            f"{own.path}: {own.prefix}rope.scaling.type='none' contradicts the factor {factor}; use another file"
+            f"{meta.path}: {meta.prefix}rope.scaling.type='none' contradicts the factor {factor}; use another file"
         )
     linear = None if factor == 1 else RopeScaling("linear", factor)
     if factors is None:
         return linear
-    scaling = _llama3(own.path, head_dim, theta, factors)
+    scaling = _llama3(meta.path, head_dim, theta, factors)
     if linear is not None and scaling is not None:
         raise UserError(
-            f"{own.path}: {own.prefix}rope.scaling.factor={factor} and tensor {ROPE_FACTORS} scale RoPE twice, which "
+            f"{meta.path}: {meta.prefix}rope.scaling.factor={factor} and tensor {ROPE_FACTORS} scale RoPE twice, which "
             "is not supported; use a model without"
         )
     return linear or scaling
@@ -176,10 +176,10 @@ def _llama3(path: Path, head_dim: int, theta: float, factors: np.ndarray) -> Rop
         )
     if np.all(factors == 1):
         return None
-    # The lowest frequency turns the slowest, and is divided by the whole factor.
-    scaling = RopeScaling("llama3", _decimal(float(factors.max())), *_LLAMA3)
+    # The lowest frequency is divided by the whole factor, so the factor is the largest divisor.
+    scaling = RopeScaling("llama3", _shortest_decimal(float(factors.max())), *_LLAMA3)
     plain = frequencies(head_dim, theta)
-    # Both sides are float32; the converter rounds in other places.
+    # The tolerance is for float32, as the converter rounds at other steps.
     if not np.allclose(plain / llama3_frequencies(plain, scaling), factors, rtol=1e-4, atol=0):
         low, high, context = _LLAMA3
         raise UserError(

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata, and the position of each tensor.
 
 The gguf package's own reader maps the whole file into memory, makes an array object for every token of the vocabulary,
-and believes every count that the file states. This one reads the header with plain file reads, and checks each count
-against what is left of the file before it acts on it. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+and trusts every count in the file. This one uses plain file reads, and checks each count against the rest of the file
+before it is used. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies. `shape` is Hugging Face's order (rows first), `offset` and `size` count bytes."""
+class StoredTensor:
+    """The position of one tensor. `shape` is in Hugging Face's order (rows first); `offset` and `size` are in bytes."""
 
     name: str
     kind: GGMLQuantizationType
@@ -51,18 +51,18 @@ class Stored:
     size: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """The metadata by name, and the tensors by name; the tensors' data are not read.
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The metadata and the tensors of a file, both by name; the tensors' data are not read.
 
-    Numbers come as int, float or bool, arrays as lists. Raises UserError for a file that is not GGUF, of the other byte
-    order, of another version, or that ends before its header or its last tensor does.
+    Numbers are returned as int, float or bool, arrays as lists. Raises UserError for a file that is not GGUF, is
+    big-endian, has another version, or ends before the end of its header or of its last tensor.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file; correct the path")
     try:
         with path.open("rb") as file:
             return _Reader(file, path).header()
-    except (ValueError, KeyError) as error:  # what the reader raises where the data end early or make no sense
+    except (ValueError, KeyError) as error:  # the file is too short, or its data are invalid
         raise UserError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
@@ -74,7 +74,7 @@ class _Reader:
         self.path = path
         self.length = os.fstat(file.fileno()).st_size
 
-    def header(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+    def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         if self.take(4) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self.u32()
@@ -96,7 +96,7 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self.file.tell() // alignment) * alignment
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for make in infos:
             tensor = make(start)
             if tensor.name in tensors:
@@ -106,8 +106,8 @@ class _Reader:
             tensors[tensor.name] = tensor
         return fields, tensors
 
-    def tensor_info(self) -> Callable[[int], Stored]:
-        """One tensor, given the byte at which all the tensors' data start."""
+    def tensor_info(self) -> Callable[[int], StoredTensor]:
+        """Read one tensor's entry; returns a function of the offset at which the data of all tensors start."""
         name = self.string()
         dimensions = self.u32()
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
@@ -124,7 +124,7 @@ class _Reader:
         block, size = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ValueError(f"tensor {name} has rows of {shape[-1]}, {kind.name} has blocks of {block}")
-        return lambda start: Stored(name, kind, shape, start + offset, math.prod(shape) // block * size)
+        return lambda start: StoredTensor(name, kind, shape, start + offset, math.prod(shape) // block * size)
 
     def take(self, count: int) -> bytes:
         if count > self.length - self.file.tell():
@@ -146,7 +146,7 @@ class _Reader:
         if kind != _ARRAY:
             return self.numbers(kind, 1)[0]
         kind, count = self.u32(), self.u64()
-        # Nothing is made in advance: a string takes at least the 8 bytes of its length, so this ends with the file.
+        # Nothing is allocated in advance, and every string takes at least 8 bytes, so a false count ends with the file.
         return [self.string() for _ in range(count)] if kind == _STRING else self.numbers(kind, count)
 
     def numbers(self, kind: int, count: int) -> list[Any]:

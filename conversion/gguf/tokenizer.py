@@ -1,9 +1,8 @@
-"""A tokenizer directory out of a GGUF file's fields, with the `tokenizers` library alone.
+"""Makes a tokenizer directory from a GGUF file's fields, with only the `tokenizers` library.
 
-transformers reads a GGUF tokenizer only where torch is installed, and cuts text by GPT-2's pattern where it
-does not know the pre-tokenizer's name (for `smollm`, "a  1" then loses its two-space token). llama.cpp keys
-the pre-tokenizer on `tokenizer.ggml.pre` (src/llama-vocab.cpp); only names whose rule is certain are
-accepted here.
+transformers reads a GGUF tokenizer only if torch is installed, and splits text by GPT-2's pattern if it does not
+know the pre-tokenizer's name (for `smollm`, "a  1" then loses its two-space token). llama.cpp selects the
+pre-tokenizer by `tokenizer.ggml.pre` (src/llama-vocab.cpp); only names whose rule is certain are accepted here.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from transllm_jax.errors import UserError
 _CONTROL = 3
 _USER_DEFINED = 4
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-# Options that are false by default, and whose other value would change the ids.
+# Options that are false by default and would change the ids if true.
 _REFUSED = ("add_eos_token", "add_sep_token", "remove_extra_whitespaces")
 
-# How many of the last merges are looked at, and how many of them may make tokens that no text has.
-_LAST_MERGES, _CUT = 200, 20
+# How many of the last merges are checked, and how many of them may make tokens that no text can produce.
+_LAST_MERGES, _MAX_CUT = 200, 20
 
-# The patterns of the published tokenizer.json files; Qwen's takes digits one by one, LLaMA 3's up to three.
+# The patterns of the published tokenizer.json files; Qwen's splits off single digits, LLaMA 3's up to three.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_PATTERN = _PATTERN.format(digits=r"\p{N}{1,3}")
 _QWEN2_PATTERN = _PATTERN.format(digits=r"\p{N}")
-# Qwen3.5's: marks go with letters.
+# In Qwen3.5's pattern, marks stay with letters.
 _QWEN35_PATTERN = _QWEN2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What stands behind a `tokenizer.ggml.pre`. `bos`: llama.cpp's choice where the file has no `add_bos_token`."""
+    """What a `tokenizer.ggml.pre` means. `bos`: llama.cpp's default if the file has no `add_bos_token`."""
 
     pre_tokenizer: Any
     normalizer: Any = None
@@ -60,7 +59,7 @@ def _rules() -> dict[str, _Rule]:
     return {
         "smollm": _Rule(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])),
         "gpt-2": _Rule(gpt2),
-        # llama.cpp leaves NFC out, for which it has no code; the models were trained with it.
+        # The models were trained with NFC, which llama.cpp does not implement.
         "qwen2": _Rule(_pattern(_QWEN2_PATTERN), normalizers.NFC()),
         "qwen35": _Rule(_pattern(_QWEN35_PATTERN), normalizers.NFC()),
         "llama-bpe": llama3,
@@ -70,9 +69,9 @@ def _rules() -> dict[str, _Rule]:
 
 
 def special_ids(fields: dict[str, Any]) -> dict[str, int]:
-    """Hugging Face's `{"bos_token_id": id, ...}` for bos, eos, unk and pad, as far as the file has them.
+    """Hugging Face's `{"bos_token_id": id, ...}` for each of bos, eos, unk and pad that the file has.
 
-    Raises UserError for one that is not a whole number.
+    Raises UserError for an id that is not a whole number.
     """
     ids = {}
     for name, field in _IDS.items():
@@ -85,7 +84,7 @@ def special_ids(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def end_ids(fields: dict[str, Any]) -> list[int]:
-    """The ids that end an answer, eos first: a file may name an end of turn and an end of message beside it."""
+    """The ids that end an answer: eos, then end of turn and end of message if the file names them."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     found = [fields[key] for key in keys if key in fields]
     if wrong := [value for value in found if not isinstance(value, int)]:
@@ -96,9 +95,9 @@ def end_ids(fields: dict[str, Any]) -> list[int]:
 def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    `fields` are the GGUF file's metadata by name, `where` is the file's path for messages. Two kinds of tokenizer are
-    read: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE). Raises UserError for another kind, a pre-tokenizer
-    that is not known, inconsistent fields, and a file without a chat template.
+    `fields` are the GGUF file's metadata by name; `where` is the file's path for messages. Two kinds of tokenizer are
+    supported: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE). Raises UserError for another kind, an unknown
+    pre-tokenizer, inconsistent fields, or a file without a chat template.
     """
     directory = Path(directory)
     model = fields.get("tokenizer.ggml.model")
@@ -136,20 +135,20 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     context = fields.get(f"{fields.get('general.architecture')}.context_length", 2048)
     config: dict[str, Any] = {f"{key.removesuffix('_id')}": tokens[number] for key, number in ids.items()}
     config |= {
-        # The class that takes tokenizer.json as it is; a model's own class would rebuild the pre-tokenizer.
+        # This class uses tokenizer.json unchanged; a model's own class would rebuild the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": int(context),
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     write_json(directory / "tokenizer_config.json", config)
-    # Exactly the template's characters: `newline=""` keeps a carriage return that it may hold.
+    # `newline=""` keeps the template exact, even if it contains carriage returns.
     with (directory / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
         file.write(template)
 
 
 def _bos(fields: dict[str, Any], default: bool, where: str | Path) -> int | None:
-    """The id that stands before every text, if one does."""
+    """The id of the BOS token if the tokenizer puts one before every text, else None."""
     if not fields.get("tokenizer.ggml.add_bos_token", default):
         return None
     if "tokenizer.ggml.bos_token_id" not in fields:
@@ -186,19 +185,20 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], types: list[int], whe
 
 
 def _check_cuts(tokenizer: Tokenizer, merges: list[str], name: str, where: str | Path) -> None:
-    """Refuse a tokenizer that was expanded with a pre-tokenizer of its own, which a GGUF file does not hold.
+    """Raises UserError for a tokenizer that was expanded with another pre-tokenizer, which a GGUF file does not hold.
 
-    Its last merges then make tokens across which the named pre-tokenizer cuts: a half of them, where it is Thai. Of the
-    last 4,000 merges of LLaMA 3, Qwen2.5, Qwen3 and SmolLM2 none does. Raises UserError.
+    The named pre-tokenizer then splits tokens that the last merges make: half of them for Thai. It splits none of the
+    tokens of the last 4,000 merges of LLaMA 3, Qwen2.5, Qwen3 and SmolLM2.
     """
     made = (tokenizer.decoder.decode(["".join(merge.split(" "))]) for merge in reversed(merges))
-    last = list(islice((text for text in made if "\ufffd" not in text), _LAST_MERGES))  # without parts of characters
+    # A token with U+FFFD is a part of a character, which has no text of its own.
+    last = list(islice((text for text in made if "\ufffd" not in text), _LAST_MERGES))
     cut = [text for text in last if len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) > 1]
-    if len(cut) > _CUT:
+    if len(cut) > _MAX_CUT:
         raise UserError(
-            f"{where}: text is not cut as the pre-tokenizer {name!r} cuts it, which never makes {len(cut)} of the last "
-            f"{len(last)} tokens, such as {cut[0]!r}: it was expanded with another one, which a GGUF file does not "
-            "hold; use the model's Hugging Face directory"
+            f"{where}: the pre-tokenizer {name!r} that it names never makes {len(cut)} of the last {len(last)} tokens, "
+            f"such as {cut[0]!r}: the tokenizer was expanded with another pre-tokenizer, which GGUF does not store; "
+            "use the model's Hugging Face directory"
         )
 
 

@@ -1,8 +1,8 @@
-"""Weights of the LLaMA family out of a GGUF file, in numpy.
+"""Reads weights of the LLaMA family from a GGUF file, in numpy.
 
 GGUF names tensors differently from Hugging Face and, for the architecture `llama`, stores the rows of q and k in
-another order: llama.cpp rotates pairs of neighbouring rows, Hugging Face pairs a row with the one half a head away, so
-llama.cpp's converter interleaves the two halves of every head, in the biases as well.
+another order. llama.cpp rotates pairs of neighbouring rows, and Hugging Face pairs a row with the one half a head away.
+So llama.cpp's converter interleaves the two halves of every head, in the biases too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from conversion.gguf.config import ARCHITECTURES, ROPE_FACTORS, config_of
-from conversion.gguf.header import Stored, read_header
+from conversion.gguf.header import StoredTensor, read_header
 from conversion.names import Tensor, collapse, tensors
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -45,21 +45,21 @@ _FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-# How many values are dequantised at once. The gguf package holds a result twice while it works.
+# How many values are dequantised at once. Meanwhile the gguf package holds the result twice.
 _VALUES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.Opened`).
+    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.OpenedModel`).
 
-    `fields` are its metadata by name. Nothing of the file stays in memory: each `read` reads.
+    `fields` are its metadata by name. No weights are kept in memory: every `read` reads the file.
     """
 
     path: Path
     fields: dict[str, Any]
     config: LlamaConfig
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
 
     @property
     def where(self) -> str:
@@ -67,14 +67,14 @@ class GGUFModel:
         return str(self.path)
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any]:
-        """The tensor's own type for F32, F16 and BF16, float32 for a quantised one."""
+        """The tensor's own type if it is F32, F16 or BF16; float32 if it is quantised."""
         return _FLOATS.get(self.stored[gguf_name(tensor.name)].kind, np.dtype(np.float32))
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """One tensor as Hugging Face has it: `tensor.shape`, `dtype(tensor)`, q and k in Hugging Face's order.
+        """One tensor with `tensor.shape` and `dtype(tensor)`, the rows of q and k in Hugging Face's order.
 
-        The values of F32, F16 and BF16 are those of the file, bit for bit. Raises UserError if the file has become
-        shorter since it was opened.
+        F32, F16 and BF16 values are those of the file, bit for bit. Raises UserError if the file has become shorter
+        since it was opened.
         """
         array = read_stored(self.path, self.stored[gguf_name(tensor.name)]).reshape(tensor.shape)
         heads = {
@@ -87,7 +87,7 @@ class GGUFModel:
 
 
 def gguf_name(name: str) -> str:
-    """GGUF's name of one of Hugging Face's tensors."""
+    """GGUF's name for a Hugging Face tensor name."""
     if name in _TOP:
         return _TOP[name]
     _, _, layer, rest = name.split(".", 3)
@@ -96,17 +96,17 @@ def gguf_name(name: str) -> str:
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF's q or k `[heads * H, D]`, or their bias `[heads * H]`, where each head's two halves are interleaved, in
-    Hugging Face's row order."""
+    """GGUF's q or k `[heads * H, D]`, or a bias `[heads * H]`, in Hugging Face's row order: GGUF interleaves the two
+    halves of each head."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def open_gguf(path: str | Path) -> GGUFModel:
     """Open a GGUF file and check that it is a whole model of the LLaMA family.
 
-    Embeddings are tied where the file has no `output.weight`. Raises UserError for a file that is truncated or not
-    GGUF, one of several parts, of another architecture, with an option that is not computed, with missing, extra or
-    misshapen tensors, and with tensors of a type that is not read; of these, all are listed.
+    Embeddings are tied if the file has no `output.weight`. Raises UserError for a file that is truncated, not GGUF or
+    one of several parts, for an unsupported architecture or option, and for tensors that are missing, extra, of the
+    wrong shape or of an unsupported type (all are listed).
     """
     path = Path(path)
     fields, stored = read_header(path)
@@ -136,10 +136,10 @@ def open_gguf(path: str | Path) -> GGUFModel:
     return GGUFModel(path, fields, config, stored)
 
 
-def read_stored(path: Path, stored: Stored) -> np.ndarray:
-    """One tensor as it lies in the file, of `stored.shape`: F32, F16 and BF16 in their type, others as float32.
+def read_stored(path: Path, stored: StoredTensor) -> np.ndarray:
+    """One tensor in the file's row order, of `stored.shape`: F32, F16 and BF16 in their type, others as float32.
 
-    A quantised tensor is dequantised some rows at a time, so that memory is the result and a few rows.
+    A quantised tensor is dequantised a few rows at a time, so that memory is the result and these rows.
     """
     if stored.kind in _FLOATS:
         return _bytes(path, stored.offset, stored.size).view(_FLOATS[stored.kind]).reshape(stored.shape)
@@ -156,7 +156,7 @@ def read_stored(path: Path, stored: Stored) -> np.ndarray:
 
 
 def _bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    # A plain read: the pages of a memory map count as this process's memory, one and all.
+    # A plain read, because every page of a memory map would count as this process's memory.
     data = np.fromfile(path, np.uint8, count, offset=offset)
     if data.size != count:
         raise UserError(f"{path} has become shorter while it was read; fetch it again")
@@ -174,7 +174,7 @@ def _is_read(kind: GGMLQuantizationType) -> bool:
     return True
 
 
-def _check_tensors(path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> None:
+def _check_tensors(path: Path, config: LlamaConfig, stored: dict[str, StoredTensor]) -> None:
     table = {gguf_name(tensor.name): tensor for tensor in tensors(config)}
     problems = []
     if missing := table.keys() - stored.keys():

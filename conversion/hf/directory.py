@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config and weights, read into our layout and written back."""
+"""Hugging Face model directories: reads config and weights into our layout, and writes them back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from conversion.hf.safetensors_io import (
 )
 from conversion.hf.tokenizer_files import copy_tokenizer
 from conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.new_directory import new_directory
 
-# What config.json may say about the weights themselves, and that we would read wrongly if we looked away.
+# Fields of config.json that mean the model would be read wrongly -> why it is refused and how to fix it.
 _REFUSED = {
     "quantization_config": "quantised weights are not read; use the unquantised model",
     "auto_map": "the model brings its own code, which is not run; use a plain LLaMA model",
@@ -42,10 +42,10 @@ def read_config(directory: str | Path) -> LlamaConfig:
 
 
 def parse_config(raw: dict[str, Any], where: str | Path) -> LlamaConfig:
-    """As `read_config`, from the dictionary of the `config.json` of the directory `where`."""
-    for field, mend in _REFUSED.items():
+    """`read_config` from the dictionary of a `config.json` in the directory `where`."""
+    for field, reason in _REFUSED.items():
         if raw.get(field):
-            raise UserError(f"{Path(where) / 'config.json'}: {field} is set; {mend}")
+            raise UserError(f"{Path(where) / 'config.json'}: {field} is set; {reason}")
     try:
         return LlamaConfig.from_hf(raw)
     except UserError as error:
@@ -53,7 +53,7 @@ def parse_config(raw: dict[str, Any], where: str | Path) -> LlamaConfig:
 
 
 def _match(directory: Path, config: LlamaConfig, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Of a checkpoint's tensors, exactly those of `config`; see `open_hf`."""
+    """The checkpoint's tensors that belong to `config`; raises UserError as `open_hf` does."""
     table = {tensor.name: tensor for tensor in tensors(config)}
     problems = []
     missing = table.keys() - entries.keys()
@@ -87,8 +87,8 @@ def _match(directory: Path, config: LlamaConfig, entries: dict[str, Entry]) -> d
 class HFModel:
     """A Hugging Face directory, opened (see `conversion.opened`). `raw` is its config.json.
 
-    `dropped` are the tensors of the files that follow from others: the output rows of a tied model, RoPE's buffers.
-    `notes` are lines about what else is in the directory and is not read.
+    `dropped` are tensors in the files that others determine: the output rows of a tied model, RoPE's buffers.
+    `notes` are lines about other weights in the directory, which are not read.
     """
 
     directory: Path
@@ -119,9 +119,9 @@ class HFModel:
 def open_hf(directory: str | Path) -> HFModel:
     """Open a Hugging Face directory without reading its weights.
 
-    Raises UserError as `read_config` does, and one that lists every missing, extra and misshapen tensor, and every
-    one of a type that is not F32, F16 or BF16. `lm_head.weight` of a tied model is accepted only if it equals the
-    embedding, and rotary `inv_freq` buffers are left out because `rope_theta` determines them.
+    `lm_head.weight` of a tied model is accepted only if it equals the embedding. Rotary `inv_freq` buffers are left out
+    because `rope_theta` determines them. Raises UserError as `read_config` does, and for tensors that are missing,
+    extra, of the wrong shape or not F32, F16 or BF16 (all are listed).
     """
     directory = Path(directory)
     raw = read_model_json(directory / "config.json")
@@ -134,19 +134,19 @@ def open_hf(directory: str | Path) -> HFModel:
 def read_weights(directory: str | Path, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
     """A model directory's weights in our layout: path -> array, kernels `[L, in, out]`, in `dtype`.
 
-    Reads tensor by tensor into the stacked arrays: memory is one copy of the weights plus one tensor. `dtype`
+    Tensors are read one at a time into the stacked arrays: memory is one copy of the weights plus one tensor. `dtype`
     may be `ml_dtypes.bfloat16` (or `jax.numpy.bfloat16`, which is the same).
 
-    Raises UserError for tensors that are missing, extra, misshapen, NaN or infinite, for truncated files,
-    and for pickle checkpoints.
+    Raises UserError for tensors that are missing, extra, of the wrong shape, NaN or infinite, for truncated files, and
+    for pickle checkpoints.
     """
     return open_hf(directory).weights(dtype)
 
 
-def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+def stacked(model: OpenedModel, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
     """All weights of an opened model in our layout.
 
-    Raises UserError that lists all tensors with values that are NaN or infinite.
+    Raises UserError, which lists all tensors with values that are NaN or infinite.
     """
     weights = {path: np.empty(shape, dtype) for path, shape in weight_shapes(model.config).items()}
     bad: dict[str, int] = {}
@@ -160,11 +160,11 @@ def stacked(model: Opened, dtype: DTypeLike = np.float32) -> dict[str, np.ndarra
     return weights
 
 
-def read_parts(model: Opened, path: str, parts: Sequence[tuple[slice, ...]], dtype: DTypeLike) -> list[np.ndarray]:
-    """Parts of one of our weights, as `transllm_jax.model.layout.Reader` gives them: each of its tensors is read once.
+def read_parts(model: OpenedModel, path: str, parts: Sequence[tuple[slice, ...]], dtype: DTypeLike) -> list[np.ndarray]:
+    """Parts of one of our weights, for a `transllm_jax.model.layout.Reader`; each of the weight's tensors is read once.
 
-    A part has a slice without step for each dimension; that of layers is whole. Memory is the parts plus one tensor.
-    Raises UserError that lists the weight's tensors with values that are NaN or infinite.
+    A part has a slice without a step for each dimension, and all layers. Memory is the parts plus one tensor.
+    Raises UserError, which lists the weight's tensors with values that are NaN or infinite.
     """
     shape = weight_shapes(model.config)[path]
     found = [np.empty([len(range(*p.indices(n))) for p, n in zip(part, shape, strict=True)], dtype) for part in parts]
@@ -184,8 +184,8 @@ def read_parts(model: Opened, path: str, parts: Sequence[tuple[slice, ...]], dty
     return found
 
 
-def require_all_finite(model: Opened, advance: Callable[[int], None] | None = None) -> None:
-    """Read every tensor once. Raises UserError that lists all with values that are NaN or infinite."""
+def require_all_finite(model: OpenedModel, advance: Callable[[int], None] | None = None) -> None:
+    """Read every tensor once. Raises UserError, which lists all tensors with values that are NaN or infinite."""
     bad: dict[str, int] = {}
     for tensor in tensors(model.config):
         array = model.read(tensor)
@@ -198,7 +198,7 @@ def require_all_finite(model: Opened, advance: Callable[[int], None] | None = No
 
 
 def not_finite(where: str, bad: dict[str, int]) -> UserError:
-    """The error for tensors with so many values that are NaN or infinite."""
+    """The error for values that are NaN or infinite; `bad` is their number by tensor."""
     count = sum(bad.values())
     return UserError(f"{where}: {count} values are NaN or infinite, in {collapse(bad)}; fetch the model again")
 
@@ -216,9 +216,9 @@ def write_model(
 ) -> None:
     """Write our weights as a Hugging Face directory; the reverse of `read_weights`, bit for bit in float32.
 
-    `weights` has the paths and shapes of `names.weight_shapes(config)`; `extra_config` adds fields to
-    config.json (`eos_token_id`, ...), which then also go into generation_config.json. Atomic; see
-    `new_directory` for errors.
+    `weights` has the paths and shapes of `names.weight_shapes(config)`. `extra_config` adds fields to config.json
+    (`eos_token_id`, ...), and its token ids are also written to generation_config.json. Atomic; raises UserError as
+    `new_directory` does.
     """
     shapes = weight_shapes(config)
     if weights.keys() != shapes.keys():
@@ -241,9 +241,8 @@ _GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_config(directory: Path, raw: dict[str, Any], dtype: str, generation: dict[str, Any] | None = None) -> None:
     """Write config.json and generation_config.json.
 
-    `raw` is the config.json dictionary. `generation` is the generation_config.json dictionary; without one
-    it is made from the token ids in `raw`. The type of the weights is written under transformers 5's name
-    (`dtype`) and the earlier one (`torch_dtype`).
+    `raw` is the config.json dictionary. `generation` is the generation_config.json dictionary, by default made from the
+    token ids in `raw`. The type of the weights is written as `dtype` (transformers 5) and `torch_dtype` (earlier).
     """
     write_json(directory / "config.json", {**raw, "dtype": dtype, "torch_dtype": dtype})
     if generation is None:
@@ -252,5 +251,5 @@ def write_config(directory: Path, raw: dict[str, Any], dtype: str, generation: d
 
 
 def generation_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """The generation_config.json that a config.json stands for: its token ids."""
+    """A generation_config.json from a config.json: its token ids."""
     return {field: raw[field] for field in _GENERATION_FIELDS if raw.get(field) is not None}

@@ -1,4 +1,4 @@
-"""Export: any opened model, merged or plain, becomes a Hugging Face model directory."""
+"""Exports any opened model, merged or plain, as a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conversion.hf.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_fini
 from conversion.hf.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
 from conversion.merged import Merged
 from conversion.names import Tensor, tensors
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.new_directory import new_directory
@@ -27,10 +27,10 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class Rounding:
-    """What rounding took from what training gave: to merged kernels, or to all tensors of layers that were trained.
+    """How much rounding changed what training had changed: merged kernels, or the layers after full fine-tuning.
 
-    `largest`: of any weight. `error` and `change`: sums of squares over all of these of the rounding, and of what
-    training added.
+    `largest`: the largest rounding error of a weight. `error` and `change`: the sums of squares, over all these
+    weights, of the rounding errors and of what training added.
     """
 
     largest: float = 0.0
@@ -38,11 +38,11 @@ class Rounding:
     change: float = 0.0
 
     def round(self, exact: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-        """A float32 array in another type, with what that took added to the sums."""
+        """Convert a float32 array to another type, and add its rounding errors to the sums."""
         rounded = np.empty(exact.shape, dtype)
         for start in range(0, len(exact), 64):  # a few rows at a time stay in the processor's cache
             part = exact[start : start + 64]
-            with np.errstate(over="ignore"):  # reported where it is written
+            with np.errstate(over="ignore"):  # overflow is reported when the tensor is written
                 rounded[start : start + 64] = part
             lost = (part - rounded[start : start + 64].astype(np.float32)).reshape(-1)
             self.largest = max(self.largest, float(lost.max()), -float(lost.min()))
@@ -51,12 +51,12 @@ class Rounding:
 
     @property
     def share(self) -> float:
-        """The rounding's norm over that of what training added; 0 where it added nothing."""
+        """The norm of the rounding errors, divided by that of what training added; 0 if it added nothing."""
         return (self.error / self.change) ** 0.5 if self.change else 0.0
 
 
 def export_hf(
-    model: Opened,
+    model: OpenedModel,
     files: str | Path,
     dst: str | Path,
     *,
@@ -67,35 +67,37 @@ def export_hf(
     begin: Callable[[int], Callable[[int], None]] | None = None,
     also: Callable[[Path], None] | None = None,
 ) -> Rounding:
-    """Write a model, tensor by tensor; memory holds one at a time, and what was trained of a `Merged`.
+    """Write a model, one tensor at a time; memory holds that tensor and, for a `Merged`, what was trained.
 
-    `files`: the directory of the base, with its config.json, generation_config.json and licences; the tokenizer is
-    `tokenizer_dir`'s, or the base's. `dtype` (`float32`, `bfloat16` or `float16`) for all tensors; by default each
-    has the base's own. Merging is in float32 and rounded once; the result says what rounding took. Tied embeddings
-    stay tied. A model that nothing was done to keeps config.json byte for byte. Where the table grew, the ids without
-    a token stand in generation_config.json as suppress_tokens, so that transformers does not produce them; of a trained
-    model its eos_token_id names every token that ends an answer (`transllm_jax.tokenizer.ends`). `begin` is
-    told the bytes in all, and what it returns the bytes written. `also` may add files.
+    `files`: the base's directory, with its config.json, generation_config.json and licences. The tokenizer is that of
+    `tokenizer_dir`, by default the base's. `dtype` (`float32`, `bfloat16` or `float16`) is for all tensors; by default
+    each has the base's type. Adapters are merged in float32 and rounded once; the result describes the rounding.
+
+    Tied embeddings stay tied. An unchanged model keeps config.json byte for byte. If the vocabulary grew, ids without a
+    token are written to generation_config.json as suppress_tokens, so that transformers does not produce them. For a
+    trained model its eos_token_id names every token that ends an answer (`transllm_jax.tokenizer.ends`). `begin` is
+    called with the number of bytes in all, and the function that it returns with the bytes written. `also` may add
+    files to the directory.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the base is damaged, if the tokenizer
-    does not have exactly one token for each new row (rows of 0 at the end aside), or if a value is not finite.
+    does not have exactly one token for each new row (except rows of 0 at the end), or if a value is not finite.
     """
     files, dst = Path(files), Path(dst)
     tokenizer_dir = files if tokenizer_dir is None else Path(tokenizer_dir)
-    one = None if dtype is None else dtype_of(dtype)
+    single_dtype = None if dtype is None else dtype_of(dtype)
     raw = read_model_json(files / "config.json")
     base_rows = parse_config(raw, files).vocab_size
-    bare = not isinstance(model, Merged) and not has_tokenizer(tokenizer_dir)
+    without_tokenizer = not isinstance(model, Merged) and not has_tokenizer(tokenizer_dir)
     padding = model.padding if isinstance(model, Merged) else 0
-    if not bare:  # a model without a tokenizer stays one
+    if not without_tokenizer:
         require_tokenizer(tokenizer_dir)
         check_tokenizer(tokenizer_dir, base_rows, model.config.vocab_size - base_rows, padding)
     rounding = Rounding()
 
     def target(tensor: Tensor) -> np.dtype[Any]:
-        if one is not None:
-            return one
-        return model.stored(tensor) if isinstance(model, Merged) else model.dtype(tensor)
+        if single_dtype is not None:
+            return single_dtype
+        return model.base_dtype(tensor) if isinstance(model, Merged) else model.dtype(tensor)
 
     def get(tensor: Tensor) -> np.ndarray:
         array = model.read(tensor)
@@ -112,8 +114,8 @@ def export_hf(
         write_tensors(directory, table, get, target, max_shard_bytes=max_shard_bytes, advance=advance)
         copy_generation_config(files, directory)
         generation = read_model_json(directory / "generation_config.json")
-        ends = _ends(generation, tokenizer_dir, files) if isinstance(model, Merged) and not bare else {}
-        if one is None and model.config.vocab_size == base_rows:
+        ends = _ends(generation, tokenizer_dir, files) if isinstance(model, Merged) and not without_tokenizer else {}
+        if single_dtype is None and model.config.vocab_size == base_rows:
             shutil.copyfile(files / "config.json", directory / "config.json")
             if ends:
                 write_json(directory / "generation_config.json", generation | ends)
@@ -122,7 +124,7 @@ def export_hf(
             if model.config.vocab_size > base_rows:
                 generation |= _suppressed(generation, tokenizer_dir, model.config.vocab_size)
             write_config(directory, {**raw, "vocab_size": model.config.vocab_size}, named, generation | ends)
-        if not bare:
+        if not without_tokenizer:
             copy_tokenizer(tokenizer_dir, directory)
         copy_notices(files, directory)
         if also is not None:
@@ -131,7 +133,7 @@ def export_hf(
 
 
 def copy_generation_config(src: Path, dst: Path) -> None:
-    """Copy generation_config.json, or make one of the token ids in config.json."""
+    """Copy generation_config.json, or make one from the token ids in config.json."""
     if (src / "generation_config.json").is_file():
         shutil.copyfile(src / "generation_config.json", dst / "generation_config.json")
         return
@@ -139,11 +141,11 @@ def copy_generation_config(src: Path, dst: Path) -> None:
 
 
 def _ends(generation: dict[str, Any], tokenizer_dir: Path, files: Path) -> dict[str, list[int]]:
-    """The eos_token_id that names all that ends an answer, as training had it; nothing where it does so already."""
+    """An eos_token_id with every token that ended an answer in training; {} if `generation` has them already."""
     try:
         wanted = end_ids(Tokenizer.load(tokenizer_dir, model=files))
     except UserError:
-        return {}  # a tokenizer without a chat template and eos: nothing was trained by either
+        return {}  # without a chat template and an EOS token, training used neither
     named = generation.get("eos_token_id")
     listed = [] if named is None else list(named) if isinstance(named, list) else [named]
     missing = [token for token in wanted if token not in listed]
@@ -151,17 +153,17 @@ def _ends(generation: dict[str, Any], tokenizer_dir: Path, files: Path) -> dict[
 
 
 def _suppressed(generation: dict[str, Any], tokenizer_dir: Path, rows: int) -> dict[str, list[int]]:
-    """What keeps transformers from producing ids without a token; nothing where every row has one."""
+    """The suppress_tokens that keep transformers from producing ids without a token; {} if every row has one."""
     vocabulary = read_model_json(tokenizer_dir / "tokenizer.json")["model"]["vocab"]
     named = vocabulary.items() if isinstance(vocabulary, dict) else ()
-    # Names that only fill a gap before new ids are no tokens.
+    # Names that only fill a gap before new ids are not tokens.
     filling = {number for token, number in named if token == unused(number)}
     empty = set(range(rows)) - token_ids(tokenizer_dir) | filling
     return {"suppress_tokens": sorted(empty.union(generation.get("suppress_tokens") or ()))} if empty else {}
 
 
 def copy_notices(src: Path, dst: Path) -> None:
-    """Copy the licence files: who passes a model on has to pass them on."""
+    """Copy the licence files, which have to be passed on with a model."""
     for notice in sorted([*src.glob("LICENSE*"), *src.glob("NOTICE*")]):
         if notice.is_file():
             shutil.copyfile(notice, dst / notice.name)
@@ -170,8 +172,8 @@ def copy_notices(src: Path, dst: Path) -> None:
 def check_tokenizer(directory: Path, base_rows: int, new_rows: int, padding: int = 0) -> None:
     """Raises UserError unless the tokenizer has one token for each new row, and none above.
 
-    Among the base's rows some may have no token: an embedding is often padded to a round number of rows. The last
-    `padding` of the new rows may have none either.
+    Some of the base's rows may have no token, because an embedding is often padded to a round number of rows. The last
+    `padding` new rows may have none either.
     """
     above = {number for number in token_ids(directory) if number >= base_rows}
     if above != set(range(base_rows, base_rows + len(above))) or not new_rows - padding <= len(above) <= new_rows:

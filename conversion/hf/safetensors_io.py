@@ -1,10 +1,9 @@
-"""Reading and writing safetensors tensor by tensor, in one file or in shards with an index.
+"""Reads and writes safetensors one tensor at a time, in one file or in shards with an index.
 
-The `safetensors` library checks a file's header against its size. The tensors are then read at their
-offsets with plain file reads: memory holds one tensor at a time (a memory map counts every page that it has
-touched), and bfloat16 needs no support from the library. Writing is by hand because the library wants all
-of a file's tensors in memory at once. Format: https://huggingface.co/docs/safetensors (8-byte little-endian
-header length, JSON header, data).
+The `safetensors` library checks a file's header against its size. The tensors are then read at their offsets with plain
+file reads, so that memory holds one tensor at a time (with a memory map every page read would count) and the library
+need not support bfloat16. Files are written here, because the library needs all of a file's tensors in memory at once.
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `dtype` is safetensors' code (`F32`, `BF16`, ...), `offset` counts from the
-    file's start."""
+    """The position of one tensor: `dtype` is safetensors' code (`F32`, `BF16`, ...), `offset` is in bytes from the
+    start of the file."""
 
     file: Path
     dtype: str
@@ -53,13 +52,13 @@ class Entry:
 
 
 def widest(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """The type that holds all of these exactly: the one that they are, or float32."""
+    """The type that holds values of all these types exactly: their common type, or float32."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else DTYPES["F32"]
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """The numpy type called `float32`, `bfloat16` or `float16`. Raises UserError for another name."""
+    """The numpy type with the name `float32`, `bfloat16` or `float16`. Raises UserError for another name."""
     for dtype in DTYPES.values():
         if dtype.name == name:
             return dtype
@@ -67,11 +66,11 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: what the index names, or `model.safetensors`.
+    """The safetensors files of a model directory: those that the index names, or `model.safetensors`.
 
-    The index says what the model is; one whose files are not all there is left over from another where there is
-    `model.safetensors`. Raises UserError for a directory with pickle files only, and for an index that names a file
-    outside the directory, or, alone, a missing one.
+    The index has precedence, unless files that it names are missing and `model.safetensors` exists: then it is left
+    over from another model. Raises UserError for a directory with pickle files only, for an index that names a file
+    outside the directory, and for missing files without a `model.safetensors`.
     """
     single = (directory / SINGLE).is_file()
     if not (directory / INDEX).is_file():
@@ -104,23 +103,23 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def is_indexed(directory: Path, files: list[Path]) -> bool:
-    """Whether these `weight_files` are what the index names."""
+    """Whether these `weight_files` are the files that the index names."""
     return (directory / INDEX).is_file() and {file.name for file in files} == set(_weight_map(directory).values())
 
 
 def open_checkpoint(directory: Path) -> tuple[dict[str, Entry], list[str]]:
-    """The tensors of a model directory by name, and what else is there and not read, a line for a person each.
+    """The tensors of a model directory by name, and messages about other weights in it, which are not read.
 
     Every file's header is checked against its size. Raises UserError for a truncated or malformed file, for a tensor in
-    two files of which the index names neither, and for an index that disagrees with its files.
+    two files if the index names neither of them, and for an index that disagrees with its files.
     """
     entries: dict[str, Entry] = {}
     files = weight_files(directory)
     indexed = is_indexed(directory, files)
     mapping = _weight_map(directory) if indexed else {}
-    notes = _left_aside(directory, files, indexed)
+    notes = _unread_files(directory, files, indexed)
     for file in files:
-        twice = []
+        duplicates = []
         for name, entry in read_header(file).items():
             if (other := entries.get(name)) is None:
                 entries[name] = entry
@@ -131,11 +130,11 @@ def open_checkpoint(directory: Path) -> tuple[dict[str, Entry], list[str]]:
                     f"tensor {name} is in both {other.file} and {file}, and {INDEX} does not say which is meant; "
                     "fetch the model again"
                 )
-            twice.append(name)
+            duplicates.append(name)
             if meant == file.name:
                 entries[name] = entry
-        if twice:
-            notes.append(f"{file} and another file hold {collapse(twice)}; read from where {INDEX} says")
+        if duplicates:
+            notes.append(f"{file} and another file hold {collapse(duplicates)}; read from where {INDEX} says")
     if indexed:
         wrong = sorted(name for name, file in mapping.items() if name not in entries or entries[name].file.name != file)
         if wrong:
@@ -143,7 +142,7 @@ def open_checkpoint(directory: Path) -> tuple[dict[str, Entry], list[str]]:
     return entries, notes
 
 
-def _left_aside(directory: Path, files: list[Path], indexed: bool) -> list[str]:
+def _unread_files(directory: Path, files: list[Path], indexed: bool) -> list[str]:
     notes = []
     if (directory / INDEX).is_file() and not indexed:
         notes.append(f"{directory / INDEX} names files that are not there; {SINGLE} is read")
@@ -172,13 +171,13 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """One tensor, in the type in which it is stored (F32, F16 or BF16)."""
+    """One tensor in its stored type (F32, F16 or BF16)."""
     count = int(np.prod(entry.shape, dtype=np.int64))
     return np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.offset).reshape(entry.shape)
 
 
 def same_values(a: Entry, b: Entry) -> bool:
-    """Whether two tensors hold the same values, read in blocks: a vocabulary's table may take a gigabyte."""
+    """Whether two tensors hold the same values. Reads them in blocks, as a vocabulary table may take a gigabyte."""
     if a.shape != b.shape:
         return False
     count = int(np.prod(a.shape, dtype=np.int64))
@@ -196,7 +195,7 @@ def same_values(a: Entry, b: Entry) -> bool:
 
 def count_not_finite(array: np.ndarray) -> int:
     """How many values of an F32, F16 or BF16 array are NaN or infinite: those whose exponent is all ones."""
-    exponent, block = _EXPONENTS[array.dtype], 1 << 17  # a block and its answers stay in the processor's cache
+    exponent, block = _EXPONENTS[array.dtype], 1 << 17  # a block and its result stay in the processor's cache
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     return sum(
         int(np.count_nonzero((bits[start : start + block] & exponent) == exponent))
@@ -205,7 +204,7 @@ def count_not_finite(array: np.ndarray) -> int:
 
 
 def require_finite(array: np.ndarray, name: str, where: object) -> None:
-    """Raises UserError that counts the values of `array` that are NaN or infinite."""
+    """Raises UserError if values of `array` are NaN or infinite; the message has their number."""
     bad = count_not_finite(array)
     if bad:
         raise UserError(f"tensor {name} of {where} has {bad} of {array.size} values NaN or infinite; fetch it again")
@@ -220,12 +219,12 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write the tensors of `table` as Hugging Face reads them; returns the files.
+    """Write the tensors of `table` in Hugging Face's format; returns the files.
 
-    `get(tensor)` is asked for one tensor at a time, in the table's order, and gives an array of
-    `tensor.shape`; it is rounded once to `dtype`, which may be a function of the tensor. One file
-    `model.safetensors`, or, above `max_shard_bytes`, several with an index. `advance` is told the bytes of
-    each tensor once it is written. Raises UserError if a value is not finite in `dtype`.
+    `get(tensor)` is called for one tensor at a time, in the table's order, and returns an array of `tensor.shape`. The
+    array is rounded once to `dtype`, which may be a function of the tensor. There is one file `model.safetensors`, or
+    several with an index if it would be larger than `max_shard_bytes`. `advance` is called with the bytes of each
+    tensor once it is written. Raises UserError if a value is not finite in `dtype`.
     """
     parts = [_Part(tensor, dtype(tensor) if callable(dtype) else dtype) for tensor in table]
     shards: list[list[_Part]] = [[]]
@@ -273,7 +272,7 @@ def _write_file(
         }
         end += part.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the start of the data
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for part in parts:

@@ -1,12 +1,12 @@
-"""A SentencePiece BPE tokenizer (LLaMA-2, Mistral) as a tokenizer of the `tokenizers` library.
+"""Converts a SentencePiece BPE tokenizer (LLaMA-2, Mistral) to one of the `tokenizers` library.
 
-SentencePiece joins, of all neighbours that make a known piece, those that make the piece of the best score, and of
-equal scores the leftmost. The `tokenizers` library has a list of pairs and joins the pair that stands first in it. So
-the list is every split of every piece into two known ones, the best score first. The rest is as in Hugging Face's LLaMA
-tokenizers: "▁" stands for a space and before every text (before what follows a special token too), and a character that
-is no piece becomes its UTF-8 bytes.
+SentencePiece repeatedly merges the two neighbours that make the piece with the best score, and the leftmost of equal
+scores. The `tokenizers` library merges the pair that comes first in a list of pairs. So the list is every split of
+every piece into two known ones, the best score first. The rest is as in Hugging Face's LLaMA tokenizers: "▁" replaces a
+space and is put before every text (also after a special token), and a character that is not a piece becomes its UTF-8
+bytes.
 
-What such a list cannot say is refused: see `_merges`.
+A model whose merges no such list can express is refused: see `_merges`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def build_tokenizer(
     eos: int | None = None,
     add_space_prefix: bool = True,
 ) -> Tokenizer:
-    """The tokenizer of SentencePiece's pieces, the id of each its place in the list.
+    """The tokenizer for SentencePiece's pieces; the id of a piece is its index.
 
     `types` are SentencePiece's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. `bos` and `eos` are
-    the ids that the tokenizer puts before and behind every text, None for none. `where` is the file's path for
-    messages. Control pieces and the unknown piece are special tokens, and found in a text that spells them out.
+    the ids that the tokenizer puts before and after every text, or None. `where` is the file's path for messages.
+    Control pieces and the unknown piece are special tokens, and are also found in a text that spells them out.
 
-    Raises UserError for lists that contradict each other, and for a model that this form cannot tell exactly.
+    Raises UserError for inconsistent lists, and for a model that cannot be converted exactly.
     """
     pieces = list(pieces)
     if not pieces or not len(pieces) == len(scores) == len(types):
@@ -52,9 +52,9 @@ def build_tokenizer(
     of_type = defaultdict(list)
     for piece, kind in zip(pieces, types, strict=True):
         of_type[kind].append(piece)
-    if strange := of_type.keys() - {*range(1, 7)}:
+    if unknown_types := of_type.keys() - {*range(1, 7)}:
         raise UserError(
-            f"{where}: pieces of type {', '.join(map(str, sorted(strange)))} are not known; use another file"
+            f"{where}: pieces of type {', '.join(map(str, sorted(unknown_types)))} are not known; use another file"
         )
     if of_type[_BYTE] and set(of_type[_BYTE]) != _BYTES:
         raise UserError(f"{where}: its byte pieces are not <0x00> to <0xFF>; use another file of the model")
@@ -97,9 +97,9 @@ def write_tokenizer_json(
 ) -> None:
     """Write `directory`/tokenizer.json from SentencePiece's `tokenizer.model`.
 
-    `add_bos`, `add_eos`: whether the tokenizer puts the model's BOS piece before every text, and its EOS piece behind.
-    Needs the extra `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a SentencePiece
-    model, for a model that is not BPE, and for one whose text processing is not LLaMA's.
+    `add_bos`, `add_eos`: whether the tokenizer puts the model's BOS piece before every text, and its EOS piece after
+    it. Needs the extra `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a
+    SentencePiece model, for a model that is not BPE, and for one whose text processing is not LLaMA's.
     """
     message, model = read_model(model_path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -107,7 +107,7 @@ def write_tokenizer_json(
     types = [piece.type for piece in model.pieces]
     if trainer.model_type != kinds.Value("BPE"):
         raise UserError(
-            f"{model_path} has model type {kinds.Name(trainer.model_type)}, which is not supported in any form: choose "
+            f"{model_path} has model type {kinds.Name(trainer.model_type)}, which is not supported; choose "
             "a model with a BPE tokenizer"
         )
     refused = {
@@ -116,9 +116,9 @@ def write_tokenizer_json(
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "escape_whitespaces=false": not normalizer.escape_whitespaces,
-        # "▁" would stand after each of them, where SentencePiece has none.
+        # "▁" would be put after each of them, which SentencePiece does not do.
         "user-defined pieces with add_dummy_prefix": _USER_DEFINED in types and normalizer.add_dummy_prefix,
-        # The piece would be looked for in a text that has no "▁" yet.
+        # The piece would be searched for before spaces are replaced by "▁".
         f"user-defined pieces with {_SPACE}": any(
             _SPACE in piece.piece for piece in model.pieces if piece.type == _USER_DEFINED
         ),
@@ -129,7 +129,7 @@ def write_tokenizer_json(
     for name, number in (("BOS", add_bos and trainer.bos_id), ("EOS", add_eos and trainer.eos_id)):
         if number < 0:
             key = f"add_{name.lower()}_token"
-            raise UserError(f"{model_path} has no {name} piece; say {key}: false in tokenizer_config.json")
+            raise UserError(f"{model_path} has no {name} piece; set {key}: false in tokenizer_config.json")
     tokenizer = build_tokenizer(
         [piece.piece for piece in model.pieces],
         [piece.score for piece in model.pieces],
@@ -145,14 +145,15 @@ def write_tokenizer_json(
 def _merges(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], where: str | Path
 ) -> list[tuple[str, str]]:
-    """Every split of a piece into two, in SentencePiece's order.
+    """Every split of a piece into two known pieces, in SentencePiece's order.
 
-    Refused, as no list of pairs can tell what SentencePiece does: different pieces of the same score (which of two that
-    overlap comes first depends on their places in the text; runs of one character are well, a longer left part comes
-    first), an unused piece that is made of others (SentencePiece makes it and then takes it apart), and a piece with a
-    character that is not a piece.
+    Raises UserError for models of which no list of pairs gives the same merges:
+    - different pieces with the same score, because the merge of two that overlap depends on their positions in the text
+      (except runs of one character, where the longer left part comes first);
+    - an unused piece that is made of others, because SentencePiece merges it and splits it again;
+    - a piece with a character that is not a piece.
     """
-    # What a text can be made of: never the name of a special token or of a byte.
+    # The pieces that merges can start from or make: no special tokens and no bytes.
     known = {piece for piece, kind in zip(pieces, types, strict=True) if kind in (_NORMAL, _UNUSED)}
     frozen = {piece for piece, kind in zip(pieces, types, strict=True) if kind == _USER_DEFINED}
     merges: list[tuple[float, int, int, str, str]] = []
@@ -173,7 +174,7 @@ def _merges(
             merges.append((-score, -split_priority(piece, size), -len(piece), piece[:size], piece[size:]))
     tied = [piece for group in made.values() if len(group) > 1 for piece in group if len(set(piece)) > 1]
     problems = [
-        (tied, "have the score of another piece, which leaves open what is joined first"),
+        (tied, "have the score of another piece, so that the order of merges is not defined"),
         (unused, "are of type unused and made of other pieces"),
         (uncovered, "have a character that is not a piece"),
     ]

@@ -1,4 +1,4 @@
-"""The files of a tokenizer directory, and what can be said of them without loading the tokenizer."""
+"""The files of a tokenizer directory: copies them, and reads what does not need the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(src / name, dst / name)
 
 
-def bring_tokenizer(src: Path, dst: Path) -> None:
-    """Copy a tokenizer's files; of one that is `tokenizer.model` alone, make the `tokenizer.json` that it stands for.
+def copy_or_make_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files; if it has no `tokenizer.json`, make one from its `tokenizer.model`.
 
-    Raises UserError if `src` holds no tokenizer, or one that a tokenizer.json cannot be made of.
+    Raises UserError if `src` holds no tokenizer, or one from which no tokenizer.json can be made.
     """
     if (src / "tokenizer.json").is_file() or not (src / "tokenizer.model").is_file():
         copy_tokenizer(src, dst)
         return
-    mend = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
+    fix = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
     refuse_other_format(src / "tokenizer.model")
     path = src / "tokenizer_config.json"
     config = read_model_json(path)
     if (src / "added_tokens.json").is_file():
-        raise UserError(f"{src} has no tokenizer.json, and added_tokens.json beside tokenizer.model; {mend}")
+        raise UserError(f"{src} has no tokenizer.json, and added_tokens.json beside tokenizer.model; {fix}")
     if config.get("legacy") is False:
-        raise UserError(f"{path} says legacy=false, and {src} has no tokenizer.json; {mend}")
+        raise UserError(f"{path} says legacy=false, and {src} has no tokenizer.json; {fix}")
     write_tokenizer_json(
         src / "tokenizer.model",
         dst,
@@ -59,18 +59,18 @@ def bring_tokenizer(src: Path, dst: Path) -> None:
 
 
 def require_tokenizer(directory: Path) -> None:
-    """Raises UserError unless `directory` has a `tokenizer.json`, the form that all of our readers share."""
+    """Raises UserError unless `directory` has a `tokenizer.json`, which all of our code reads."""
     if not (directory / "tokenizer.json").is_file():
         raise no_tokenizer_json(directory)
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds any of the files that a tokenizer may be made of."""
+    """Whether a directory holds any file from which a tokenizer can be loaded."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def token_ids(directory: Path, where: str | Path | None = None) -> set[int]:
-    """All token ids that `tokenizer.json` can produce, added tokens among them. `where` names it in messages."""
+    """All token ids of `tokenizer.json`, with those of added tokens. `where` names the directory in messages."""
     path = directory / "tokenizer.json"
     raw = read_model_json(path)
     path = Path(where or directory) / "tokenizer.json"

@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json: read as far as it is plain LoRA, and written. What is more than that is refused by name.
+"""Reads and writes PEFT's adapter_config.json for plain LoRA. Any other option is refused by name.
 
-A field is read here, or known not to change the computation, or refused unless it is empty. So an option that a later
-PEFT invents is refused until somebody has looked at it.
+Every field is either read, or known not to change the computation, or refused unless it is empty. So an option of a
+later PEFT is refused until it has been reviewed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transllm_jax.model.lora import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Before Hugging Face's own name of a tensor, in every file that PEFT writes.
+# PEFT writes this prefix before Hugging Face's own name of a tensor.
 PREFIX = "base_model.model."
 
 EMBED_MODULE = EMBEDDING.removesuffix(".weight")
 HEAD_MODULE = OUTPUT.removesuffix(".weight")
-# How an adapter names the two tables' modules; PEFT writes the embedding both ways.
+# The names that an adapter uses for the two tables' modules; PEFT writes both names of the embedding.
 _TABLES = {"embed_tokens": EMBED_MODULE, EMBED_MODULE: EMBED_MODULE, HEAD_MODULE: HEAD_MODULE}
 
-# Fields that do not change what is computed. EVA looks at data for A's first values only.
+# Fields that do not change what is computed. EVA uses data for the initial values of A only.
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -55,7 +55,7 @@ _READ = {
     "trainable_token_indices",
     "use_rslora",
 }
-# Fields that change the computation, the base, or how training goes on. Others are refused as unknown.
+# Fields that change the computation, the base, or further training, and why. All others are refused as unknown.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
@@ -76,19 +76,19 @@ _REFUSED = {
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
 }
-# Starts of training that leave the base as it is, and train A and B both.
+# Initialisations that leave the base unchanged and train both A and B.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MEND = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and take the merged model as the base"
-_MEND_START = "save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+_FIX = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and take the merged model as the base"
+_FIX_START = "save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says, checked. Modules have Hugging Face's full names without `.weight`.
+    """A checked adapter_config.json. Modules have Hugging Face's full names without `.weight`.
 
-    `targets` is the list of `target_modules`, None where a pattern stands for it and the file's tensors decide.
-    `saved` are the tables that are trained whole, `tokens` the ids of the rows that are trained alone, by table.
-    `tied`: the adapter keeps tied tables tied.
+    `targets` is the list of `target_modules`, or None if it is a pattern; then the file's tensors decide. `saved` are
+    the tables that were trained whole, and `tokens`, by table, the ids of rows that were trained alone. `tied`: the
+    adapter keeps tied tables tied.
     """
 
     rank: int
@@ -101,21 +101,21 @@ class PeftConfig:
     tied: bool
 
     def lora(self, targets: Sequence[str]) -> LoraConfig:
-        """Our form of it, for adapters on these layers (q, k, v, o, gate, up, down)."""
+        """Our config, for adapters on these layers (q, k, v, o, gate, up, down)."""
         return LoraConfig(self.rank, self.alpha, self.dropout, self.rslora, tuple(targets))
 
     def targeted(self, module: str) -> bool:
-        """Whether `target_modules` is a list that names the module, by its whole name or by the end of it."""
+        """Whether `target_modules` is a list with the module's whole name or the end of it."""
         return any(module == name or module.endswith(f".{name}") for name in self.targets or ())
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
-    """Read and check adapter_config.json. Raises UserError that lists every option that is not supported."""
+    """Read and check adapter_config.json. Raises UserError, which lists every option that is not supported."""
     raw = read_model_json(directory / CONFIG)
     where = directory / CONFIG
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind!r} is not supported, only 'LORA' is; {_MEND}")
+        raise UserError(f"{where}: peft_type {kind!r} is not supported, only 'LORA' is; {_FIX}")
     faults = _unsupported(raw)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
@@ -143,13 +143,13 @@ def read_peft_config(directory: Path) -> PeftConfig:
         f"both modules_to_save and trainable_token_indices name {name}" for name in sorted(saved & tokens.keys())
     ]
     if faults:
-        raise UserError(f"{where}: {'; '.join(faults)}; {_MEND}")
+        raise UserError(f"{where}: {'; '.join(faults)}; {_FIX}")
     config = PeftConfig(
         rank, float(alpha), float(dropout), flags["use_rslora"], targets, saved, tokens, flags["ensure_weight_tying"]
     )
     on_tables = [module for module in (EMBED_MODULE, HEAD_MODULE) if config.targeted(module)]
     if on_tables:
-        raise UserError(f"{where}: target_modules: LoRA on {' and '.join(on_tables)} is not supported; {_MEND}")
+        raise UserError(f"{where}: target_modules: LoRA on {' and '.join(on_tables)} is not supported; {_FIX}")
     return config
 
 
@@ -161,10 +161,10 @@ def make_peft_config(
     tokens: Mapping[str, list[int]],
     tied: bool = False,
 ) -> dict[str, Any]:
-    """The dictionary of adapter_config.json, for `PeftModel.from_pretrained` to use as it is.
+    """The dictionary of an adapter_config.json that `PeftModel.from_pretrained` reads.
 
-    Fields that have PEFT's default are left out, because versions of PEFT that do not know a field stop at it.
-    `tables` are those trained whole, `tokens` the ids of rows trained alone, `tied`: the tables are one.
+    Fields with PEFT's default are left out, because a version of PEFT that does not know a field fails on it. `tables`
+    were trained whole; `tokens` are, by table, the ids of rows that were trained alone; `tied`: the tables are tied.
     """
     raw: dict[str, Any] = {
         "peft_type": "LORA",
@@ -204,7 +204,7 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     start = raw.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         faults.append(
-            f"init_lora_weights={_short(start)} is not supported (it changes the base, or what trains); {_MEND_START}"
+            f"init_lora_weights={_short(start)} is not supported (it changes the base, or what trains); {_FIX_START}"
         )
     runtime = raw.get("runtime_config")
     if not _is_empty(runtime) and not (isinstance(runtime, dict) and runtime.keys() == {"ephemeral_gpu_offload"}):
@@ -215,7 +215,7 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _targets(value: Any, faults: list[str]) -> tuple[str, ...] | None:
-    """The list of module names. A pattern is not run: one from a stranger can take forever."""
+    """The list of module names, or None. A pattern is never run, because one from a stranger could take forever."""
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return tuple(value)
     if not isinstance(value, str) or not value:

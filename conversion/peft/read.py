@@ -1,4 +1,4 @@
-"""An adapter that PEFT trained, read as what we train: LoRA's factors and rows of the vocabulary."""
+"""Reads an adapter that PEFT trained as our trainable arrays: LoRA's factors and rows of the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from conversion.hf.safetensors_io import DTYPES, Entry, count_not_finite, read_header, read_tensor
 from conversion.merged import Merged
 from conversion.names import KERNELS, collapse, kernel_shapes
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import PREFIX, WEIGHTS, PeftConfig, read_peft_config
 from conversion.peft.tables import Tables
 from transllm_jax.errors import UserError
@@ -23,11 +23,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter in our form.
+    """An adapter as our trainable arrays.
 
-    `trainable` is float32: for each layer kind in `lora.targets` `PATH.a` [L, in, R] and `PATH.b` [L, R, out]; with n
-    `new_rows` `vocabulary.new` [n, D]; where base rows were trained `vocabulary.base_trained` [V, D]; and of an untied
-    model `vocabulary.output_new` and `vocabulary.output_base_trained` as well. `tokenizer_dir` is the adapter's
+    `trainable` is float32: `PATH.a` [L, in, R] and `PATH.b` [L, R, out] for each kind of layer in `lora.targets`;
+    `vocabulary.new` [n, D] if there are n `new_rows`; `vocabulary.base_trained` [V, D] if base rows were trained; for
+    an untied model also `vocabulary.output_new` and `vocabulary.output_base_trained`. `tokenizer_dir` is the adapter's
     directory if it has a tokenizer.
     """
 
@@ -37,12 +37,12 @@ class PeftAdapter:
     tokenizer_dir: Path | None
 
 
-def read_peft(adapter_dir: str | Path, base: Opened) -> PeftAdapter:
-    """Read the directory of a LoRA adapter that was trained on `base`, as PEFT's `save_pretrained` writes it.
+def read_peft(adapter_dir: str | Path, base: OpenedModel) -> PeftAdapter:
+    """Read the directory of a LoRA adapter that was trained on `base` and saved by PEFT's `save_pretrained`.
 
-    Raises UserError for options that are not supported, and for tensors that are missing, extra, misshapen, of another
-    type than F32, F16 and BF16, or not finite (all listed); for vocabulary rows that the base's tables cannot take;
-    and for a pickle file.
+    Raises UserError for options that are not supported; for tensors that are missing, extra, of the wrong shape, not
+    F32, F16 or BF16, or not finite (all are listed); for vocabulary rows that do not fit the base's tables; and for a
+    pickle file.
     """
     directory = Path(adapter_dir)
     config = read_peft_config(directory)
@@ -79,13 +79,13 @@ def read_peft(adapter_dir: str | Path, base: Opened) -> PeftAdapter:
     )
 
 
-def open_peft(adapter: PeftAdapter, base: Opened) -> Merged:
+def open_peft(adapter: PeftAdapter, base: OpenedModel) -> Merged:
     """The base with the adapter merged, read tensor by tensor. Raises UserError if it does not fit the base."""
     return Merged(base, adapter.trainable, adapter.lora.scale)
 
 
 class _Adapters:
-    """LoRA's tensors of an adapter file: `shapes` of those that there have to be, and `faults` of the others."""
+    """LoRA's tensors in an adapter file. `shapes` are those that must be there; `faults` are messages about others."""
 
     def __init__(self, config: LlamaConfig, peft: PeftConfig, entries: dict[str, Entry]) -> None:
         self.entries = entries
@@ -95,7 +95,7 @@ class _Adapters:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.faults: list[str] = []
         self.paths: list[str] = []
-        partly = []
+        without_adapter = []
         for path, (size_in, size_out) in self.sizes.items():
             targeted = [peft.targeted(_module(path, layer)) for layer in range(self.layers)]
             present = [any(name in entries for name in self._pair(path, layer)) for layer in range(self.layers)]
@@ -109,14 +109,15 @@ class _Adapters:
                     a, b = self._pair(path, layer)
                     self.shapes |= {a: (self.rank, size_in), b: (size_out, self.rank)}
                 else:
-                    partly.append(_module(path, layer))
-        if partly:
-            self.faults.append(f"without an adapter, which other layers have: {collapse(partly)}; all have to have one")
+                    without_adapter.append(_module(path, layer))
+        if without_adapter:
+            listed = collapse(without_adapter)
+            self.faults.append(f"without an adapter, which other layers have: {listed}; every layer must have one")
         if not self.paths:
             self.faults.append("target_modules names no linear layer of this model")
 
     def read(self) -> dict[str, np.ndarray]:
-        """a [L, in, R] and b [L, R, out] of each kind of layer, in float32."""
+        """`PATH.a` [L, in, R] and `PATH.b` [L, R, out] for each kind of layer, in float32."""
         arrays = {}
         for path in self.paths:
             pairs = [self._pair(path, layer) for layer in range(self.layers)]
@@ -148,7 +149,7 @@ def _open(directory: Path) -> dict[str, Entry]:
 
 
 def _listed(names: Collection[str]) -> str:
-    """The tensors without PEFT's prefix, the layers of one kind together; a name without the prefix is said to be."""
+    """The names without PEFT's prefix, layers of one kind together; names that lack the prefix are marked."""
     with_prefix = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     without = [f"{name} (without the prefix {PREFIX})" for name in sorted(names) if not name.startswith(PREFIX)]
     return ", ".join([collapse(with_prefix), *without] if with_prefix else without)

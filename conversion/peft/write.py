@@ -1,4 +1,4 @@
-"""What was trained, written as an adapter that PEFT loads: LoRA, and the vocabulary's rows beside it."""
+"""Writes what was trained as an adapter that PEFT loads: LoRA, and rows of the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conversion.hf.safetensors_io import SINGLE, dtype_of, write_tensors
 from conversion.hf.tokenizer_files import copy_tokenizer, require_tokenizer
 from conversion.merged import Merged
 from conversion.names import EMBEDDING, KERNELS, OUTPUT, Tensor, kernel_shapes, to_hf
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG, PREFIX, WEIGHTS, make_peft_config
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
@@ -28,7 +28,7 @@ _NEW = {EMBEDDING: "vocabulary.new", OUTPUT: "vocabulary.output_new"}
 
 def write_peft(
     dst: str | Path,
-    base: Opened,
+    base: OpenedModel,
     trainable: Mapping[str, np.ndarray],
     lora: LoraConfig,
     *,
@@ -38,27 +38,27 @@ def write_peft(
     rows: Rows | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and the tokenizer of what was trained on `base`.
+    """Write adapter_config.json, adapter_model.safetensors and the tokenizer for what was trained on `base`.
 
     To load it with n new rows: `base.resize_token_embeddings(V + n)`, then `PeftModel.from_pretrained(base, dst)`;
-    PEFT knows no way without the resize. `trainable` is that of `Merged`; `base_model` is the name or path under which
+    PEFT cannot load it without the resize. `trainable` is that of `Merged`; `base_model` is the name or path by which
     PEFT finds the base. Values are rounded once to `dtype`.
 
-    `rows` says how the vocabulary is stored. "tokens": new rows only (`trainable_token_indices`, PEFT 0.15 and later).
+    `rows` is how the vocabulary is stored. "tokens": new rows only (`trainable_token_indices`, PEFT 0.15 and later).
     "tables": whole tables (`modules_to_save`), which earlier versions read too; tied tables are stored twice, and only
-    PEFT versions with `ensure_weight_tying` still tie them after merging. Without a choice it is "tokens", or "tables"
-    where base rows were trained, which only tables can express.
+    PEFT versions with `ensure_weight_tying` still tie them after merging. The default is "tokens", or "tables" if base
+    rows were trained, which "tokens" cannot express.
 
     Atomic. Raises UserError if `dst` is not empty and `overwrite` is false, if the arrays do not fit the base or are
-    not finite, if the tokenizer does not have one token for each new row (rows of 0 at the end aside), and for `rows`
-    that cannot express them.
+    not finite, if the tokenizer does not have one token for each new row (except rows of 0 at the end), and if `rows`
+    cannot express what was trained.
     """
     target = dtype_of(dtype)
     merged = Merged(base, trainable, lora.scale, merge_adapters=False)
     config, size = base.config, base.config.vocab_size
     adapters = _adapters(merged, lora)
     if not adapters:
-        raise UserError("no layer has an adapter, and PEFT loads no directory without one; export the merged model")
+        raise UserError("no layer has an adapter, which PEFT needs to load a directory; export the merged model")
     ends = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, OUTPUT]
     base_trained = any(path in merged.trainable for path in BASE_ROWS)
     if rows == "tokens" and base_trained:
@@ -75,7 +75,7 @@ def write_peft(
             table.append(Tensor(row_name, _NEW[name], shape))
         raw = make_peft_config(lora, base_model, tokens={_module(name): ids for name in ends})
     else:
-        # Both modules of a tied model as well: PEFT asks for both, and versions that cannot tie them need both.
+        # Both modules, even of a tied model: PEFT expects both, and versions that cannot tie them need both.
         for name in (EMBEDDING, OUTPUT):
             table.append(Tensor(f"{PREFIX}{name}", "", (size + merged.new_rows, config.hidden_size)))
         modules = [_module(EMBEDDING), _module(OUTPUT)]
@@ -100,7 +100,7 @@ def write_peft(
 
 
 def _adapters(merged: Merged, lora: LoraConfig) -> list[Tensor]:
-    """LoRA's tensors as PEFT names and shapes them: A [R, in], B [out, R]."""
+    """LoRA's tensors with PEFT's names and shapes: A [R, in], B [out, R]."""
     table = []
     adapted = {path.removesuffix(".a") for path in merged.trainable if path.endswith(".a")}
     if adapted != {path for path in KERNELS if path.rpartition(".")[2] in lora.targets}:

@@ -23,11 +23,11 @@ from tiny_tokenizer import build_tiny_tokenizer
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import chat, dry_run
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.token_cost import Cost, cost_table
+from transllm_jax.evaluation.token_cost import TokenCost, cost_table
 from transllm_jax.generation.chain import Answer
 from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Phases, Progress, plain_console
-from transllm_jax.stages.training import say_left_out
+from transllm_jax.stages.training import part_of
 from transllm_jax.storage import open_workdir
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,9 @@ def test_bars(terminal: bool) -> None:
 def test_what_a_source_is_called() -> None:
     voice: Any = Voice()
     run: Any = SimpleNamespace(progress=voice)
-    say_left_out(run, "pretrain", ODD, 3, {ODD: 1})
+    rows: Any = SimpleNamespace(counts={"items": 3, "too short": 1})
+    source: Any = SimpleNamespace(path=ODD)
+    part_of(run, "pretrain", "1 text", source, rows, None)
     summary = {"items": 1, "tokens": 2, "rows": 3, "padded_fraction": 0.5}
     batches = SimpleNamespace(epoch=lambda steps: {ODD: 1.0}, shares={ODD: 1.0})
     config = SimpleNamespace(optimizer=SimpleNamespace(steps=1))
@@ -92,7 +94,7 @@ def test_what_a_source_is_called() -> None:
         config=config,
     )
     voice.console.print(dry_run._sources(job))
-    assert voice.said.count(ODD) == 3
+    assert voice.said.count(ODD) == 2
 
 
 def test_goals_and_a_conversation(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_a_name_that_is_hard_to_print(tmp_path: Path, tiny_model: Path, transllm
 
 def test_a_cost() -> None:
     voice = Voice()
-    cost = Cost(1, 1, 1, 1)
+    cost = TokenCost(1, 1, 1, 1)
     voice.say(cost_table([(ODD, ODD, cost, cost)]))
     assert voice.said.count(ODD) == 2
 

@@ -195,7 +195,7 @@ def test_templates_that_cannot_be_trained_on(tiny: Tokenizer) -> None:
     assert len(encode_conversation(with_template(tiny, FORGETFUL), TURNS)) == 2
     with pytest.raises(UserError, match="no chat template"):
         render(with_template(tiny, None), TURNS)
-    with pytest.raises(UserError, match="writes another text before an answer"):
+    with pytest.raises(UserError, match="writes a text before an answer that differs"):
         encode_conversation(with_template(tiny, FORGETFUL.replace("prompt %}", "prompt %}Say: ")), TURNS)
     with pytest.raises(UserError, match="ends an answer without a special token"):
         plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"

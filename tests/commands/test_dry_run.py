@@ -22,7 +22,7 @@ from transllm_jax.config import load_config
 from transllm_jax.disk import sha256_of
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pipeline, pretrain, transfer, translate
+from transllm_jax.stages import pipeline, pretrain, steps, transfer, translate
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, Part, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def rows_shown(section: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_rows_are_the_first_that_are_trained_on_with_the_loss_marked(planned: Planned, stage: str) -> None:
-    job, tokenizer = planned.jobs[stage], planned.run.tokenizer("vocabulary")
+    job, tokenizer = planned.jobs[stage], planned.run.models.tokenizer("vocabulary")
     found = rows_shown(planned.section(stage))
     assert len(found) == 10
     for number, (source, text) in enumerate(found):
@@ -201,7 +201,7 @@ def test_what_follows_begins_from_what_was_made(
     monkeypatch.setattr(pipeline, "_do", lambda _, step, *__, **___: begun.append(step.name))
     code, _ = transllm("run", planned.config)
     assert code == 0
-    assert begun == [name for name in pipeline.NAMES if name not in ("base", "vocabulary")]
+    assert begun == [name for name in steps.NAMES if name not in ("base", "vocabulary")]
 
 
 @pytest.mark.parametrize("option", ["--until=pretrain", "--force=pretrain", "--profile=3"])

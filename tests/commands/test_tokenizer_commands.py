@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.disk import parse_size
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.token_cost import Cost, costs, cut, example_words
+from transllm_jax.evaluation.token_cost import TokenCost, costs, cut, example_words
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -142,8 +142,8 @@ def test_options_that_no_file_has_a_use_for(tmp_path: Path, command: Command, ba
     rows = _as_records(tmp_path / "a.jsonl", ["ภาษาไทย", "ประเทศไทย"], "text")
     expand = ("expand", base, "{}", tmp_path / "out", "--size", 10, "--language", "th")
     for file, options, said in (
-        (corpus, ("--field", "text"), "--field text is of records (.jsonl, .json, .parquet), and no file is one"),
-        (rows, ("--lines",), "--lines is of text in lines, and all files are records: leave it out"),
+        (corpus, ("--field", "text"), "--field text is for records (.jsonl, .json, .parquet), and no file has any"),
+        (rows, ("--lines",), "--lines is for text in lines, and all files have records: leave it out"),
         (rows, ("--field", "content"), "a.jsonl:1 has no field 'content' (it has: id, text)"),
     ):
         code, printed = command(*(file if part == "{}" else part for part in expand), *options)
@@ -177,7 +177,7 @@ def test_expand_says_where_the_converter_of_llama_cpp_has_to_be_told(
         code, printed = command(
             *("expand", base, text, tmp_path / cuts, "--size", 24, "--language", "ru", "--cuts", cuts)
         )
-        assert code == 0 and "tell it there (get_vocab_base_pre)" in printed
+        assert code == 0 and "add this one to its get_vocab_base_pre" in printed
 
 
 def test_autotokenizer_loads_what_expand_writes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
@@ -202,7 +202,7 @@ def test_letters_that_the_base_cannot_give_back_are_named(
         options = ("--size", 120, "--language", "th", "--force")
         code, printed = command("expand", tmp_path / name, corpus, tmp_path / "out", *options)
         assert code == 0, printed
-        assert ("makes other letters of ำ (U+0E33)" in printed) == said
+        assert ("replaces ำ (U+0E33) by other letters" in printed) == said
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path, command: Command, base: Path, corpus: Path) -> None:
@@ -371,8 +371,8 @@ def test_a_curve_in_a_table_and_a_picture(tmp_path: Path, command: Command, base
     [
         (["--curve", "10"], "give --language and --corpus, too"),
         (["--language", "th"], "what --curve learns from"),
-        (["--curve", "10,x", "--corpus", "FILE", "--language", "th"], "'x' is no number of tokens"),
-        (["--curve", "0", "--corpus", "FILE", "--language", "th"], "'0' is no number of tokens"),
+        (["--curve", "10,x", "--corpus", "FILE", "--language", "th"], "'x' is not a number of tokens"),
+        (["--curve", "0", "--corpus", "FILE", "--language", "th"], "'0' is not a number of tokens"),
         (["--out", "a.jpg"], ".png, .svg, .pdf"),
         (["--out", "none/a.png"], "is not a directory"),
         (["--base", "nowhere/"], "does not exist"),
@@ -398,7 +398,7 @@ def test_costs_are_counts(base: Path) -> None:
     texts = ["ab ภา\u00a0x", "", "<|im_end|> two\nlines"] * 200  # several batches
     (found,) = costs([tokenizer], texts)
     ids = sum(len(tokenizer.encode(text, specials=False)) for text in texts)
-    assert found == Cost(ids, 200 * (7 + 20), 200 * (7 + 5 + 20), 200 * (3 + 3))
+    assert found == TokenCost(ids, 200 * (7 + 20), 200 * (7 + 5 + 20), 200 * (3 + 3))
     assert (found.per_character, found.per_byte, found.per_word) == (ids / 5400, ids / 6400, ids / 1200)
 
 

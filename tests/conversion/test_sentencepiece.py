@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conversion.hf.sentencepiece_tokenizer import build_tokenizer, write_tokenizer_json
-from conversion.hf.tokenizer_files import bring_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer
 from transllm_jax.errors import UserError
 
 spm = pytest.importorskip("sentencepiece")
@@ -171,12 +171,12 @@ def test_what_the_config_puts_around_a_text(tmp_path: Path) -> None:
         (tmp_path / "src/tokenizer_config.json").write_text(json.dumps(config))
         out = tmp_path / f"out{bos}{eos}"
         out.mkdir()
-        bring_tokenizer(tmp_path / "src", out)
+        copy_or_make_tokenizer(tmp_path / "src", out)
         theirs = AutoTokenizer.from_pretrained(tmp_path / "src")
         ours = Tokenizer.from_file(str(out / "tokenizer.json"))
         for pair in (("the cat",), ("the cat", "the")):
             assert ours.encode(*pair).ids == theirs(*pair).input_ids, (config, pair)
-    with pytest.raises(UserError, match=r"no EOS piece; say add_eos_token: false"):
+    with pytest.raises(UserError, match=r"no EOS piece; set add_eos_token: false"):
         write_tokenizer_json(train(tmp_path, eos_id=-1), tmp_path, add_eos=True)
 
 

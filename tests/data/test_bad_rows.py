@@ -19,7 +19,7 @@ from transllm_jax.data.read.headers import is_header
 from transllm_jax.data.read.shards import Item, Reading, shards
 from transllm_jax.data.read.sources import read_pairs
 from transllm_jax.data.rows import token_cache
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
@@ -65,7 +65,9 @@ def test_a_header_is_no_pair_by_default(tmp_path: Path) -> None:
     path.write_text("\ufeff" + PAIRS, encoding="utf-8")
     (shard,) = shards(Reading(str(path), "pairs"), hash_of)
     for read in (lambda: list(shard.items(Collector("refuse"))), lambda: read_pairs(path)):
-        with pytest.raises(UserError, match=r"a\.tsv:1 names the columns \('English' and 'Thai'\) and is no pair: rem"):
+        with pytest.raises(
+            UserError, match=r"a\.tsv:1 names the columns \('English' and 'Thai'\) and is not a pair: rem"
+        ):
             read()
     # Elsewhere than in the first line, these words are a pair.
     path.write_text("a\tb\nEnglish\tThai\n", encoding="utf-8")
@@ -213,7 +215,7 @@ def tokens_of(path: Path, tokenizer: Tokenizer, cache: Path, content: Content, *
     found = shards(Reading(str(path), content, on_bad_rows="skip"), hash_of)
     transform = Transform(content, 32)
     made = tokenise(found, transform, tokenizer, "refuse", cache, on_bad_rows="skip", **more)
-    return PlannedRows(made, Choice(32), cache)
+    return PlannedRows(made, Selection(32), cache)
 
 
 def test_counts_and_rows_come_back_from_the_cache(

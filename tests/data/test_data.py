@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,13 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.read.sources import check_no_special, read_documents, read_jsonl, read_pairs
 from transllm_jax.data.rows.examples import (
-    conversation_examples,
     conversation_rows,
-    document_example,
     document_examples,
     make_example,
-    pair_examples,
-    translation_examples,
+    pair_texts,
+    whole_text,
 )
+from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -235,39 +235,34 @@ class WithBos:
 
 
 def test_a_document_ends_with_its_end_and_its_bos_is_not_trained(tokenizer: Tokenizer) -> None:
-    example = document_example(tokenizer, THAI)
+    example = whole_text(tokenizer, tokenizer.encode(THAI))
     assert example.ids.tolist() == [*tokenizer.encode(THAI), tokenizer.document_end_id]
     assert example.mask.all()
     assert (example.ids.dtype, example.mask.dtype) == (np.int32, np.uint8)
-    with_bos = document_example(WithBos(), "ab")
+    with_bos = whole_text(WithBos(), WithBos().encode("ab"))
     assert with_bos.ids.tolist() == [1, 107, 108, 2]
     assert with_bos.mask.tolist() == [0, 1, 1, 1]
 
 
 def test_long_documents_are_split_and_lose_nothing() -> None:
-    examples, report = document_examples(WithBos(), ["a" * 20, "b", "c" * 6], 8)
-    assert report.documents == 3 and report.examples == len(examples) == 5 and report.split == 1
-    assert report.tokens == sum(map(len, examples))
-    assert max(map(len, examples)) == 8
+    examples = document_examples(WithBos(), ["a" * 20, "b", "c" * 6], 8)
+    assert len(examples) == 5 and max(map(len, examples)) == 8
     joined = np.concatenate([examples[0].ids, *(e.ids[1:] for e in examples[1:3])])
-    assert joined.tolist() == document_example(WithBos(), "a" * 20).ids.tolist()
+    assert joined.tolist() == whole_text(WithBos(), WithBos().encode("a" * 20)).ids.tolist()
     assert [e.ids[-1] for e in examples] == [107, 107, 2, 2, 2]
 
 
-def test_pairs_give_both_directions(tokenizer: Tokenizer) -> None:
-    there, back = pair_examples(tokenizer, "good day", THAI)
-    end = tokenizer.document_end_id
-    assert there.ids.tolist() == [*tokenizer.encode(f"<EN>good day<TH>{THAI}"), end]
-    assert back.ids.tolist() == [*tokenizer.encode(f"<TH>{THAI}<EN>good day"), end]
-    assert there.mask.all() and back.mask.all()
-    assert pair_examples(WithBos(), "a", "b")[0].mask.tolist() == [0] + [1] * 11
+def test_pairs_give_both_directions() -> None:
+    assert pair_texts("good day", THAI) == (f"<EN>good day<TH>{THAI}", f"<TH>{THAI}<EN>good day")
 
 
 def test_pairs_that_are_too_long_are_counted(tokenizer: Tokenizer) -> None:
     pairs = [("good day", "ดี"), ("a long text " * 30, "ยาว"), ("two", "สอง")]
-    examples, report = translation_examples(tokenizer, pairs, 64)
-    assert (report.pairs, report.examples, report.dropped) == (3, 4, 2)
-    assert [e.ids.tolist() for e in examples[:2]] == [e.ids.tolist() for e in pair_examples(tokenizer, *pairs[0])]
+    counts = Counter[str]()
+    made = Transform("pairs", 64).made(tokenizer, pairs, counts)
+    assert [len(one.examples) for one in made] == [2, 0, 2] and counts["longer than a row"] == 1
+    for text, example in zip(pair_texts(*pairs[0]), made[0].examples, strict=True):
+        assert example.ids.tolist() == [*tokenizer.encode(text), tokenizer.document_end_id] and example.mask.all()
 
 
 def conversation(*contents: str) -> list[dict[str, str]]:
@@ -289,10 +284,12 @@ def test_long_conversations_are_cut_at_a_turn_and_counted(tokenizer: Tokenizer) 
     long = conversation("one", "first.", "two", "second. " * 100)
     hopeless = conversation("one " * 200, "first.")
     unanswered = conversation("one", "first.", "two")
-    examples, report = conversation_examples(tokenizer, [short, long, hopeless, unanswered], 120)
-    assert (report.kept, report.cut, report.dropped) == (1, 2, 1)
-    assert report.tokens == sum(map(len, examples))
-    assert len(examples) == 3 and all(len(e) <= 120 for e in examples)
+    counts = Counter[str]()
+    made = Transform("conversations", 120).made(tokenizer, [short, long, hopeless, unanswered], counts)
+    assert [len(one.examples) for one in made] == [1, 1, 0, 1]
+    assert (counts["cut at a turn"], counts["longer than a row"]) == (2, 1)
+    examples = [example for one in made for example in one.examples]
+    assert all(len(e) <= 120 for e in examples)
     for example in examples:  # what is left of each is the short one
         np.testing.assert_array_equal(example.ids, examples[0].ids)
         np.testing.assert_array_equal(example.mask, examples[0].mask)

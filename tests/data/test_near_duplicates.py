@@ -17,9 +17,9 @@ from transllm_jax.data.clean.near_duplicates import (
     bands,
     exact_key,
     keep_first,
-    likeness,
     ngram_hashes,
     signature,
+    similarity,
 )
 from transllm_jax.errors import UserError
 
@@ -63,7 +63,7 @@ def test_the_estimate_is_that_of_the_exact_jaccard_index(length: int, share: flo
     pairs = [overlapping(rng, length, share) for _ in range(60)]
     exact = np.array([jaccard(a, b) for a, b in pairs])
     assert abs(exact.mean() - share) < 0.03  # the texts are what the test says: one n-gram of 33 more or less
-    errors = np.array([likeness(signature(a), signature(b)) for a, b in pairs]) - exact
+    errors = np.array([similarity(signature(a), signature(b)) for a, b in pairs]) - exact
     error = np.sqrt((exact * (1 - exact)).mean() / SIZE)
     # Unbiased, and no wider than SIZE independent hashes: 4 standard errors of the mean, and of the deviation.
     assert abs(errors.mean()) <= 4 * error / np.sqrt(len(pairs))
@@ -73,7 +73,7 @@ def test_the_estimate_is_that_of_the_exact_jaccard_index(length: int, share: flo
 def test_texts_with_nothing_in_common_agree_nowhere() -> None:
     rng = np.random.default_rng(0)
     some = signatures([random_thai(rng, int(n)) for n in rng.integers(1, 400, 150)])
-    alike = likeness(some[:, None], some[None, :])
+    alike = similarity(some[:, None], some[None, :])
     assert np.array_equal(alike, np.eye(len(some)))
 
 
@@ -88,16 +88,16 @@ def test_spaces_and_case_change_nothing_and_all_else_does() -> None:
 @pytest.mark.parametrize("length", [0, 1, N - 1, N, N + 1])
 def test_short_texts_are_like_themselves_only(length: int) -> None:
     text = "กขคงจฉชซฌญ"[:length]
-    assert likeness(signature(text), signature(text)) == 1
-    assert likeness(signature(text), signature(text + "ด")) <= 0.75  # N + 1 against N + 2 characters: 2 of 3 n-grams
+    assert similarity(signature(text), signature(text)) == 1
+    assert similarity(signature(text), signature(text + "ด")) <= 0.75  # N + 1 against N + 2 characters: 2 of 3 n-grams
     if length < N:
-        assert likeness(signature(text), signature(text + "ด")) == 0
+        assert similarity(signature(text), signature(text + "ด")) == 0
 
 
 def test_a_text_that_repeats_itself_has_the_signature_of_its_distinct_ngrams() -> None:
     one_gram = "ก" * N
     assert np.array_equal(signature("ก" * 5000), signature(one_gram))
-    assert likeness(signature("ก" * 5000), signature("ข" * 5000)) == 0
+    assert similarity(signature("ก" * 5000), signature("ข" * 5000)) == 0
     assert (signature("ก" * 5000) != 0xFFFFFFFF).all()  # no bin stays empty
 
 
@@ -174,7 +174,7 @@ def test_recall_at_the_threshold_is_that_of_the_estimate() -> None:
     second = np.where(rng.random((pairs, SIZE)) < 0.8, first, rng.integers(0, 1 << 32, (pairs, SIZE), np.uint32))
     both = np.concatenate([first, second])
     kept = keep_first(np.arange(2 * pairs, dtype=np.uint64), both, 0.8)
-    alike = likeness(first, second) >= 0.8
+    alike = similarity(first, second) >= 0.8
     assert kept.keep[:pairs].all()
     removed = ~kept.keep[pairs:]
     assert not (removed & ~alike).any()
@@ -183,7 +183,7 @@ def test_recall_at_the_threshold_is_that_of_the_estimate() -> None:
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
 def test_whatever_is_removed_has_a_like_one_before_and_no_two_that_stay_are_alike(threshold: float) -> None:
-    """Against all pairs, on signatures in clusters of every likeness."""
+    """Against all pairs, on signatures in clusters of every similarity."""
     rng = np.random.default_rng(4)
     centres = rng.integers(0, 1 << 32, (20, SIZE), np.uint32)
     some = centres[rng.integers(0, 20, 300)]
@@ -191,7 +191,7 @@ def test_whatever_is_removed_has_a_like_one_before_and_no_two_that_stay_are_alik
     some[250:] = some[:50]  # equal signatures of different texts
     some = some.astype(np.uint32)
     kept = keep_first(np.arange(300, dtype=np.uint64), some, threshold)
-    alike = likeness(some[:, None], some[None, :]) >= threshold
+    alike = similarity(some[:, None], some[None, :]) >= threshold
     count, width = bands(threshold)
     cut = (some[:, None] == some[None, :])[:, :, : count * width].reshape(300, 300, count, width)
     candidates = alike & cut.all(axis=3).any(axis=2)
@@ -219,7 +219,7 @@ def test_a_common_frame_is_compared_with_so_many_leaders_and_the_rest_is_counted
     some[99] = some[98]
     exact = np.arange(100, dtype=np.uint64)
     some[99, width:] += np.arange(SIZE - width, dtype=np.uint32) % np.uint32(width) == 0  # alike, no other band agrees
-    assert likeness(some[98], some[99]) >= 0.8
+    assert similarity(some[98], some[99]) >= 0.8
     found = keep_first(exact, some, 0.8)
     assert not found.keep[99] and found.keep[:99].all() and (found.near, found.unchecked) == (1, 0)
     # With 98 leaders, the last two are left and compared with each other by no band.

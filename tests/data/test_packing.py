@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transllm_jax.data.rows.batches import Ahead, Batch, Batches, Proportions
+from transllm_jax.data.rows.batches import Batch, Batches, Prefetcher, Proportions
 from transllm_jax.data.rows.examples import Example, split_example
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack, plan
 from transllm_jax.errors import UserError
@@ -257,7 +257,7 @@ def test_rows_of_hosts_are_the_batch(parts: int) -> None:
     for k in (0, 6):
         for hosts in (1, 2, 4):
             places = np.arange(8).reshape(parts, hosts, -1).swapaxes(0, 1).reshape(hosts, -1)
-            found = [batches.of_rows(k, own) for own in places]
+            found = [batches.select_rows(k, own) for own in places]
             assert {len(rows["tokens"]) for rows in found} == {8 // hosts}
             for name, values in batches[k].items():
                 for rows, own in zip(found, places, strict=True):
@@ -275,7 +275,7 @@ def test_rows_that_a_host_has_not_are_not_read(monkeypatch: pytest.MonkeyPatch) 
         return row(self, number)
 
     monkeypatch.setattr(PackedRows, "row", reading)
-    batches.of_rows(3, np.array([1, 6]))
+    batches.select_rows(3, np.array([1, 6]))
     assert read == batches.rows(3)[[1, 6], 1].tolist()
 
 
@@ -300,7 +300,7 @@ def test_ahead_gives_each_batch_and_makes_the_next_ones() -> None:
             third.set()
         return made(k)
 
-    ahead = Ahead(make, 8, depth=2)
+    ahead = Prefetcher(make, 8, depth=2)
     assert ahead[3]["tokens"] == 3  # a run that goes on begins anywhere
     assert third.wait(10), "batches 4 and 5 are made while nobody asks"
     assert [int(ahead[k]["tokens"][0]) for k in range(4, 8)] == [4, 5, 6, 7]
@@ -314,7 +314,7 @@ def test_ahead_raises_an_error_with_the_batch_that_it_is_of() -> None:
             raise UserError("damaged")
         return made(k)
 
-    ahead = Ahead(make, 9)
+    ahead = Prefetcher(make, 9)
     assert ahead[0]["tokens"] == 0 and ahead[1]["tokens"] == 1
     with pytest.raises(UserError, match="damaged"):
         ahead[2]
@@ -333,7 +333,7 @@ def test_ahead_closes_without_making_what_nobody_asked_for() -> None:
             assert go.wait(10)
         return made(k)
 
-    ahead = Ahead(make, 100, depth=5)
+    ahead = Prefetcher(make, 100, depth=5)
     ahead[0]
     assert asked.wait(10)
     threading.Timer(0.1, go.set).start()

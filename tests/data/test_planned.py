@@ -16,13 +16,20 @@ from tiny_tokenizer import build_tiny_tokenizer
 from transllm_jax.choices import Content
 from transllm_jax.config import Source
 from transllm_jax.data.clean.cleaning import Rules
-from transllm_jax.data.clean.near_duplicates import Kept
+from transllm_jax.data.clean.near_duplicates import Deduplicated
 from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
-from transllm_jax.data.rows.examples import Example, conversation_examples, document_examples, translation_examples
+from transllm_jax.data.rows.examples import (
+    Example,
+    conversation_rows,
+    document_examples,
+    make_example,
+    pair_texts,
+    whole_text,
+)
 from transllm_jax.data.rows.packing import FIELDS, PackedRows, pack
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import Preempted, UserError
@@ -45,7 +52,7 @@ def planned(
 ) -> PlannedRows:
     transform = transform or Transform("text", T)
     tokens = tokenise(shards, transform, tokenizer, "refuse", cache, processes=1)
-    return PlannedRows(tokens, Choice(transform.length, **choice), cache)
+    return PlannedRows(tokens, Selection(transform.length, **choice), cache)
 
 
 def written(directory: Path, *files: list[object]) -> list[Shard]:
@@ -89,15 +96,18 @@ def test_rows_are_those_of_packing_in_memory(
     items: list[Any] = items_of(shards)
     examples: list[Example]
     if content == "text":
-        examples, documents = document_examples(tokenizer, items, length)
-        assert documents.split == rows.counts["split"] > 0
+        examples = document_examples(tokenizer, items, length)
+        assert len(examples) > len(items) and rows.counts["split"] > 0
     elif content == "pairs":
-        examples, pairs = translation_examples(tokenizer, items, length)
+        texts = [text for pair in items for text in pair_texts(*pair)]
+        whole = [whole_text(tokenizer, tokenizer.encode(text)) for text in texts]
+        examples = [example for example in whole if len(example) <= length]
         # Counted by pairs; both directions of each are longer here.
-        assert pairs.dropped == 2 * rows.counts["longer than a row"] > 0
+        assert len(whole) - len(examples) == 2 * rows.counts["longer than a row"] > 0
     else:
-        examples, report = conversation_examples(tokenizer, items, length)
-        assert report.cut == rows.counts["cut at a turn"] > 0 and report.dropped == 0
+        made = [conversation_rows(tokenizer, item, length) for item in items]
+        examples = [make_example(row.ids, row.mask) for of_item, _ in made for row in of_item]
+        assert [how for _, how in made].count("cut") == rows.counts["cut at a turn"] > 0
     assert rows.counts["items"] == len(items) and rows.counts["examples"] == len(examples)
     assert_equal_rows(rows, pack(examples, length, window=window))
     assert sum(rows.bytes(number) for number in range(len(rows))) == rows.counts["bytes"] > 0
@@ -154,7 +164,7 @@ def test_what_was_left_out_is_nobodys_first(tmp_path: Path, tokenizer: Tokenizer
 
 
 def test_items_not_compared_are_counted(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     assert planned(some_shards(tmp_path / "data"), tokenizer, tmp_path / "cache").counts["unchecked"] == 3
 
 
@@ -234,7 +244,7 @@ def test_a_damaged_plan_is_the_users_and_named(tmp_path: Path, tokenizer: Tokeni
     for broken in (content[:-30], b"", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
         path.write_bytes(broken)
         with pytest.raises(
-            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again, it is made anew"
+            UserError, match=rf"{path.name} is damaged \(.+\): remove it and run again; it is made again"
         ):
             planned(shards, tokenizer, cache)
     path.unlink()
@@ -258,7 +268,7 @@ def test_rows_of_hosts_are_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> No
     for k in (5, 0, 17):
         whole = batches[k]
         for hosts in (1, 2, 4, 8):
-            parts = [batches.of_rows(k, places) for places in np.split(np.arange(8), hosts)]
+            parts = [batches.select_rows(k, places) for places in np.split(np.arange(8), hosts)]
             for name, values in whole.items():
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
         assert batches.rows(k)[:, 0].tolist() == whole["sources"].tolist()
@@ -281,10 +291,10 @@ class FakeRun:
     """What a stage's sources need of a run."""
 
     def __init__(self, tokenizer: Tokenizer, directory: Path) -> None:
-        self.token_cache, self.said, self.stopped = directory / "cache", list[str](), False
-        self.markers, self.evaluation_texts, self.config = MARKERS, None, SimpleNamespace(seed=1)
-        self.tokenizer = lambda point: tokenizer
-        self.shards = lambda source: shards_of(Path(source.path))
+        self.said, self.stopped, self.markers = list[str](), False, MARKERS
+        self.config = SimpleNamespace(seed=1, token_cache=str(directory / "cache"))
+        self.models = SimpleNamespace(tokenizer=lambda point: tokenizer)
+        self.inputs = SimpleNamespace(shards=lambda source: shards_of(Path(source.path)), evaluation_texts=None)
         self.ledger = SimpleNamespace(spend=lambda what: nullcontext())
         bar = SimpleNamespace(update=lambda done, note: None)
         self.progress = SimpleNamespace(
@@ -293,7 +303,7 @@ class FakeRun:
         self.interrupt = SimpleNamespace(check=self.check)
         self.bad_rows = BadRows(lambda place: place, directory, self.said.append)
         # Of one process, whose disk is its own.
-        self.site, self.tokens_are_shared = SimpleNamespace(mirrored=False, place=None), False
+        self.site = SimpleNamespace(mirrored=False, place=None, shares=lambda directory: False)
 
     def check(self, where: str) -> None:
         if self.stopped:
@@ -321,7 +331,7 @@ def test_a_stage_says_why_nothing_is_left(fake_run: Any, tmp_path: Path) -> None
 def test_a_stage_says_what_was_not_compared(fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(tmp_path / "data" / "*.txt"), cleaning={"contamination": False})
     assert left_out(planned_rows(fake_run, "pretrain", source, T)) == {} and fake_run.said == []
-    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Kept(np.ones(len(exact), bool), 0, 0, 3))
+    monkeypatch.setattr(module, "keep_first", lambda exact, *_: Deduplicated(np.ones(len(exact), bool), 0, 0, 3))
     planned_rows(fake_run, "pretrain", source, T + 1)
     assert len(fake_run.said) == 1 and "pretrain: 3 items of" in fake_run.said[0]
 

@@ -165,7 +165,7 @@ def test_records_are_documents(corpus: list[Path], tmp_path: Path, monkeypatch: 
     lines.write_text("".join(json.dumps({"data": {"text": text}}) + "\n" for text in texts))
     table = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([{"data": {"text": text}} for text in texts]), table, compression="none")
-    monkeypatch.setattr(files, "_TOLD_LINES", 10)
+    monkeypatch.setattr(files, "_LINES_PER_UPDATE", 10)
     wanted = sample_documents([plain], max_bytes=4000)
     assert (wanted.report.too_long, wanted.report.normalised) == (1, 1)
     for path in (lines, table):
@@ -210,7 +210,7 @@ def test_a_pass_that_was_cut_off_goes_on(corpus: list[Path], tmp_path: Path, rea
 
     # `at` is told every so many lines: in small files never, so the stop comes from a file's own lines.
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files, "_TOLD_LINES", 1)
+        patch.setattr(files, "_LINES_PER_UPDATE", 1)
         sample_documents(corpus, max_bytes=9000, cache=cache, on_progress=stop)
     assert read_files == ["part0.txt", "part1.txt", "part2.txt"]
     assert len(list(cache.glob("part-*"))) == 2 and not list(cache.glob("sample-*"))
@@ -249,7 +249,7 @@ def test_what_was_kept_is_for_one_state_of_a_file_and_one_question(
 
 
 def test_progress_is_told_in_bytes_of_the_files(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_TOLD_LINES", 10)
+    monkeypatch.setattr(files, "_LINES_PER_UPDATE", 10)
     total = sum(path.stat().st_size for path in corpus)
     for processes in (1, 2):
         told: list[tuple[int, int]] = []
@@ -269,13 +269,13 @@ from transllm_jax.data.read import sample
 from transllm_jax.data.read.files import Place
 from transllm_jax.errors import UserError
 
-def endless(path, reading, collector, *, at, **options):
+def endless(path, reading, collector, *, on_read, **options):
     Path(f"{path}.note").write_text(str(os.getpid()))
     if sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
         time.sleep(0.05)
-        at(0)
+        on_read(0)
         yield "a text", Place(str(path), 1)
 
 sample.iter_texts = endless
@@ -309,7 +309,7 @@ def test_no_process_outlives_one_that_was_killed(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
     asking = parent(tmp_path, "killed", stderr=subprocess.PIPE)
     errors = asking.communicate(timeout=60)[1]
-    assert "a process was killed, most likely as memory ran out: run again, with more memory" in errors
+    assert "a process was killed, most likely because memory ran out: run again, with more memory" in errors
     assert "Traceback" not in errors
 
 

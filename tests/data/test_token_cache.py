@@ -337,7 +337,7 @@ def test_a_damaged_shard_is_the_users_and_named(tmp_path: Path, tokenizer: Token
     [shard] = some_shards(tmp_path / "data", files=1)
     tokens = written(tmp_path, shard, TEXT, tokenizer)
     records = tokens.path.with_suffix(".array_record")
-    message = rf"{tokens.path.name} is damaged \(.*\): remove it and run again, it is made anew from part-0.txt$"
+    message = rf"{tokens.path.name} is damaged \(.*\): remove it and run again; it is made again from part-0.txt$"
     everything = list(range(len(tokens)))
     wanted = tokens.examples(everything)
 

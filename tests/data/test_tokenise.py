@@ -16,7 +16,7 @@ from processes import alive, wait_for
 from tiny_shards import shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
-from transllm_jax.data.pool import cores, share_out
+from transllm_jax.data.pool import cores, run_in_processes
 from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows import tokenise as module
 from transllm_jax.data.rows.token_cache import ShardTokens
@@ -91,7 +91,7 @@ def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path, tokenizer
     told: list[tuple[int, int]] = []
     run(shards, tokenizer, tmp_path / "one")
     tokens = tokenise(
-        shards, TEXT, tokenizer, "refuse", tmp_path / "two", processes=2, tell=lambda *now: told.append(now)
+        shards, TEXT, tokenizer, "refuse", tmp_path / "two", processes=2, on_progress=lambda *now: told.append(now)
     )
     one, two = ({name: content for name, (_, content) in states(tmp_path / name).items()} for name in ("one", "two"))
     assert one == two and len(one) == 6
@@ -123,7 +123,7 @@ def test_an_interrupt_leaves_whole_shards(
             raise Stop
 
     with pytest.raises(Stop):
-        tokenise(shards, TEXT, tokenizer, "refuse", tmp_path / "cache", tell=tell, processes=processes)
+        tokenise(shards, TEXT, tokenizer, "refuse", tmp_path / "cache", on_progress=tell, processes=processes)
     left = states(tmp_path / "cache")
     assert 2 <= len(left) <= 6 and not [name for name in left if name.endswith(".partial")]
     run(shards, tokenizer, tmp_path / "cache")
@@ -171,8 +171,12 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_closed_terminal_ends_no_process_of_a_pool_by_itself() -> None:
     done: list[int] = []
-    share_out(
-        signal.raise_signal, [signal.SIGHUP], 1, tell=lambda items, count: done.extend(items), lost="it was killed"
+    run_in_processes(
+        signal.raise_signal,
+        [signal.SIGHUP],
+        1,
+        on_progress=lambda items, count: done.extend(items),
+        if_killed="it was killed",
     )
     assert done == [signal.SIGHUP]
 
@@ -200,7 +204,7 @@ def test_an_error_in_a_process_is_told_with_its_place(tmp_path: Path, tokenizer:
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path, tokenizer: Tokenizer, strange: ModuleType) -> None:
     shards = [strange.Strange("a", "killed"), strange.Strange("b", "killed")]
-    with pytest.raises(UserError, match="was killed, most likely as memory ran out: whole shards stay; run again"):
+    with pytest.raises(UserError, match="was killed, most likely because memory ran out: whole shards stay; run again"):
         run(shards, tokenizer, tmp_path / "cache", processes=2)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax._src.clusters import cloud_tpu_cluster
 
 from transllm_jax.errors import UserError
-from transllm_jax.hosts.connection import Connection, Options, connection_from
-from transllm_jax.hosts.names import address, joined, slurm_hosts, worker_hosts
+from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
+from transllm_jax.hosts.names import format_address, parse_address, slurm_hosts, worker_hosts
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ HOSTS = st.ip_addresses().map(str) | st.from_regex(r"[a-z][a-z0-9-]{0,8}[a-z0-9]
 
 @given(HOSTS, st.integers(1, 65535))
 def test_an_address_is_read_as_it_is_written(host: str, port: int) -> None:
-    assert address(joined(host, port)) == (host, port)
+    assert parse_address(format_address(host, port)) == (host, port)
 
 
 def slurm(nodes: str, number: int = 1, **more: str) -> dict[str, str]:
@@ -173,7 +173,7 @@ def auto(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(tpu, "wait_for_coordinator", lambda *arguments: None)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        return connection_from(Options(distributed="auto"), environ)
+        return connection_from(ConnectionOptions(distributed="auto"), environ)
 
     return found
 

@@ -15,9 +15,9 @@ from multi_process import ROOT, Ended, Kill, free_port, run_processes
 
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.agreement import Agreement
-from transllm_jax.hosts.connection import Connection, Options, connection_from
+from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
 from transllm_jax.hosts.runtime import Peers, join
-from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, watched
+from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, with_keepalive
 
 HOST = socket.gethostname()
 AGAIN = "run the same command on all hosts again to go on"
@@ -27,7 +27,7 @@ PROGRAM = """
 import os, sys, time
 from transllm_jax.hosts import runtime
 from transllm_jax.hosts.agreement import Agreement
-from transllm_jax.hosts.connection import Options, connection_from
+from transllm_jax.hosts.connection import ConnectionOptions, connection_from
 from transllm_jax.errors import Diverged, Preempted, UserError
 
 def reduced():
@@ -47,7 +47,7 @@ WORK
 
 try:
     began = time.monotonic()
-    with runtime.join(connection_from(Options(), os.environ), patience=PATIENCE) as peers:
+    with runtime.join(connection_from(ConnectionOptions(), os.environ), patience=PATIENCE) as peers:
         peers.require_equal(SAME)
         peers.start_jax(PATIENCE)
         print("connected", time.monotonic() - began)
@@ -82,7 +82,7 @@ def check(ended: list[Ended], code: int, line: str, *, within: float) -> None:
 
 
 def given(**flags: str) -> Connection | None:
-    return connection_from(Options(**flags), {})
+    return connection_from(ConnectionOptions(**flags), {})
 
 
 def test_the_place_of_a_process() -> None:
@@ -91,9 +91,9 @@ def test_the_place_of_a_process() -> None:
     assert given(**whole) == Connection("10.0.0.2", 8482, 4, 3)
     # The environment says what the flags do not.
     environ = {"TRANSLLM_COORDINATOR": "[fe80::1]:80", "TRANSLLM_PROCESSES": "2", "TRANSLLM_PROCESS": "1"}
-    assert connection_from(Options(), environ) == Connection("fe80::1", 80, 2, 1)
-    assert connection_from(Options(process=0), environ) == Connection("fe80::1", 80, 2, 0)
-    assert connection_from(Options(), {"TRANSLLM_DISTRIBUTED": "", "TRANSLLM_COORDINATOR": ""}) is None
+    assert connection_from(ConnectionOptions(), environ) == Connection("fe80::1", 80, 2, 1)
+    assert connection_from(ConnectionOptions(process=0), environ) == Connection("fe80::1", 80, 2, 0)
+    assert connection_from(ConnectionOptions(), {"TRANSLLM_DISTRIBUTED": "", "TRANSLLM_COORDINATOR": ""}) is None
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_the_place_of_a_process() -> None:
         ),
         ({"coordinator": "a", "processes": "2", "process": "0"}, "is HOST:PORT, such as 10.0.0.2:8482, not 'a'"),
         ({"coordinator": "a:0", "processes": "2", "process": "0"}, "is HOST:PORT"),
-        ({"coordinator": "::1:80", "processes": "2", "process": "0"}, "an IPv6 address stands in brackets"),
-        ({"coordinator": "[::1:80", "processes": "2", "process": "0"}, "an IPv6 address stands in brackets"),
+        ({"coordinator": "::1:80", "processes": "2", "process": "0"}, "an IPv6 address needs brackets"),
+        ({"coordinator": "[::1:80", "processes": "2", "process": "0"}, "an IPv6 address needs brackets"),
         ({"coordinator": "[::g]:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
         ({"coordinator": "http://a:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
         ({"coordinator": "a b:80", "processes": "2", "process": "0"}, "is HOST:PORT"),
@@ -160,7 +160,7 @@ def test_one_process_waits_for_nobody() -> None:
             peers.barrier("here", timeout=0)
             peers.require_equal({"jax": "1"})
             assert peers.share({"a": 1}) == {"a": 1} and peers.any(True) and not peers.any(False)
-            assert peers.lead("work", lambda: Path("x")) == Path("x")
+            assert peers.run_on_primary("work", lambda: Path("x")) == Path("x")
             agreement = Agreement(peers)
             assert [agreement.tell(step, step == 1) for step in range(3)] == [False, True, False]
             with pytest.raises(ValueError, match="step 2 is told after step 2"):
@@ -181,21 +181,21 @@ peers.require_equal({"config": "abc", "devices": "2"})
 assert peers.share({"x": [1, "ก"]} if me == 0 else None) == {"x": [1, "ก"]}
 assert peers.any(me == 3) is True and peers.any(False) is False
 peers.barrier("here", timeout=20)
-assert peers.lead("count", lambda: {"rows": 7} if me == 0 else fail(ValueError())) == {"rows": 7}
-assert peers.lead("path", lambda: ...) == (... if me == 0 else None)
+assert peers.run_on_primary("count", lambda: {"rows": 7} if me == 0 else fail(ValueError())) == {"rows": 7}
+assert peers.run_on_primary("path", lambda: ...) == (... if me == 0 else None)
 assert reduced() == 8
 agreement = Agreement(peers)
 print("told", [agreement.tell(step, step == 2 and me == 2) for step in range(5)])
 # Each only to its own.
 try:
-    peers.lead("stop", lambda: fail(Preempted("stopped")))
+    peers.run_on_primary("stop", lambda: fail(Preempted("stopped")))
 except Preempted as stop:
     print("caught", stop)
 try:
-    peers.lead("diverge", lambda: fail(Diverged("too many")))
+    peers.run_on_primary("diverge", lambda: fail(Diverged("too many")))
 except Diverged as error:
     print("caught", error)
-peers.lead("data", lambda: fail(UserError("data.txt: no such file; give another")))
+peers.run_on_primary("data", lambda: fail(UserError("data.txt: no such file; give another")))
 """
 
 
@@ -241,8 +241,8 @@ def test_processes_that_differ_end_at_once() -> None:
 
 # The main thread of each is somewhere else when process 1 or 0 is lost.
 WAITING = """
-peers.stands = f"the checkpoint of step {10 * 2} stands"
-peers.at_loss(lambda: print("last call"))
+peers.last_saved = f"the checkpoint of step {10 * 2} stands"
+peers.on_peer_loss(lambda: print("last call"))
 reduced()
 print("ready", flush=True)
 if me == LOST:
@@ -298,7 +298,7 @@ def test_an_error_of_one_process_ends_the_other(error: str, own: str, code: int,
 
 
 def test_a_defect_of_the_primary_while_it_leads() -> None:
-    primary, other = run_processes(2, program("peers.lead('work', lambda: fail(KeyError('rows')))"))
+    primary, other = run_processes(2, program("peers.run_on_primary('work', lambda: fail(KeyError('rows')))"))
     assert primary.code == 1 and primary.err.rstrip().endswith("KeyError: 'rows'"), primary.err
     line = f"error: process 0 of 2 (host {HOST}) failed, its log says more: KeyError: 'rows'"
     check([other], 1, line, within=20)
@@ -406,7 +406,7 @@ def test_the_loss_of_a_host_ends_the_others(tmp_path: Path) -> None:
 def test_the_kernel_probes_each_connection() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        watched(socket.create_connection(server.getsockname())) as one,
+        with_keepalive(socket.create_connection(server.getsockname())) as one,
     ):
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         if not hasattr(socket, "TCP_KEEPIDLE"):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from meshes import LORA, NEW, PLAIN, VOCAB, Case, Shape, layout_of, prepare
 
 from transllm_jax.model.layout import SINGLE, sum_scattered
-from transllm_jax.model.parameters import abstract, count
+from transllm_jax.model.parameters import abstract, count_parameters
 from transllm_jax.preflight.program.hlo import Counts, count_hlo
 from transllm_jax.preflight.program.hlo_text import parse_hlo
 from transllm_jax.training.loss import CHUNK
@@ -96,7 +96,7 @@ def test_gradients_pass_each_link_once() -> None:
         if found.kind == "collective-permute":
             # The loss has its gradients, those of the new output rows, in the forward pass.
             passed["transpose(" in found.op_name] += int(found.executions * found.operand_bytes)
-    assert passed == {False: 7 * (NEW * D // 8) * 4, True: 7 * (count(adapters) // 8) * 4}
+    assert passed == {False: 7 * (NEW * D // 8) * 4, True: 7 * (count_parameters(adapters) // 8) * 4}
 
 
 def test_layers_are_gathered_one_at_a_time() -> None:

@@ -69,9 +69,18 @@ def test_a_path_that_no_model_has_has_no_axes(path: str) -> None:
 
 def test_on_one_device_everything_is_what_it_was() -> None:
     x = jnp.ones((2, 3, 4))
-    assert SINGLE.computed(x, "batch", None, "heads") is x and SINGLE.between(x) is x and SINGLE.whole_rows(x) is x
-    assert SINGLE.used(x[0], "embed", "mlp").shape == (3, 4) and SINGLE.decoding.used(x, "embed", "mlp", "rank") is x
-    assert SINGLE.sharding("vocabulary.new") is SINGLE.everywhere is SINGLE.rows() is SINGLE.rows(parts=True) is None
+    assert SINGLE.constrain(x, "batch", None, "heads") is x and SINGLE.residual(x) is x and SINGLE.whole_rows(x) is x
+    assert (
+        SINGLE.gathered(x[0], "embed", "mlp").shape == (3, 4)
+        and SINGLE.decoding.gathered(x, "embed", "mlp", "rank") is x
+    )
+    assert (
+        SINGLE.sharding("vocabulary.new")
+        is SINGLE.replicated
+        is SINGLE.batch_sharding()
+        is SINGLE.batch_sharding(parts=True)
+        is None
+    )
     placement = Placement(SINGLE, 2)
     assert placement.metrics is None and placement.places(6).tolist() == list(range(6))
     rows = np.arange(6 * 2).reshape(6, 2)

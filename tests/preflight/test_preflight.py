@@ -18,13 +18,13 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE
 from transllm_jax.model.mesh import make_layout, mesh_shape
-from transllm_jax.model.parameters import abstract, count
+from transllm_jax.model.parameters import abstract, count_parameters
 from transllm_jax.model.splash import kernel_bytes
 from transllm_jax.preflight.measure import BEST, Measured, _explain, measure
 from transllm_jax.preflight.program.chips import parse_topology, topology_devices
 from transllm_jax.preflight.program.hlo import CustomCall
 from transllm_jax.preflight.program.hlo_text import Shape
-from transllm_jax.preflight.programs import Model, generation, model_of, training
+from transllm_jax.preflight.programs import ModelShapes, generation_programs, model_shapes, training_program
 from transllm_jax.preflight.search import candidates
 from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
 
@@ -54,7 +54,7 @@ def program_of(config: Config, tmp_path: Path, topology: str = "v5e:2x2", *, ful
     options: dict[str, Any] = {"remat": "full", "batch_size": 32, "accumulate": 2, "length": 256, **given}
     devices = topology_devices(topology)
     layout = make_layout(mesh_shape(len(devices), None, None, 1), config.attention, devices)
-    return training(model_of(config, tmp_path, full=full), "pretrain", layout, **options)
+    return training_program(model_shapes(config, tmp_path, full=full), "pretrain", layout, **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,10 @@ def test_a_step_compiles_for_a_slice_and_its_memory_is_told_by_kind(measured: Me
     program = measured.program
     # Frozen weights in bfloat16 and what trains in float32, on each of 4 chips a quarter, norms aside.
     shape = LlamaConfig.from_hf(json.loads(Path(str(small.model.shape)).read_text()))
-    split = abstract(shape, model_of(small, Path("none")).lora, NEW)
+    split = abstract(shape, model_shapes(small, Path("none")).lora, NEW)
     norms = sum(leaf.size for path, leaf in split.frozen.items() if path.endswith("scale"))
-    assert program.arguments["frozen"] == 2 * ((count(split.frozen) - norms) // 4 + norms)
-    assert program.arguments["adapters"] == 4 * count(split.trainable) // 4
+    assert program.arguments["frozen"] == 2 * ((count_parameters(split.frozen) - norms) // 4 + norms)
+    assert program.arguments["adapters"] == 4 * count_parameters(split.trainable) // 4
     # Two moments, and counts of updates.
     assert 0 <= program.arguments["optimizer"] - 2 * program.arguments["adapters"] < 64
     # What the compiler says of all arguments is their sum, padded to its tiles.
@@ -114,7 +114,7 @@ def test_the_split_needs_less_than_full_fine_tuning(measured: Measured, small: C
 def test_generation_moves_no_weights(small: Config, tmp_path: Path) -> None:
     devices = topology_devices("v5e:2x2")
     layout = make_layout((1, 4, 1), small.attention, devices)
-    first, token = generation(model_of(small, tmp_path), layout, batch_size=8, prompt=64, new_tokens=64)
+    first, token = generation_programs(model_shapes(small, tmp_path), layout, batch_size=8, prompt=64, new_tokens=64)
     found = measure(token, parse_topology("v5e:2x2"))
     assert found.fits and found.counts is not None
     # A token's states are summed and gathered; a layer's kernel would be a megabyte.
@@ -127,7 +127,7 @@ def test_generation_moves_no_weights(small: Config, tmp_path: Path) -> None:
 @needs_compiler
 def test_search_finds_what_fits(small: Config, tmp_path: Path) -> None:
     topology, devices = parse_topology("v5e:2x2"), topology_devices("v5e:2x2")
-    found = candidates(model_of(small, tmp_path), "pretrain", topology, devices, 64, 256)
+    found = candidates(model_shapes(small, tmp_path), "pretrain", topology, devices, 64, 256)
     assert {one.remat for one in found} == {"projections", "queries", "feed_forward", "attention", "full"}
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(one.batch_size >= 64 and one.batch_size % one.accumulate == 0 for one in found)
@@ -237,8 +237,8 @@ def test_flops_of_reading_are_the_forward_third_of_training() -> None:
     assert step - attention == 2 * forward
 
 
-def with_window(small: Config, tmp_path: Path, window: int | None) -> Model:
-    model = model_of(small, tmp_path)
+def with_window(small: Config, tmp_path: Path, window: int | None) -> ModelShapes:
+    model = model_shapes(small, tmp_path)
     return replace(model, shape=replace(model.shape, sliding_window=window))
 
 
@@ -249,8 +249,8 @@ def test_a_window_bounds_the_keys_of_training_and_of_generation(small: Config, t
 
     def work(window: int | None) -> tuple[float, ...]:
         model = with_window(small, tmp_path, window)
-        prompts, token = generation(model, SINGLE, batch_size=8, prompt=128, new_tokens=64)
-        step = training(model, "pretrain", SINGLE, **options)
+        prompts, token = generation_programs(model, SINGLE, batch_size=8, prompt=128, new_tokens=64)
+        step = training_program(model, "pretrain", SINGLE, **options)
         assert step.window == prompts.window == token.window == window
         return step.model_flops, prompts.model_flops, token.model_flops
 
@@ -282,4 +282,4 @@ def test_a_kernels_work_is_that_of_the_window_and_of_its_numbers() -> None:
 def test_the_shapes_are_the_published_models(name: str) -> None:
     shape = LlamaConfig.from_hf(read_json(ROOT / "configs" / "models" / f"{name}.json"))
     published = {"llama2_7b": 6_738_415_616, "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192}
-    assert count(abstract(shape, None, 0, layout=SINGLE).frozen) == published[name]
+    assert count_parameters(abstract(shape, None, 0, layout=SINGLE).frozen) == published[name]

@@ -12,7 +12,7 @@ from reliability.damage import check_damaged_cache, check_damaged_checkpoints, d
 from reliability.harness import UNTIL, Whole, copied, goes_on, run, undisturbed
 
 from transllm_jax.data.read.shards import Reading, shards
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.disk import sha256_of
@@ -47,7 +47,7 @@ def test_every_file_of_the_token_cache(tiny_model: Path, tmp_path: Path) -> None
 
     def make() -> PlannedRows:
         found = shards(Reading(path=str(text)), sha256_of)
-        return PlannedRows(tokenise(found, transform, tokenizer, "refuse", cache), Choice(row_length=64), cache)
+        return PlannedRows(tokenise(found, transform, tokenizer, "refuse", cache), Selection(row_length=64), cache)
 
     check_damaged_cache(make, cache, 300, print)
 

@@ -103,7 +103,7 @@ def test_asked_to_stop_it_saves_and_goes_on(whole: Whole, tmp_path: Path, kind: 
 def test_asked_twice_it_stops_at_once(whole: Whole, tmp_path: Path) -> None:
     workdir = copied(whole.prepared, tmp_path / "run")
     ended = run(whole.config, workdir, *UNTIL, harm={"kind": "batch", "number": 8, "do": "int twice", "after": 0.01})
-    assert ended.code == 75 and "stopped at once, the last checkpoint stands" in ended.errors
+    assert ended.code == 75 and "stopped at once, the last checkpoint is kept" in ended.errors
     assert "Traceback" not in ended.errors
     goes_on(whole, workdir, ended)
 

@@ -169,7 +169,7 @@ def check_damaged_cache(make: Callable[[], Any], cache: Path, places: int, tell:
             except UserError as error:
                 line = str(error)
                 assert line.startswith(f"{cache}/") and "is damaged (" in line and "\n" not in line, (file, what, line)
-                assert "remove it and run again, it is made anew" in line
+                assert "remove it and run again; it is made again" in line
                 # What the line says helps.
                 Path(line.split(" is damaged")[0]).unlink()
                 got = rows_of(make())

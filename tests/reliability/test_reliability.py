@@ -24,7 +24,7 @@ from reliability.harness import UNTIL, Whole, copied, goes_on, run, undisturbed,
 
 from transllm_jax.data.read.shards import Reading, shards
 from transllm_jax.data.rows.batches import Batches
-from transllm_jax.data.rows.planned import Choice, PlannedRows
+from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.disk import sha256_of
@@ -136,7 +136,7 @@ def rows(tiny_model: Path, tmp_path: Path) -> Callable[[], PlannedRows]:
     def make() -> PlannedRows:
         found = shards(Reading(path=str(text)), sha256_of)
         tokens = tokenise(found, transform, tokenizer, "refuse", tmp_path / "tokens")
-        return PlannedRows(tokens, Choice(row_length=64), tmp_path / "tokens")
+        return PlannedRows(tokens, Selection(row_length=64), tmp_path / "tokens")
 
     return make
 
@@ -158,7 +158,7 @@ def test_hosts_share_the_batches_of_one_and_read_each_example_once(rows: Callabl
                 mine = Batches([("text", rows(), None)], size, seed=3)
                 for k in range(first, last):
                     place = np.split(np.arange(size), hosts)[host]
-                    part = mine.of_rows(k, place)
+                    part = mine.select_rows(k, place)
                     assert part.keys() == wanted[k].keys()
                     for field, values in part.items():
                         assert values.tobytes() == wanted[k][field][place].tobytes(), (hosts, host, k, field)

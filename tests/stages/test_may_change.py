@@ -15,7 +15,7 @@ from transllm_jax.config import Pretraining, Transfer, Validation, load_config
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pipeline
+from transllm_jax.stages import pipeline, steps
 from transllm_jax.stages.manifest import State
 from transllm_jax.stages.run import Run
 
@@ -83,15 +83,15 @@ def write(here: Path, model: Path, stage: str, change: Mapping[str, Any], valida
 def looked_up(config: Path) -> tuple[Run, dict[str, dict[str, Any]], dict[str, State]]:
     settings = load_config(config)
     run = Run(settings, Path(settings.workdir), Progress(quiet=True), Interrupt())
-    inputs, states = pipeline._looked_up(run, pipeline._looked_at(run), set())
+    inputs, states = pipeline.look_at_states(run, pipeline.look_at_inputs(run), set())
     return run, inputs, states
 
 
 def stand(config: Path, stage: str, state: str) -> None:
     """Leave the manifests of a run in which this stage is cut off, or all is done."""
     run, inputs, _ = looked_up(config)
-    for step in pipeline.STEPS:
-        place = pipeline.artifact(run.workdir, step.name)
+    for step in steps.STEPS:
+        place = steps.artifact(run.workdir, step.name)
         if step.name == stage and state == "running":
             place.begin(inputs[step.name])
             break

@@ -14,7 +14,7 @@ from conftest import tiny_run, write_tiny_model
 from tiny_tokenizer import END, EOS, build_tiny_tokenizer, change
 
 from transllm_jax.config import load_config
-from transllm_jax.data.rows.examples import conversation_examples
+from transllm_jax.data.rows.examples import conversation_rows
 from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
@@ -99,8 +99,8 @@ def test_a_template_that_rewrites_earlier_turns_makes_a_row_of_each_answer(direc
     short = len(rows[0].ids)
     assert fitting_rows(tokenizer, TALK, short) == (rows[:1], 1) and len(rows[1].ids) > short
     assert fitting_rows(tokenizer, TALK, short - 1) == ([], 2)
-    examples, report = conversation_examples(tokenizer, [TALK], short)
-    assert len(examples) == 1 and (report.kept, report.cut, report.dropped) == (0, 1, 0)
+    cut, outcome = conversation_rows(tokenizer, TALK, short)
+    assert len(cut) == 1 and outcome == "cut"
     # An answer that is not trained is context alone.
     (row,) = encode_conversation(tokenizer, [TALK[0], {**TALK[1], "train": False}, *TALK[2:]])
     assert row == rows[1]

@@ -30,9 +30,10 @@ from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
-from transllm_jax.model.vocabulary import padding_of, without
+from transllm_jax.model.vocabulary import mask_padding, padding_of
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import Run, token_ids
+from transllm_jax.stages.points import token_ids
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.loss import cross_entropy
@@ -68,8 +69,8 @@ def test_padding_is_what_no_token_stands_for() -> None:
 def test_scores_without_padding() -> None:
     scores = jnp.arange(12.0).reshape(2, 6)
     expected = np.where([False, True, True, False, False, True], -np.inf, scores)
-    np.testing.assert_array_equal(without(scores, ((11, 13), (15, 40), (2, 9)), first=10), expected)
-    assert without(scores, ((0, 10), (16, 20)), first=10) is scores  # nothing to compute
+    np.testing.assert_array_equal(mask_padding(scores, ((11, 13), (15, 40), (2, 9)), first=10), expected)
+    assert mask_padding(scores, ((0, 10), (16, 20)), first=10) is scores  # nothing to compute
 
 
 @pytest.mark.parametrize("train_base", [False, True])
@@ -198,7 +199,7 @@ def test_padding_stays_zero_and_the_rest_trains(run: Path, point: str) -> None:
 def test_only_tokens_are_answered(run: Path) -> None:
     config = load_config(run / "run.yaml")
     made = Run(config, run, Progress(quiet=True), Interrupt())
-    assert made.split("base").structure != made.split("transfer").structure
+    assert made.models.split("base").structure != made.models.split("transfer").structure
     for row in read_json(run / "evaluation/original_answers.json")["rows"]:
         assert set(row["answer"]) <= set(range(TOKENS))
     for place in (run, run / "export"):

@@ -17,24 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import tiny_run
+from conftest import copy_run, tiny_run, write_config
 
 from conversion.hf.directory import read_weights
+from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.disk import sha256_of
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.model.parameters import assemble, count, load_frozen
+from transllm_jax.model.parameters import assemble, count_parameters, load_frozen
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pipeline
-from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.stages import pipeline, steps
+from transllm_jax.stages.run import Run
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from transllm_jax.training.record.metrics import read_rows
 
-TRAINED = ("pretrain", "translate", "transfer")
 # What must be the same, byte for byte, however often a run was cut off.
 FILES = (
     *(f"recover/{name}.jsonl" for name in ("answers", "translations", "chains")),
@@ -64,16 +64,10 @@ def execute(config: Path, **options: Any) -> bool:
     return pipeline.run_pipeline(settings, Path(settings.workdir), Progress(quiet=True), Interrupt(), **options)
 
 
-def write_config(path: Path, model: Path, workdir: Path, **changes: Any) -> Path:
-    path.write_text(yaml.safe_dump(tiny_run(model, workdir, **changes), allow_unicode=True), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Run]:
-    """A finished run: its config file, its work directory, and the `Run` that it was made with."""
-    here = tmp_path_factory.mktemp("finished")
-    config = write_config(here / "config.yaml", tiny_model, here / "run")
+def again(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The `Run` of another run of the same config, with what it has in memory at its end."""
+    here = tmp_path_factory.mktemp("again")
     made: list[Run] = []
 
     class Kept(Run):
@@ -83,9 +77,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Run", Kept)
-        # Traced, which changes nothing: other tests compare with runs that are not.
-        assert execute(config, profile=1)
-    return config, here / "run", made[0]
+        assert execute(write_config(here / "config.yaml", tiny_run(finished_run.parent / "model", here / "run")))
+    return made[0]
 
 
 def adapters(workdir: Path, point: str) -> dict[str, np.ndarray]:
@@ -96,10 +89,10 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     return left.keys() == right.keys() and all(left[k].tobytes() == right[k].tobytes() for k in left)
 
 
-def test_a_run_leaves_what_is_promised(finished: tuple[Path, Path, Run]) -> None:
-    _, workdir, _ = finished
-    for name in pipeline.NAMES:
-        manifest = pipeline.artifact(workdir, name).manifest()
+def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
+    workdir = finished_run
+    for name in steps.NAMES:
+        manifest = steps.artifact(workdir, name).manifest()
         assert manifest is not None and manifest["state"] == "done", name
     results = json.loads((workdir / "evaluation" / "results.json").read_text(encoding="utf-8"))
     assert set(results["metrics"]) == {
@@ -120,9 +113,9 @@ def test_a_run_leaves_what_is_promised(finished: tuple[Path, Path, Run]) -> None
     assert "tiny to Thai" in page and f"{results['metrics']['bits_per_byte']['transfer']:.3f}" in page
 
 
-def test_a_trace_of_each_training_is_left_where_asked_for(finished: tuple[Path, Path, Run]) -> None:
-    _, workdir, _ = finished
-    for point in TRAINED:
+def test_a_trace_of_each_training_is_left_where_asked_for(finished_run: Path) -> None:
+    workdir = finished_run
+    for point in TRAININGS:
         (trace,) = (workdir / point / "profile").glob("plugins/profile/*/*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         events = [event for plane in planes for line in plane.lines for event in line.events]
@@ -131,106 +124,43 @@ def test_a_trace_of_each_training_is_left_where_asked_for(finished: tuple[Path, 
         assert steps == {2}, point
 
 
-def test_a_second_sigterm_means_nothing_new(capfd: pytest.CaptureFixture[str]) -> None:
-    with Interrupt() as interrupt:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.requested
-        # Ctrl-C, once with the cluster's signal and once by a hand that does not want to wait.
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert capfd.readouterr().err.count("stopping after the piece of work at hand") == 1
-
-
-def test_nohup_stays_nohup() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interrupt() as interrupt:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interrupt.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-# A piece of work that tells of itself, and is asked to stop.
-WORKING = """
-import sys, time
-from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.progress import Progress
-with Progress() as progress, Interrupt() as interrupt:
-    with progress.task("work", total=2000) as bar:
-        for number in range(2000):
-            bar.update(number)
-            progress.say("x" * 500)
-            time.sleep(0.01)
-            if interrupt.requested:
-                progress.say("saved")
-                sys.exit(75)
-"""
-# Runs it in a terminal of its own, which is closed once something was said there.
-IN_A_TERMINAL = f"""
-import os, pty, sys
-child, terminal = pty.fork()
-if child == 0:
-    os.execv(sys.executable, [sys.executable, "-c", {WORKING!r}])
-while b"xxx" not in os.read(terminal, 1000):
-    pass
-os.close(terminal)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_terminal_that_is_closed_stops_the_work_as_sigterm_does() -> None:
-    assert subprocess.run([sys.executable, "-c", IN_A_TERMINAL], check=False, timeout=60).returncode == 75
-
-
-def test_who_stops_reading_stops_no_work() -> None:
-    work = subprocess.Popen([sys.executable, "-c", WORKING], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert work.stdout is not None and work.stderr is not None
-    work.stdout.readline()
-    work.stdout.close()
-    assert b"nobody reads" in work.stderr.readline()
-    work.send_signal(signal.SIGTERM)
-    assert work.wait(60) == 75
-
-
-def test_each_stage_trains_and_hands_on(finished: tuple[Path, Path, Run]) -> None:
-    _, workdir, _ = finished
+def test_each_stage_trains_and_hands_on(finished_run: Path) -> None:
+    workdir = finished_run
     before = adapters(workdir, "vocabulary")
-    for point in TRAINED:
+    for point in TRAININGS:
         after = adapters(workdir, point)
         moved = [path for path in after if not np.array_equal(before[path], after[path])]
         assert set(moved) == set(after), point  # adapters of all seven projections, and the new rows
         before = after
 
 
-def test_frozen_is_frozen(finished: tuple[Path, Path, Run], tiny_model: Path) -> None:
-    _, workdir, run = finished
-    assert sha256_of(workdir / "base" / "model.safetensors") == sha256_of(tiny_model / "model.safetensors")
-    original = read_weights(tiny_model)
-    assert set(run.frozen) == set(original)
-    for path, array in run.frozen.items():  # the very arrays that all four stages trained with
+def test_frozen_is_frozen(finished_run: Path, again: Run) -> None:
+    model = finished_run.parent / "model"
+    assert sha256_of(finished_run / "base" / "model.safetensors") == sha256_of(model / "model.safetensors")
+    original = read_weights(model)
+    assert set(again.models.frozen) == set(original)
+    for path, array in again.models.frozen.items():  # the very arrays that all four stages trained with
         assert np.asarray(array).tobytes() == original[path].tobytes(), path
 
 
-def test_the_optimizer_knows_trainable_arrays_only(finished: tuple[Path, Path, Run]) -> None:
-    _, _, run = finished
-    split = run.split("transfer")
+def test_the_optimizer_knows_trainable_arrays_only(again: Run) -> None:
+    run = again
+    split = run.models.split("transfer")
     assert not set(split.trainable) & set(split.frozen)
     state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * count(split.trainable)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * count_parameters(split.trainable)
     saved = json.loads(
         (run.workdir / "transfer" / "checkpoints" / "4" / "state" / "_METADATA").read_text(encoding="utf-8")
     )
     assert not [path for path in saved["tree_metadata"] if "kernel" in path or "vocabulary.base" in path]
 
 
-def test_adapters_off_is_the_original_model(finished: tuple[Path, Path, Run], tiny_model: Path) -> None:
-    _, _, run = finished
-    imported = assemble(run.model_config, load_frozen(run.model_config, read_weights(tiny_model))).merge()
-    moved = run.split("transfer").merge()
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.model_config.vocab_size, (2, 24)))
+def test_adapters_off_is_the_original_model(finished_run: Path, again: Run) -> None:
+    run = again
+    original = read_weights(finished_run.parent / "model")
+    imported = assemble(run.models.config, load_frozen(run.models.config, original)).merge()
+    moved = run.models.split("transfer").merge()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.models.config.vocab_size, (2, 24)))
     positions, segments = jnp.broadcast_to(jnp.arange(24), (2, 24)), jnp.ones((2, 24), jnp.int32)
     wanted = imported.vocabulary.logits(imported(tokens, positions, segments))
     got = moved.vocabulary.logits(moved(tokens, positions, segments, adapters=False), base_only=True)
@@ -239,8 +169,8 @@ def test_adapters_off_is_the_original_model(finished: tuple[Path, Path, Run], ti
     assert not np.array_equal(on, wanted)
 
 
-def test_recovered_answers_are_the_original_models(finished: tuple[Path, Path, Run]) -> None:
-    _, workdir, _ = finished
+def test_recovered_answers_are_the_original_models(finished_run: Path) -> None:
+    workdir = finished_run
     answers = read_jsonl(workdir / "recover" / "answers.jsonl", required=("instruction",))
     chains = read_jsonl(workdir / "recover" / "chains.jsonl", required=("question", "answer_en", "answer"))
     assert len(answers) == 6 and 0 < len(chains) <= 6
@@ -251,9 +181,9 @@ def test_recovered_answers_are_the_original_models(finished: tuple[Path, Path, R
 
 
 def test_the_second_run_has_nothing_to_do(
-    finished: tuple[Path, Path, Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, workdir, _ = finished
+    config, workdir = finished_run.parent / "config.yaml", finished_run
     monkeypatch.setattr(pipeline, "_do", lambda *_, **__: pytest.fail("a step was done again"))
     assert not execute(config)
     monkeypatch.setattr(sys, "argv", ["transllm", "run", str(config)])
@@ -264,29 +194,27 @@ def test_the_second_run_has_nothing_to_do(
     assert "All is done" in printed and str(workdir / "report.html") in printed.replace("\n", "")
 
 
-def test_the_same_seed_gives_the_same_bytes(finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path) -> None:
-    _, workdir, _ = finished
-    again = write_config(tmp_path / "again.yaml", tiny_model, tmp_path / "again")
-    execute(again)
-    for point in ("vocabulary", *TRAINED):
-        assert same(adapters(workdir, point), adapters(tmp_path / "again", point)), point
-    other = write_config(tmp_path / "other.yaml", tiny_model, tmp_path / "other", seed=2)
-    execute(other, until="pretrain")
+def test_the_same_seed_gives_the_same_bytes(finished_run: Path, again: Run, tmp_path: Path) -> None:
+    for point in ("vocabulary", *TRAININGS):
+        assert same(adapters(finished_run, point), adapters(again.workdir, point)), point
+    for name in FILES:
+        assert (finished_run / name).read_bytes() == (again.workdir / name).read_bytes(), name
+    other = tiny_run(finished_run.parent / "model", tmp_path / "other", seed=2)
+    execute(write_config(tmp_path / "other.yaml", other), until="pretrain")
     assert not (tmp_path / "other" / "translate").exists()
-    assert not same(adapters(workdir, "pretrain"), adapters(tmp_path / "other", "pretrain"))
+    assert not same(adapters(finished_run, "pretrain"), adapters(tmp_path / "other", "pretrain"))
 
 
 def test_a_changed_config_is_refused_by_key_and_force_redoes_what_builds_on_it(
-    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path
+    finished_run: Path, tmp_path: Path
 ) -> None:
-    changed = tiny_run(tiny_model, tmp_path / "run")
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(changed), encoding="utf-8")
-    execute(config)
+    config = copy_run(finished_run, tmp_path)
+    assert not execute(config)
     kept = adapters(tmp_path / "run", "pretrain")
     done = (tmp_path / "run" / "pretrain" / "manifest.json").stat().st_mtime_ns
-    changed["translate"]["learning_rate"] = 5e-3  # type: ignore[index]
-    config.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    changed: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    changed["translate"]["learning_rate"] = 5e-3
+    write_config(config, changed)
     with pytest.raises(UserError, match=r"translate\.learning_rate \(0\.01 -> 0\.005\).*--force translate"):
         execute(config)
     before = adapters(tmp_path / "run", "transfer")
@@ -297,11 +225,9 @@ def test_a_changed_config_is_refused_by_key_and_force_redoes_what_builds_on_it(
     assert not execute(config)
 
 
-def test_stopped_on_request_it_goes_on(
-    finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, workdir, _ = finished
-    config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
+def test_stopped_on_request_it_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    workdir = finished_run
+    config = write_config(tmp_path / "config.yaml", tiny_run(finished_run.parent / "model", tmp_path / "run"))
     settings = load_config(config)
     stops: list[str] = []
     looks = 1
@@ -315,7 +241,7 @@ def test_stopped_on_request_it_goes_on(
             looks = looks + 1 if stops[-2:-1] == stops[-1:] else 1
     for piece in ("of 5 parts", "answers:", "translations:", "stopped at step"):
         assert any(piece in line for line in stops), piece
-    for point in TRAINED:
+    for point in TRAININGS:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         # The losses, too, and no step twice.
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
@@ -323,23 +249,26 @@ def test_stopped_on_request_it_goes_on(
         assert (workdir / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
+# Signs of: an evaluation, a stage's training, the save of a checkpoint, answers, translations.
+SIGNS = (
+    "evaluation/base/so_far.json",
+    "pretrain/metrics.jsonl",
+    "translate/checkpoints",
+    "recover/answers.jsonl",
+    "recover/translations.jsonl",
+    "transfer/metrics.jsonl",
+)
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_model: Path, tmp_path: Path) -> None:
-    _, workdir, _ = finished
-    config = write_config(tmp_path / "config.yaml", tiny_model, tmp_path / "run")
+@pytest.mark.parametrize("signs", [SIGNS[1:4:2], pytest.param(SIGNS, marks=pytest.mark.full)], ids=["two", "six"])
+def test_killed_at_any_moment_it_goes_on(finished_run: Path, tmp_path: Path, signs: tuple[str, ...]) -> None:
+    workdir = finished_run
+    config = write_config(tmp_path / "config.yaml", tiny_run(finished_run.parent / "model", tmp_path / "run"))
     command = [sys.executable, "-m", "transllm_jax.cli.main", "run", str(config)]
-    # Within a stage's training, in the save of a checkpoint, between answers, between stages: some moments after the
-    # first sign of each, other ones in every run of this test.
+    # Some moments after the first sign of each piece of work, other ones in every run of this test.
     moments = random.Random(os.getpid())
     kills = 0
-    signs = (
-        "evaluation/base/so_far.json",
-        "pretrain/metrics.jsonl",
-        "translate/checkpoints",
-        "recover/answers.jsonl",
-        "recover/translations.jsonl",
-        "transfer/metrics.jsonl",
-    )
     for sign in signs:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and not (tmp_path / "run" / sign).exists():
@@ -351,8 +280,9 @@ def test_killed_at_any_moment_it_goes_on(finished: tuple[Path, Path, Run], tiny_
         process.wait()
         assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()  # type: ignore[union-attr]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
-    assert kills >= 2
-    for point in TRAINED:
+    # A short piece of work may be over before the kill.
+    assert kills >= max(1, len(signs) // 3)
+    for point in TRAININGS:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
     for name in FILES:
@@ -368,14 +298,14 @@ def test_one_run_at_a_time(tiny_config_file: Path) -> None:
 
 
 @pytest.mark.reference
-def test_the_export_is_the_model_in_transformers(finished: tuple[Path, Path, Run]) -> None:
+def test_the_export_is_the_model_in_transformers(finished_run: Path, again: Run) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, workdir, run = finished
+    workdir, run = finished_run, again
     model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
     theirs = AutoTokenizer.from_pretrained(workdir / "export")
-    ours, tokenizer = run.split("transfer").merge(), run.tokenizer("transfer")
+    ours, tokenizer = run.models.split("transfer").merge(), run.models.tokenizer("transfer")
     assert model.config.tie_word_embeddings and model.get_input_embeddings().weight.shape[0] == len(theirs)
     for text in ("The cat sits on the warm roof.", "แมวนั่งอยู่บนหลังคา <TH>ฝนตก", "<EN>Hello<RESPONSE>Hi!<TH>สวัสดีครับ"):
         ids = theirs(text)["input_ids"]
@@ -393,11 +323,11 @@ def test_the_export_is_the_model_in_transformers(finished: tuple[Path, Path, Run
 
 
 def test_chat_speaks_with_the_run_its_original_and_the_export(
-    finished: tuple[Path, Path, Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transllm_jax.commands.chat import open_session
 
-    _, workdir, _ = finished
+    workdir = finished_run
     question = "ฝนตกไหม"
     answers = {}
     for name, path, base in (

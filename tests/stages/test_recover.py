@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_run
+from conftest import copy_run, tiny_run
 
 from transllm_jax.config import load_config
 from transllm_jax.errors import Preempted, UserError
@@ -29,10 +29,11 @@ LIMIT, BATCH = 10, 4
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model translates instructions and answers, with the least of an evaluation."""
+def config(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is done up to `translate`. The model translates instructions and answers; evaluation is minimal."""
     here = tmp_path_factory.mktemp("recover")
-    tree: dict[str, Any] = tiny_run(tiny_model, here / "run")
+    copy_run(finished_run, here, ("base", "vocabulary", "pretrain", "translate"))
+    tree: dict[str, Any] = tiny_run(finished_run.parent / "model", here / "run")
     tree["recover"] |= {"max_instructions": LIMIT, "batch_size": BATCH, "translate_instructions": {}}
     tree["evaluation"] |= {"max_documents": 1, "max_pairs": 3, "max_chats": 3, "max_new_tokens": 4, "batch_size": 2}
     (here / "config.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
@@ -42,9 +43,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def translated(config: Path) -> Path:
     """A work directory after stage `translate`."""
-    workdir = Path(load_config(config).workdir)
-    pipeline.run_pipeline(load_config(config), workdir, Progress(quiet=True), Interrupt(), until="translate")
-    return workdir
+    return Path(load_config(config).workdir)
 
 
 class Asked:

@@ -296,8 +296,8 @@ def test_other_kinds_of_base_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_three_byte_blocks_are_closed_under_their_first_two_bytes() -> None:
-    for code in ("ar", "el", "he", "hi", "km", "lo", "ru", "ta", "th"):
-        for first, last in script_of(code).blocks:
+    for script in map(script_of, ("ar", "el", "he", "hi", "km", "lo", "ru", "ta", "th")):
+        for first, last in script.blocks:
             if last >= 0x800:
                 assert first % 64 == 0 and last % 64 == 63
 

@@ -20,7 +20,7 @@ from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import ends_between_characters
 from transllm_jax.tokenizer.growing.expand import Expansion, expand, expansion_of
-from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread, readers_of
+from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread_message, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 SIZE = 130
@@ -192,8 +192,8 @@ def test_transformers_makes_some_pre_tokenizers_by_itself(tmp_path: Path) -> Non
         assert found.report["cuts"] == ("base" if same else "whole")
         wanted = dict.fromkeys(("transformers", "vllm", "llama.cpp"), "as trained" if same else "other ids")
         assert found.report["readers"] == readers_of(directory) == wanted
-        assert (misread(directory) is None) == same
-    assert "of a qwen2 model they take the base's pre-tokenizer" in str(misread(directory))
+        assert (misread_message(directory) is None) == same
+    assert "of a qwen2 model they take the base's pre-tokenizer" in str(misread_message(directory))
 
 
 @pytest.mark.reference

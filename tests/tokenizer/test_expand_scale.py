@@ -15,9 +15,9 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import AtomCoder, ends_between_characters
 from transllm_jax.tokenizer.growing.encoded import Encoded, Recount, count, encode
 from transllm_jax.tokenizer.growing.expand import expand
-from transllm_jax.tokenizer.growing.merges import MergeOptions
+from transllm_jax.tokenizer.growing.merges import MergeCandidates
 from transllm_jax.tokenizer.growing.piece_runs import PieceRuns
-from transllm_jax.tokenizer.growing.pieces import PieceOptions, PieceTable
+from transllm_jax.tokenizer.growing.pieces import PieceCandidates, PieceTable
 from transllm_jax.tokenizer.growing.prune import choose
 from transllm_jax.tokenizer.growing.symbols import BARRIER, train_merges
 from transllm_jax.tokenizer.scripts import script_of
@@ -50,7 +50,7 @@ def test_counting_again_what_changed_is_counting_all(
     rng = np.random.default_rng(seed)
     rank = [*order, *(MERGES[i] for i in rng.permutation(range(16, len(MERGES))))]
     weights = rng.integers(1, 9, len(texts))
-    recount = Recount(texts, weights, IDS, whole=whole)
+    recount = Recount(texts, weights, IDS, ignore_merges=whole)
     gone: set[tuple[str, str]] = set()
     for last in (8, 12, 20, 40, 60):  # merges go, and further ones come behind all others
         merges: list[tuple[str, str]] = []
@@ -68,7 +68,7 @@ def test_counting_again_what_changed_is_counting_all(
 
 def test_only_what_changed_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["abab", "cdcd", "acac", "bdbd"]
-    recount = Recount(texts, np.ones(4, np.int64), IDS, whole=False)
+    recount = Recount(texts, np.ones(4, np.int64), IDS, ignore_merges=False)
     first, second = [("a", "b"), ("c", "d")], [("c", "d"), ("b", "d")]
     recount.count(backend(first, whole=False), first)
     seen: list[str] = []
@@ -131,20 +131,20 @@ def _state(*pieces: str) -> dict[str, object]:
     return {"model": {"vocab": vocabulary, "merges": []}, "added_tokens": []}
 
 
-@pytest.mark.parametrize("kind", [MergeOptions, PieceOptions])
+@pytest.mark.parametrize("kind", [MergeCandidates, PieceCandidates])
 def test_a_rare_token_that_nothing_uses_is_left_out(kind: type) -> None:
     """`ab` comes first in "abc", so nothing is left of `bc`."""
     merges = [("a", "b"), ("b", "c"), ("c", "d")]
-    options = kind(_state(), merges, 0) if kind is MergeOptions else kind(PieceTable(_state()), [], merges)
+    options = kind(_state(), merges, 0) if kind is MergeCandidates else kind(PieceTable(_state()), [], merges)
     learned = choose(options, ["abc", "cd"], np.array([5, 3]), 2, 2, lambda _phase, _share: None, False)
     assert learned is not None
     assert (learned.choice.tokens, learned.counts) == (["ab", "cd"], [5, 3])
 
 
-@pytest.mark.parametrize("kind", [MergeOptions, PieceOptions])
+@pytest.mark.parametrize("kind", [MergeCandidates, PieceCandidates])
 def test_a_rare_token_that_another_uses_up_stays_and_the_other_goes(kind: type) -> None:
     merges = [("a", "b"), ("ab", "c"), ("c", "d")]
-    options = kind(_state(), merges, 0) if kind is MergeOptions else kind(PieceTable(_state()), [], merges)
+    options = kind(_state(), merges, 0) if kind is MergeCandidates else kind(PieceTable(_state()), [], merges)
     learned = choose(options, ["abc", "cd"], np.array([5, 3]), 2, 2, lambda _phase, _share: None, True)
     assert learned is not None
     assert (learned.choice.tokens, learned.counts) == (["ab", "cd"], [5, 3])

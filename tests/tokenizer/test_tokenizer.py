@@ -372,8 +372,8 @@ def test_other_chat_templates_stay(directory: Path, tmp_path: Path) -> None:
         ),
         ({"vocab.txt": "[PAD]"}, "but vocab.txt, a WordPiece vocabulary: only BPE tokenizers are read"),
         ({"qwen.tiktoken": "IQ== 0", "tokenization_qwen.py": ""}, "but qwen.tiktoken and tokenization_qwen.py, a tok"),
-        ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a pointer of Git LFS"),
-        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a pointer of Git LFS"),
+        ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a Git LFS pointer"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "is a Git LFS pointer"),
         ({}, "has no tokenizer.json; fetch the tokenizer's files"),
     ],
 )

@@ -248,7 +248,7 @@ def test_another_file_is_refused(path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
     before = path.read_bytes()
     for open_it in (summarise, Ledger):
-        with pytest.raises(UserError, match=rf"ledger.jsonl, line {count + 1} is no line of a ledger"):
+        with pytest.raises(UserError, match=rf"ledger.jsonl, line {count + 1} is not a ledger's line"):
             open_it(path)
     assert path.read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""The commands `transllm convert ...`: they parse and call, nothing else."""
+"""The commands `transllm convert ...`: they parse arguments and call, nothing else."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import typer
 from transllm_jax.cli.stopping import working
 
 app = typer.Typer(
-    help="Checkpoints in and out, bit for bit: Hugging Face, GGUF, PEFT.",
+    help="Convert checkpoints, bit for bit: Hugging Face, GGUF, PEFT.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
-Stage = Annotated[str | None, typer.Option(help="A run's base, vocabulary, pretrain, translate or transfer (newest).")]
+Stage = Annotated[
+    str | None, typer.Option(help="Of a run: base, vocabulary, pretrain, translate or transfer (newest).")
+]
 Base = Annotated[str | None, typer.Option(help="An adapter's base, if it is not where the adapter says.")]
 
 
-class Rows(StrEnum):
+class RowFormat(StrEnum):
     """How a PEFT adapter holds vocabulary rows."""
 
     tokens = "tokens"
@@ -32,11 +34,11 @@ class Rows(StrEnum):
 def from_hf(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory, org/name on the hub, or a .gguf file.")],
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
-    mesh: Annotated[str | None, typer.Option(help="Cut for these devices, such as fsdp=8,tensor=2.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="Shard for these devices, such as fsdp=8,tensor=2.")] = None,
     sha256: Annotated[str | None, typer.Option(help="The expected hash of the source's weights.")] = None,
     force: Force = False,
 ) -> None:
-    """A model into a checkpoint of ours: the same bits, stacked by layer, cut for the devices of a mesh."""
+    """Convert a model to our checkpoint format: the same bits, stacked by layer, sharded for the devices of a mesh."""
     with working() as progress:
         from transllm_jax.commands import convert
 
@@ -50,17 +52,17 @@ def to_hf(
     stage: Stage = None,
     base: Base = None,
     unmerged: Annotated[
-        bool, typer.Option("--unmerged", help="Keep the adapters apart, in DST/adapter as PEFT reads them.")
+        bool, typer.Option("--unmerged", help="Write the adapters apart, in DST/adapter, in PEFT's format.")
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (each tensor's type in the base).")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
     check: Annotated[bool, typer.Option(help="Measure what merging did to the logits of a prompt.")] = True,
     force: Force = False,
 ) -> None:
-    """A Hugging Face directory for transformers, vLLM and, where the base cuts text, llama.cpp: adapters merged, new
-    rows appended."""
+    """Write a Hugging Face directory, adapters merged and new rows appended, for transformers, vLLM and, where text is
+    cut as the base cuts it, llama.cpp."""
     with working() as progress:
         from transllm_jax.commands import convert
 
@@ -83,14 +85,14 @@ def to_peft(
     source: Annotated[str, typer.Argument(help="A run's directory, or an adapter of ours.")],
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
     stage: Stage = None,
-    base_model: Annotated[str | None, typer.Option(help="What the adapter names as its base (the run's own).")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base that the adapter names (the run's own).")] = None,
     rows: Annotated[
-        Rows | None,
-        typer.Option(help="New rows alone (tokens, PEFT 0.15 on), or whole tables, which all versions read."),
+        RowFormat | None,
+        typer.Option(help="tokens: only new rows (PEFT 0.15 and later). tables: whole tables (all versions)."),
     ] = None,
     force: Force = False,
 ) -> None:
-    """An adapter directory for PEFT, new rows included."""
+    """Write an adapter directory for PEFT, new rows included."""
     with working() as progress:
         from transllm_jax.commands import convert
 
@@ -112,7 +114,7 @@ def from_peft(
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
     force: Force = False,
 ) -> None:
-    """An adapter that PEFT trained, for a run to go on with (vocabulary.adapter)."""
+    """Convert an adapter that PEFT trained, so that a run can go on from it (vocabulary.adapter)."""
     with working() as progress:
         from transllm_jax.commands import convert
 
@@ -122,8 +124,10 @@ def from_peft(
 @app.command("verify")
 def verify(
     a: Annotated[str, typer.Argument(help="A model: any directory or file that convert reads or writes.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
-    tolerance: Annotated[float, typer.Option(min=0, help="The largest difference of a weight or logit.")] = 0.0,
+    b: Annotated[str, typer.Argument(help="Another model.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="The largest difference of a weight or logit that passes.")
+    ] = 0.0,
     prompt: Annotated[str | None, typer.Option(help="The text whose logits are compared.")] = None,
     logits: Annotated[bool, typer.Option(help="Compare logits.")] = True,
     base_a: Annotated[str | None, typer.Option(help="The base of A, an adapter.")] = None,

@@ -1,7 +1,7 @@
-"""The commands: they parse and call, nothing else.
+"""The `transllm` commands: they parse arguments and call, nothing else.
 
-Exit codes: 0 done; 2 the input is wrong (one line says what, where and the mend); 75 stopped on request, run again to
-go on; 1 another process of the run was lost, a difference that `convert verify` found, or a defect with its traceback.
+Exit codes: 0 done; 2 bad input (one line says what, where and how to fix it); 75 stopped on request, run again to go
+on; 1 another process of the run was lost, `convert verify` found a difference, or a defect with its traceback.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from transllm_jax.hosts.site import Site
 
 INPUT_WRONG = 2
-# When the process began, nearly: imports are part of a run's time.
+# Close to when the process began: a run's time includes its imports.
 STARTED = time.monotonic()
 
 app = typer.Typer(
-    help="Move a chat LLM to another language (TransLLM): train, talk to it, take it away.",
+    help="Move a chat LLM to another language (TransLLM): train it, talk to it, export it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,43 +69,46 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage (and its evaluation).")] = None,
     force: Annotated[str | None, typer.Option(help="Redo this stage and all that builds on it.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Prepare all and show what would be trained, how long and in what memory.")
+        bool,
+        typer.Option("--dry-run", help="All but the training: show what would be trained, its time, its memory."),
     ] = False,
     profile: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps of each training stage (host 0's).")
+        int, typer.Option(min=0, metavar="STEPS", help="Trace this many steps of each training stage, on host 0.")
     ] = 0,
     distributed: Annotated[
         str | None,
-        typer.Option(metavar="auto", help="The run has a process on each host: of a TPU VM, GKE, SLURM or Open MPI."),
+        typer.Option(metavar="auto", help="One process on each host of a TPU VM, GKE, SLURM or Open MPI job."),
     ] = None,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Or by hand: where the processes meet, at process 0.")
+        str | None, typer.Option(metavar="HOST:PORT", help="In place of auto: the address of process 0.")
     ] = None,
     processes: Annotated[int | None, typer.Option(metavar="N", help="How many processes the run has.")] = None,
-    process: Annotated[int | None, typer.Option(metavar="I", help="Which of them this is, from 0.")] = None,
+    process: Annotated[int | None, typer.Option(metavar="I", help="The number of this process, from 0.")] = None,
 ) -> None:
-    """Run all stages, the evaluation and the export; what is done is skipped, what was cut off goes on.
+    """Run all stages, the evaluation and the export. Finished steps are skipped; an interrupted one resumes.
 
-    On several hosts each runs this command, with the same arguments.
+    On several hosts, run this command on each, with the same arguments.
     """
-    from transllm_jax.hosts.connection import Options, connection_from
+    from transllm_jax.hosts.connection import ConnectionOptions, connection_from
     from transllm_jax.hosts.runtime import join
 
     if dry_run and (until or force or profile):
         raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
     try:
-        with join(connection_from(Options(distributed, coordinator, processes, process), os.environ)) as peers:
-            # A directory may have another name on each host.
-            store = workdir if workdir and "://" in workdir else None
-            settings = _settings(peers, config, overrides or [], [store, until, force, dry_run, profile])
+        with join(
+            connection_from(ConnectionOptions(distributed, coordinator, processes, process), os.environ)
+        ) as peers:
+            # A local directory may have another path on each host, so only a URL has to be equal.
+            url = workdir if workdir and "://" in workdir else None
+            settings = _settings(peers, config, overrides or [], [url, until, force, dry_run, profile])
             _run(peers, settings, workdir or settings.workdir, until, force, profile, dry_run)
     except KeyboardInterrupt:
-        # Asked twice. Caught here: typer would make its own exit code of it.
-        raise Preempted("stopped at once, the last checkpoint stands") from None
+        # A second Ctrl-C. Caught here because typer would exit with its own code.
+        raise Preempted("stopped at once, the last checkpoint is kept") from None
 
 
 def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Sequence[object]) -> Config:
-    """The config, which is the same in all processes; jax is connected."""
+    """Load the config, check that it is the same in all processes, and connect jax."""
     from importlib.metadata import version
 
     from transllm_jax.config import load_config
@@ -137,10 +140,10 @@ def _run(
     from transllm_jax.stages.pipeline import plan, run_pipeline
     from transllm_jax.storage import open_workdir
 
-    site = Site(peers.in_turn("--workdir", lambda: open_workdir(workdir)), peers)
+    site = Site(peers.run_primary_first("--workdir", lambda: open_workdir(workdir)), peers)
     with Progress(quiet=not peers.primary) as progress, Interrupt() as interrupt:
-        # What is drawn over and over would stand over the last line.
-        peers.at_loss(lambda: progress.live.stop() if progress.live else None)
+        # A live display would redraw over the last line.
+        peers.on_peer_loss(lambda: progress.live.stop() if progress.live else None)
         if dry_run:
             from transllm_jax.commands.dry_run import show_plan
 
@@ -151,28 +154,28 @@ def _run(
         )
     if peers.primary:
         if not worked:
-            progress.say(f"All is done in {site.place.name}; redo a stage with --force STAGE.")
+            progress.say(f"All is done in {site.storage.name}; redo a stage with --force STAGE.")
         _show_results(progress.console, site)
 
 
 def _show_results(console: Console, site: Site) -> None:
-    """The before/after table and one conversation, once there is a report."""
+    """Print the before/after table and one conversation, if there is a report."""
     from transllm_jax.disk import read_json
 
     workdir = site.workdir
-    results = workdir / "evaluation" / "results.json"
-    if not (results.exists() and (workdir / "report.html").exists()):
+    path = workdir / "evaluation" / "results.json"
+    if not (path.exists() and (workdir / "report.html").exists()):
         return
     from transllm_jax.evaluation.page.report import conversation_panel, summary_table
 
-    found = read_json(results)
-    console.print(summary_table(found))
-    for goal in found["goals"]:
+    results = read_json(path)
+    console.print(summary_table(results))
+    for goal in results["goals"]:
         mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
-        told = f" {goal['name']}: {goal['measured']} "
-        console.print(Text.assemble(mark, told, (f"(wanted: {goal['wanted']})", "dim")))
-    console.print(conversation_panel(found))
-    name = site.place.name
+        measured = f" {goal['name']}: {goal['measured']} "
+        console.print(Text.assemble(mark, measured, (f"(wanted: {goal['wanted']})", "dim")))
+    console.print(conversation_panel(results))
+    name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
     console.print(f"model   {name}/export", soft_wrap=True)
     console.print(f"talk    transllm chat {name} --show-chain", soft_wrap=True)
@@ -180,7 +183,7 @@ def _show_results(console: Console, site: Site) -> None:
 
 @app.command()
 def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs://... .")]) -> None:
-    """What is done, what was cut off, what is left."""
+    """Show which steps are done, which was interrupted and which are left."""
     from transllm_jax.commands.status import status_table
     from transllm_jax.progress import plain_console
 
@@ -193,10 +196,10 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="Ask this and exit; without it, a conversation.")] = None,
     show_chain: Annotated[bool, typer.Option("--show-chain", help="Show the English steps too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Talk to the original model, for comparison.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling's mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
     _prepare_jax()
@@ -235,7 +238,7 @@ def chat(
 
 
 def _prepare_jax() -> None:
-    """Keep compiled programs between runs: compiling is what is slow in a short one."""
+    """Keep compiled programs between runs: compilation takes most of a short run."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -243,12 +246,12 @@ def _prepare_jax() -> None:
 
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    # Orbax logs the trace of every error before it raises it; what is wrong is said once, in a line.
+    # Orbax logs the traceback of every error that it raises; the user gets one line instead.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _require_devices() -> None:
-    """Whether jax has a device. Raises UserError: there is none of the kind asked for, or another process holds it."""
+    """Raises UserError if jax has no device: none is of the kind asked for, or another process holds it."""
     import jax
 
     try:
@@ -264,7 +267,7 @@ def _require_devices() -> None:
 
 def main() -> None:
     """The entry point `transllm`."""
-    # A file's name may be no UTF-8, a terminal may know fewer letters: what cannot be printed is shown by its number.
+    # A file's name may not be UTF-8, and a terminal may lack characters: those are printed as escapes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

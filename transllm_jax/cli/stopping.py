@@ -1,4 +1,4 @@
-"""How a command works that writes one thing: with a voice, and stopped at once without a trace."""
+"""How a command that writes one thing reports progress, and stops at once with nothing half-written."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def working() -> Iterator[Progress]:
-    """A voice for a command that is stopped by SIGINT or SIGTERM at once, and leaves nothing half-written."""
+    """Progress for a command that SIGINT or SIGTERM stops at once; nothing half-written is left."""
     from transllm_jax.progress import Progress
 
     progress = Progress()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Noted as well as raised: a library's callback may be running, which swallows what is raised in it.
+        # Recorded as well as raised: a library's callback may be running that swallows exceptions.
         progress.stopped = True
         raise KeyboardInterrupt
 
@@ -34,7 +34,7 @@ def working() -> Iterator[Progress]:
         with progress:
             yield progress
     except KeyboardInterrupt:
-        # Caught here: typer would make its own exit code of it.
+        # Caught here because typer would exit with its own code.
         print("stopped, nothing was written", file=sys.stderr)
         raise typer.Exit(PREEMPTED) from None
     finally:

@@ -1,4 +1,4 @@
-"""The commands `transllm tokenizer ...`: they parse and call, nothing else."""
+"""The commands `transllm tokenizer ...`: they parse arguments and call, nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transllm_jax.disk import parse_size
 from transllm_jax.errors import UserError
 
 app = typer.Typer(
-    help="A vocabulary for another language: learn its tokens, see what they are worth.",
+    help="A vocabulary for another language: learn its tokens, measure what they save.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -21,9 +21,11 @@ app = typer.Typer(
 Language = Annotated[str, typer.Option(help="ISO 639 code or tag: th, vi, zh-Hant, sr-Latn.")]
 Scripts = Annotated[
     list[str] | None,
-    typer.Option("--script", help="A script by Unicode's name in place of the language's; repeatable."),
+    typer.Option("--script", help="A script by its Unicode name, in place of the language's; repeatable."),
 ]
-Markers = Annotated[list[str] | None, typer.Option("--marker", help="A special token to add, <EN>; repeatable.")]
+Markers = Annotated[
+    list[str] | None, typer.Option("--marker", help="A special token to add, such as <EN>; repeatable.")
+]
 
 
 class Cuts(StrEnum):
@@ -37,19 +39,19 @@ CutsOption = Annotated[
     Cuts | None,
     typer.Option(
         "--cuts",
-        help="Of a byte-level base: keep runs of the script whole, or cut text as the base does, which takes more "
-        "tokens, and which llama.cpp reads, too (whole; base where the script is Latin).",
+        help="For a byte-level base: keep runs of the script whole, or cut text as the base does, which takes more "
+        "tokens but which llama.cpp also reads (whole; base if the script is Latin).",
     ),
 ]
 MinCount = Annotated[int, typer.Option(help="How often the corpus must contain a new token.")]
-Sample = Annotated[str, typer.Option(help="How much of the corpus is learned from, in bytes of text.")]
-Seed = Annotated[int, typer.Option(help="Of the sample.")]
-Lines = Annotated[bool, typer.Option("--lines", help="A document a line (blank lines part documents).")]
+Sample = Annotated[str, typer.Option(help="How much of the corpus to learn from, in bytes of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sample.")]
+Lines = Annotated[bool, typer.Option("--lines", help="Each line is a document (blank lines separate documents).")]
 Field = Annotated[
-    str | None, typer.Option(help="Of .jsonl, .json and .parquet, what holds the text (text); a.b is b inside of a.")
+    str | None, typer.Option(help="The field of .jsonl, .json and .parquet with the text (text); a.b is b inside a.")
 ]
 RemoveControls = Annotated[
-    bool, typer.Option("--remove-controls", help="Take control characters out of texts, do not refuse them.")
+    bool, typer.Option("--remove-controls", help="Remove control characters from texts instead of refusing them.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -63,7 +65,7 @@ def expand(
         list[str], typer.Argument(help="Text of the language: .txt, .jsonl, .parquet (.gz, .xz, .zst) or globs.")
     ],
     dst: Annotated[Path, typer.Argument(help="The tokenizer directory to write.")],
-    size: Annotated[int, typer.Option(help="How many new tokens, markers not counted.")],
+    size: Annotated[int, typer.Option(help="How many new tokens, not counting markers.")],
     language: Language,
     script: Scripts = None,
     marker: Markers = None,
@@ -75,14 +77,14 @@ def expand(
     field: Field = None,
     remove_controls: RemoveControls = False,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="Text to measure on (the training text without it); repeatable.")
+        list[str] | None, typer.Option(help="Text to measure on (the training text); repeatable.")
     ] = None,
     english: Annotated[
-        list[str] | None, typer.Option(help="English text: how much of it gets other ids; repeatable.")
+        list[str] | None, typer.Option(help="English text, to count how much of it gets other ids; repeatable.")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Add tokens of a language to a tokenizer; the base's ids stay, and AutoTokenizer loads the result."""
+    """Add tokens of a language to a tokenizer. The base's ids stay, and AutoTokenizer loads the result."""
     with working() as progress:
         from transllm_jax.commands import tokenizer as tokenizer_commands
 
@@ -107,20 +109,20 @@ def expand(
 @app.command("report")
 def report(
     tokenizer: Annotated[
-        str, typer.Argument(help="A tokenizer: whatever BASE of expand can be, or a run's directory.")
+        str, typer.Argument(help="A tokenizer: anything that BASE of expand can be, or a run's directory.")
     ],
     files: Annotated[
         list[str], typer.Argument(help="Text to measure on: .txt, .jsonl, .parquet (.gz, .xz, .zst) or globs.")
     ],
     base: Annotated[
-        str | None, typer.Option(help="What it is compared with (what it was expanded from, if that is there).")
+        str | None, typer.Option(help="What to compare with (what the tokenizer was expanded from, if known).")
     ] = None,
     compare: Annotated[list[str] | None, typer.Option(help="Another tokenizer; repeatable.")] = None,
     curve: Annotated[
-        str | None, typer.Option(help="Expand the base by so many tokens and compare: 500,1000,2000,4000,8000.")
+        str | None, typer.Option(help="Expand the base by each number of tokens: 500,1000,2000,4000,8000.")
     ] = None,
     corpus: Annotated[list[str] | None, typer.Option(help="What --curve learns from; repeatable.")] = None,
-    language: Annotated[str | None, typer.Option(help="Of --curve: th, vi, zh-Hant, sr-Latn.")] = None,
+    language: Annotated[str | None, typer.Option(help="For --curve: th, vi, zh-Hant, sr-Latn.")] = None,
     script: Scripts = None,
     min_count: MinCount = 2,
     cuts: CutsOption = None,
@@ -129,10 +131,10 @@ def report(
     lines: Lines = False,
     field: Field = None,
     remove_controls: RemoveControls = False,
-    out: Annotated[Path | None, typer.Option(help="Draw it against vocabulary size: a .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Plot cost against vocabulary size: a .png, .svg or .pdf.")] = None,
     force: Force = False,
 ) -> None:
-    """Tokens per character, per byte and per word of texts, beside the base; --curve finds the size to choose."""
+    """Compare tokens per character, byte and word with the base's; --curve helps to choose a size."""
     sizes = parse_numbers(curve) if curve is not None else []
     if curve is not None and (language is None or not corpus):
         raise UserError("--curve learns vocabularies: give --language and --corpus, too")
@@ -172,9 +174,9 @@ def report(
 
 
 def parse_numbers(text: str) -> list[int]:
-    """Numbers of tokens such as `500,1000`. Raises UserError."""
+    """Numbers of tokens, such as `500,1000`. Raises UserError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not part.isascii() or not part.isdigit() or int(part) < 1]
     if wrong:
-        raise UserError(f"--curve {text}: {', '.join(map(repr, wrong))} is no number of tokens; write 500,1000,2000")
+        raise UserError(f"--curve {text}: {', '.join(map(repr, wrong))} is not a number of tokens; write 500,1000,2000")
     return [int(part) for part in parts]

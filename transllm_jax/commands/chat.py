@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from conversion.open_directory import open_directory
+from transllm_jax.choices import POINTS
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
 from transllm_jax.disk import is_utf8, read_json
@@ -21,7 +22,8 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages.manifest import Artifact
-from transllm_jax.stages.run import POINTS, Run, newest_point, tokenless
+from transllm_jax.stages.points import newest_point, tokenless
+from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
@@ -30,9 +32,9 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class Session:
-    """One conversation: a model, and what it remembers of the turns so far (in English, where there were chains).
+    """One conversation with a model, and the turns that it remembers (in English where there were chains).
 
-    forgotten: how many turns, the oldest, the model's context has no room for any more.
+    forgotten: how many of the oldest turns were dropped because the model's context was full.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Session:
     forgotten: int = 0
 
     def ask(self, question: str) -> Iterator[Answer]:
-        """The answer as it grows. The turn is remembered when the last of it was taken.
+        """Yield the answer as it grows. The turn is remembered once the whole answer has been taken.
 
         Raises UserError for a question with a special token in it, or one that does not fit the context.
         """
@@ -67,25 +69,25 @@ class Session:
 def open_session(
     given: Path | str, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY
 ) -> Session:
-    """A session with a work directory's newest point (or its original model), or with an exported model.
+    """Open a session with a work directory's newest point (or its original model), or with an exported model.
 
-    given: a directory, or a run's on a store. Raises UserError for a directory that is neither.
+    given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
     """
     mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a work directory or a model directory")
     if (path / "run.yaml").is_file():
-        # The devices here are others than those that it was trained on.
+        # The devices here may differ from those of the training.
         config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
         run = Run(config, path, Progress(quiet=True), Interrupt())
         newest = newest_point(path)
         point = "base" if base else newest
-        engine = Engine(run.split(point), run.model_config)
-        tokenizer, markers = run.tokenizer(point), run.markers
+        engine = Engine(run.models.split(point), run.models.config)
+        tokenizer, markers = run.models.tokenizer(point), run.markers
         name = "the original model" if base else f"the model after {point}"
     elif (path / "config.json").is_file():
         if base:
-            raise UserError(f"{path} is an exported model, which has no original in it; give the work directory")
+            raise UserError(f"{path} is an exported model, without the original model in it; give the work directory")
         known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
         markers = Markers(**known["markers"]) if known else Markers()
         model = open_directory(path)
@@ -100,10 +102,10 @@ def open_session(
 
 
 def _fetched(url: str, base: bool) -> Path:
-    """A mirror of what a conversation needs of a run on a store."""
+    """Mirror the parts of a run on a store that a conversation needs; return the mirror's directory."""
     place = open_workdir(url)
     if not place.pull("run.yaml"):
-        raise UserError(f"{url} is no work directory of a run (it has no run.yaml)")
+        raise UserError(f"{url} is not a run's work directory (it has no run.yaml)")
     for name in ("base", "vocabulary"):
         place.pull(name)
     for point in reversed(POINTS):
@@ -115,7 +117,7 @@ def _fetched(url: str, base: bool) -> Path:
 
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:
-    """Print an answer while it grows: its visible part, and with `show_chain` the chain before it."""
+    """Print an answer while it grows: its visible part, with `show_chain` also the chain before it."""
     printed = ""
 
     def print_more(text: str) -> None:
@@ -128,7 +130,7 @@ def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> No
     for answer in answers:
         print_more(_steady(answer, show_chain))
     if answer is not None:
-        # All of it: a model that gives no chain shows at the end what it said, and what was held back is a character.
+        # Print the rest: an answer without a chain is printed only now, and so is what was held back.
         whole = answer.raw if show_chain else answer.visible
         if not whole.startswith(printed):
             console.print()
@@ -138,9 +140,9 @@ def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> No
 
 
 def _steady(answer: Answer, show_chain: bool) -> str:
-    """What may be shown of an answer that still grows: without `show_chain` only a chain's last part.
+    """The part of a growing answer that can be printed: without `show_chain`, only the chain's last part.
 
-    A character of which only some bytes are there is held back (the next tokens make another one of it).
+    An incomplete character at the end is held back, since the next tokens will change it.
     """
     if show_chain:
         return answer.raw.rstrip("\ufffd")

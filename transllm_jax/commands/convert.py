@@ -1,4 +1,4 @@
-"""What the commands `transllm convert ...` do: open whatever a path is, write it as something else, compare."""
+"""What the commands `transllm convert ...` do: open a model, whatever its format, and write or compare it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from conversion.adapter import Adapter, write_adapter
+from conversion.adapter import AdapterDescription, write_adapter
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel
 from conversion.hf.directory import open_hf
@@ -20,7 +20,7 @@ from conversion.logits import logits_of
 from conversion.merged import Merged
 from conversion.names import tensors
 from conversion.open_directory import open_directory
-from conversion.opened import Opened, size_of
+from conversion.opened import OpenedModel, size_of
 from conversion.peft.config import CONFIG
 from conversion.peft.read import read_peft
 from conversion.peft.write import Rows, write_peft
@@ -32,19 +32,19 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.mesh import parse_mesh
 from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Progress
-from transllm_jax.tokenizer.llama_cpp import misread, readers_of
+from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import save_arrays
 
-# A text with letters, digits, punctuation and another script, for logits where the user gives none.
+# A text with letters, digits, punctuation and another script: the default for comparing logits.
 PROMPT = "The capital of France is Paris, and 2 + 2 = 4. ประเทศไทยมีเมืองหลวงชื่อกรุงเทพ"
 PROMPT_TOKENS = 64
 
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
-    """Write our checkpoint of a model (see `conversion.import_base`)."""
-    _destination(dst, force, source)
-    with _bytes(progress, "converting") as begin:
+    """Write a model as a checkpoint of ours (see `conversion.import_base`)."""
+    _check_destination(dst, force, source)
+    with _byte_bar(progress, "converting") as begin:
         import_base(
             source,
             dst,
@@ -71,16 +71,16 @@ def to_hf(
     check: bool = True,
     force: bool = False,
 ) -> None:
-    """Write a Hugging Face directory; say what merging changed, in weights and in logits."""
+    """Write a Hugging Face directory; report what merging changed, in weights and in logits."""
     size = parse_size(max_shard_size)
-    _destination(dst, force, source, base)
+    _check_destination(dst, force, source, base)
     found = open_source(source, base=base, stage=stage)
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
     model = found.model
     if not merge:
         if not isinstance(model, Merged) or found.lora is None:
-            raise UserError(f"{source} has no adapters to keep apart{_why(model)}; leave --unmerged out")
+            raise UserError(f"{source} has no adapters to keep apart{_why_no_adapters(model)}; leave --unmerged out")
         model = Merged(model.base, model.trainable, found.lora.scale, merge_adapters=False)
 
     def also(directory: Path) -> None:
@@ -90,7 +90,7 @@ def to_hf(
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
 
-    with _bytes(progress, "writing") as begin:
+    with _byte_bar(progress, "writing") as begin:
         rounding = export_hf(
             model,
             found.files,
@@ -104,22 +104,22 @@ def to_hf(
         )
     written = open_hf(dst)
     progress.say(f"{dst}: {describe(written)}")
-    if warning := misread(dst):
+    if warning := misread_message(dst):
         progress.say(warning)
     if not merge:
         progress.say(f"{dst / 'adapter'}: the adapters, as PEFT loads them on it")
     elif isinstance(model, Merged) and (model.full or found.lora is not None):
-        progress.say(_merging(rounding, written, full=model.full))
+        progress.say(_merging_line(rounding, written, full=model.full))
         if check:
-            progress.say(_merged_logits(model, written, dst, found.lora))
+            progress.say(_logits_line(model, written, dst, found.lora))
 
 
-def _why(model: Opened) -> str:
-    """Why a model that was trained has no adapters, for a message; nothing where it was not trained."""
+def _why_no_adapters(model: OpenedModel) -> str:
+    """For a message: why a trained model has no adapters; empty for a model that was not trained."""
     return " (all of its weights were trained: lora is none)" if isinstance(model, Merged) and model.full else ""
 
 
-def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
+def _merging_line(rounding: Rounding, written: OpenedModel, *, full: bool) -> str:
     types = ", ".join(sorted({written.dtype(tensor).name for tensor in tensors(written.config)}))
     return (
         f"{'all weights trained' if full else 'merged'} in float32, rounded once to {types}: no weight moved by more "
@@ -128,16 +128,16 @@ def _merging(rounding: Rounding, written: Opened, *, full: bool) -> str:
     )
 
 
-def _merged_logits(model: Opened, written: Opened, tokenizer: Path, lora: LoraConfig | None) -> str:
-    """The logits of what was trained beside those of what was written; without `lora` all weights were trained."""
+def _logits_line(model: OpenedModel, written: OpenedModel, tokenizer: Path, lora: LoraConfig | None) -> str:
+    """Compare the logits of the trained and the written model, in words. Without `lora`, all weights were trained."""
     tokens = prompt_tokens(Tokenizer.load(tokenizer), PROMPT)
-    beside, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
-    same = np.mean(np.argmax(beside, axis=1) == np.argmax(merged, axis=1))
+    trained, merged = logits_of(model, tokens, lora), logits_of(written, tokens)
+    same = np.mean(np.argmax(trained, axis=1) == np.argmax(merged, axis=1))
     pair = "written against trained" if lora is None else "merged against unmerged"
     return (
         f"{pair}, logits of {len(tokens)} tokens: largest difference "
-        f"{np.max(np.abs(beside - merged)):.2g} (they spread by {beside.std():.2g}), "
-        f"same best token at {same:.0%} of the places"
+        f"{np.max(np.abs(trained - merged)):.2g} (their standard deviation is {trained.std():.2g}), "
+        f"same best token at {same:.0%} of the positions"
     )
 
 
@@ -151,12 +151,12 @@ def to_peft(
     rows: Rows | None = None,
     force: bool = False,
 ) -> None:
-    """Write a PEFT adapter directory of a run's point."""
-    _destination(dst, force, source)
+    """Write a run's adapter, at a stage, as a PEFT adapter directory."""
+    _check_destination(dst, force, source)
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
         at = f"stage {stage} of {source}" if stage else source
-        if why := _why(found.model):
+        if why := _why_no_adapters(found.model):
             raise UserError(f"{at} has no adapters{why}; write the whole model, with transllm convert to-hf")
         raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
     write_peft(
@@ -179,20 +179,20 @@ def to_peft(
 
 
 def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force: bool = False) -> None:
-    """Write an adapter that a run begins with (`vocabulary.adapter`), out of a PEFT directory."""
+    """Write a PEFT adapter as one that a run can begin with (`vocabulary.adapter`)."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
-    _destination(dst, force, base, adapter)
+    _check_destination(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
     named = read_model_json(adapter / CONFIG).get("base_model_name_or_path")
-    if named and _lasting(str(named)) != _lasting(base):
+    if named and _lasting_name(str(named)) != _lasting_name(base):
         progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
     if found.new_rows and found.tokenizer_dir is None:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
     trainable, padding = dict(found.trainable), 0
     if found.tokenizer_dir is not None and found.new_rows:
-        # A table is often padded to a round number of rows: those behind the last token say nothing.
+        # A table is often padded to a round number of rows; rows after the last token have no meaning.
         tokens = max(token_ids(found.tokenizer_dir), default=-1) + 1 - below.model.config.vocab_size
         padding = max(found.new_rows - max(tokens, 0), 0)
         for path in ("vocabulary.new", "vocabulary.output_new"):
@@ -207,7 +207,10 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
             copy_tokenizer(below.files, directory)
         elif isinstance(below.model, GGUFModel):
             write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(directory, Adapter.of(below.model, found.lora, base_name=_lasting(base), source=str(adapter)))
+        write_adapter(
+            directory,
+            AdapterDescription.of(below.model, found.lora, base_name=_lasting_name(base), source=str(adapter)),
+        )
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out")
@@ -220,14 +223,14 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     )
 
 
-def _lasting(source: str) -> str:
-    """A source's name that means the same from every directory."""
+def _lasting_name(source: str) -> str:
+    """A source by a name that is valid from every directory: an absolute path, or the name itself."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
 
-def _destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
-    """Refuse a destination before anything is read. Raises UserError."""
+def _check_destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
+    """Check the destination before anything is read. Raises UserError."""
     paths = [Path(path) for path in reads if path is not None]
     check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
 
@@ -243,7 +246,7 @@ def verify(
     logits: bool = True,
     tolerance: float = 0.0,
 ) -> bool:
-    """Compare two of anything that can be opened; print what differs. True if nothing does by more than allowed."""
+    """Compare any two models that can be opened; print the differences. True if all are within the tolerance."""
     left, right = (open_source(x, base=y, stage=z) for x, y, z in zip((a, b), bases, stages, strict=True))
     ids = None
     notes = []
@@ -251,12 +254,12 @@ def verify(
         cuts = [None if found.bare else prompt_tokens(tokenizer_of(found), prompt) for found in (left, right)]
         ids = cuts[0] or cuts[1] or list(range(1, PROMPT_TOKENS + 1))
         if cuts[0] is None or cuts[1] is None:
-            notes.append("not both have a tokenizer; the logits are of the same ids")
+            notes.append("not both have a tokenizer; both models are given the same ids")
         elif cuts[0] != cuts[1]:
-            notes.append("the tokenizers cut the prompt differently; the logits are of the first one's tokens")
+            notes.append("the tokenizers cut the prompt differently; both models are given the first one's ids")
         limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
         ids = [number for number in ids if number < limit]
-    with _bytes(progress, "comparing") as begin:
+    with _byte_bar(progress, "comparing") as begin:
         result = compare(left.model, right.model, ids, begin(size_of(left.model) + size_of(right.model)))
     progress.say(comparison_table(result))
     faults = [fault for group in result.groups for fault in group.faults]
@@ -268,7 +271,7 @@ def verify(
     if result.logits is not None:
         progress.say(
             f"logits of {len(ids or ())} tokens: largest difference {result.logits:.3g}, "
-            f"same best token at {result.same_best:.0%} of the places, KL {result.divergence:.3g} nats a token",
+            f"same best token at {result.same_best:.0%} of the positions, KL {result.divergence:.3g} nats a token",
         )
     good = result.within(tolerance)
     if good and result.largest > 0:
@@ -279,7 +282,7 @@ def verify(
 
 
 def comparison_table(result: Comparison) -> Table:
-    """A row for each kind of tensor."""
+    """A table with a row for each kind of tensor."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("weights", "tensors", "identical", "largest", "mean", "types"):
         numbers = heading in ("tensors", "identical", "largest", "mean")
@@ -297,15 +300,15 @@ def comparison_table(result: Comparison) -> Table:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A text's ids, as a model is given them. Raises UserError for an empty text."""
+    """The first PROMPT_TOKENS ids of a prompt, as a model is given them. Raises UserError for an empty text."""
     ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)][:PROMPT_TOKENS]
     if not ids:
         raise UserError("the prompt is empty; give a text")
     return ids
 
 
-def describe(model: Opened) -> str:
-    """Family, sizes and types in a line."""
+def describe(model: OpenedModel) -> str:
+    """A model's family, sizes and types in one line."""
     config = model.config
     table = tensors(config)
     types = sorted({model.dtype(tensor).name for tensor in table})
@@ -317,8 +320,8 @@ def describe(model: Opened) -> str:
 
 
 @contextmanager
-def _bytes(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar in bytes: gives `begin(total)`, which gives `advance(bytes)`."""
+def _byte_bar(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A progress bar in bytes. Yields `begin(total)`, which starts the bar and returns `advance(bytes)`."""
     bars = []
 
     def begin(total: int) -> Callable[[int], None]:

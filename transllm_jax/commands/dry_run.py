@@ -1,6 +1,6 @@
-"""`transllm run --dry-run`: what a run would train on, for how long and in how much memory; all but the training.
+"""`transllm run --dry-run`: do all but the training; print what a run would train on, how long and in what memory.
 
-The base model, the vocabulary and the tokenised text that it needs are made, and kept: a run that follows begins there.
+The base model, the vocabulary and the tokenised text are made and kept: a later run starts from them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transllm_jax.stages import pretrain, transfer, translate
+from transllm_jax.stages.chains import CHAINS
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.training import Job, prepare
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -31,16 +32,16 @@ from transllm_jax.training.step import initial_state
 from transllm_jax.words import duration, size
 
 STAGES = {"pretrain": pretrain, "translate": translate, "transfer": transfer}
-# Rows that are shown of each stage, the characters of each, and the steps that are timed.
+# Rows shown of each stage, characters shown of each row, and steps that are timed.
 ROWS, CHARACTERS, STEPS = 10, 400, 3
-# What stands around text that is trained on, and between two texts in a row.
+# Printed around text that is trained on, and between two texts in a row.
 TRAINED, BETWEEN = ("⟦", "⟧"), " ┃ "
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step: bytes of the frozen arrays, of what trains, of its moments and gradients, of what is computed in
-    between; and seconds, None where there is not enough memory to try."""
+    """What a step costs: bytes of frozen arrays, trained arrays, optimizer state and temporary arrays, on one device;
+    and seconds, None if there is too little memory to run it."""
 
     frozen: int
     trainable: int
@@ -50,19 +51,19 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """Bytes in all, on each device."""
+        """Total bytes on each device."""
         return self.frozen + self.trainable + self.optimizer + self.temporary
 
 
 def show_plan(run: Run) -> None:
-    """Print the plan of the three trainings; stage `vocabulary` is done."""
+    """Print the plan of the three training stages. Stage `vocabulary` must be done."""
     console, say = run.progress.console, run.progress.say
     for name, stage in STAGES.items():
-        missing = name == "transfer" and not (run.workdir / "recover" / "chains.jsonl").is_file()
+        missing = name == "transfer" and not (run.workdir / "recover" / CHAINS).is_file()
         console.print(f"\n{name}", style="bold")
         parts = stage.parts(run) if not missing else transfer.known_parts(run)
         if missing:
-            say("  chains and English answers are known after stage recover; without them here", style="yellow")
+            say("  chains and English answers are known after stage recover: not counted here", style="yellow")
         if not parts:
             continue
         job = prepare(run, run.workdir / name, name=name, start="vocabulary", parts=parts)
@@ -71,12 +72,12 @@ def show_plan(run: Run) -> None:
         say(f"  the first {ROWS} rows, with {TRAINED[0]} {TRAINED[1]} around what the loss counts")
         for source, row in islice(_rows(job), ROWS):
             console.print(Text(f"    {source}", style="cyan"))
-            # Indented as a whole: a long row stays one block.
-            console.print(Padding(shown(row, run.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
+            # Padding indents the wrapped lines of a long row, too.
+            console.print(Padding(shown(row, run.models.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
 
 
 def _sources(job: Job) -> Table:
-    """A row a source. What was left out of it was said when it was read."""
+    """One row per source. What cleaning left out was printed when the source was read."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in ("  source", "items", "tokens", "rows", "padded", "share", "epochs"):
         first = heading == "  source"
@@ -110,14 +111,14 @@ def _say_steps(say: Callable[..., None], job: Job, name: str, cost: Cost) -> Non
     )
     if cost.seconds is None:
         lower = f"lower {name}.batch_size or use remat"
-        say(f"  no step was tried: this machine has less memory; {lower}", style="yellow")
+        say(f"  no step was timed: this machine has too little memory; {lower}", style="yellow")
         return
     speed = rows * length / cost.seconds
     step = f"{cost.seconds:.2f} s" if cost.seconds >= 0.1 else f"{1000 * cost.seconds:.1f} ms"
     apart = "compiling, saving and validation" if job.watch is not None else "compiling and saving"
     say(
         f"  {step} a step measured here, {speed:,.0f} tokens/s: {duration(steps * cost.seconds)} in all,\n"
-        f"    {apart} apart"
+        f"    without {apart}"
     )
 
 
@@ -154,7 +155,7 @@ def _local(array: jax.Array) -> int:
 
 
 def _rows(job: Job) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """The rows of the training in their order, each with its source's name."""
+    """The training's rows in order, each with the name of its source."""
     for number in count():
         arrays = job.batches[number]
         for place in range(job.batches.batch_size):
@@ -163,11 +164,11 @@ def _rows(job: Job) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 
 
 def shown(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> Text:
-    """A row's text, what is trained on between ⟦ and ⟧; texts that share the row stand apart. Cut where it is long."""
+    """A row's text: trained parts between ⟦ and ⟧, a bar between texts that share the row; cut to CHARACTERS."""
     text, tokens = Text(), int((row["segment_ids"] > 0).sum())
     for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
         places = np.flatnonzero(row["segment_ids"] == segment)
-        # A weight stands where a token is predicted: at the one before it.
+        # A token's weight is at the position that predicts it: the one before.
         trained = np.concatenate([[False], row["weights"][places[:-1]] > 0])
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(places)]
         if segment > 1:

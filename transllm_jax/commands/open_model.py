@@ -1,4 +1,4 @@
-"""Whatever a path is, opened: a run at a stage, an adapter on its base, a model directory, a GGUF file."""
+"""Open a model, whatever the path is: a run at a stage, an adapter on its base, a model directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.adapter import ADAPTER, Adapter, read_adapter
+from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
 from conversion.fetch import fetch
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
 from conversion.hf.tokenizer_files import has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
-from conversion.opened import Opened
+from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
+from transllm_jax.choices import POINTS
 from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.config import load_config
 from transllm_jax.disk import read_model_json
@@ -24,19 +25,20 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
-from transllm_jax.stages.run import POINTS, Run, about, newest_point
+from transllm_jax.stages.points import about, newest_point
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something opened: the model, the directory with its config and tokenizer, and, of trained ones, their parts.
+    """An opened model, the directories of its config and tokenizer and, if it was trained, its LoRA config and origin.
 
-    `files` is None of a GGUF file, which holds everything itself.
+    `files` is None for a GGUF file, which holds everything itself.
     """
 
-    model: Opened
+    model: OpenedModel
     files: Path | None
     tokenizer: Path | None
     lora: LoraConfig | None = None
@@ -45,14 +47,14 @@ class Source:
 
     @property
     def bare(self) -> bool:
-        """Whether there is no tokenizer with it."""
+        """Whether the model has no tokenizer."""
         return not isinstance(self.model, GGUFModel) and (self.tokenizer is None or not has_tokenizer(self.tokenizer))
 
 
 def open_source(source: str, *, base: str | None = None, stage: str | None = None) -> Source:
     """Open a run's work directory, an adapter (ours or PEFT's), a model directory of either kind, or a GGUF file.
 
-    `base` is where an adapter's base is, if not where it says. Raises UserError for anything else.
+    `base` is where an adapter's base is, if not where the adapter says. Raises UserError for anything else.
     """
     path = Path(source).expanduser()
     if (path / "run.yaml").is_file():
@@ -79,7 +81,7 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
 
 
 def _open_base(adapter: Path, given: str | None, named: str | None) -> Source:
-    """An adapter's base, from where the user or the adapter says that it is."""
+    """Open an adapter's base: the one that the user gave, or else the one that the adapter names."""
     if given is not None:
         return open_source(given)
     try:
@@ -96,30 +98,30 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
     if point not in POINTS:
         raise UserError(f"--stage {point} does not change the model; use one of {', '.join(POINTS)}")
     if point == "base":
-        return Source(open_hf(run.base), run.base, run.base, name="base")
-    trainable = run.trainable(point)
+        return Source(open_hf(run.models.base), run.models.base, run.models.base, name="base")
+    trainable = run.models.trainable(point)
     if not trainable.is_dir():
         raise UserError(f"{workdir}: stage {point} is not done yet; its newest is {newest_point(workdir)}")
-    merged = Merged(open_hf(run.base), load_arrays(trainable), run.scale)
-    return Source(merged, run.base, workdir / "vocabulary", run.lora, about(run), point)
+    merged = Merged(open_hf(run.models.base), load_arrays(trainable), run.models.scale)
+    return Source(merged, run.models.base, workdir / "vocabulary", run.models.lora, about(run.config), point)
 
 
 def peft_base(directory: Path) -> str:
-    """The base that a PEFT adapter names. Raises UserError where it names none."""
+    """The base that a PEFT adapter names. Raises UserError if it names none."""
     base = read_model_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{directory / CONFIG} names no base_model_name_or_path; give the base with --base")
     return base
 
 
-def check_base(adapter: Adapter, base: Source, where: Path) -> None:
+def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
     """Raises UserError if an adapter was made for another base."""
     if not adapter.fits(base.model):
         raise UserError(f"{where} was made for another base than {base.model.where}; give its own with --base")
 
 
 def tokenizer_of(found: Source) -> Tokenizer:
-    """The tokenizer of what was opened; of a GGUF file or a tokenizer.model alone, made for the purpose."""
+    """The tokenizer of an opened model; one in a GGUF file, or in a tokenizer.model alone, is converted first."""
     where = found.model.where if isinstance(found.model, GGUFModel) else found.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         return open_tokenizer(str(where), Path(scratch)).tokenizer

@@ -1,4 +1,4 @@
-"""The tokenizer of whatever a path is: a model's or tokenizer's directory, a run, a GGUF file, a name on the hub."""
+"""Open a tokenizer, whatever the path is: a model or tokenizer directory, a run, a GGUF file or a hub name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.fetch import fetch
 from conversion.gguf.header import read_header
 from conversion.gguf.tokenizer import write_tokenizer
-from conversion.hf.tokenizer_files import bring_tokenizer
+from conversion.hf.tokenizer_files import copy_or_make_tokenizer
 from transllm_jax.disk import read_model_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -18,7 +18,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class OpenedTokenizer:
     """A tokenizer and the directory of its files.
 
-    rows: of the embedding of the model beside it, which may be more than there are tokens; None without a model.
+    rows: rows of the embedding table of the model in the same directory, which can exceed the number of tokens; None
+    without a model.
     """
 
     tokenizer: Tokenizer
@@ -27,10 +28,10 @@ class OpenedTokenizer:
 
 
 def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None = None) -> OpenedTokenizer:
-    """Open a tokenizer. What has no tokenizer.json gets one in `scratch`, which must stay as long as the result.
+    """Open a tokenizer. If there is no tokenizer.json, one is made in `scratch`, which must outlive the result.
 
     source: a directory with tokenizer.json or tokenizer.model, a run's work directory (its newest vocabulary), a
-    `.gguf` file, or org/name on the hub (which fetches the model, too). Raises UserError for anything else.
+    `.gguf` file, or org/name on the hub (the model is fetched, too). Raises UserError for anything else.
     """
     path = Path(source).expanduser()
     if (path / "run.yaml").is_file():
@@ -49,7 +50,7 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
         rows = read_model_json(directory / "config.json").get("vocab_size")
     if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
         scratch.mkdir(parents=True, exist_ok=True)
-        bring_tokenizer(directory, scratch)
+        copy_or_make_tokenizer(directory, scratch)
         directory = scratch
     return OpenedTokenizer(
         _named(Tokenizer.load(directory, model=fetched.path), source),

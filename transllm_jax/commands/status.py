@@ -1,4 +1,4 @@
-"""What is done in a work directory, what was cut off, what is left, and how much of the time trained."""
+"""Which steps of a work directory are done, interrupted or left, and how much of the time was spent on training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.text import Text
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.measures import number
 from transllm_jax.evaluation.page.report import time_sentence
-from transllm_jax.stages.pipeline import NAMES, RUN, artifact, directory_of
+from transllm_jax.stages.pipeline import RUN
+from transllm_jax.stages.steps import NAMES, STEPS, artifact
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
@@ -21,18 +22,18 @@ MANIFEST, METRICS, VALIDATION, SKIPPED = "manifest.json", "metrics.jsonl", "vali
 
 
 def status_table(given: Path | str) -> RenderableType:
-    """A row a step, and a line about the time; given: a directory, or a run's on a store.
+    """A table with one row per step, and a line about the time.
 
-    Raises UserError where there is no run.
+    given: a directory, or the URL of a run on an object store. Raises UserError if there is no run.
     """
     if "://" not in str(given):
         return _table(Path(given), str(given))
-    # Not the run's own mirror, which some files of a step would leave in parts.
+    # Not into the run's own mirror: pulling only some files of a step would leave it incomplete.
     with tempfile.TemporaryDirectory(prefix="transllm-") as directory:
         place = open_workdir(str(given), Path(directory))
         for name in (RUN, LEDGER):
             place.pull(name)
-        for step in map(directory_of, NAMES):
+        for step in (step.directory for step in STEPS):
             if place.pull(f"{step}/{MANIFEST}"):
                 for log in (METRICS, VALIDATION, SKIPPED):
                     place.pull(f"{step}/{log}")
@@ -41,7 +42,7 @@ def status_table(given: Path | str) -> RenderableType:
 
 def _table(workdir: Path, name: str) -> RenderableType:
     if not (workdir / RUN).is_file():
-        raise UserError(f"{name} is no work directory of a run (it has no run.yaml)")
+        raise UserError(f"{name} is not a run's work directory (it has no run.yaml)")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("step", "state", "time", "result"):
         table.add_column(heading, justify="right" if heading == "time" else "left", no_wrap=heading != "result")
@@ -60,19 +61,19 @@ def _table(workdir: Path, name: str) -> RenderableType:
 
 
 def _so_far(directory: Path) -> str:
-    """How a stage that is not done stands: its last step, the best of its validations, the updates that it skipped."""
-    told = []
+    """The progress of an unfinished stage: its last step, its best validation, the updates that it skipped."""
+    parts = []
     losses = read_rows(directory / METRICS)
     if losses:
         loss = number(losses[-1].get("loss"))
-        told.append(f"step {losses[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
+        parts.append(f"step {losses[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
     found = [(number(row.get("bits_per_byte")), row["step"]) for row in read_validations(directory / VALIDATION)]
     measured = [(bits, -step) for bits, step in found if bits is not None]
     if measured:
-        # Of equal ones the last, as the stage itself chooses.
+        # The last of equal ones, as the stage itself chooses.
         bits, step = min(measured)
-        told.append(f"best so far {bits:.3f} bits a byte at step {-step}")
+        parts.append(f"best so far {bits:.3f} bits a byte at step {-step}")
     skipped = len(read_rows(directory / SKIPPED))
     if skipped:
-        told.append(f"{skipped} update{'' if skipped == 1 else 's'} skipped, not finite")
-    return "; ".join(told)
+        parts.append(f"{skipped} update{'' if skipped == 1 else 's'} skipped, not finite")
+    return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""What the commands `transllm tokenizer ...` do: expand a vocabulary, and say what vocabularies cost."""
+"""What the commands `transllm tokenizer ...` do: expand a vocabulary, and measure what texts cost in tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.growing.expand import Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growing.growth import check_markers
 from transllm_jax.tokenizer.growing.runs import check_supported
-from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override, rebuilt
-from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override_message, rebuilt_message
+from transllm_jax.tokenizer.rewritten import rewritten_letters_message
 from transllm_jax.tokenizer.scripts import Script, script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_KEPT_SAMPLES = 64 << 20  # bytes of a corpus from which on its sample is kept in the cache
+_CACHED_SAMPLES = 64 << 20  # the sample of a corpus of at least this many bytes is kept in the cache
 _SHOWN_TEXT = 4_000_000  # characters of the training text that costs and examples are measured on
-_EXAMPLES, _CANDIDATES = 6, 500  # words that are shown, of the most frequent ones that the base cuts
+_EXAMPLES, _CANDIDATES = 6, 500  # words shown: the first that the base cuts, among the most frequent
 _WITHOUT_SCORES = (
     "transformers and vLLM read the ids; llama.cpp takes the order of merges from tokenizer.model, which the base lacks"
 )
@@ -39,8 +39,11 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Learning:
-    """What a vocabulary is learned from and how. Bytes are those of UTF-8 text; `separator`, `controls` and `field` are
-    those of `data.shards.text_files`, `cuts` those of `expand`; `scripts` are names in place of the usual scripts."""
+    """What a vocabulary is learned from, and how.
+
+    sample: bytes of UTF-8 text. scripts: names that replace the language's usual scripts. separator, controls, field:
+    see `data.read.shards.text_files`. cuts: see `expand`.
+    """
 
     corpus: Sequence[str]
     language: str
@@ -66,19 +69,20 @@ def expand_vocabulary(
     held_out: Sequence[str] = (),
     force: bool = False,
 ) -> None:
-    """Write a tokenizer directory: the base `source` with `size` new tokens, and report.json beside its files.
+    """Write a tokenizer directory: the base `source` with `size` new tokens, and a report.json.
 
-    english: files of which is counted how many texts change. held_out: files whose cost before and after is measured
-    (the training text where there are none). Of records the texts are those of `learning.field`. Raises UserError for
-    what is wrong with any of these; then, and after a kill, nothing is at `dst`.
+    english: files in which the texts that get other ids are counted. held_out: files whose cost is measured before and
+    after (by default the training text). In records, the text is in `learning.field`. Raises UserError if any of these
+    is wrong; then, and after a kill, nothing is at `dst`.
     """
-    _check_idle([*learning.corpus, *english, *held_out], learning.separator, learning.field)
+    _check_used([*learning.corpus, *english, *held_out], learning.separator, learning.field)
     reads = [file for path in (*learning.corpus, *english, *held_out) for file in resolve(path)]
-    check_destination(dst, overwrite=force, reads=[*reads, *(p for p in [Path(source).expanduser()] if p.exists())])
+    local = Path(source).expanduser()
+    check_destination(dst, overwrite=force, reads=[*reads, local] if local.exists() else reads)
     with tempfile.TemporaryDirectory() as scratch, new_directory(dst, overwrite=force) as directory:
         base = open_tokenizer(source, Path(scratch) / "base", _say(progress))
-        script = _check(base.tokenizer, [size], learning, [*english, *held_out])
-        sample = _read(learning, progress)
+        script = _check_learning(base.tokenizer, [size], learning, [*english, *held_out])
+        sample = _read_sample(learning, progress)
         expansion = _learn(base, sample.documents, size, learning, progress)
         new = expansion.tokenizer
         files = save_expanded(new, base.directory, directory)
@@ -86,16 +90,16 @@ def expand_vocabulary(
         def texts(path: str) -> Iterator[str]:
             return texts_of(path, learning.controls, learning.field)
 
+        training_text = _first_documents(sample.documents)
         measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}
-        shown = _first(sample.documents)
         if not measured:
-            measured = {"the training text": costs([base.tokenizer, new], shown)}
-        frequent = example_words(script, shown, _CANDIDATES)
+            measured = {"the training text": costs([base.tokenizer, new], training_text)}
+        frequent = example_words(script, training_text, _CANDIDATES)
         words = [word for word in frequent if len(base.tokenizer.encode(word, specials=False)) > 1][:_EXAMPLES]
         counted = {path: changed(base.tokenizer, new, texts(path)) for path in english}
         report = {
             **expansion.report,
-            "base": str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
+            "base": str(local.resolve()) if local.exists() else source,
             "name": script.language,
             "scripts": list(script.scripts),
             "shared_bytes_with": list(script.shared),
@@ -112,7 +116,7 @@ def expand_vocabulary(
         }
         write_json(directory / "report.json", report)
     _say_expansion(dst, files, expansion, script, sample, progress)
-    if lost := rewritten_line(base.tokenizer, script):
+    if lost := rewritten_letters_message(base.tokenizer, script):
         progress.say(lost)
     short = _short_names(list(measured))
     rows = [
@@ -140,61 +144,47 @@ def report_costs(
     out: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Print what the files' texts cost with each tokenizer, beside the base; draw it against vocabulary size.
+    """Print what the files' texts cost with each tokenizer, compared with the base; plot it against vocabulary size.
 
-    base: what the others are compared with; by default the one that the first of `sources` was expanded from, if that
-    is known and there, or else the first of `sources`. curve: numbers of new tokens that the base is expanded by, with
-    `learning`. field: of records, the one of the text. out: a .png, .svg or .pdf file. Raises UserError for what is
-    wrong with any of these.
+    base: the tokenizer that the others are compared with; by default the one that the first of `sources` was expanded
+    from, if it is known and exists, or else the first of `sources`. curve: numbers of new tokens by which the base is
+    expanded, with `learning`. field: the field of a record that holds the text. out: a .png, .svg or .pdf file. Raises
+    UserError if any of these is wrong.
     """
     if out is not None:
-        if out.suffix not in _PLOTS:
-            raise UserError(f"--out {out}: the plot is written as {', '.join(_PLOTS)}; choose such a name")
-        if out.exists() and not force:
-            raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
+        _check_plot(out, force)
     corpus = [] if learning is None else learning.corpus
-    _check_idle([*files, *corpus], "blank line" if learning is None else learning.separator, field)
+    _check_used([*files, *corpus], "blank line" if learning is None else learning.separator, field)
     _check_texts(files, controls, field)
     with tempfile.TemporaryDirectory() as scratch:
-        named = [
-            (source, open_tokenizer(source, Path(scratch) / str(n), _say(progress))) for n, source in enumerate(sources)
-        ]
-        found = base or _base_of(named[0][1], progress)
-        if found is not None and found not in sources:
-            named.insert(0, (found, open_tokenizer(found, Path(scratch) / "base", _say(progress))))
-        elif found is not None:
-            named.sort(key=lambda item: item[0] != found)
-        first = named[0][1]
-        rows: list[tuple[str, Tokenizer]] = [(name, opened.tokenizer) for name, opened in named]
+        opened = _open_with_base(sources, base, Path(scratch), progress)
+        first = opened[0][1]
+        rows: list[tuple[str, Tokenizer]] = [(name, found.tokenizer) for name, found in opened]
         if curve:
             assert learning is not None
-            sizes = sorted(set(curve))
-            _check(first.tokenizer, sizes, learning, [])
-            sample = _read(learning, progress)
-            expansion = _learn(first, sample.documents, sizes[-1], learning, progress)
-            rows += [(f"+{size:,}", expansion.at(size)) for size in sizes]
+            added = sorted(set(curve))
+            _check_learning(first.tokenizer, added, learning, [])
+            sample = _read_sample(learning, progress)
+            expansion = _learn(first, sample.documents, added[-1], learning, progress)
+            rows += [(f"+{size:,}", expansion.at(size)) for size in added]
         tokenizers = [tokenizer for _, tokenizer in rows]
         measured = {path: costs(tokenizers, texts_of(path, controls, field)) for path in files}
     texts, names = _short_names(files), _short_names([name for name, _ in rows])
-    progress.say(
-        cost_table(
-            [
-                (texts[path], names[name], cost, found[0])
-                for path, found in measured.items()
-                for (name, _), cost in zip(rows, found, strict=True)
-            ]
-        )
-    )
+    table = [
+        (texts[path], names[name], cost, by_tokenizer[0])
+        for path, by_tokenizer in measured.items()
+        for (name, _), cost in zip(rows, by_tokenizer, strict=True)
+    ]
+    progress.say(cost_table(table))
     progress.say(f"tokens per character, UTF-8 byte and word; {WORDS}")
     if out is not None:
-        vocabularies = [tokenizer.vocab_size for tokenizer in tokenizers]
+        sizes = [tokenizer.vocab_size for tokenizer in tokenizers]
         points = {
             texts[path]: [
-                (size, c.per_character, c.per_byte, c.per_word) for size, c in zip(vocabularies, found, strict=True)
+                (size, cost.per_character, cost.per_byte, cost.per_word)
+                for size, cost in zip(sizes, by_tokenizer, strict=True)
             ]
-            for path, found in measured.items()
+            for path, by_tokenizer in measured.items()
         }
         cost_plot(out, points)
         progress.say(f"plot    {out}")
@@ -207,46 +197,69 @@ def _say(progress: Progress) -> Callable[[str], None]:
     return lambda line: progress.say(line)
 
 
-def _check(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
-    """What can be known to be wrong before a corpus is read. Raises UserError."""
+def _check_learning(base: Tokenizer, sizes: Sequence[int], learning: Learning, files: Sequence[str]) -> Script:
+    """Check what can be checked before a corpus is read; return the language's script. Raises UserError."""
     script = script_of(learning.language, learning.scripts)
     check_supported(json.loads(base.backend.to_str()), base.source)
     check_markers(base, list(learning.markers))
     small = [size for size in (*sizes, learning.min_count) if size < 1]
     if small:
-        raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count begin at 1")
+        raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count must be at least 1")
     for path in learning.corpus:
         resolve(path)
     _check_texts(files, learning.controls, learning.field)
     return script
 
 
+def _check_plot(out: Path, force: bool) -> None:
+    """Raises UserError if the plot cannot be written to `out`."""
+    if out.suffix not in _PLOTS:
+        raise UserError(f"--out {out}: the plot is written as {', '.join(_PLOTS)}; choose a name that ends so")
+    if out.exists() and not force:
+        raise UserError(f"--out {out} exists; choose another name or ask to overwrite it (--force)")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is not a directory; make it or correct the path")
+
+
 def _check_texts(files: Sequence[str], controls: Controls, field: str | None) -> None:
-    """Raises UserError for texts that cannot be measured on, before the hours that learning may take."""
+    """Raises UserError for texts that cannot be read, before learning, which may take hours."""
     for path in files:
         for _ in texts_of(path, controls, field):
             pass
 
 
-def _check_idle(files: Sequence[str], separator: Separator, field: str | None) -> None:
-    """Raises UserError for an option that none of the files has a use for."""
+def _check_used(files: Sequence[str], separator: Separator, field: str | None) -> None:
+    """Raises UserError for an option that applies to none of the files."""
     kinds = {reading.container for path in files for reading in text_files(path).values()}
     if field is not None and kinds == {"lines"}:
-        raise UserError(f"--field {field} is of records (.jsonl, .json, .parquet), and no file is one: leave it out")
+        raise UserError(f"--field {field} is for records (.jsonl, .json, .parquet), and no file has any: leave it out")
     if separator == "line" and "lines" not in kinds:
-        raise UserError("--lines is of text in lines, and all files are records: leave it out")
+        raise UserError("--lines is for text in lines, and all files have records: leave it out")
 
 
-def _read(learning: Learning, progress: Progress) -> Sample:
-    """A sample of the corpus, with a bar in bytes; that of a large one is kept in the cache. Raises UserError."""
+def _open_with_base(
+    sources: Sequence[str], base: str | None, scratch: Path, progress: Progress
+) -> list[tuple[str, OpenedTokenizer]]:
+    """Open the tokenizers and the base to compare them with: (name, tokenizer) each, the base first if there is one."""
+    opened = [(source, open_tokenizer(source, scratch / str(n), _say(progress))) for n, source in enumerate(sources)]
+    base = base or _base_of(opened[0][1], progress)
+    if base is None:
+        return opened
+    if base not in sources:
+        return [(base, open_tokenizer(base, scratch / "base", _say(progress))), *opened]
+    return sorted(opened, key=lambda item: item[0] != base)
+
+
+def _read_sample(learning: Learning, progress: Progress) -> Sample:
+    """Sample the corpus, with a progress bar in bytes; the sample of a large corpus is cached. Raises UserError."""
     total = sum(file.stat().st_size for path in learning.corpus for file in resolve(path))
     with progress.bytes("reading", total) as bar:
-        told = 0
+        shown = 0
 
-        def tell(done: int, _: int) -> None:
-            nonlocal told
-            bar.add(max(done - told, 0))
-            told = max(done, told)
+        def update(done: int, _: int) -> None:
+            nonlocal shown
+            bar.add(max(done - shown, 0))
+            shown = max(done, shown)
 
         return sample_documents(
             learning.corpus,
@@ -255,8 +268,8 @@ def _read(learning: Learning, progress: Progress) -> Sample:
             separator=learning.separator,
             controls=learning.controls,
             field=learning.field,
-            cache=cache_directory() / "samples" if total >= _KEPT_SAMPLES else None,
-            on_progress=tell,
+            cache=cache_directory() / "samples" if total >= _CACHED_SAMPLES else None,
+            on_progress=update,
         )
 
 
@@ -264,7 +277,7 @@ def _learn(
     base: OpenedTokenizer, documents: Sequence[str], size: int, learning: Learning, progress: Progress
 ) -> Expansion:
     tokens = len(base.tokenizer.backend.get_vocab(with_added_tokens=True))
-    with Phases(progress) as tell:
+    with Phases(progress) as on_progress:
         return expand(
             base.tokenizer,
             documents,
@@ -274,13 +287,13 @@ def _learn(
             markers=list(learning.markers),
             min_count=learning.min_count,
             cuts=learning.cuts,
-            # Behind the rows of the model's embedding, where those are more than its tokens.
+            # After the rows of the model's embedding table, if it has more rows than tokens.
             first_id=base.rows if base.rows is not None and base.rows > tokens else None,
-            on_progress=tell,
+            on_progress=on_progress,
         )
 
 
-def _many(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -288,57 +301,57 @@ def _size(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
 
 
-def _use(report: dict[str, Any]) -> str:
-    """How the training text uses the new tokens."""
+def _usage(report: dict[str, Any]) -> str:
+    """How often the training text uses the new tokens, in words."""
     rare, never = report["produced_less_than_min_count"], report["never_produced"]
     if not rare:
-        return f"each new token is produced there at least {_many(report['min_count'], 'time')}"
+        return f"each new token is produced there at least {_count(report['min_count'], 'time')}"
     parts = f", of which {never} never" if never else ""
     return (
-        f"{_many(rare, 'new token')} produced there less than {_many(report['min_count'], 'time')}{parts}: the first "
-        "bytes of characters that the base cannot begin"
+        f"{_count(rare, 'new token')} produced there less than {_count(report['min_count'], 'time')}{parts}: the first "
+        "bytes of characters that the base has no token for"
     )
 
 
-def _readers(report: dict[str, Any], files: Sequence[str]) -> list[str]:
-    """Who reads the new ids. SentencePiece's pieces have scores in tokenizer.model, which tokenizer.json has not."""
+def _reader_lines(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Lines that say which programs get the new ids. Only tokenizer.model has the scores of SentencePiece's pieces."""
     everyone = "transformers, vLLM and llama.cpp read the ids"
     if report["kind"] == "sentencepiece":
         return [f"{everyone}, llama.cpp from tokenizer.model" if "tokenizer.model" in files else _WITHOUT_SCORES]
     if report["readers"]["transformers"] == OTHER_IDS:
-        lines = [f"{rebuilt(report['model_type'])} (--cuts base learns tokens that all read)"]
+        lines = [f"{rebuilt_message(report['model_type'])} (--cuts base learns tokens that all read)"]
     elif report["readers"]["llama.cpp"] == AS_TRAINED:
         lines = [f"{everyone}: text is cut where the base cuts it"]
     else:
         lines = [
             "transformers and vLLM read the ids; llama.cpp reads others: it cuts text where the base does (--cuts base "
-            "learns tokens that it reads, too, and a text takes more of them)"
+            "learns tokens that it also reads, and a text takes more of them)"
         ]
         if (instead := report["llama_cpp_stand_in"]) is not None:
-            lines.append(override(instead))
+            lines.append(override_message(instead))
     if not report["passes_for_base"]:
         lines.append(
-            "llama.cpp's converter knows a tokenizer by the ids of one text, which are others now: tell it there "
-            "(get_vocab_base_pre) that this one has the base's pre-tokenizer"
+            "llama.cpp's converter recognises a tokenizer by the ids of one text, which have changed: add this one to "
+            "its get_vocab_base_pre, with the base's pre-tokenizer"
         )
     return lines
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last parts of paths, where they tell them apart."""
+    """A short name for each path: its last part, or the whole path if two last parts are equal."""
     last = [Path(path).name for path in paths]
     return dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
 
 
-def _first(documents: Sequence[str]) -> list[str]:
-    """The first documents, as many as costs are measured on."""
-    found, size = [], 0
+def _first_documents(documents: Sequence[str]) -> list[str]:
+    """The first documents, of about _SHOWN_TEXT characters."""
+    first, size = [], 0
     for document in documents:
         if size >= _SHOWN_TEXT:
             break
-        found.append(document)
+        first.append(document)
         size += len(document)
-    return found
+    return first
 
 
 def _sum(counted: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -346,7 +359,7 @@ def _sum(counted: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
-    """What a tokenizer was expanded from, if its report says so and that is there; of a run, its own base."""
+    """What a tokenizer was expanded from, if its report names it and it exists; for a run, its own base."""
     path = opened.directory / "report.json"
     found = read_model_json(path).get("base") if path.is_file() else None
     for workdir in (opened.directory, opened.directory.parent):
@@ -354,11 +367,11 @@ def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
             found = str(workdir / "base")
     if not isinstance(found, str) or not Path(found).expanduser().exists():
         return None
-    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses)")
+    progress.say(f"compared with {found}, which {opened.directory} was expanded from (--base chooses another)")
     return found
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------------------------
 
 
 def _say_expansion(
@@ -367,24 +380,24 @@ def _say_expansion(
     report, read = expansion.report, sample.report
     part = "all" if read.kept_bytes == read.bytes else f"{read.kept_bytes / 1e6:,.1f} MB"
     lines = [
-        f"{dst}: {_many(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
-        + (f" and {_many(len(report['markers']), 'marker')}" if report["markers"] else "")
+        f"{dst}: {_count(report['new_tokens'], 'new token')} for {script.language} ({', '.join(script.scripts)} script)"
+        + (f" and {_count(len(report['markers']), 'marker')}" if report["markers"] else "")
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
-        f"learned from {part} of {_size(read.bytes)} in {_many(read.documents, 'document')}; " + _use(report),
+        f"learned from {part} of {_size(read.bytes)} in {_count(read.documents, 'document')}; " + _usage(report),
     ]
-    lines += _readers(report, files)
+    lines += _reader_lines(report, files)
     if read.documents == 1:
-        lines.append("it is one document: without blank lines between documents, --lines makes each line one")
+        lines.append("the corpus is one document: if it has no blank lines, --lines makes each line a document")
     if read.too_long:
-        lines.append(f"{read.too_long:,} documents were larger than the sample and left out; --lines may cut them")
+        lines.append(f"{read.too_long:,} documents were left out: larger than the sample; --lines may cut them")
     if read.removed:
-        lines.append(f"{read.removed:,} control characters were taken out")
+        lines.append(f"{read.removed:,} control characters were removed")
     if script.shared:
         signs = {"Common", "Inherited"}
         others = [name for name in script.shared if name not in signs]
         others += ["signs of all scripts"] if signs.intersection(script.shared) else []
         lines.append(
-            f"some characters share their first bytes with {', '.join(others)}: ids of such text can change, too"
+            f"some characters share their first bytes with {', '.join(others)}: ids of such text can also change"
         )
     for line in lines:
         progress.say(line)

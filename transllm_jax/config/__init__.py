@@ -5,12 +5,12 @@ from transllm_jax.config.load import load_config
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Positive, Section, Share
 from transllm_jax.config.sections import (
+    ChatModel,
     Evaluation,
     Export,
     Language,
     Lora,
-    Markers,
-    Model,
+    MarkerNames,
     Prompts,
     Recover,
     Translation,
@@ -19,14 +19,14 @@ from transllm_jax.config.sections import (
 from transllm_jax.config.training import Pretraining, Training, Transfer, Validation
 
 __all__ = [
+    "ChatModel",
     "Cleaning",
     "Config",
     "Evaluation",
     "Export",
     "Language",
     "Lora",
-    "Markers",
-    "Model",
+    "MarkerNames",
     "PairSource",
     "Positive",
     "Pretraining",

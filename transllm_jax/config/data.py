@@ -1,4 +1,4 @@
-"""Where text comes from, how much of it is taken, and what is left out."""
+"""Where text comes from, how much of it is read, and what is left out."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from transllm_jax.config.section import Location, Positive, Section, Share, with
 
 
 class Cleaning(Section):
-    """What is left out of a source before it is trained on; each is counted in the stage's manifest."""
+    """Which items (documents, pairs, conversations) of a source are left out of training.
 
-    # Items (documents, pairs, conversations) that are equal to an earlier one, but for case and spaces.
+    The stage's manifest counts each kind.
+    """
+
+    # Items equal to an earlier one, apart from case and spaces.
     exact_duplicates: bool = True
     # Items whose estimated Jaccard similarity with an earlier one is at least this, such as 0.8 (MinHash); null is off.
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
-    # Items that hold at least half of some text of the evaluation sets.
+    # Items that contain at least half of any text of the evaluation sets.
     contamination: bool = True
     min_characters: Annotated[int, Field(ge=0)] = 0
     max_characters: Positive | None = None
-    # The least share of letters that are of the target language's script (of pairs: of the target side).
+    # The least share of letters in the target language's script (in pairs: on the target side).
     min_script_share: Share = 0.0
 
     @model_validator(mode="after")
@@ -32,48 +35,49 @@ class Cleaning(Section):
 
 
 class Source(Section):
-    """Text, translation pairs or conversations, in files, or in a dataset of `datasets` or TFDS."""
+    """Text, translation pairs or conversations, in files or in a dataset of `datasets` or TFDS."""
 
-    # A file or a glob (.gz, .xz and .zst are read as they are); for `datasets` a local directory or a hub name; for
-    # `tfds` NAME, NAME/CONFIG or NAME:VERSION.
+    # A file or a glob (.gz, .xz and .zst are decompressed); for `datasets`, a local directory or a hub name; for
+    # `tfds`, NAME, NAME/CONFIG or NAME:VERSION.
     path: Location
-    # What is in it. pairs: English and the target language.
+    # What the items are. pairs: English and the target language.
     format: Content = "text"
-    # How it is stored; by default what the file's suffix says: .jsonl (or .ndjson, .json), .parquet, else lines.
+    # How the items are stored; by default by the file's suffix: .jsonl (or .ndjson, .json), .parquet, else lines.
     container: Container | None = None
-    # Of records: the field of a text (`text` by default), or the two of a pair, English first. `a.b` is b inside of a.
-    # What else a record has is not read. Conversations are known by their form: `conversations`, `messages`, or
-    # `instruction`, `input` and `output`; fields beside these are read, refused or, where they say nothing of the
-    # training, counted by name.
+    # For records: the field of a text (`text` by default), or the two fields of a pair, English first. `a.b` is b
+    # inside a. Other fields are not read. Conversations are recognised by their form: `conversations`, `messages`, or
+    # `instruction`, `input` and `output`; other fields are read, refused or, if they do not affect training, counted by
+    # name.
     fields: list[str] = []
-    # Of pairs in two files, line by line: the target language's; `path` is then the English one.
+    # For pairs in two files, line by line: the file of the target language; `path` is then the English file.
     target_path: Location | None = None
-    # Of `datasets` and `tfds`.
+    # For `datasets` and `tfds`.
     split: str = "train"
     data_dir: str | None = None
-    # Of text in lines: what stands between two documents.
+    # For text in lines: what separates two documents.
     separator: Separator = "blank line"
-    # Control characters: refused with their place, or removed and counted.
+    # Control characters: refuse them, with their position, or remove and count them.
     controls: Controls = "refuse"
-    # A row that cannot be read (an empty side, a third column, two questions in a row, a special token in it) stops the
-    # run, or is left out, counted and written to bad_rows.jsonl in the stage's directory.
+    # A bad row (an empty side, a third column, two questions in a row, a special token) either stops the run or is
+    # skipped: left out, counted and written to bad_rows.jsonl in the stage's directory.
     on_bad_rows: OnBadRows = "refuse"
-    # At most this share of a source's rows may be skipped; ten may be in any case, for small files.
+    # At most this share of a source's rows may be skipped, or ten rows if that is more.
     max_bad_share: Share = 0.01
-    # Share of the rows in the mixture, relative to the other sources'; all or none. Without: by size.
+    # Share of the rows in the mixture, relative to the other sources; give all sources a weight or none. Without
+    # weights: by size.
     weight: float | None = Field(default=None, gt=0)
-    # Read only so much from the start: at most so many UTF-8 bytes of a text's documents (the first line or record is
-    # always taken), or so many documents, pairs or conversations.
+    # Read only the start of a source: at most this many UTF-8 bytes of a text's documents (the first line or record is
+    # always read), or this many documents, pairs or conversations.
     max_bytes: Positive | None = None
     max_items: Positive | None = None
-    # Train on at most so many tokens: items are chosen at random, by the run's seed.
+    # Train on at most this many tokens: items are chosen at random, by the run's seed.
     tokens: Positive | None = None
     cleaning: Cleaning = Cleaning()
 
     @model_validator(mode="before")
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
-        """`limit` meant bytes of text and a number of anything else, so it was taken for what it was not."""
+        """`limit` was removed: it meant bytes for text but a number of items for the others, and was misread."""
         kind = given.get("format", "text") if isinstance(given, dict) else "text"
         text = "bytes of text: name it max_bytes (or max_items, to count documents)"
         return without_limit(given, text if kind == "text" else f"{kind}: name it max_items")
@@ -81,9 +85,9 @@ class Source(Section):
     @model_validator(mode="after")
     def _has_no_idle_key(self) -> Source:
         if self.format != "text" and self.max_bytes is not None:
-            raise ValueError(f"max_bytes is for text; of {self.format}, max_items are taken from the start")
+            raise ValueError(f"max_bytes is for text; for {self.format}, use max_items")
         if self.format != "text" and self.separator != "blank line":
-            raise ValueError("separator is for text; pairs and conversations stand one a line, so remove it")
+            raise ValueError("separator is for text; pairs and conversations are one per line, so remove it")
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):
             raise ValueError("target_path is for pairs in two files of lines; add `format: pairs`, or remove it")
         if self.container in ("datasets", "tfds"):
@@ -100,12 +104,12 @@ class Source(Section):
 
 
 def _unweighted(source: Source) -> Source:
-    """A source that is no part of a mixture. A key that nobody reads is an error."""
+    """Check a source that is not part of a mixture. Keys without effect are errors."""
     for key in ("weight", "tokens"):
         if getattr(source, key) is not None:
-            raise ValueError(f"{key} means nothing here, where no mixture is made; remove it")
+            raise ValueError(f"{key} means nothing here: this source is not part of a mixture; remove it")
     if source.cleaning != Cleaning():
-        raise ValueError("cleaning means nothing here, where nothing is trained on; remove it")
+        raise ValueError("cleaning means nothing here: this source is not trained on; remove it")
     return source
 
 

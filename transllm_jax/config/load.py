@@ -1,4 +1,4 @@
-"""A config file and dotted overrides, read and checked. An unknown key is an error that names it."""
+"""Read and check a config file and dotted overrides. An unknown key is an error that names it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transllm_jax.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers, and an error for a key that stands twice.
+    """A safe YAML loader with YAML 1.2 numbers, which raises UserError for a duplicate key.
 
-    PyYAML reads those of YAML 1.1: `1e-3` as text, `010` as 8 and `1:30` as 90.
+    PyYAML reads YAML 1.1 numbers: `1e-3` as text, `010` as 8 and `1:30` as 90.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} stands twice")
+                raise UserError(f"line {node.value[place][0].start_mark.line + 1}: the key {key!r} is given twice")
         return super().construct_mapping(node, deep)
 
 
@@ -47,7 +47,7 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply `key.path=value` overrides (values are YAML).
 
-    Raises UserError that names the file, the key path and the mend.
+    Raises UserError that names the file and the key path, and says how to fix it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such config file; see configs/ for examples")
@@ -71,9 +71,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def recorded_date(path: Path) -> date | None:
-    """The `date` of a run.yaml that an earlier session wrote; None where it has none.
+    """The `date` in a run.yaml that an earlier session wrote, or None.
 
-    Raises UserError for a file that is damaged.
+    Raises UserError if the file is damaged.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")).get("date")
@@ -105,7 +105,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """All faults in one line, each with its key path; a misspelt key with the one that may be meant."""
+    """All errors in one line, each with its key path; for a misspelt key, also the closest known key."""
     import difflib
 
     faults = []
@@ -121,7 +121,7 @@ def _explain(error: ValidationError) -> str:
         else:
             message = fault["msg"].removeprefix("Value error, ")
             given = repr(fault["input"])
-            # A section that contradicts itself is not shown whole: the message says what it is about.
+            # The input of an error in a whole section is not shown: the message says enough.
             faults.append(f"{path}: {message}" + ("" if isinstance(fault["input"], dict) else f" (it is {given[:60]})"))
     return "; ".join(faults)
 
@@ -133,7 +133,7 @@ def _fields(path: Sequence[str | int]) -> list[str]:
         if isinstance(name, int):
             continue
         annotation = section.model_fields[name].annotation
-        # Of `list[Annotated[Source, ...]]`, the Source.
+        # The Source in `list[Annotated[Source, ...]]`.
         arguments = [getattr(argument, "__origin__", argument) for argument in getattr(annotation, "__args__", ())]
         section = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), annotation)
     return list(section.model_fields)

@@ -11,13 +11,13 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from transllm_jax.choices import Attention
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
+    ChatModel,
     Evaluation,
     Export,
     Language,
     Lora,
-    Markers,
+    MarkerNames,
     Mesh,
-    Model,
     Prompts,
     Recover,
     Vocabulary,
@@ -26,23 +26,23 @@ from transllm_jax.config.training import Pretraining, Transfer
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a run."""
 
     title: str
     workdir: Location
     seed: int = Field(default=0, ge=0, lt=2**31)
-    # The day that a chat template which writes the date is told, YYYY-MM-DD. By default the day on which the run began:
-    # it is kept in run.yaml, and a run that goes on later uses it still.
+    # The date (YYYY-MM-DD) for chat templates that write one. By default the day on which the run began, which is kept
+    # in run.yaml and used again when the run is resumed.
     date: datetime.date | None = None
     language: Language = Language()
-    markers: Markers = Markers()
-    model: Model
+    markers: MarkerNames = MarkerNames()
+    model: ChatModel
     vocabulary: Vocabulary
-    # Adapters; or `none`: all weights of the layers train, in copies (full fine-tuning, to compare with).
+    # The adapters; or `none` for full fine-tuning, to compare with: copies of all weights of the layers train.
     lora: Lora | None = Lora()
-    # Which vocabulary rows train: those of new tokens, or the base model's too (V x D more values, twice that for
-    # untied embeddings, and their moments), or none. Each keeps the original chat model intact inside the new one. Base
-    # rows without a token never train.
+    # Which vocabulary rows train: those of new tokens, or also copies of the base model's (V x D more values, twice
+    # that for untied embeddings, and their moments), or none. All three keep the original chat model intact inside the
+    # new one. Base rows without a token never train.
     embeddings: Literal["new", "all", "none"] = "new"
     prompts: Prompts = Prompts()
     pretrain: Pretraining
@@ -52,17 +52,17 @@ class Config(Section):
     evaluation: Evaluation
     export: Export = Export()
     mesh: Mesh = Mesh()
-    # The kernel of attention in training: splash (a TPU's; lengths that are multiples of 128), our own, or splash where
-    # it can be.
+    # The attention kernel in training: splash (TPU only; lengths that are multiples of 128), plain (our own), or auto
+    # (splash where possible).
     attention: Attention = "auto"
-    # Where tokenised text is kept, for this run and others; by default in the work directory.
+    # A directory for tokenised text, which several runs can share; by default in the work directory.
     token_cache: Location | None = None
 
     @field_validator("lora", mode="before")
     @classmethod
     def _may_be_none(cls, given: Any) -> Any:
         if given is None:
-            raise ValueError("it has no value; write `none` for full fine-tuning, or leave the key out")
+            raise ValueError("it has no value; write `none` for full fine-tuning, or remove the key")
         return None if given == "none" else given
 
     @field_serializer("lora", when_used="json")

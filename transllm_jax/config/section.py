@@ -1,4 +1,4 @@
-"""What every section of a config is: frozen, and strict about its keys."""
+"""The base class of every section of a config, and the types that sections share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-# A path, of which `~` is the home directory, as in a shell.
+# A path in which `~` is the home directory, as in a shell.
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def without_limit(given: Any, successor: str) -> Any:
-    """What a section is given, without the `limit` of null that run.yaml of an older run has.
+    """A section's input without `limit: null`, which the run.yaml of an older run may have.
 
-    Raises ValueError that says what it counted and what to name it, where it has another.
+    Raises ValueError for any other `limit`; the message says what it counted and which key replaces it.
     """
     if not isinstance(given, dict) or "limit" not in given:
         return given

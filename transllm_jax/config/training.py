@@ -12,58 +12,63 @@ from transllm_jax.config.section import Positive, Section, Share
 
 
 class Validation(Section):
-    """Held-out text that the stage's loss is measured on while it trains, in bits a byte of the text that is trained.
+    """Held-out text on which a stage's loss is measured during training, in bits per byte of the text that counts.
 
-    The stage's result is then the checkpoint with the lowest.
+    The stage's result is then the checkpoint with the lowest loss.
     """
 
     source: WholeSource
-    # In steps; a checkpoint is written with each.
+    # Steps between two validations; a checkpoint is written at each.
     every: Positive
-    # At most so many packed rows of the source, of `length` tokens each.
+    # At most this many packed rows of the source, of `length` tokens each.
     rows: Positive = 64
-    # Stop when so many validations in a row were no better than the best; null to go on to the end.
+    # Stop after this many validations in a row that were no better than the best; null: never stop early.
     patience: Positive | None = None
 
 
 class Training(Section):
     """How a stage trains."""
 
-    # One of the two: optimizer steps, or how often every source is read to its end at least.
+    # Give one of the two: optimizer steps, or how often every source is read to its end at least.
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    # Rows of `length` tokens in a step, and the number of micro-batches that they are computed in, one after another:
-    # the result is that of the whole batch (LoRA dropout draws for each).
+    # Rows of `length` tokens in a step, and the number of micro-batches that they are computed in, one after another.
+    # The result is that of the whole batch (LoRA dropout is drawn for each micro-batch).
     batch_size: Positive
     accumulate: Positive = 1
     length: Annotated[int, Field(ge=16)]
     learning_rate: float = Field(gt=0)
-    # The vocabulary rows' learning rate over the adapters'.
+    # The learning rate of vocabulary rows, as a multiple of the adapters'.
     new_rows_multiplier: float = Field(default=1.0, gt=0)
-    # Warm-up, then down to final_fraction of the peak: as a cosine, in a line, or (wsd) in a line over the last
-    # decay_ratio of the steps; constant stays at the peak.
+    # After warm-up, the rate falls to final_fraction of the peak: as a cosine, linearly, or (wsd) linearly over the
+    # last decay_ratio of the steps. constant: it stays at the peak.
     schedule: Schedule = "cosine"
     # Warm-up as a share of the steps (0.01 by default), or in steps.
     warmup_ratio: Share | None = None
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     decay_ratio: Share = 0.1
     final_fraction: Share = 0.1
-    # AdamW's, of all that trains but the scales of norms and biases.
+    # AdamW's weight decay of all trained arrays but norm scales and biases.
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
-    # Times the square of the log of the softmax's sum, added to the loss (PaLM, arXiv 2204.02311).
+    # Factor of the squared log of the softmax's normaliser, which is added to the loss (PaLM, arXiv 2204.02311).
     z_loss: float = Field(default=0.0, ge=0)
-    # In steps.
+    # Steps between two checkpoints.
     checkpoint_every: Positive = 200
-    # The newest so many checkpoints are kept, and the best.
+    # How many of the newest checkpoints are kept, besides the best.
     keep_checkpoints: Positive = 2
-    # In steps; each line is of its step alone.
+    # Steps between two log lines; each line is of its own step alone.
     log_every: Positive = 1
-    # What of a layer is computed again in the backward pass: nothing; all but the outputs of its linear layers and of
-    # attention; these but q (queries); these but q, k and v (feed_forward is kept); these but the feed-forward part
-    # (attention is kept); or the whole layer. Less memory, more time, in this order.
+    # Rematerialisation: which values of a layer are kept for the backward pass; the others are computed again. Each
+    # takes less memory and more time than the one before.
+    #   none: all values.
+    #   projections: the outputs of linear layers and of attention.
+    #   queries: as projections, without q.
+    #   feed_forward: as projections, without q, k and v.
+    #   attention: as projections, without the feed-forward part (gate and up).
+    #   full: only the layer's input.
     remat: Remat = "none"
-    # Stop when so many updates in a row had to be skipped, because a loss or gradient was not finite.
+    # Stop after this many updates in a row were skipped, because a loss or gradient was not finite.
     max_skipped: Positive = 5
     validation: Validation | None = None
 
@@ -95,23 +100,23 @@ class Pretraining(Training):
 
 
 class Transfer(Training):
-    """Stage 4, second half: the mixture of chains, English answers, translation instructions and other sources."""
+    """Stage 4, second half: a mixture of chains, English answers, translation instructions and other sources."""
 
-    # Pairs that the translation instructions are made of.
+    # The pairs from which translation instructions are made.
     pairs: PairSource
-    # Leave out those that hold at least half of some text of the evaluation sets.
+    # Leave out pairs that contain at least half of any text of the evaluation sets.
     contamination: bool = True
-    # Shares of the rows; 0 leaves a part out.
+    # Weights of the three parts in the mixture, as shares of the rows; 0 leaves a part out.
     chains: float = Field(default=0.5, ge=0)
     english: float = Field(default=0.25, ge=0)
     translations: float = Field(default=0.25, ge=0)
-    # What else is trained on, conversations for instance, each with its weight beside those above.
+    # Other sources, such as conversations, each with a weight relative to those above.
     sources: list[Source] = []
 
     @model_validator(mode="after")
     def _has_weights(self) -> Transfer:
         if any(source.weight is None for source in self.sources):
-            raise ValueError("each of the sources needs a weight, beside chains, english and translations")
+            raise ValueError("each of the sources needs a weight, as chains, english and translations have")
         if not self.sources and self.chains + self.english + self.translations == 0:
             raise ValueError("nothing is left to train on: raise chains, english or translations above 0")
         return self

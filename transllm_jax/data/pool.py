@@ -1,4 +1,4 @@
-"""Processes that share one piece of work with this one: started, watched, and ended with it, however it ends."""
+"""Runs a function on many items in worker processes, which end when this process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transllm_jax.errors import UserError
 
 T = TypeVar("T")
 
-_POLL = 0.2  # seconds between two looks at how far the processes are
+_POLL = 0.2  # seconds between two progress updates
 
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many cores this process may use: a job or a container is often given fewer than the machine has.
+    """How many cores this process may use: a job or a container often gets fewer than the machine has.
 
-    cgroup: where the kernel tells what a container may take of the cores' time.
+    cgroup: where the kernel shows a container's CPU quota.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Version 2 says "QUOTA PERIOD" in one file, or "max PERIOD"; version 1 has a file for each, and -1 for no quota.
+    # cgroup v2 has "QUOTA PERIOD" or "max PERIOD" in one file; v1 has a file for each, and -1 for no quota.
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):
             quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
@@ -35,21 +35,22 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return allowed
 
 
-def share_out(
+def run_in_processes(
     work: Callable[..., None],
     items: Sequence[T],
     processes: int,
     *,
-    given: tuple[Any, ...] = (),
+    arguments: tuple[Any, ...] = (),
     environment: dict[str, str] | None = None,
-    tell: Callable[[list[T], int], None] = lambda done, count: None,
-    lost: str,
+    on_progress: Callable[[list[T], int], None] = lambda finished, progress: None,
+    if_killed: str,
 ) -> None:
-    """Call `work(item, *given)` for every item, each in some process; the first items begin first.
+    """Call `work(item, *arguments)` for every item in worker processes; items start in their order.
 
-    work: a function of a module; given: sent to each process once; environment: what is set in it before. tell: is told
-    now and then the items that are done since, and the sum of what was given to `count`; it may raise to stop the work.
-    Raises what `work` raises, and UserError with `lost`, what is to be done, where a process was killed.
+    work: a module-level function. arguments: sent to each process once. environment: variables set in each process
+    first. on_progress: called now and then with the items finished since the last call, and the sum of all values given
+    to `add_progress`; it may raise to stop the work. if_killed: what to do if a process was killed, for the message.
+    Raises whatever `work` raises, and UserError if a process was killed.
     """
     # Spawned: a process with threads (of jax, of tokenizers) must not be forked.
     context = multiprocessing.get_context("spawn")
@@ -58,7 +59,7 @@ def share_out(
         processes,
         mp_context=context,
         initializer=_begin_process,
-        initargs=(counter, stop, environment or {}, given),
+        initargs=(counter, stop, environment or {}, arguments),
     )
     try:
         waiting = {pool.submit(_work, work, item): item for item in items}
@@ -66,17 +67,17 @@ def share_out(
             ready, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
             for future in ready:
                 future.result()
-            tell([waiting.pop(future) for future in ready], counter.value)
+            on_progress([waiting.pop(future) for future in ready], counter.value)
     except BrokenProcessPool as error:
-        tell([], counter.value)  # a signal that asks to stop may have ended processes that were just beginning
-        raise UserError(f"a process was killed, most likely as memory ran out: {lost}") from error
+        on_progress([], counter.value)  # a signal that asks to stop may have ended processes that were just beginning
+        raise UserError(f"a process was killed, most likely because memory ran out: {if_killed}") from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def count(more: int) -> None:
-    """Of `work`: add to what is told of all processes; ends the work where nobody waits for it any more."""
+def add_progress(more: int) -> None:
+    """Called by `work`: add to the sum that `on_progress` gets. Ends the work if the parent has stopped it."""
     if _shared["stop"].is_set():
         raise _Stopped
     with _shared["counter"].get_lock():
@@ -84,23 +85,23 @@ def count(more: int) -> None:
 
 
 class _Stopped(Exception):
-    """The process that asked for the work has ended its own."""
+    """The parent process has stopped the work."""
 
 
-_shared: dict[str, Any] = {}  # of a process of the pool
+_shared: dict[str, Any] = {}  # set in each worker process
 
 
-def _begin_process(counter: Any, stop: Any, environment: dict[str, str], given: tuple[Any, ...]) -> None:
-    # Ctrl-C and the end of a terminal reach all of its processes; the first one tells the others.
+def _begin_process(counter: Any, stop: Any, environment: dict[str, str], arguments: tuple[Any, ...]) -> None:
+    # Ctrl-C and a closing terminal signal all processes of the terminal; the parent alone stops its workers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
-    _shared.update(counter=counter, stop=stop, given=given)
+    _shared.update(counter=counter, stop=stop, arguments=arguments)
 
 
 def _end_with_parent() -> None:
-    """Without it a process whose parent was killed would work on, and then wait for ever."""
+    """End this process when its parent ends: else it would finish its work and then wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -108,4 +109,4 @@ def _end_with_parent() -> None:
 
 
 def _work(work: Callable[..., None], item: Any) -> None:
-    work(item, *_shared["given"])
+    work(item, *_shared["arguments"])

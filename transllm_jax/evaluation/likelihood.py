@@ -1,4 +1,4 @@
-"""What a model finds likely: bits per byte of text, and its distance to the original model on that one's answers."""
+"""Likelihood measures: bits per byte of text, and KL divergence from the original model on the original's answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 
 from transllm_jax.data.rows.examples import make_example, split_example
 from transllm_jax.data.rows.packing import pack
-from transllm_jax.generation.engine import filled
+from transllm_jax.generation.engine import padded_batch_size
 from transllm_jax.model.parameters import Flat, Split, merge
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import on_host
 from transllm_jax.training.step import hidden_states, summed_loss
 
-# Answer tokens whose distributions over the vocabulary are held at once.
+# Answer tokens whose distributions over the vocabulary are in memory at once.
 CHUNK = 128
-# Rows are no longer than the longest answer needs, in steps of this: few shapes to compile, little padding.
+# Rows are as long as the longest answer, rounded up to a multiple of this: few shapes to compile, little padding.
 LENGTH_MULTIPLE = 64
 
 
-# The sum of -log p over a batch's weighted tokens, in nats: structure, trainable and frozen arrays, batch.
+# (structure, trainable arrays, frozen arrays, batch) -> the sum of -log p over the batch's weighted tokens, in nats.
 nats = jax.jit(summed_loss, static_argnames=("structure",))
 
 
@@ -38,11 +38,10 @@ def bits_per_byte(
     batch_size: int,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """Bits a UTF-8 byte of the documents, comparable across tokenizers.
+    """Bits per UTF-8 byte of the documents, comparable across tokenizers.
 
-    Every token of the text counts and nothing else; a document's first token is predicted from the token that ends
-    documents. Documents longer than `length` tokens are read in pieces. `between` is called after each batch; it may
-    raise to end the work there.
+    Exactly the tokens of the text count; a document's first token is predicted from the end-of-document token.
+    Documents longer than `length` tokens are split. `between` is called after each batch; it may raise to stop there.
     """
     examples = []
     for ids in tokenizer.encode_batch(documents):
@@ -50,7 +49,7 @@ def bits_per_byte(
         whole = make_example([*start, *ids], [0] * len(start) + [1] * len(ids))
         examples += split_example(whole, length)
     rows = pack(examples, length)
-    batch_size = filled(batch_size, split.layout)
+    batch_size = padded_batch_size(batch_size, split.layout)
     total = 0.0
     for first in range(0, len(rows), batch_size):
         batch = rows.batch(first, batch_size)
@@ -69,22 +68,22 @@ def _divergence(
     structures: tuple[Any, Any],
 ) -> jax.Array:
     """KL(teacher || student) of each token, [C], over the teacher's vocabulary; mass on new tokens counts as lost."""
-    original = merge(structures[0], *teacher).vocabulary.logits(teacher_hidden, base_only=True, adapters=False)
-    moved = merge(structures[1], *student).vocabulary.logits(student_hidden)
-    p = jax.nn.log_softmax(original)
-    q = jax.nn.log_softmax(moved)[:, : original.shape[-1]]
+    teacher_logits = merge(structures[0], *teacher).vocabulary.logits(teacher_hidden, base_only=True, adapters=False)
+    student_logits = merge(structures[1], *student).vocabulary.logits(student_hidden)
+    p = jax.nn.log_softmax(teacher_logits)
+    q = jax.nn.log_softmax(student_logits)[:, : teacher_logits.shape[-1]]
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
-# A prompt's ids, and its answer's with the end token.
+# The ids of a prompt, and of its answer with the end token.
 AnswerIds = tuple[list[int], list[int]]
 
 
 class Teacher:
-    """The original model and its own English answers; its states on them are computed once, for all points.
+    """The original model and its own English answers. Its hidden states on them are computed once, for all points.
 
-    `base` is the original model, or any that has it inside: what was trained is switched off. `between` is called after
-    each batch; it may raise to end the work there.
+    `base` is the original model, or any model that contains it: what was trained is switched off. `between` is called
+    after each batch; it may raise to stop there.
     """
 
     def __init__(
@@ -99,48 +98,48 @@ class Teacher:
 
     @cached_property
     def states(self) -> np.ndarray:
-        """The states from which the answers' tokens are predicted, [tokens, D]."""
+        """The teacher's hidden states that predict the answers' tokens, [tokens, D]."""
         return self._states_of(self.base, [], adapters=False)
 
     def divergence(self, split: Split, prefix: Sequence[int] = ()) -> float:
         """Mean KL per token, in nats, from the original model to `split` on the original's own answers.
 
-        `prefix` stands before the answer in this model's format (`<RESPONSE>` after stage `transfer`, nothing before)
-        and is not counted.
+        `prefix` is put before each answer, as this model's format has it (`<RESPONSE>` after stage `transfer`, nothing
+        earlier), and does not count.
         """
-        moved = self._states_of(split, prefix, adapters=True)
+        states = self._states_of(split, prefix, adapters=True)
         total = 0.0
-        for start in range(0, len(moved), CHUNK):
-            teacher, student = self.states[start : start + CHUNK], moved[start : start + CHUNK]
-            room = [(0, CHUNK - len(teacher)), (0, 0)]
+        for start in range(0, len(states), CHUNK):
+            teacher, student = self.states[start : start + CHUNK], states[start : start + CHUNK]
+            padding = [(0, CHUNK - len(teacher)), (0, 0)]
             values = _divergence(
                 (self.base.trainable, self.base.frozen),
                 (split.trainable, split.frozen),
-                np.pad(teacher, room),
-                np.pad(student, room),
+                np.pad(teacher, padding),
+                np.pad(student, padding),
                 structures=(self.base.structure, split.structure),
             )
             total += float(jnp.sum(values[: len(teacher)]))
-        return total / len(moved)
+        return total / len(states)
 
     def _states_of(self, split: Split, prefix: Sequence[int], *, adapters: bool) -> np.ndarray:
-        """The states from which the answers' tokens are predicted, in the order of the answers, [tokens, D]."""
+        """The hidden states that predict the answers' tokens, in the order of the answers, [tokens, D]."""
         longest = max(len(prompt) + len(answer) for prompt, answer in self.answers) + len(prefix)
         length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        size = filled(self.batch_size, split.layout)
-        found = []
+        size = padded_batch_size(self.batch_size, split.layout)
+        kept = []
         for first in range(0, len(self.answers), size):
             batch = self.answers[first : first + size]
             states, places = _states(split, batch, prefix, length, size, adapters=adapters)
-            found.append(states[np.concatenate(places)])
+            kept.append(states[np.concatenate(places)])
             self.between()
-        return np.concatenate(found)
+        return np.concatenate(kept)
 
 
 def _states(
     split: Split, batch: Sequence[AnswerIds], prefix: Sequence[int], length: int, size: int, *, adapters: bool
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Hidden states [B * T, D], and for each row where those stand from which its answer's tokens are predicted."""
+    """Hidden states [B * T, D], and for each row the indices of those that predict its answer's tokens."""
     tokens = np.zeros((size, length), np.int32)
     segments = np.zeros((size, length), np.int32)
     places = []
@@ -151,6 +150,6 @@ def _states(
         start = len(prompt) + len(prefix) - 1
         places.append(row * length + np.arange(start, len(ids) - 1))
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    batch_of = {"tokens": tokens, "positions": positions, "segment_ids": segments}
-    hidden = hidden_states(split.structure, split.trainable, split.frozen, batch_of, adapters=adapters)
+    arrays = {"tokens": tokens, "positions": positions, "segment_ids": segments}
+    hidden = hidden_states(split.structure, split.trainable, split.frozen, arrays, adapters=adapters)
     return on_host(hidden).reshape(size * length, -1), places

@@ -1,5 +1,5 @@
-"""All measures of one point of a run, on held-out files. What is asked and how is the same at every point, except where
-a point's own format differs; that is said in the result.
+"""All measures of one point of a run, on held-out files. The questions are the same at every point, in the same format
+unless the point was trained in another; the result says which.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.growing.expand import tokens_per_character
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-# Gives what a part of the evaluation, by its name, found before; or makes it, as JSON can hold it, and keeps it.
+# Given a part's name and a function that computes it: the part's stored result, or else the computed one (JSON), which
+# it stores.
 Part = Callable[[str, Callable[[], Any]], Any]
-# So many there are.
+# How many parts an evaluation has.
 PARTS = 5
 
-# How a translation is asked for: as pairs stand in stage `translate`, or in a conversation.
+# How a translation is asked for: in the format of pairs in stage `translate`, or in a conversation.
 PAIR, CHAT = "pair", "chat"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no stage reads: documents, (English, target) pairs, and questions in both languages."""
+    """Texts that no stage trains on: documents, (English, target) pairs, and questions in both languages."""
 
     documents: Sequence[str]
     pairs: Sequence[tuple[str, str]]
@@ -42,7 +43,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Point:
-    """A state of the model: its name, arrays, tokenizer, and the format that it was last trained in."""
+    """The model after a stage: the point's name, arrays, tokenizer and config."""
 
     name: str
     split: Split
@@ -51,7 +52,7 @@ class Point:
 
     @property
     def translation_format(self) -> str:
-        """`pair` where the model was last trained on pairs, else `chat`."""
+        """`pair` if the model was last trained on pairs, else `chat`."""
         return PAIR if self.name == "translate" else CHAT
 
     @property
@@ -71,11 +72,11 @@ def evaluate(
     part: Part,
     between: Callable[[], None],
 ) -> dict[str, Any]:
-    """Metrics by name, and the texts behind them.
+    """Metrics by name, and the texts that they were computed from.
 
-    `between` is called between batches; it may raise to end the work there.
+    `between` is called between batches; it may raise to stop there.
     """
-    import sacrebleu  # slow to import, and wanted here only
+    import sacrebleu  # slow to import, and used only here
 
     engine = Engine(point.split, point.config, batch_size=config.batch_size)
 
@@ -95,9 +96,9 @@ def evaluate(
         return {"plain": plain, "marked": marked}
 
     def conversations() -> list[dict[str, Any]]:
-        # A model that was not trained to answer in chains is given the room of a plain answer.
-        room = config.max_chain_tokens if point.answers_in_chains else config.max_new_tokens
-        chat = ChainChat(engine, point.tokenizer, markers, max_new_tokens=room)
+        # A model that was not trained to answer in chains gets the limit of a plain answer.
+        limit = config.max_chain_tokens if point.answers_in_chains else config.max_new_tokens
+        chat = ChainChat(engine, point.tokenizer, markers, max_new_tokens=limit)
         asked: list[list[Message]] = [[{"role": "user", "content": target}] for _, target in held_out.questions]
         return [
             {
@@ -113,8 +114,8 @@ def evaluate(
     plain, marked = divergence["plain"], divergence["marked"]
     metrics["english_kl"] = plain if marked is None else marked
     translations: dict[Direction, list[str]] = {}
-    ways: tuple[Direction, Direction] = ("to_target", "to_english")
-    for side, direction in enumerate(ways):
+    directions: tuple[Direction, Direction] = ("to_target", "to_english")
+    for side, direction in enumerate(directions):
         texts = [pair[side] for pair in held_out.pairs]
         translations[direction] = part(
             f"translation, {direction.replace('_', ' ')}",
@@ -144,7 +145,7 @@ def _translate(
     language: str,
     between: Callable[[], None],
 ) -> list[str]:
-    """Greedy translations; an empty text where the model gives none."""
+    """Greedy translations; an empty text if the model answers nothing."""
     if point.translation_format == PAIR:
         translator = ModelTranslator(
             engine, point.tokenizer, markers, max_new_tokens=config.max_new_tokens, between=between

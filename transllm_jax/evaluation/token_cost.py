@@ -1,7 +1,7 @@
-"""What a vocabulary costs: tokens per character, per byte and per word of texts, and how words are cut.
+"""How many tokens texts take: per character, per byte and per word, and how words are cut.
 
-A word is what stands between white space. Thai, Lao, Khmer, Burmese, Chinese and Japanese write no spaces between
-words; there it is a phrase or a sentence, and the numbers say how long those get.
+A word is the text between white space. Thai, Lao, Khmer, Burmese, Chinese and Japanese write no spaces between words;
+there a "word" is a phrase or a sentence.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-WORDS = "a word is what stands between white space"
-_BATCH = 256  # texts that are encoded at a time
-_EXAMPLE_LENGTHS = (4, 24)  # characters of a word that is shown
+WORDS = "a word is the text between white space"
+_BATCH = 256  # texts that are encoded at once
+_EXAMPLE_LENGTHS = (4, 24)  # least and most characters of an example word
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Tokens of some texts, and what the texts are long: Unicode characters, UTF-8 bytes, words."""
+class TokenCost:
+    """The number of tokens of some texts, and their length in Unicode characters, UTF-8 bytes and words."""
 
     tokens: int
     characters: int
@@ -48,7 +48,7 @@ class Cost:
         return self.tokens / max(self.words, 1)
 
     def as_json(self) -> dict[str, float]:
-        """For report.json."""
+        """The cost as report.json holds it."""
         return {
             "tokens": self.tokens,
             "characters": self.characters,
@@ -60,8 +60,8 @@ class Cost:
         }
 
 
-def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[Cost]:
-    """What the texts cost each tokenizer; they are gone through once. A special token that is spelled out is text."""
+def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[TokenCost]:
+    """The cost of the texts with each tokenizer, in one pass. A special token that is spelled out counts as text."""
     tokens = [0] * len(tokenizers)
     characters = size = words = 0
     for batch in _batches(texts):
@@ -70,7 +70,7 @@ def costs(tokenizers: Sequence[Tokenizer], texts: Iterable[str]) -> list[Cost]:
         words += sum(len(text.split()) for text in batch)
         for place, tokenizer in enumerate(tokenizers):
             tokens[place] += sum(map(len, tokenizer.encode_batch(batch, specials=False)))
-    return [Cost(count, characters, size, words) for count in tokens]
+    return [TokenCost(count, characters, size, words) for count in tokens]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -85,14 +85,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def texts_of(path: str | Path, controls: Controls = "refuse", field: str | None = None) -> Iterator[str]:
-    """The texts of files or a glob, one at a time, as NFC; of records those of `field`. Raises UserError."""
-    found = False
+    """Yield the texts of files or a glob, in NFC; in records, those of `field`. Raises UserError."""
+    empty = True
     for file, reading in text_files(path, controls=controls, field=field).items():
         for text, _ in iter_texts(file, reading, Collector(controls)):
-            assert text is not None  # no longest was given
-            found = True
+            assert text is not None  # no maximum length was given
+            empty = False
             yield unicodedata.normalize("NFC", text)
-    if not found:
+    if empty:
         raise UserError(f"{path} has no documents: give a file with text in it")
 
 
@@ -101,12 +101,12 @@ def texts_of(path: str | Path, controls: Controls = "refuse", field: str | None 
 
 def example_words(script: Script, texts: Iterable[str], count: int) -> list[str]:
     """The most frequent words of the script that are neither short nor long, the most frequent first."""
-    inside = [range(first, last + 1) for first, last in script.blocks]
+    blocks = [range(first, last + 1) for first, last in script.blocks]
     least, most = _EXAMPLE_LENGTHS
-    found = Counter(word for text in texts for word in text.split() if least <= len(word) <= most)
+    frequency = Counter(word for text in texts for word in text.split() if least <= len(word) <= most)
     examples = []
-    for word, _ in sorted(found.items(), key=lambda item: (-item[1], item[0])):
-        if all(any(ord(c) in points for points in inside) for c in word):
+    for word, _ in sorted(frequency.items(), key=lambda item: (-item[1], item[0])):
+        if all(any(ord(c) in block for block in blocks) for c in word):
             examples.append(word)
         if len(examples) == count:
             break
@@ -116,7 +116,7 @@ def example_words(script: Script, texts: Iterable[str], count: int) -> list[str]
 def cut(tokenizer: Tokenizer, word: str) -> str:
     """A word as the tokenizer cuts it, with the number of tokens: `ก|รุ|ง (5)`.
 
-    Tokens that are parts of a character stand together, as text has no way to write them.
+    Tokens that are parts of one character are shown as one piece, since a part of a character cannot be written.
     """
     ids = tokenizer.encode(word, specials=False)
     pieces: list[str] = []
@@ -133,8 +133,8 @@ def cut(tokenizer: Tokenizer, word: str) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(rows: Sequence[tuple[str, str, Cost, Cost]]) -> Table:
-    """A row for each (text, tokenizer, its cost, the base's cost of the same text)."""
+def cost_table(rows: Sequence[tuple[str, str, TokenCost, TokenCost]]) -> Table:
+    """A table with a row for each (text, tokenizer, its cost, the base's cost for the same text)."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("text", "tokenizer"):
         table.add_column(heading, overflow="fold")
@@ -156,7 +156,7 @@ def cost_table(rows: Sequence[tuple[str, str, Cost, Cost]]) -> Table:
 
 
 def example_table(words: Sequence[str], base: Tokenizer, new: Tokenizer) -> Table:
-    """How words are cut before and after."""
+    """A table of how words are cut before and after."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("a word before", "and after"):
         table.add_column(heading, overflow="fold")

@@ -1,7 +1,7 @@
-"""Answers by the translation chain of thought: its fallback, and the history that a conversation keeps.
+"""Answers by the translation chain of thought, its fallback, and the history that a conversation keeps.
 
-TransLLM (arXiv 2405.13923): the model sees earlier turns in English, where its strength is; an answer that breaks the
-format is continued once with the marker that is missing.
+TransLLM (arXiv 2405.13923): the model sees earlier turns in English, its stronger language; an answer that breaks the
+format is continued once, after the missing marker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """`raw` is the whole answer; `continued` says that the fallback was needed to get on."""
+    """One answer. `raw`: the whole text. `continued`: whether the fallback was used."""
 
     raw: str
     chain: Chain | None
@@ -31,7 +31,7 @@ def _answer(raw: str, markers: Markers, continued: bool) -> Answer:
 
 
 class ChainChat:
-    """Answers with chains, one conversation or many."""
+    """Answers with chains, in one conversation or a batch of them."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, markers: Markers, *, max_new_tokens: int, mode: Mode = WHOLE
@@ -49,7 +49,7 @@ class ChainChat:
     ) -> list[Answer]:
         """The next answer in each conversation.
 
-        With `fallback`, a broken chain is continued once, if the model's context has room for as much again.
+        With `fallback`, a broken chain is continued once, if the model's context has room for `max_new_tokens` more.
 
         on_tokens, between: as in `Engine.generate`.
         """
@@ -74,7 +74,10 @@ class ChainChat:
         return len(prompt) + self._max_new_tokens <= self._engine.config.context
 
     def stream(self, messages: Sequence[Message]) -> Iterator[Answer]:
-        """The next answer of one conversation as it grows; the last one is whole (continued once, if it broke off)."""
+        """Yield the next answer of a conversation as it grows, at last the whole one (continued once if it is broken).
+
+        The fallback is that of `answers`.
+        """
         prompt = encode_prompt(self._tokenizer, messages, self._markers.in_order())
         ids: list[int] = []
         for ids in self._stream(prompt):
@@ -86,7 +89,7 @@ class ChainChat:
                 yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True)
 
     def _breaks_off(self, text: str) -> bool:
-        """Whether a chain was begun and lacks a marker: an English answer or a translation is whole as it is."""
+        """Whether a chain was begun but lacks a marker. An English answer, or a translation, is complete as it is."""
         begun = text.lstrip().startswith(self._markers.english) and self._markers.response in text
         return begun and missing_marker(text, self._markers) is not None
 
@@ -112,10 +115,10 @@ class ChainChat:
 
 
 def remembered(question: str, answer: Answer, tokenizer: Tokenizer) -> list[Message]:
-    """A finished turn as the model sees it from now on: the English question and answer, where there is a chain.
+    """A finished turn as the model sees it from now on: question and answer, in English if there is a chain.
 
-    Special tokens that the model wrote into its answer are left out: no prompt may hold one. A turn of which nothing is
-    left to remember is none.
+    Special tokens that the model wrote are removed, since no prompt may contain one. Empty if nothing is left of the
+    question or of the answer.
     """
     text = answer.visible
     if answer.chain is not None:

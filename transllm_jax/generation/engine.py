@@ -1,4 +1,4 @@
-"""Batched generation: prefill, then tokens in short compiled bursts, few distinct shapes."""
+"""Batched generation: prefill, then tokens in short compiled bursts, with few distinct shapes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from transllm_jax.model.parameters import Flat, Split, merge
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 PROMPT_MULTIPLE = 64
-# Tokens between two looks of the host at what is finished (and two movements of a progress bar).
+# Tokens that the device generates before the host checks which rows are done (and moves a progress bar).
 BURST = 16
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Which model answers: the whole one, or (`adapters=False, base_only=True`) the original inside it."""
+    """Which model answers: the trained one, or (`adapters=False, base_only=True`) the original inside it."""
 
     adapters: bool = True
     base_only: bool = False
@@ -38,7 +38,7 @@ ORIGINAL = Mode(adapters=False, base_only=True)
 
 
 class _State(NamedTuple):
-    """last [B], out [B, new], done [B], stops [k] token ids, rows [B] their numbers in the job, step scalar."""
+    """last [B] and out [B, new] token ids, done [B], stops [k] token ids, rows [B] row numbers in the job, step []."""
 
     last: jax.Array
     out: jax.Array
@@ -49,17 +49,17 @@ class _State(NamedTuple):
     cache: Cache
 
 
-def filled(size: int, layout: Layout) -> int:
-    """The rows of a batch of `size`, with those that fill it up so that the mesh can cut it."""
+def padded_batch_size(size: int, layout: Layout) -> int:
+    """A batch size, rounded up so that the mesh divides it."""
     return -(-size // layout.batch_parts) * layout.batch_parts
 
 
 def _readable(layout: Layout, state: _State) -> _State:
-    """What the host looks at is whole on each device, so that every process can."""
-    if layout.everywhere is None:
+    """The state with all that the host reads replicated on each device, so that every process can read it."""
+    if layout.replicated is None:
         return state
     out, done, step = (
-        jax.lax.with_sharding_constraint(of, layout.everywhere) for of in (state.out, state.done, state.step)
+        jax.lax.with_sharding_constraint(array, layout.replicated) for array in (state.out, state.done, state.step)
     )
     return state._replace(out=out, done=done, step=step)
 
@@ -81,7 +81,7 @@ def _start(
     hidden, cache = prefill(model, tokens, valid, tokens.shape[1] + room, adapters=mode.adapters)
     logits = model.vocabulary.choices(hidden, base_only=mode.base_only, adapters=mode.adapters)
     first = choose(logits, mode.sampling, rows, jnp.int32(0))
-    # A row without a prompt only fills the batch up to its shape.
+    # A row without a prompt is padding.
     done = jnp.isin(first, stops) | ~valid.any(axis=1)
     out = jnp.zeros((tokens.shape[0], room), jnp.int32).at[:, 0].set(first)
     return _readable(model.layout, _State(first, out, done, stops, rows, jnp.int32(1), cache))
@@ -108,7 +108,7 @@ def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode
 
 
 class Engine:
-    """Generates with one model. Prompts and answers are lists of token ids; ids that have no token are never chosen."""
+    """Generates with one model. Prompts and answers are lists of token ids; ids without a token are never chosen."""
 
     def __init__(self, split: Split, config: LlamaConfig, *, batch_size: int = 32) -> None:
         self.split = split
@@ -127,8 +127,8 @@ class Engine:
     ) -> list[list[int]]:
         """Answers in the order of the prompts, each without its stop token.
 
-        `on_tokens` is told the number of tokens generated since it was last called (for progress). `between` is called
-        between two batches; it may raise to end the work there.
+        `on_tokens` is called with the number of tokens generated since its last call (for progress). `between` is
+        called between two batches; it may raise to stop there.
         Raises UserError for a prompt that leaves no room in the model's context.
         """
         if not prompts:
@@ -142,7 +142,7 @@ class Engine:
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop: Sequence[int], mode: Mode = WHOLE
     ) -> Iterator[list[int]]:
-        """The answer to one prompt, as it grows: all its tokens so far, at each burst."""
+        """Yield the answer to one prompt as it grows: all its tokens so far, after each burst."""
         state = self._begin([prompt], [0], 1, max_new_tokens, stop, mode)
         while True:
             yield _until(np.asarray(state.out)[0, : int(state.step)].tolist(), stop)
@@ -159,7 +159,7 @@ class Engine:
         on_tokens: Callable[[int], None],
         between: Callable[[], None],
     ) -> Iterator[tuple[list[int], _State]]:
-        # Prompts of like length share a batch, so that little is padded; the sort is stable, so the batches are fixed.
+        # Prompts of similar length share a batch, for little padding. The sort is stable, so the batches are fixed.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = min(self.batch_size, len(prompts))
         for start in range(0, len(order), size):
@@ -194,7 +194,7 @@ class Engine:
                 f"{self.config.context}; shorten the prompt or lower max_new_tokens"
             )
         width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        size = filled(size, self.split.layout)
+        size = padded_batch_size(size, self.split.layout)
         tokens = np.zeros((size, width), np.int32)
         valid = np.zeros((size, width), bool)
         for row, prompt in enumerate(prompts):
@@ -221,13 +221,13 @@ class Engine:
 def lowered(
     split: Split, batch_size: int, width: int, new_tokens: int, mode: Mode = WHOLE
 ) -> tuple[Callable[[], Any], Callable[[], Any], Any]:
-    """The two programs of generation on a split of shapes: functions that lower them, and the state between, as shapes.
+    """The two programs of generation, from shapes: functions that lower them, and the shapes of the state between them.
 
-    The first reads prompts [B, width]; the second generates a burst of tokens. The devices of the layout need not be
-    there: the programs are for a compiler.
+    The first program reads prompts [B, width]; the second generates a burst of tokens. The layout's devices need not
+    exist: the programs are only compiled.
     """
     layout = split.layout
-    shape = partial(jax.ShapeDtypeStruct, sharding=layout.everywhere)
+    shape = partial(jax.ShapeDtypeStruct, sharding=layout.replicated)
     given = (
         shape((batch_size, width), jnp.int32),
         shape((batch_size, width), jnp.bool_),
@@ -239,16 +239,16 @@ def lowered(
     made = jax.eval_shape(
         partial(_start, structure=split.structure, room=new_tokens, mode=mode), split.trainable, split.frozen, *given
     )
-    where = _lies(layout)
+    where = _shardings(layout)
     state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), made, where)
     return start, partial(_burst.lower, split.trainable, split.frozen, state, **options), state
 
 
-def _lies(layout: Layout) -> _State:
-    """Where a state lies: the cache by its rows and heads, the rest whole."""
-    whole: Any = layout.everywhere
-    heads: Any = layout.cache
-    return _State(whole, whole, whole, whole, whole, whole, Cache(heads, heads, whole, whole))
+def _shardings(layout: Layout) -> _State:
+    """The shardings of a state: the cache is divided by rows and heads, the rest is replicated."""
+    copied: Any = layout.replicated
+    heads: Any = layout.cache_sharding
+    return _State(copied, copied, copied, copied, copied, copied, Cache(heads, heads, copied, copied))
 
 
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:

@@ -31,7 +31,7 @@ GREEDY = Sampling()
 def choose(logits: jax.Array, sampling: Sampling, rows: jax.Array, step: jax.Array) -> jax.Array:
     """float32 logits [B, V] -> ids [B].
 
-    The key is a function of (seed, row, step) with `rows` [B] the rows' numbers in the whole job, so a sample does
+    The random key is a function of (seed, row, step), where `rows` [B] are row numbers in the whole job: a sample does
     not depend on which rows share its batch.
     """
     if sampling.temperature == 0:

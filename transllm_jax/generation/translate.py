@@ -1,4 +1,4 @@
-"""Translation: out of a file of another system's translations, and the model's own."""
+"""Translation: from a file that another system made, or by the model itself."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Direction = Literal["to_target", "to_english"]
 
 
 class FileTranslator:
-    """English texts and their translations out of a jsonl file.
+    """Looks up the translations of English texts in a jsonl file.
 
-    Raises UserError for a broken line, and for a text that is there twice with different translations.
+    Raises UserError for a broken line, and for a text that has two different translations.
     """
 
     def __init__(self, path: str, fields: tuple[str, str] = ("source", "target")) -> None:
@@ -31,12 +31,12 @@ class FileTranslator:
                 raise UserError(f"{place}: {row[english][:60]!r} has another translation above; remove one of them")
 
     def translate(self, texts: Sequence[str]) -> list[str | None]:
-        """Look each text up, white space at its ends aside; None where the file does not have it."""
+        """Look up each text, ignoring white space at its ends; None if the file does not have it."""
         return [self._table.get(text.strip()) for text in texts]
 
 
 def translation_prompt(tokenizer: Tokenizer, markers: Markers, text: str, direction: Direction) -> list[int]:
-    """What the model translates: `<EN>text<TH>`, or `<TH>text<EN>`, as pairs stand in stage `translate`."""
+    """The ids of `<EN>text<TH>` or `<TH>text<EN>`, the format of pairs in stage `translate`."""
     first, second = markers.english, markers.target
     if direction == "to_english":
         first, second = second, first
@@ -44,7 +44,7 @@ def translation_prompt(tokenizer: Tokenizer, markers: Markers, text: str, direct
 
 
 class ModelTranslator:
-    """The model's own translation as stage `translate` trained it: `<EN>text<TH>` goes on with the translation."""
+    """Translates with the model, as stage `translate` trained it: the model continues `<EN>text<TH>`."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ModelTranslator:
         self._max_new_tokens, self._on_tokens, self._between = max_new_tokens, on_tokens, between
 
     def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
-        """Greedy translations; None where the model gave nothing."""
+        """Greedy translations; None for a text to which the model answered nothing."""
         if not texts:
             return []
         tokenizer, markers = self._tokenizer, self._markers

@@ -1,4 +1,4 @@
-"""A decision that all processes of a run take in the same step of a training loop."""
+"""A flag that any process of a run can raise and that all processes see in the same training step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Agreement:
-    """Whether a flag is raised in one of the processes, told in each step of a training loop, without waiting for it.
+    """Whether any process has raised its flag, asked in each training step without stalling the devices.
 
-    The answer is that of the step before: the device has it by then, and has the next step to work on.
+    The answer is that of the previous step: it is computed by then, and the devices are busy with this step.
     """
 
     def __init__(self, peers: Peers) -> None:
-        """Makes a tiny program over all devices of the run."""
+        """Compiles a tiny program over all devices of the run."""
         self._alone = peers.count == 1
         self._last: int | None = None
         self._pending: jax.Array | None = None
@@ -38,9 +38,9 @@ class Agreement:
         self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def tell(self, step: int, flag: bool) -> bool:
-        """Whether one of the processes told True in the step before; for one process, what it tells.
+        """Whether any process passed a true `flag` in the previous step; with one process, its own flag of this step.
 
-        To be called once in each step, after it was dispatched, by all processes.
+        All processes have to call this once in each step, after the step was dispatched.
         """
         if self._last is not None and step <= self._last:
             raise ValueError(f"step {step} is told after step {self._last}")

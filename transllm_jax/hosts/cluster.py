@@ -1,4 +1,4 @@
-"""What the cluster that this process is in says of the run. jax finds it; lists of hosts are read here."""
+"""What the cluster (TPU VM, GKE, SLURM, Open MPI) says of the run. jax detects it; host lists are read here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transllm_jax.errors import PeerLost, UserError
-from transllm_jax.hosts.names import address, joined, slurm_hosts, worker_hosts
+from transllm_jax.hosts.names import format_address, parse_address, slurm_hosts, worker_hosts
 
 _BY_HAND = "give --coordinator HOST:PORT, --processes and --process"
-# What each kind of cluster says in whole numbers, and what only the processes of one run have in common.
+# By jax's name of the cluster: variables that hold whole numbers, and those that are equal only within one run.
 _NUMBERS = {
     "slurm": ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -25,10 +25,10 @@ _MEGASCALE = "MEGASCALE_COORDINATOR_ADDRESS"
 
 
 @dataclass(frozen=True)
-class Found:
-    """This process's place: `number` of `count`, which meet at host:port; its local devices, None for all of them.
+class ClusterPlace:
+    """This process is `number` of `count`, which connect at host:port. `devices`: its local devices; None for all.
 
-    `run`: what only the processes of this run have in common, or "".
+    `run`: identifies the run within the cluster; "" if the cluster has nothing that does.
     """
 
     host: str
@@ -39,12 +39,12 @@ class Found:
     run: str
 
 
-def detected(patience: float) -> Found:
-    """What the cluster says: TPU VM, GKE, SLURM, Open MPI. `patience`: seconds until its first host has a name.
+def detect_cluster(patience: float) -> ClusterPlace:
+    """This process's place as the cluster gives it. `patience`: seconds until the name of its first host resolves.
 
-    UserError: there is none, or what it says cannot be read. PeerLost: its first host is not there.
+    Raises UserError if there is no cluster or its variables cannot be read, PeerLost if its first host is not found.
     """
-    # jax has no public name for it. What it finds goes to jax.distributed.initialize the same way for all clusters.
+    # jax has no public API for this. Here all clusters are detected the same way.
     from jax._src.clusters import ClusterEnv
 
     kind: Any = None
@@ -57,10 +57,10 @@ def detected(patience: float) -> Found:
             _require_number(name)
         coordinator = _slurm_coordinator(kind) if kind.name == "slurm" else None
         if kind.name == "gketpu":
-            _mend_workers()
+            _clean_worker_lists()
         place = kind.auto_detect_unset_distributed_params(coordinator, None, None, None, kind.name, int(patience))
     except (RuntimeError, OSError) as error:
-        raise PeerLost(f"--distributed auto: the cluster is there, its first process is not found: {error}") from None
+        raise PeerLost(f"--distributed auto: there is a cluster, but its first process is not found: {error}") from None
     except (ValueError, KeyError, IndexError) as error:
         who = kind.name if kind else "the cluster"
         raise UserError(f"--distributed auto cannot read what {who} says ({error!r}): {_BY_HAND}") from error
@@ -69,14 +69,14 @@ def detected(patience: float) -> Found:
         raise UserError(f"--distributed auto finds no TPU VM, GKE, SLURM or Open MPI here: {_BY_HAND}")
     host, _, port = where.rpartition(":")
     with _read("the coordinator's address", where):
-        host, port = address(joined(host.strip().strip("[]"), port))
+        host, port = parse_address(format_address(host.strip().strip("[]"), port))
     if not 0 <= number < count:
         raise UserError(f"--distributed auto: {kind.name} says process {number} of {count}: {_BY_HAND}")
-    # A process alone on its SLURM node has all devices of it.
+    # A process that is alone on its SLURM node may use all of the node's devices.
     if os.environ.get("SLURM_STEP_NUM_NODES") == str(count):
         devices = None
     run = " ".join(os.environ.get(name, "") for name in _RUN.get(kind.name, ())).strip()
-    return Found(host, port, count, number, None if devices is None else tuple(devices), run)
+    return ClusterPlace(host, port, count, number, None if devices is None else tuple(devices), run)
 
 
 def _require_number(name: str) -> None:
@@ -86,7 +86,7 @@ def _require_number(name: str) -> None:
 
 
 def _slurm_coordinator(kind: Any) -> str:
-    """Where process 0 is: on the first node of the step. jax reads only lists with one bracket at the end of a name."""
+    """HOST:PORT of process 0, on the step's first node. jax itself reads only lists whose names end in one bracket."""
     nodes = os.environ["SLURM_STEP_NODELIST"].strip()
     with _read("SLURM_STEP_NODELIST", nodes):
         first = slurm_hosts(nodes)[0]
@@ -96,11 +96,11 @@ def _slurm_coordinator(kind: Any) -> str:
             f"process 0 is on node {here}, and not on {first}, the first one of SLURM_STEP_NODELIST: {_BY_HAND}"
         )
     known = kind.get_coordinator_address(timeout_secs=None, override_coordinator_port=None)
-    return joined(first, int(os.environ.get("JAX_COORDINATOR_PORT") or known.rpartition(":")[2]))
+    return format_address(first, int(os.environ.get("JAX_COORDINATOR_PORT") or known.rpartition(":")[2]))
 
 
-def _mend_workers() -> None:
-    """The lists of a TPU slice without the spaces that neither jax nor libtpu expects in them."""
+def _clean_worker_lists() -> None:
+    """Remove spaces from the host lists of a TPU slice: neither jax nor libtpu expects them."""
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", _MEGASCALE):
         if given := os.environ.get(name, "").strip():
             with _read(name, given):
@@ -109,7 +109,7 @@ def _mend_workers() -> None:
                     raise ValueError("it is one address")
             os.environ[name] = ",".join(hosts)
         elif name != _MEGASCALE:
-            # What is empty is not given; jax takes it for a list of one host without a name.
+            # jax would take an empty variable for a list of one host without a name.
             os.environ.pop(name, None)
 
 

@@ -1,4 +1,4 @@
-"""Where this process stands among those of a run: flags, the environment, or what the cluster says of itself."""
+"""This process's number in the run and the coordinator's address: from flags, the environment or the cluster."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transllm_jax.errors import UserError
-from transllm_jax.hosts.cluster import detected
-from transllm_jax.hosts.names import address
+from transllm_jax.hosts.cluster import detect_cluster
+from transllm_jax.hosts.names import parse_address
 
-# Seconds until all processes have to be there. Machines of a pod start minutes apart.
+# Seconds within which all processes have to connect. Machines of a pod start minutes apart.
 PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
-class Options:
+class ConnectionOptions:
     """The flags --distributed, --coordinator, --processes and --process, as given."""
 
     distributed: str | None = None
@@ -27,10 +27,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Connection:
-    """This process's place: process `number` of `count`; they meet at HOST:PORT, on the host of process 0.
+    """This is process `number` of `count`. The processes connect at host:port, on the host of process 0.
 
-    `devices`: the local devices that this process may use; None is all of them.
-    `key`: by which they know each other.
+    `devices`: the local devices that this process may use; None for all. `key`: signs their messages, see `sign`.
     """
 
     host: str
@@ -41,11 +40,11 @@ class Connection:
     key: bytes = field(default=b"", compare=False, repr=False)
 
 
-def connection_from(options: Options, environ: Mapping[str, str]) -> Connection | None:
-    """Where the flags or the environment (TRANSLLM_DISTRIBUTED, TRANSLLM_COORDINATOR, ...) place this process.
+def connection_from(options: ConnectionOptions, environ: Mapping[str, str]) -> Connection | None:
+    """The connection that the flags give, or else the environment (TRANSLLM_DISTRIBUTED, TRANSLLM_COORDINATOR, ...).
 
-    TRANSLLM_SECRET, of which there is no flag, is for all of them the same, and keeps others out.
-    None: this process is the whole run. UserError: half of it is given, or it cannot be.
+    TRANSLLM_SECRET, which has no flag, is the same for all processes of a run and keeps others out.
+    None if this process is the whole run. Raises UserError for incomplete or invalid values.
     """
     given: dict[str, str] = {}
     for name in ("distributed", "coordinator", "processes", "process"):
@@ -60,7 +59,7 @@ def connection_from(options: Options, environ: Mapping[str, str]) -> Connection 
         raise UserError(f"--distributed auto finds the processes by itself: leave --{', --'.join(given)} out")
     secret = environ.get("TRANSLLM_SECRET", "").strip()
     if auto:
-        here = detected(PATIENCE)
+        here = detect_cluster(PATIENCE)
         key = _key(secret, here.host, here.port, here.run)
         return Connection(here.host, here.port, here.count, here.number, here.devices, key)
     if not given:
@@ -80,7 +79,7 @@ def connection_from(options: Options, environ: Mapping[str, str]) -> Connection 
 
 
 def _key(secret: str, host: str, port: int, run: str = "") -> bytes:
-    """What all processes of a run know, and others do not: how well they do not is up to the secret."""
+    """The key that all processes of a run share. Without a secret it can be guessed from the address."""
     return hashlib.sha256(json.dumps([secret, host.lower(), port, run]).encode()).digest()
 
 
@@ -93,7 +92,7 @@ def _number(given: dict[str, str], name: str) -> int:
 
 def _address(text: str) -> tuple[str, int]:
     try:
-        return address(text)
+        return parse_address(text)
     except ValueError as error:
         raise UserError(
             f"--coordinator (TRANSLLM_COORDINATOR) is HOST:PORT, such as 10.0.0.2:8482, not {text!r}: {error}"

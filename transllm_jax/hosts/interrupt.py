@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP, taken between two steps: what was begun is finished and saved, then the run stops."""
+"""SIGINT, SIGTERM and SIGHUP: the run finishes the work at hand, saves it and stops."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transllm_jax.errors import Preempted
 class Interrupt:
     """A context that turns the first signal into a request, and a second SIGINT into KeyboardInterrupt.
 
-    A second SIGTERM means nothing new: a cluster sends it to the job, and then to each of its processes. SIGHUP comes
-    when the terminal is closed or its connection breaks; under `nohup`, where it is ignored, it stays so.
+    A second SIGTERM changes nothing: a cluster sends it to the job, and then to each of its processes. SIGHUP comes
+    when the terminal is closed or its connection breaks; under `nohup`, which ignores it, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Interrupt:
         self._terminals: list[int] = []
 
     def __enter__(self) -> Interrupt:
-        # A terminal that is gone cannot be asked any more whether it was one.
+        # After a terminal has closed, isatty no longer tells that it was one.
         self._terminals = [output for output in (1, 2) if os.isatty(output)]
         wanted = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -55,13 +55,13 @@ class Interrupt:
                 os.write(2, line)
 
     def _leave_terminals(self) -> None:
-        """To write to a terminal that is gone is an error, which would end the work that is to be finished."""
-        nobody = os.open(os.devnull, os.O_WRONLY)
+        """Send the output to /dev/null: writing to a closed terminal would raise and end the work at hand."""
+        null = os.open(os.devnull, os.O_WRONLY)
         for output in self._terminals:
-            os.dup2(nobody, output)
-        os.close(nobody)
+            os.dup2(null, output)
+        os.close(null)
 
     def check(self, where: str) -> None:
-        """Raise Preempted if a stop was asked for; called where everything so far is on disk."""
+        """Raise Preempted if a stop was requested. Call it where everything so far is on disk."""
         if self.requested:
             raise Preempted(f"{where}: stopped, what is done is saved")

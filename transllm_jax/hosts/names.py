@@ -1,4 +1,4 @@
-"""Names and addresses of hosts, as people, SLURM and TPU pods write them. What cannot be read raises ValueError."""
+"""Names and addresses of hosts, as people, SLURM and TPU pods write them. Functions raise ValueError if unreadable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 
-# As many as SLURM itself puts into one range; more are a mistake.
+# The most hosts of a list: as many as SLURM itself allows in one range.
 MOST = 1 << 16
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _RANGES = r"\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\]"
@@ -16,21 +16,21 @@ _LISTED = re.compile(rf"(?:[A-Za-z0-9_.-]|{_RANGES})+")
 _PORT = re.compile(r"[0-9]{1,5}")
 
 
-def address(text: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT; an IPv6 address stands in brackets, which are not part of the host."""
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; an IPv6 address has brackets, which are not part of the host."""
     host, _, port = text.strip().rpartition(":")
     if not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
         raise ValueError("no port from 1 to 65535 after the last ':'")
     if host.startswith("[") and host.endswith("]"):
         return str(ipaddress.IPv6Address(host[1:-1])), int(port)
     if ":" in host:
-        raise ValueError("an IPv6 address stands in brackets, such as [fe80::1]:8482")
+        raise ValueError("an IPv6 address needs brackets, such as [fe80::1]:8482")
     if not re.fullmatch(_NAME, host):
         raise ValueError("no name of a host before the ':'")
     return host, int(port)
 
 
-def joined(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """HOST:PORT, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -38,8 +38,8 @@ def joined(host: str, port: int) -> str:
 def slurm_hosts(text: str) -> list[str]:
     """The hosts of a SLURM node list, in its order: `rack[1-2]n[08-10]-ib,login`.
 
-    Ranges keep the leading zeros of their first number. Of several brackets the last one varies fastest. What is none
-    of this is left to `scontrol show hostnames`, where that is installed.
+    Ranges keep the leading zeros of their first number. The last of several brackets varies fastest. Other forms are
+    left to `scontrol show hostnames` if it is installed.
     """
     try:
         return _expanded(text)
@@ -67,7 +67,7 @@ def _expanded(text: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> list[str]:
-    """Of `[01-03,7]`: 01, 02, 03, 7."""
+    """`[01-03,7]` as 01, 02, 03, 7."""
     numbers: list[str] = []
     for part in ranges[1:-1].split(","):
         first, _, last = part.partition("-")
@@ -81,7 +81,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _by_scontrol(text: str) -> list[str] | None:
-    """SLURM's own answer; None where there is none."""
+    """SLURM's own answer; None if it has none or is not installed."""
     if (tool := shutil.which("scontrol")) is None:
         return None
     try:

@@ -1,12 +1,12 @@
-"""A small process of its own: carries bytes between this process's jax and the primary's coordination service.
+"""A separate process that relays bytes between this process's jax and the primary's coordination service.
 
-Run as `python -I -S relay.py FD HOST PORT`: FD is a listening socket. It ends when its standard input does, which is
-when the process that started it has ended, however it did.
+Run as `python -I -S relay.py FD HOST PORT`: FD is a listening socket. It ends when its standard input closes, that is
+when the process that started it has ended for any reason.
 
-Why it is there: when the primary dies, jax aborts every other process at the moment in which the connection to its
-coordination service closes, with a page of log and the exit code of a crash, and nothing can be said before. This keeps
-the near side open when the far side closes, so that the watcher has the last word. It is a process and not a thread,
-since jax may hold the interpreter's lock while it waits for the service.
+Why it is needed: when the primary dies, jax aborts every other process as soon as its connection to the coordination
+service closes, with a page of log and the exit code of a crash, before any message can be printed. The relay keeps the
+near side open when the far side closes, so that the run's own message is printed instead. It is a process and not a
+thread because jax may hold the interpreter's lock while it waits for the service.
 """
 
 import signal
@@ -15,12 +15,12 @@ import sys
 import threading
 import time
 
-# How long the primary may take to start its service, in seconds.
+# Seconds that the primary may take to start its service.
 PATIENCE = 120
 
 
 def reach(host: str, port: int) -> socket.socket:
-    """A connection to the primary's service, as soon as it is there."""
+    """A connection to the primary's service, once it is up."""
     give_up = time.monotonic() + PATIENCE
     while True:
         try:
@@ -32,7 +32,7 @@ def reach(host: str, port: int) -> socket.socket:
 
 
 def carry(near: socket.socket, far: socket.socket) -> None:
-    """Bytes of the near side to the far one; what ends here, ends there."""
+    """Copy bytes from the near side to the far side, and close both at the end."""
     try:
         while data := near.recv(1 << 16):
             far.sendall(data)
@@ -43,7 +43,7 @@ def carry(near: socket.socket, far: socket.socket) -> None:
 
 
 def bring(far: socket.socket, near: socket.socket) -> None:
-    """Bytes of the far side to the near one, which stays open when the far one ends."""
+    """Copy bytes from the far side to the near side, which stays open when the far side closes."""
     try:
         while data := far.recv(1 << 16):
             near.sendall(data)
@@ -52,7 +52,7 @@ def bring(far: socket.socket, near: socket.socket) -> None:
 
 
 def serve(near: socket.socket, host: str, port: int) -> None:
-    """One connection."""
+    """Relay one connection."""
     try:
         far = reach(host, port)
     except OSError:
@@ -66,14 +66,14 @@ def serve(near: socket.socket, host: str, port: int) -> None:
 
 
 def accept(listener: socket.socket, host: str, port: int) -> None:
-    """All connections, for ever."""
+    """Relay all connections, for ever."""
     while True:
         near, _ = listener.accept()
         threading.Thread(target=serve, args=(near, host, port), daemon=True).start()
 
 
 if __name__ == "__main__":
-    # What asks the run to stop may reach all its processes; this one has to be there until the other has ended.
+    # A signal that stops the run may reach all its processes; the relay has to outlive the process that started it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     fd, to_host, to_port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, wait for each other, and end together.
+"""Several processes as one run: they connect, wait for each other, and end together.
 
-One process a host. Each runs the same command; what only one may do is done by the primary, process 0. A run of one
-process goes through the same calls, which then are immediate, and starts no service.
+Each host has one process, and all run the same command. Process 0, the primary, does what only one process may do. A
+run of one process makes the same calls; they return at once, and no service is started.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import Any, NoReturn, TypeVar
 
 from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
 from transllm_jax.hosts.connection import PATIENCE, Connection
-from transllm_jax.hosts.names import joined
+from transllm_jax.hosts.names import format_address
 from transllm_jax.hosts.watch import AGAIN, CLOSE, LEAVING, Hub, Member
 from transllm_jax.hosts.wire import free_port, listen
 
 T = TypeVar("T")
 INPUT_WRONG = 2
-# jax's own watch over the processes aborts with a page of log; it stands behind the one here and is slower.
+# Seconds. jax's own check for lost processes aborts with a page of log, so it has to be slower than the one here.
 HEARTBEAT = 60
-# Seconds: a stop of one process alone is given this long to become one of all; an error that may come of a lost process
-# waits this long for its loss to be noticed; the end of a process that failed.
+# Seconds: how long a process that was asked to stop waits for the others to stop too; how long an error that a lost
+# process may have caused waits for that loss to be noticed; how long a process that failed may take to end.
 STOPPING, VERDICT, ENDING = 20, 30, 20
-# Where gRPC reads which hosts are reached without a proxy; before the others.
+# The variable that gRPC reads first for the hosts that are reached without a proxy.
 NO_PROXY = "no_grpc_proxy"
-# What jax says when a collective fails because a process is gone.
-OF_A_LOSS = ("Gloo", "Connection closed by peer", "Connection reset by peer", "UNAVAILABLE", "coordination service")
-# Errors that one process has and all raise.
+# Parts of jax's messages when a collective fails because a process was lost.
+LOSS_MESSAGES = ("Gloo", "Connection closed by peer", "Connection reset by peer", "UNAVAILABLE", "coordination service")
+# Errors of the primary's work that all processes raise.
 SHARED = {"UserError": UserError, "Preempted": Preempted, "Diverged": Diverged}
 
 
 def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
-    """This process among the others of its run; jax is not connected yet: that is for `Peers.start_jax`.
+    """Connect this process to the others of its run. The caller connects jax afterwards, with `Peers.start_jax`.
 
-    `patience`: seconds for all to come. PeerLost: they did not, and the line says which.
+    `patience`: seconds within which all have to connect. Raises PeerLost with the absent ones' numbers.
     """
     if given is None or given.count == 1:
         return Peers()
@@ -55,7 +55,8 @@ def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
         hub = Hub(listen(given.host, given.port), given.count, patience, lambda: free_port(given.host), given.key)
         host = hub.bound or "127.0.0.1"
         if hub.bound is None:
-            line = f"--coordinator {joined(given.host, given.port)} is no address of this machine: it listens on all"
+            coordinator = format_address(given.host, given.port)
+            line = f"--coordinator {coordinator} is no address of this machine: process 0 listens on all of them"
             print(line, file=sys.stderr, flush=True)
         hub.start()
     try:
@@ -68,55 +69,55 @@ def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
 
 
 class Peers:
-    """The processes of a run, to one of them. As a context it ends with the others, however it ends.
+    """The processes of a run, as one of them sees them. As a context manager it makes all of them end together.
 
-    All processes have to make the same calls in the same order, from their main thread.
+    All processes have to make the same calls in the same order, from their main threads.
     """
 
     def __init__(self, given: Connection | None = None, member: Member | None = None, hub: Hub | None = None) -> None:
         self.count = given.count if given else 1
         self.number = given.number if given else 0
         self.hosts = member.hosts if member else [socket.gethostname()]
-        # Said when a process is lost: what the next attempt begins with.
-        self.stands = "what was saved stands"
+        # Printed when a process is lost: where the next attempt starts from.
+        self.last_saved = "what was saved stands"
         self._given, self._member, self._hub = given, member, hub
         self._relay: subprocess.Popen[bytes] | None = None
         self._jax = False
-        # Taken by what ends this process first: its own main thread, or the watching one.
+        # Held by the thread that ends this process: the main thread or the one that listens to the hub.
         self._end = threading.Lock()
-        self._at_loss: list[Callable[[], object]] = []
+        self._on_peer_loss: list[Callable[[], object]] = []
         self._shared: BaseException | None = None
         if member:
             member.watch(self._ended)
 
     @property
     def primary(self) -> bool:
-        """Whether this is the process that does what only one may do."""
+        """Whether this is process 0, which does what only one process may do."""
         return self.number == 0
 
     @property
     def name(self) -> str:
-        """How this process is called in a message."""
+        """What messages call this process."""
         return f"process {self.number} of {self.count} (host {self.hosts[self.number]})"
 
     def barrier(self, name: str, timeout: float | None = None) -> None:
-        """All wait for all; for `timeout` seconds after the first came, then all end."""
+        """Wait until all processes are here. All end if one is not `timeout` seconds after the first."""
         self._meet(name, None, timeout)
 
     def share(self, value: Any = None) -> Any:
-        """The primary's value, which JSON can hold, in all; the others' are not looked at."""
+        """The primary's value in all processes; JSON has to be able to hold it. Other processes' values are ignored."""
         return self._meet("share", value if self.primary else None)[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in one of them. They wait for each other: within a training loop, see `Agreement`."""
+        """Whether the flag is true in any process. All wait for each other; in a training loop use `Agreement`."""
         return any(self._meet("any", bool(flag)))
 
     def gather(self, value: Any) -> list[Any]:
-        """What each of them gives, which JSON can hold, by its number; in all."""
+        """The values of all processes in the order of their numbers; JSON has to be able to hold them."""
         return self._meet("gather", value)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """All do `work()`, each with its own result. A UserError in one of them is raised in all, after their work."""
+    def run_on_all(self, work: Callable[[], T]) -> T:
+        """Run `work()` in all processes; each gets its own result. A UserError in any is raised in all afterwards."""
         value, error = [], None
         try:
             value.append(work())
@@ -124,28 +125,30 @@ class Peers:
             if self._member is None:
                 raise
             error = raised
-        said = self.gather(None if error is None else str(error))
-        number = next((number for number, line in enumerate(said) if line is not None), None)
+        errors = self.gather(None if error is None else str(error))
+        number = next((number for number, line in enumerate(errors) if line is not None), None)
         if number is None:
             return value[0]
-        # What all say is nothing of this one's.
-        who = "" if all(line == said[number] for line in said) else f"process {number} (host {self.hosts[number]}): "
-        self._shared = UserError(f"{who}{said[number]}")
+        # If the error is the same in all processes, the message names none of them.
+        shared = all(line == errors[number] for line in errors)
+        who = "" if shared else f"process {number} (host {self.hosts[number]}): "
+        self._shared = UserError(f"{who}{errors[number]}")
         raise self._shared from error
 
-    def in_turn(self, name: str, work: Callable[[], T]) -> T:
-        """The primary does `work()`, then the others do, who find what it left. UserError as in `together`."""
+    def run_primary_first(self, name: str, work: Callable[[], T]) -> T:
+        """Run `work()` in the primary, then in the others, which find what it made. UserError as in `run_on_all`."""
         value: list[T] = []
-        self.lead(name, lambda: value.append(work()))
+        self.run_on_primary(name, lambda: value.append(work()))
         if self._member is not None:
-            self.together(lambda: None if self.primary else value.append(work()))
+            self.run_on_all(lambda: None if self.primary else value.append(work()))
         return value[0]
 
-    def lead(self, name: str, work: Callable[[], T]) -> T | None:
-        """The primary does `work()`, however long it takes, and the others wait.
+    def run_on_primary(self, name: str, work: Callable[[], T]) -> T | None:
+        """Run `work()` in the primary, however long it takes, while the others wait.
 
-        Its result in all (as JSON gives it back), or None in the others if JSON cannot hold it. UserError, Preempted
-        and Diverged are raised in all; after another error, or if the primary dies, the others end with one line.
+        Returns its result in all processes (as JSON gives it back), or None in the others if JSON cannot hold it.
+        UserError, Preempted and Diverged are raised in all; after any other error, or if the primary dies, the others
+        end with one line.
         """
         if self._member is None:
             return work()
@@ -170,7 +173,7 @@ class Peers:
         return answer.get("value", value)
 
     def require_equal(self, what: Mapping[str, str]) -> None:
-        """UserError in all if they differ in one of these; it says which process differs in what."""
+        """Raise UserError in all processes if they differ in one of these values; it names process and value."""
         if self._member is None:
             return
         given = self._meet("require_equal", dict(what))
@@ -191,13 +194,9 @@ class Peers:
             self._shared = UserError(f"the processes of this run differ: {'; '.join(differences)}; make them equal")
             raise self._shared
 
-    def at_loss(self, call: Callable[[], object]) -> None:
-        """`call` is made before this process ends because another one did. It has 5 seconds, and runs in a thread."""
-        self._at_loss.append(call)
-
-    def close(self) -> None:
-        """The end of the run. All wait for all."""
-        self._close(0)
+    def on_peer_loss(self, call: Callable[[], object]) -> None:
+        """Register `call` to run before this process ends because another ended. It has 5 seconds, in a thread."""
+        self._on_peer_loss.append(call)
 
     def __enter__(self) -> Peers:
         return self
@@ -212,10 +211,9 @@ class Peers:
         while cause is not None and cause is not self._shared:
             cause = cause.__cause__ or cause.__context__
         shared = cause is not None
-        # Stopped between two steps, all of them do it. Stopped by force, this one did. Losses are the same in all.
+        # All processes stop at the same step and see the same losses; a KeyboardInterrupt is one process's own.
         stopped = code == PREEMPTED and not isinstance(error, KeyboardInterrupt)
-        together = code == 0 or stopped or isinstance(error, Diverged)
-        if error is None or together or shared:
+        if error is None or code == 0 or stopped or isinstance(error, Diverged) or shared:
             self._close(code)
         else:
             self._fail(code, error)
@@ -228,7 +226,7 @@ class Peers:
         return found
 
     def start_jax(self, patience: float = PATIENCE) -> None:
-        """jax.distributed, with the primary's service reached through the relay. Nothing for one process."""
+        """Start jax.distributed, with the primary's service reached through the relay. Does nothing for one process."""
         if self._member is None:
             return
         import jax
@@ -237,7 +235,7 @@ class Peers:
         host, port = self._given.host, self._member.chosen
         bind = None
         if self._hub:
-            address, bind = joined(host, port), joined(self._hub.bound or "::", port)
+            address, bind = format_address(host, port), format_address(self._hub.bound or "::", port)
         else:
             with socket.create_server(("127.0.0.1", 0), backlog=64) as near:
                 command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))]
@@ -252,7 +250,7 @@ class Peers:
                 address = f"127.0.0.1:{near.getsockname()[1]}"
         if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # A proxy of the environment knows the way out and not the way to the other hosts; gRPC would ask it.
+        # gRPC would reach the other hosts through the environment's proxy, which may not know them.
         direct = next((os.environ[name] for name in (NO_PROXY, "no_proxy", "NO_PROXY") if os.environ.get(name)), None)
         os.environ[NO_PROXY] = ",".join(filter(None, [direct, host, "127.0.0.1"]))
         jax.config.update("jax_check_proxy_envs", False)
@@ -270,11 +268,12 @@ class Peers:
         self._jax = True
 
     def _close(self, code: int) -> None:
+        """Wait for all processes and end with them, jax included. Without them, after a stop, end as if alone."""
         if self._member is None:
             return
-        together = self._member.meet(CLOSE, code, STOPPING if code else None)
-        if together is None:
-            self._take_the_end()
+        codes = self._member.meet(CLOSE, code, STOPPING if code else None)
+        if codes is None:
+            self._claim_end()
             self._member.leave()
             self._leave_without_jax(code)
             return
@@ -282,7 +281,7 @@ class Peers:
             import jax
 
             jax.distributed.shutdown()
-        self._take_the_end()
+        self._claim_end()
         self._member.leave()
         if self._hub:
             self._hub.join(LEAVING)
@@ -292,11 +291,11 @@ class Peers:
         self._member = None
 
     def _fail(self, code: int, error: BaseException) -> None:
-        """This process has an error of its own: the others end with it."""
+        """End this process, which has an error of its own, and the others with it."""
         assert self._member
-        if any(words in str(error) for words in OF_A_LOSS) and not isinstance(error, UserError):
-            time.sleep(VERDICT)  # The watching thread ends this process meanwhile, if it was that.
-        self._take_the_end()
+        if any(words in str(error) for words in LOSS_MESSAGES) and not isinstance(error, UserError):
+            time.sleep(VERDICT)  # If a lost process was the cause, the listening thread ends this one meanwhile.
+        self._claim_end()
         if code == INPUT_WRONG and isinstance(error, UserError):
             line = f"{{me}}: {error}"
         elif code == PREEMPTED:
@@ -307,28 +306,29 @@ class Peers:
         self._member.leave(code, line)
         self._leave_without_jax(code)
 
-    def _take_the_end(self) -> None:
+    def _claim_end(self) -> None:
+        """Take the right to end this process; never returns if the listening thread has it."""
         if not self._end.acquire(blocking=False):
-            threading.Event().wait()  # The watching thread is ending this process.
+            threading.Event().wait()
 
     def _leave_without_jax(self, code: int) -> None:
-        """At its end jax would wait for processes that no longer answer: the interpreter ends before that."""
+        """Make the interpreter end before jax's own shutdown, which would wait for processes that no longer answer."""
         if self._hub:
             self._hub.join(LEAVING + 1)
         self._member = None
         atexit.register(_exit, code)
-        # A thread of a library may keep the interpreter from its end.
+        # A library's thread may keep the interpreter from ending.
         last = threading.Timer(ENDING, _exit, (code,))
         last.daemon = True
         last.start()
 
     def _ended(self, code: int, line: str, lost: bool) -> None:
-        """In the watching thread: this process ends, wherever its main thread is."""
+        """End this process, whatever its main thread is doing. Called in the listening thread."""
         if not self._end.acquire(blocking=False):
             return
 
         def last_calls() -> None:
-            for call in self._at_loss:
+            for call in self._on_peer_loss:
                 with contextlib.suppress(Exception):
                     call()
 
@@ -336,7 +336,7 @@ class Peers:
         thread.start()
         thread.join(5)
         if lost:
-            line = f"{line}; {self.stands}; {AGAIN}"
+            line = f"{line}; {self.last_saved}; {AGAIN}"
         # Not print: the main thread may hold the stream.
         os.write(2, f"{'' if code == PREEMPTED else 'error: '}{line}\n".encode())
         if self._hub:
@@ -345,7 +345,7 @@ class Peers:
 
 
 def _exit(code: int) -> NoReturn:
-    """The end of this process, with what was printed and without the cleaning up."""
+    """Flush the output and end this process without Python's cleanup."""
 
     def flush() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -353,7 +353,7 @@ def _exit(code: int) -> NoReturn:
                 stream.flush()
 
     thread = threading.Thread(target=flush, daemon=True)
-    # At the interpreter's end there are no new threads.
+    # While the interpreter ends, it starts no new threads.
     try:
         thread.start()
         thread.join(1)
@@ -363,7 +363,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _exit_code(error: BaseException | None) -> int:
-    """Of the command that ends with this error."""
+    """The exit code of a command that ends with this error."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):

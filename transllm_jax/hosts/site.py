@@ -1,6 +1,6 @@
-"""Where the processes of a run work together: one directory that all of them see, or a mirror each of one store.
+"""The work directory of a run's processes: one shared directory, or one object store with a local mirror for each.
 
-The primary alone writes to the work directory, and to the store; what it wrote is there for the others after `publish`.
+Only the primary writes to the work directory and the store; the others see what it wrote after `publish`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from transllm_jax.errors import UserError
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.storage import Workdir
 
-# Seconds in which a file that one host wrote is to be seen by the others.
+# Seconds within which a file that one host wrote has to be visible to the others.
 SEEN = 10.0
 
 
 @dataclass(frozen=True)
 class Site:
-    """A run's work directory and the processes that are at work on it."""
+    """A run's work directory and its processes."""
 
-    place: Workdir
+    storage: Workdir
     peers: Peers = field(default_factory=Peers)
+    _shared: dict[Path, bool] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(directory: Path) -> Site:
@@ -36,38 +37,38 @@ class Site:
     @property
     def workdir(self) -> Path:
         """The work directory, or this process's mirror of it."""
-        return self.place.local
+        return self.storage.local
 
     @property
     def mirrored(self) -> bool:
-        """Whether the run lies on a store."""
-        return self.place.remote is not None
+        """Whether the run is on an object store."""
+        return self.storage.remote is not None
 
     @contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Hold the work directory against other runs.
+        """Lock the work directory against other runs.
 
-        Raises UserError, in all processes, where another run holds it, or a host does not see it.
+        Raises UserError in all processes if another run holds it or a host does not share it.
         """
         with ExitStack() as stack:
 
             def take() -> None:
                 stack.enter_context(locked(self.workdir))
-                stack.enter_context(self.place.lease(say=say))
+                stack.enter_context(self.storage.lease(say=say))
 
-            self.peers.lead("the work directory", take)
-            self.peers.at_loss(self.place.release)
+            self.peers.run_on_primary("the work directory", take)
+            self.peers.on_peer_loss(self.storage.release)
             if self.mirrored:
-                # Two processes of one host would be in each other's way.
-                self.peers.together(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
+                # Two processes of one host must not share a mirror.
+                self.peers.run_on_all(lambda: None if self.peers.primary else stack.enter_context(locked(self.workdir)))
             else:
                 self._require_shared()
             yield
 
     def _require_shared(self) -> None:
-        seen = self.see(self.workdir)
-        blind = [number for number, there in enumerate(seen) if not there]
-        hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in blind)
+        seen = self.seen_by(self.workdir)
+        without = [number for number, there in enumerate(seen) if not there]
+        hosts = ", ".join(f"{self.peers.hosts[number]} (process {number})" for number in without)
 
         def refuse() -> None:
             raise UserError(
@@ -75,10 +76,16 @@ class Site:
                 "a --workdir that all hosts share, or gs://BUCKET/PATH"
             )
 
-        if blind:
-            self.peers.lead("the work directory", refuse)
+        if without:
+            self.peers.run_on_primary("the work directory", refuse)
 
-    def see(self, directory: Path) -> list[bool]:
+    def shares(self, directory: Path) -> bool:
+        """Whether all processes see one directory of this name; found out once. To be asked by all."""
+        if directory not in self._shared:
+            self._shared[directory] = all(self.seen_by(directory))
+        return self._shared[directory]
+
+    def seen_by(self, directory: Path) -> list[bool]:
         """By process: whether a file that the primary writes into a directory is there for it."""
         if self.peers.count == 1:
             return [True]
@@ -92,7 +99,7 @@ class Site:
                 raise UserError(f"{directory} cannot be written to ({error.strerror}); choose another") from None
             return name
 
-        probe = directory / str(self.peers.lead("a shared directory", write))
+        probe = directory / str(self.peers.run_on_primary("a shared directory", write))
         give_up = time.monotonic() + SEEN
         while not (there := probe.exists()) and time.monotonic() < give_up:
             time.sleep(0.2)
@@ -102,19 +109,19 @@ class Site:
         return seen
 
     def pull(self, *names: str) -> None:
-        """Bring what the store has; nothing without one."""
+        """Bring the local copies of these up to date with the store; does nothing without a store."""
         for name in names:
-            self.place.pull(name)
+            self.storage.pull(name)
 
     def push(self, *names: str) -> None:
-        """The primary's: what is here now outlives this host. A name that is not here is left out."""
+        """Copy the primary's local copies of these to the store; names that do not exist are left out."""
         if self.peers.primary:
             for name in names:
                 if (self.workdir / name).exists():
-                    self.place.push(name)
+                    self.storage.push(name)
 
     def publish(self, *names: str) -> None:
-        """The primary has written these; after this all processes find them."""
+        """Make what the primary wrote under these names visible to all processes. All have to call this."""
         self.push(*names)
         self.peers.barrier("publish")
         if not self.peers.primary:

@@ -1,4 +1,4 @@
-"""Sockets of the processes of a run: where they meet, and lines of JSON between them."""
+"""Sockets between the processes of a run, and the lines of JSON that they send."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from collections.abc import Iterator
 from typing import Any
 
 from transllm_jax.errors import PeerLost, UserError
-from transllm_jax.hosts.names import joined
+from transllm_jax.hosts.names import format_address
 
-# Seconds. A silent host is probed after IDLE, every INTERVAL, PROBES times: it is lost after 20.
+# Seconds: a silent host is probed after IDLE and then every INTERVAL, PROBES times: it is lost after 20.
 IDLE, INTERVAL, PROBES = 5, 5, 3
-# Seconds: a send that the other side does not take.
+# Seconds until a send that the other side does not accept fails.
 STUCK = 20
-# Bytes of a line. What the processes share is far below: that is for whoever says that it never ends.
+# The most bytes of a line. The processes' own lines are far shorter; this stops a sender that never ends its line.
 LONGEST = 1 << 28
 
 
-def watched(connection: socket.socket) -> socket.socket:
-    """Keepalive, so that a host that vanished is noticed after IDLE + INTERVAL * PROBES seconds."""
+def with_keepalive(connection: socket.socket) -> socket.socket:
+    """Turn on keepalive, so that a vanished host is noticed after IDLE + INTERVAL * PROBES seconds."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     seconds = IDLE + INTERVAL * PROBES
     options = {"TCP_KEEPIDLE": IDLE, "TCP_KEEPALIVE": IDLE, "TCP_KEEPINTVL": INTERVAL, "TCP_KEEPCNT": PROBES}
     for name, value in (options | {"TCP_USER_TIMEOUT": seconds * 1000}).items():
-        # Which of them there are depends on the system.
+        # Not every system has all of them.
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return connection
 
 
 def listen(host: str, port: int, patience: float = 10) -> socket.socket:
-    """A socket where the others come: on the address of `host`, if it is one of this machine's.
+    """A socket to which the other processes connect, on the address of `host` if that is an address of this machine.
 
-    On all addresses of this machine where it is none (a port may be forwarded), or only this machine knows it by that
-    name (some call themselves 127.0.1.1); `everywhere` tells.
+    Otherwise (its port may be forwarded), or if `host` is a loopback address only here (some systems resolve their own
+    name to 127.0.1.1), it listens on all addresses; see `listens_everywhere`. Tries for `patience` seconds.
     """
     give_up = time.monotonic() + patience
     while True:
         try:
             return _listener(host, port)
         except OSError as error:
-            # The run before may still be ending.
+            # The previous run may still be ending.
             if time.monotonic() > give_up:
                 raise UserError(f"--coordinator: cannot listen on port {port} here: {error}; give another") from None
             time.sleep(0.2)
@@ -73,45 +73,45 @@ def _listener(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def everywhere(listener: socket.socket) -> bool:
-    """Whether it listens on all addresses of this machine."""
+def listens_everywhere(listener: socket.socket) -> bool:
+    """Whether the socket listens on all addresses of this machine."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_unspecified
 
 
 def free_port(host: str) -> int:
-    """A port there that nobody has now."""
+    """A port of `host` that is free now."""
     with listen(host, 0) as found:
         return int(found.getsockname()[1])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine can meet there."""
+    """Whether only processes of this machine can reach this host."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def reach(host: str, port: int, patience: float) -> socket.socket:
-    """A connection to the hub, as soon as the primary is there, for `patience` seconds."""
+    """A connection to the hub. Waits for the primary for `patience` seconds, then raises PeerLost."""
     give_up = time.monotonic() + patience
     while True:
         try:
             found = socket.create_connection((host, port), timeout=5)
-            # With nobody there, a connection within this machine can meet itself.
+            # Without a listener, a connection within this machine can connect to itself.
             if found.getsockname() != found.getpeername():
-                return watched(found)
+                return with_keepalive(found)
             found.close()
             error: OSError = ConnectionRefusedError("nobody listens")
         except OSError as raised:
             error = raised
         if time.monotonic() > give_up:
             raise PeerLost(
-                f"process 0 is absent: no answer at {joined(host, port)} in {patience:.0f} s ({error}); "
+                f"process 0 is absent: no answer at {format_address(host, port)} in {patience:.0f} s ({error}); "
                 "is the command running on that host, and is the port open?"
             )
         time.sleep(0.1)
 
 
 def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """What the other side says, until it is gone, is silent for too long, or says what is none of ours: that is {}."""
+    """The other side's messages, until it disconnects, times out, or sends a line that is no message: that gives {}."""
     kept = b""
     while True:
         try:
@@ -131,7 +131,7 @@ def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def message_of(line: bytes) -> dict[str, Any] | None:
-    """The message of a line, or None where it holds none."""
+    """The message in a line, or None if it is not a JSON object."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ def message_of(line: bytes) -> dict[str, Any] | None:
 
 
 def say(connection: socket.socket, message: dict[str, Any]) -> bool:
-    """Whether the message is on its way."""
+    """Send a message; whether that worked."""
     try:
         connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
@@ -149,11 +149,11 @@ def say(connection: socket.socket, message: dict[str, Any]) -> bool:
 
 
 def sign(key: bytes, role: str, *said: Any) -> str:
-    """A signature of the hub or of a member of the run, of what both have said."""
+    """HMAC-SHA256 by the run's key, as the hub or as a member (`role`), over what both have said."""
     return hmac.new(key, json.dumps([role, *said]).encode(), hashlib.sha256).hexdigest()
 
 
-def signed(signature: Any, key: bytes, role: str, *said: Any) -> bool:
-    """Whether it is that signature."""
+def is_signed(signature: Any, key: bytes, role: str, *said: Any) -> bool:
+    """Whether `signature` is the one that `sign` gives."""
     wanted = sign(key, role, *said)
     return isinstance(signature, str) and hmac.compare_digest(signature.encode(errors="replace"), wanted.encode())

@@ -1,4 +1,4 @@
-"""The key and value cache of decoding, and the two passes over it: prefill and one token at a time."""
+"""The key and value cache for decoding, and the two passes that fill it: prefill, and one token at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transllm_jax.model.llama import Block, Llama
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, K, S, H]; bool [B, S] of the slots that hold a real token; the next slot to write.
+    """Keys and values [L, B, K, S, H]; `valid`, bool [B, S]: slots with a real token; `end`: the next slot to write.
 
-    Rows are padded on the left, so all rows write the same slot, and a row's position is its count of real tokens.
+    Rows are padded on the left, so all rows write the same slot. A row's next position is its number of real tokens.
     """
 
     k: jax.Array
@@ -40,35 +40,35 @@ def prefill(model: Llama, tokens: jax.Array, valid: jax.Array, size: int, *, ada
         return block(x, angles, attend_whole, adapters=adapters, layout=model.layout)
 
     x, (k, v) = jax.lax.scan(layer, model.vocabulary.embed(tokens, adapters=adapters), model.blocks)
-    k, v = (model.layout.computed(of, None, "batch", "kv_heads", None, None) for of in (k, v))
-    room = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
+    k, v = (model.layout.constrain(kv, None, "batch", "kv_heads", None, None) for kv in (k, v))
+    padding = [(0, 0)] * 3 + [(0, size - length), (0, 0)]
     cache = Cache(
-        k=jnp.pad(k, room),
-        v=jnp.pad(v, room),
+        k=jnp.pad(k, padding),
+        v=jnp.pad(v, padding),
         valid=jnp.pad(valid, [(0, 0), (0, size - length)]),
         end=jnp.int32(length),
     )
-    return _last(model, x[:, -1]), cache
+    return _output_states(model, x[:, -1]), cache
 
 
-def _last(model: Llama, x: jax.Array) -> jax.Array:
-    """States [B, D] as the output takes them: small beside the table, which stays where it is."""
-    return model.final_norm(model.layout.decoding.computed(x, "batch", None))
+def _output_states(model: Llama, x: jax.Array) -> jax.Array:
+    """States [B, D] normalised and placed for the output product: they move, because the table is far larger."""
+    return model.final_norm(model.layout.decoding.constrain(x, "batch", None))
 
 
 def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> tuple[jax.Array, Cache]:
-    """One token a row, [B], after what the cache holds -> (hidden [B, D], the cache with the token in it)."""
+    """One token for each row, [B] -> (hidden [B, D], the cache with the token appended)."""
     layers = model.config.num_hidden_layers
     positions = jnp.sum(cache.valid, axis=1, keepdims=True)
     angles = model.angles(positions)
     valid = jax.lax.dynamic_update_index_in_dim(cache.valid, jnp.ones(tokens.shape, bool), cache.end, axis=1)
-    seen = valid
+    attended = valid
     if model.config.sliding_window is not None:
-        # Nothing stands between real tokens of a row, so slots differ as positions do.
-        seen = valid & (jnp.arange(valid.shape[1]) > cache.end - model.config.sliding_window)
-    mask = seen[:, None, None, :]
+        # A row's real tokens are contiguous, so slots differ by as much as positions.
+        attended = valid & (jnp.arange(valid.shape[1]) > cache.end - model.config.sliding_window)
+    mask = attended[:, None, None, :]
 
-    # The cache is the scan's carry, updated in place: as an output of the scan it would be copied at every token.
+    # The cache is the scan's carry, so it is updated in place; as an output it would be copied at every token.
     def layer(
         carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[Block, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
@@ -76,9 +76,9 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
         block, index = inputs
 
         def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            # By rows, as the cache lies: from here to the end of attention nothing crosses devices.
-            q = model.layout.computed(q, "batch", "heads", None, None)
-            k, v = (model.layout.computed(of, "batch", "kv_heads", None, None) for of in (k, v))
+            # Cut by rows, like the cache, so that attention needs no communication.
+            q = model.layout.constrain(q, "batch", "heads", None, None)
+            k, v = (model.layout.constrain(kv, "batch", "kv_heads", None, None) for kv in (k, v))
             start = (index, 0, 0, cache.end, 0)
             new_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
             new_values = jax.lax.dynamic_update_slice(values, v[None], start)
@@ -89,4 +89,4 @@ def decode(model: Llama, tokens: jax.Array, cache: Cache, *, adapters: bool) -> 
 
     x = model.vocabulary.embed(tokens[:, None], adapters=adapters)
     (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (model.blocks, jnp.arange(layers)))
-    return _last(model, x[:, 0]), Cache(k, v, valid, cache.end + 1)
+    return _output_states(model, x[:, 0]), Cache(k, v, valid, cache.end + 1)

@@ -1,6 +1,6 @@
 """The shape of a model of the LLaMA family, in Hugging Face's field names.
 
-LLaMA, Mistral, Qwen2 and Qwen3 are one model: what differs between them is a few fields here.
+LLaMA, Mistral, Qwen2 and Qwen3 are one architecture; they differ in a few fields of this config.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SIZES = _OPTIONAL | {
     "num_attention_heads",
     "max_position_embeddings",
 }
-# Options that change the computation, with the only values that this model computes (swish is silu's other name).
-# Not among them: pretraining_tp, which cuts products into sums and so changes their rounding only (transformers has
-# left it out); attention_dropout and initializer_range, which are of others' training; use_cache, dtype.
+# Options that change the computation, with the only values that are supported (swish is another name for silu).
+# Left out on purpose: pretraining_tp, which splits products into sums and so only changes their rounding (transformers
+# has dropped it); attention_dropout and initializer_range, which only affect the original training; use_cache; dtype.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
     "partial_rotary_factor": (1.0, None),
 }
-# What transformers assumes where a family's config.json is silent.
+# The values that transformers assumes for fields that a family's config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -46,11 +46,11 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and options of a model. Field names are those of Hugging Face's `config.json`, as far as it has them.
+    """Sizes and options of a model. Field names are those of Hugging Face's `config.json` where it has the field.
 
     `attention_bias`: biases on q, k and v, and on o unless the family is qwen2; `mlp_bias`: on gate, up and down.
     `qk_norm`: an RMSNorm over each head of q and k before they are rotated. `sliding_window`: how many keys a query
-    sees, itself among them (None: all).
+    attends to, its own included (None: all).
     """
 
     vocab_size: int
@@ -86,7 +86,7 @@ class LlamaConfig:
 
     @property
     def biases(self) -> frozenset[str]:
-        """The linear layers that have a bias, of q, k, v, o, gate, up and down."""
+        """The linear layers (of q, k, v, o, gate, up and down) that have a bias."""
         names = set()
         if self.attention_bias:
             names |= {"q", "k", "v"} if self.model_type == "qwen2" else {"q", "k", "v", "o"}
@@ -96,7 +96,7 @@ class LlamaConfig:
 
     @property
     def context(self) -> int:
-        """The number of tokens that the model reads at most: dynamic scaling stretches what it was trained on."""
+        """The longest text, in tokens, that the model reads; dynamic RoPE scaling extends the trained length."""
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
             return int(self.max_position_embeddings * self.rope_scaling.factor)
         return self.max_position_embeddings
@@ -105,7 +105,7 @@ class LlamaConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Read a Hugging Face `config.json` dictionary.
 
-        Raises UserError that names the field, for an architecture or option that would be computed wrongly.
+        Raises UserError, which names the field, for an architecture or option that is not supported.
         """
         kind = config.get("model_type")
         if kind not in _DEFAULTS:
@@ -114,7 +114,7 @@ class LlamaConfig:
         for name, values in _REQUIRED.items():
             if config.get(name, values[0]) not in values:
                 raise UserError(f"config.json: {name}={config[name]!r} is not supported; only {values[0]!r} is")
-        # Not `or`: an explicit 0 is wrong, and not a missing value.
+        # An explicit 0 is an error, not a missing value, so it is not replaced by a default.
         for name in _SIZES & config.keys():
             value = config[name]
             if value is None and name in _OPTIONAL:
@@ -138,7 +138,7 @@ class LlamaConfig:
                 tie_word_embeddings=_flag(config, "tie_word_embeddings"),
                 model_type=kind,
                 rope_scaling=scaling,
-                # Qwen2 has no such option: it always has these biases. Mistral never has.
+                # Not an option of Qwen2, which always has these biases, nor of Mistral, which never has.
                 attention_bias=kind == "qwen2" or _flag(config, "attention_bias", only=("llama", "qwen3")),
                 mlp_bias=_flag(config, "mlp_bias", only=("llama",)),
                 sliding_window=_sliding_window(config),
@@ -147,7 +147,7 @@ class LlamaConfig:
             raise UserError(f"config.json: field {missing} is missing; is this a complete model directory?") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The dictionary that Hugging Face reads, in the form that all its versions and other programs know."""
+        """The `config.json` dictionary, in a form that all versions of transformers and other programs read."""
         raw: dict[str, Any] = {
             "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
@@ -178,7 +178,7 @@ class LlamaConfig:
 
 
 def _flag(config: Mapping[str, Any], name: str, only: tuple[str, ...] = tuple(_DEFAULTS)) -> bool:
-    """A field that is true or false; true is refused outside of the families `only`, whose model ignores it."""
+    """A boolean field. Raises UserError if it is true in a family that is not in `only`, as transformers ignores it."""
     value = config.get(name, False)
     if not isinstance(value, bool):
         raise UserError(f"config.json: {name} is {value!r}; it must be true or false")
@@ -195,7 +195,7 @@ def _positive(config: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling: transformers 5 writes `rope_parameters`, others `rope_theta` and `rope_scaling`."""
+    """RoPE's base and scaling: from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     scaling: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = config.get(name) or {}
@@ -213,7 +213,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The window of every layer, or None. Raises UserError where some layers have one and others not."""
+    """The window of every layer, or None. Raises UserError if only some layers have one."""
     kind, layers = config["model_type"], int(config["num_hidden_layers"])
     window = config.get("sliding_window")
     if kind == "llama":
@@ -221,12 +221,12 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise UserError(f"config.json: sliding_window is {window!r}; it must be a whole number above 0, or null")
     if kind == "mistral":
-        # transformers does not look at them in this family, so they must say what it does.
+        # transformers ignores layer_types in this family, so they must agree with what it computes.
         wanted = "full_attention" if window is None else "sliding_attention"
         if config.get("layer_types") not in (None, [], [wanted] * layers):
             raise UserError(
-                f"config.json: layer_types does not fit sliding_window {window!r}, by which all layers of a 'mistral' "
-                f"are {wanted}; correct one of them"
+                f"config.json: layer_types does not fit sliding_window {window!r}, which makes all layers of a "
+                f"'mistral' {wanted}; correct one of them"
             )
         return window
     if not _flag(config, "use_sliding_window"):

@@ -1,4 +1,4 @@
-"""The forward pass with one layer in memory at a time: what a model says of a prompt, however large the model is."""
+"""The forward pass with one layer in memory at a time: the logits of a prompt for models larger than memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import nested
 from transllm_jax.model.rope import rotary_angles
 
-# A layer's number -> its arrays without the leading axis, path under `blocks.` -> array.
+# Maps a layer's number to its arrays, without the axis of layers: path under `blocks.` -> array.
 ReadLayer = Callable[[int], dict[str, np.ndarray]]
-# Rows of output logits at once.
+# How many rows of the output table are multiplied at once.
 _ROWS = 16384
 
 
@@ -34,8 +34,8 @@ def logits_by_layer(
 ) -> np.ndarray:
     """Float32 logits [T, V] of one text whose embedded tokens are [T, D].
 
-    `read_layer` is asked for one layer after the other, with adapters `.a` and `.b` where `lora` names targets;
-    `output_rows` for the output table [V, D] at the end. All is computed in float32.
+    `read_layer` is called once for each layer, in order; it gives adapters `.a` and `.b` for the targets of `lora` too.
+    `output_rows` is called at the end, for the output table [V, D]. Everything is computed in float32.
     """
     structure, _ = nnx.split(nnx.eval_shape(lambda: Block(config, lora, rngs=nnx.Rngs(0))))
     length = embedded.shape[0]
@@ -47,7 +47,7 @@ def logits_by_layer(
     x = jnp.asarray(embedded[None], jnp.float32)
     for layer in range(config.num_hidden_layers):
         arrays = {path: np.asarray(array, np.float32) for path, array in read_layer(layer).items()}
-        # Waited for, so that two layers are never held at once.
+        # Wait for the result, so that two layers are never in memory at once.
         x = _layer(structure, arrays, x, angles, mask, lora is not None).block_until_ready()
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.scale.set_value(jnp.asarray(final_scale, jnp.float32))

@@ -1,8 +1,8 @@
-"""Where arrays lie on a mesh of devices: names for the axes of every array, and the one table from names to mesh axes.
+"""How arrays are sharded over a mesh of devices: every axis of an array has a name, and a table gives its mesh axes.
 
-Parameters are cut over `fsdp` (and `tensor`) and gathered where they are used, a layer at a time; batches are cut over
-`data` and `fsdp`; heads and the feed-forward part are cut over `tensor`, and between the layers so is the length
-(sequence parallelism, arXiv 2205.05198). Without a mesh everything here gives back what it is given.
+Parameters are cut over `fsdp` (and `tensor`) and gathered for use, one layer at a time. Batches are cut over `data` and
+`fsdp`. Heads and the feed-forward part are cut over `tensor`, and so is the length between the parts of a layer
+(sequence parallelism, arXiv 2205.05198). Without a mesh, everything here returns its argument.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from transllm_jax.choices import Attention
 from transllm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# plain: our own, on any device. splash: the TPU's (transllm_jax.model.splash). auto: splash where it can be.
-# A part of an array: a slice for each dimension.
+# A part of an array: one slice for each dimension.
 Index = tuple[slice, ...]
-# The path of an array, and parts of it -> these parts.
+# Takes the path of an array and indices of its parts; gives these parts.
 Reader = Callable[[str, Sequence[Index]], list[np.ndarray]]
 
 
 class _Rule(NamedTuple):
-    """The mesh axes that cut an axis of a parameter where it is kept, and where it is used."""
+    """The mesh axes that cut one axis of a parameter: as it is stored, and as it is used in a product."""
 
-    kept: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
     used: tuple[str, ...] = ()
 
 
@@ -45,17 +44,17 @@ _RULES = {
     "heads": _Rule(("tensor",), ("tensor",)),
     "kv_heads": _Rule(("tensor",), ("tensor",)),
     "mlp": _Rule(("tensor",), ("tensor",)),
-    # An adapter has one long side, so both axes cut it: moments of an adapter are nowhere twice.
+    # An adapter has one long side, so both mesh axes cut it: no two devices of a group store the same moments.
     "embed_adapter": _Rule(("fsdp", "tensor")),
     "heads_adapter": _Rule(("tensor", "fsdp"), ("tensor",)),
     "kv_heads_adapter": _Rule(("tensor", "fsdp"), ("tensor",)),
     "mlp_adapter": _Rule(("tensor", "fsdp"), ("tensor",)),
-    # Not by rows: their number divides by nothing, and D always does.
+    # Cut along D, which the mesh divides, and not by rows, whose number is arbitrary.
     "embed_table": _Rule(("fsdp", "tensor")),
 }
 _BATCH = ("data", "fsdp")
-# Of values that are computed.
-_COMPUTED = {
+# The mesh axes that cut one axis of a computed value (an activation).
+_ACTIVATION_AXES = {
     "batch": _BATCH,
     "batch_data": ("data",),
     "length": ("tensor",),
@@ -65,7 +64,7 @@ _COMPUTED = {
     "embed": ("fsdp",),
     "embed_table": ("fsdp", "tensor"),
 }
-# The axes of a linear layer's input and output, by its name.
+# The names of the axes of each linear layer's input and output.
 LINEAR = {
     "q": ("embed", "heads"),
     "k": ("embed", "kv_heads"),
@@ -78,7 +77,7 @@ LINEAR = {
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
-    """The name of each axis of a parameter, by its path. Raises KeyError for a path that no model has."""
+    """The name of each axis of the parameter at a path. Raises KeyError for a path that no model has."""
     parent, _, kind = path.rpartition(".")
     if parent == "vocabulary":
         return ("vocabulary", "embed_table")
@@ -94,8 +93,8 @@ def logical_axes(path: str) -> tuple[str, ...]:
 
 
 def partition(path: str) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes that cut each dimension of a parameter where it is kept."""
-    return tuple(_RULES[name].kept for name in logical_axes(path))
+    """The mesh axes that cut each dimension of the stored parameter."""
+    return tuple(_RULES[name].stored for name in logical_axes(path))
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
@@ -104,10 +103,11 @@ def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """How arrays lie on `mesh`, a Mesh with the axes `AXES` (None: on one device), and the kernel of attention.
+    """How arrays are sharded over `mesh`, a Mesh with the axes `AXES` (None: one device), and the kernel of attention.
 
-    stationary: parameters are used where they lie, and rows of a batch are cut over `data` alone: for decoding, where a
-    token's states are small and the weights are not. interpret: the kernel runs as plain JAX, for tests on a CPU.
+    stationary: parameters are used where they are stored, and a batch's rows are cut over `data` alone. This is for
+    decoding, where a token's states are much smaller than the weights.
+    interpret: the kernel runs as plain JAX, for tests on a CPU.
     """
 
     mesh: Mesh | None = None
@@ -121,12 +121,12 @@ class Layout:
 
     @property
     def decoding(self) -> Layout:
-        """The same for steps of a token each."""
+        """The layout for decoding, one token for each row at a time."""
         return replace(self, stationary=True)
 
     @property
     def platform(self) -> str:
-        """What it runs on: cpu, gpu, tpu."""
+        """The devices' platform: cpu, gpu or tpu."""
         return str(jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform)
 
     @property
@@ -135,42 +135,42 @@ class Layout:
         return str((jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]).device_kind)
 
     def size(self, *axes: str) -> int:
-        """The number of devices along mesh axes; along all without any."""
+        """The number of devices along the given mesh axes, or along all of them if none is given."""
         if self.mesh is None:
             return 1
         return int(np.prod([self.mesh.shape[axis] for axis in axes or AXES]))
 
     @property
     def batch_parts(self) -> int:
-        """The number of parts that a batch's rows are cut into."""
+        """The number of parts into which a batch's rows are cut."""
         return self.size(*_BATCH)
 
     # Parameters.
 
     def sharding(self, path: str) -> NamedSharding | None:
-        """Where a parameter is kept; None without a mesh."""
+        """The sharding in which a parameter is stored; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, _spec(partition(path)))
 
     @property
-    def everywhere(self) -> NamedSharding | None:
-        """A copy on each device; None without a mesh."""
+    def replicated(self) -> NamedSharding | None:
+        """The sharding with a copy on each device; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def rows(self, *, parts: bool = False) -> NamedSharding | None:
-        """Of a batch's fields [B, ..], cut by rows; with `parts` of [parts, B / parts, ..]."""
+    def batch_sharding(self, *, parts: bool = False) -> NamedSharding | None:
+        """The sharding of a batch's fields [B, ..], or with `parts` [parts, B / parts, ..]; None without a mesh."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(None, _BATCH) if parts else PartitionSpec(_BATCH))
 
     @property
-    def cache(self) -> NamedSharding | None:
-        """Of the keys and values [L, B, K, S, H] of generation; None without a mesh."""
+    def cache_sharding(self) -> NamedSharding | None:
+        """The sharding of the decoding cache [L, B, K, S, H]; None without a mesh."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(None, _BATCH, "tensor"))
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> None:
-        """Raises UserError that lists which parameters, by path, and numbers of heads the mesh does not divide."""
+        """Raise UserError, which lists them, if the mesh does not divide a parameter (by path) or a number of heads."""
         wrong = [
             f"{name} {count} by tensor={self.size('tensor')}"
             for name, count in heads.items()
@@ -185,55 +185,55 @@ class Layout:
             raise UserError(f"the mesh does not divide the model: {'; '.join(wrong)}; choose other sizes of mesh")
 
     def place(self, path: str, array: Any, dtype: Any = None) -> jax.Array:
-        """A parameter where it is kept; each process has the whole array, and gives its devices their parts of it."""
+        """Put a parameter on its devices: every process has the whole array and takes its own devices' parts."""
         if self.mesh is None:
-            # A copy, always: training donates these buffers.
+            # Always a copy, because training donates these buffers.
             return jnp.array(array, dtype or array.dtype)
         return self.read(path, np.shape(array), dtype or array.dtype, lambda _, parts: [array[part] for part in parts])
 
     def read(self, path: str, shape: tuple[int, ...], dtype: Any, read: Reader) -> jax.Array:
-        """A parameter where it is kept, of which this process reads what its devices hold, each part once."""
+        """Read a parameter onto its devices: every process reads only its own devices' parts, each part once."""
         sharding = self.sharding(path)
         if sharding is None:
             return jnp.asarray(read(path, [(slice(None),) * len(shape)])[0], dtype)
-        found = sharding.addressable_devices_indices_map(shape)
-        places: dict[str, list[jax.Device]] = {}
+        # Several devices may hold the same part. Slices have no hash in Python 3.11, so a part's key is its text.
+        holders: dict[str, list[jax.Device]] = {}
         wanted: dict[str, Index] = {}
-        for device, index in found.items():
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
-            places.setdefault(str(index), []).append(device)
+            holders.setdefault(str(index), []).append(device)
             wanted[str(index)] = index
         parts = read(path, list(wanted.values()))
         shards = [
             jax.device_put(np.asarray(part, dtype), device)
             for key, part in zip(wanted, parts, strict=True)
-            for device in places[key]
+            for device in holders[key]
         ]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    def used(self, parameter: jax.Array, *axes: str) -> jax.Array:
-        """A parameter (without its axis of layers) as a product takes it; its gradient goes back to where it is kept.
+    def gathered(self, parameter: jax.Array, *axes: str) -> jax.Array:
+        """A parameter (without the axis of layers) as a product uses it; its gradient is cut as the parameter is.
 
-        Gathering is here, inside of a layer, so that at most the layers at work are whole.
+        It is gathered here, inside a layer, so that only the layers being computed are whole.
         """
         if self.mesh is None or self.stationary:
             return parameter
-        kept, used = (_spec([getattr(_RULES[name], of) for name in axes]) for of in ("kept", "used"))
-        return _moved(parameter, NamedSharding(self.mesh, used), NamedSharding(self.mesh, kept))
+        stored, used = (_spec([getattr(_RULES[name], state) for name in axes]) for state in ("stored", "used"))
+        return _resharded(parameter, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
 
-    def kept_spec(self, *axes: str) -> PartitionSpec:
-        """How a parameter (without its axis of layers) is cut where it is kept."""
-        return _spec([_RULES[name].kept for name in axes])
+    def stored_spec(self, *axes: str) -> PartitionSpec:
+        """How the stored parameter (without the axis of layers) is cut."""
+        return _spec([_RULES[name].stored for name in axes])
 
     @staticmethod
     def tokens_spec(name: str | None) -> PartitionSpec:
-        """How values [tokens, ..] with an axis of this name are cut: tokens as the batch, with whole rows."""
-        return PartitionSpec(_BATCH, _COMPUTED.get(name or "") if name != "embed" else None)
+        """How values [tokens, axis `name`] are cut: tokens like the rows of a batch, each row whole."""
+        return PartitionSpec(_BATCH, _ACTIVATION_AXES.get(name or "") if name != "embed" else None)
 
     def parts(self, gradient: jax.Array, name: str) -> jax.Array:
-        """Inside of a shard_map: the gradient of an adapter's long side [size, R] as parts [fsdp, n, R] to be summed.
+        """Inside a shard_map: an adapter's gradient [size, R] as parts [fsdp, n, R], to be summed over devices.
 
-        `name` is that of the side's axis. D is whole on the devices of `tensor`, of which each keeps its own part.
+        `name` is the axis of its long side. D is whole on the devices of `tensor`, so each of them takes its own part.
         """
         fsdp, tensor = self.size("fsdp"), self.size("tensor")
         if name != "embed":
@@ -241,28 +241,30 @@ class Layout:
         cut = gradient.reshape(fsdp, tensor, -1, gradient.shape[1])
         return jax.lax.dynamic_index_in_dim(cut, jax.lax.axis_index("tensor"), axis=1, keepdims=False)
 
-    # What is computed.
+    # Activations.
 
-    def computed(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """A value whose axes have these names (None: whole). What a mesh axis does not divide stays whole."""
-        sharding = self._computed(x.shape, names)
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Shard an activation by its axes' names (None: whole). An axis that the mesh does not divide stays whole."""
+        sharding = self._activation_sharding(x.shape, names)
         return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    def between(self, x: jax.Array) -> jax.Array:
-        """States [B, T, D] between the parts of a layer."""
-        return self.computed(x, "batch", "length", None)
+    def residual(self, x: jax.Array) -> jax.Array:
+        """Shard the residual stream [B, T, D]."""
+        return self.constrain(x, "batch", "length", None)
 
     def whole_rows(self, x: jax.Array) -> jax.Array:
-        """States [B, T, D] with every position of a row on one device; their gradient goes back to `between`."""
-        there, back = (self._computed(x.shape, names) for names in (("batch", None, None), ("batch", "length", None)))
-        return x if there is None or back is None else _moved(x, there, back)
+        """States [B, T, D] with every position of a row on one device; their gradient is sharded as by `residual`."""
+        there, back = (
+            self._activation_sharding(x.shape, names) for names in (("batch", None, None), ("batch", "length", None))
+        )
+        return x if there is None or back is None else _resharded(x, there, back)
 
-    def _computed(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding | None:
+    def _activation_sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding | None:
         if self.mesh is None:
             return None
         axes = []
         for size, name in zip(shape, names, strict=True):
-            cut = _COMPUTED[name] if name else ()
+            cut = _ACTIVATION_AXES[name] if name else ()
             if self.stationary and name in ("batch", "length"):
                 cut = ("data",) if name == "batch" else ()
             axes.append(cut if cut and size % self.size(*cut) == 0 else ())
@@ -273,45 +275,47 @@ SINGLE = Layout()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
-    # The derivative of a constraint is the same constraint, and would gather the gradient, too.
+def _resharded(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """x in the sharding `there`, with its gradient in the sharding `back`."""
+    # The derivative of a sharding constraint is the same constraint, which would gather the gradient, too.
     return jax.lax.with_sharding_constraint(x, there)
 
 
-def _moved_forward(x: jax.Array, there: NamedSharding, back: NamedSharding) -> tuple[jax.Array, None]:
-    return _moved(x, there, back), None
+def _resharded_forward(x: jax.Array, there: NamedSharding, back: NamedSharding) -> tuple[jax.Array, None]:
+    return _resharded(x, there, back), None
 
 
-def _moved_backward(there: NamedSharding, back: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
+def _resharded_backward(there: NamedSharding, back: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(g, back),)
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+_resharded.defvjp(_resharded_forward, _resharded_backward)
 
 
 def sum_scattered(parts: jax.Array, axes: tuple[str, ...], *, unroll: bool = False) -> jax.Array:
-    """Inside of a shard_map: of an array in parts [devices, n, ..], the sum over the devices of mesh axes.
+    """Inside a shard_map: sum an array in parts [devices, n, ..] over the devices of mesh axes, as by a reduce-scatter.
 
-    Each device gets the sum of its own part, [n, ..], as from `jax.lax.psum_scatter`, but by a ring in both directions.
-    A TPU's compiler makes of that one a sum of everything on every device, which takes twice the traffic, and memory
-    for it all; or a loop around the product before it, which reads its operands in every round.
-    unroll: the rounds stand one by one, so that a compiler can lay other work beside them, and keep more at once.
+    Each device gets the sum of its own part, [n, ..], like `jax.lax.psum_scatter`, but from a ring in both directions.
+    A TPU's compiler turns psum_scatter into a sum of everything on every device, which takes twice the traffic and
+    memory for the whole; or into a loop around the product before it, which reads its operands in every round.
+    unroll: the rounds are unrolled, so that the compiler can overlap them with other work; this takes more memory.
     """
     devices, me = parts.shape[0], jax.lax.axis_index(axes)
-    half = parts.shape[1] // 2
-    ways = ((parts[:, :half], 1), (parts[:, half:], -1))
+    middle = parts.shape[1] // 2
+    # Half of each part travels in one direction around the ring, and half in the other.
+    directions = ((parts[:, :middle], 1), (parts[:, middle:], -1))
 
     def own(number: jax.Array | int) -> tuple[jax.Array, ...]:
-        # The part of a device begins at the one after it (or before it, the other way round), and comes to it last.
+        # A device's part starts at the next device in the direction of travel, and reaches the device itself last.
         return tuple(
             jax.lax.dynamic_index_in_dim(half, (me - step * (number + 1)) % devices, keepdims=False)
-            for half, step in ways
+            for half, step in directions
         )
 
     def add(number: jax.Array | int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         passed = (
             jax.lax.ppermute(half, axes, [(device, (device + step) % devices) for device in range(devices)])
-            for half, (_, step) in zip(sums, ways, strict=True)
+            for half, (_, step) in zip(sums, directions, strict=True)
         )
         return tuple(half + mine for half, mine in zip(passed, own(number), strict=True))
 

@@ -1,7 +1,7 @@
 """LLaMA (arXiv 2302.13971) and its family in Flax NNX: modules declare parameters, plain JAX transforms run them.
 
-The layers are one stacked `Block` (leading axis L), run by `jax.lax.scan`. What attention does with queries, keys and
-values is the caller's function, so training (self-attention under a mask) and decoding (a cache) share one block.
+The layers are one stacked `Block` (leading axis L), run by `jax.lax.scan`. The caller passes the function that attends,
+so training (self-attention under a mask) and decoding (with a cache) share one block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transllm_jax.model.lora import DOWN_PROJECTED, LoraConfig, LoRALinear, proj
 from transllm_jax.model.rope import rotary_angles, rotate
 from transllm_jax.model.vocabulary import Padding, Vocabulary
 
-# q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever the caller carries on.
+# q [B, N, T, H], k and v [B, K, T, H] -> attention's output [B, N, T, H] and whatever else the caller wants back.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 # What of a layer the backward pass does not compute again: all of it; nothing; the outputs of its linear layers and of
@@ -38,21 +38,21 @@ _KEPT: dict[Remat, tuple[str, ...]] = {
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 as Hugging Face's."""
+    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 as in transformers."""
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype = jnp.float32) -> None:
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D], or over the heads' size H."""
+        """[..., D] -> [..., D]; for q and k, over the head size H in place of D."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
         return self.scale[...].astype(x.dtype) * full.astype(x.dtype)
 
 
-class _Keys:
-    """One dropout key for each input of linear layers, from a block's key; None where nothing is dropped."""
+class _DropoutKeys:
+    """Each call gives the dropout key for the next input of linear layers in a block; None without dropout."""
 
     def __init__(self, key: jax.Array | None) -> None:
         self.key, self.count = key, 0
@@ -64,7 +64,7 @@ class _Keys:
 
 @jax.custom_vjp
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up. Its backward pass keeps the two inputs and nothing else."""
+    """silu(gate) * up. The backward pass keeps only the two inputs."""
     return jax.nn.silu(gate) * up
 
 
@@ -74,16 +74,16 @@ def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[ja
 
 def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = residuals
-    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-    to_gate, to_up = pull(g)
-    return to_gate, to_up
+    _, vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    grad_gate, grad_up = vjp(g)
+    return grad_gate, grad_up
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Attention(nnx.Module):
-    """The projections around attention; heads of size H, K key heads for N query heads."""
+    """Attention with its projections: N query heads and K key heads of size H."""
 
     def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         d, h = config.hidden_size, config.head_dim
@@ -106,10 +106,10 @@ class Attention(nnx.Module):
         attend: Attend,
         *,
         adapters: bool,
-        keys: _Keys,
+        keys: _DropoutKeys,
         layout: Layout,
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
+        """x [B, T, D] -> ([B, T, D], the second result of `attend`)."""
         batch, length, _ = x.shape
 
         def heads(y: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         ys = project((self.q, self.k, self.v), x, adapters=adapters, dropout=keys(), layout=layout)
         q, k, v = map(heads, ys)
         if layout.platform == "tpu":
-            # Else they are turned into float32 first, and that is transposed: twice the memory and traffic.
+            # Without the barrier they are transposed after the conversion to float32: twice the memory and traffic.
             q, k = jax.lax.optimization_barrier((q, k))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -137,7 +137,7 @@ class MLP(nnx.Module):
         self.up = linear("up", d, f)
         self.down = linear("down", f, d)
 
-    def __call__(self, x: jax.Array, *, adapters: bool, keys: _Keys, layout: Layout) -> jax.Array:
+    def __call__(self, x: jax.Array, *, adapters: bool, keys: _DropoutKeys, layout: Layout) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         gate, up = project((self.gate, self.up), x, adapters=adapters, dropout=keys(), layout=layout)
         return self.down(_swiglu(gate, up), adapters=adapters, dropout=keys(), layout=layout)
@@ -146,17 +146,17 @@ class MLP(nnx.Module):
 def _layers(
     config: LlamaConfig, lora: LoraConfig | None, rngs: nnx.Rngs, dtype: jnp.dtype
 ) -> Callable[[str, int, int], LoRALinear]:
-    """A maker of linear layers by name: which has a bias is the config's, which an adapter is LoRA's."""
+    """A function that makes a linear layer by name; the config decides on its bias, and `lora` on its adapter."""
 
     def linear(name: str, features_in: int, features_out: int) -> LoRALinear:
-        own = lora if lora is not None and name in lora.targets else None
-        return LoRALinear(name, features_in, features_out, own, bias=name in config.biases, rngs=rngs, dtype=dtype)
+        adapter = lora if lora is not None and name in lora.targets else None
+        return LoRALinear(name, features_in, features_out, adapter, bias=name in config.biases, rngs=rngs, dtype=dtype)
 
     return linear
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each on a normalised residual stream."""
+    """One layer: attention and MLP, each of which reads the normalised residual stream and adds to it."""
 
     def __init__(
         self,
@@ -181,18 +181,18 @@ class Block(nnx.Module):
         dropout: jax.Array | None = None,
         layout: Layout = SINGLE,
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], what `attend` carries on)."""
-        keys = _Keys(dropout)
+        """x [B, T, D] -> ([B, T, D], the second result of `attend`)."""
+        keys = _DropoutKeys(dropout)
         normed = self.attention_norm(x)
         attended, carried = self.attention(normed, angles, attend, adapters=adapters, keys=keys, layout=layout)
-        x = x + layout.between(attended)
-        return x + layout.between(self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys, layout=layout)), carried
+        x = x + layout.residual(attended)
+        return x + layout.residual(self.mlp(self.mlp_norm(x), adapters=adapters, keys=keys, layout=layout)), carried
 
 
 class Llama(nnx.Module):
-    """The whole model. `new_rows` trainable vocabulary rows and `lora` adapters stand beside the frozen weights.
+    """The whole model: frozen weights, adapters as in `lora`, and `new_rows` trainable vocabulary rows.
 
-    With `train_base` trainable copies of the base vocabulary's rows do, too. `padding`: see `Vocabulary`.
+    With `train_base` it also has trainable copies of the base vocabulary's rows. `padding`: see `Vocabulary`.
     """
 
     def __init__(
@@ -227,10 +227,10 @@ class Llama(nnx.Module):
         dropout: jax.Array | None = None,
         remat: Remat = "none",
     ) -> jax.Array:
-        """Packed rows to hidden states: ids, positions and segment ids [B, T] (segment 0 is padding) -> [B, T, D].
+        """Hidden states of packed rows: ids, positions and segment ids [B, T] (segment 0 is padding) -> [B, T, D].
 
-        `adapters=False` is the original model (new rows are still looked up for new ids). `dropout` is a random key.
-        `remat` says what the backward pass computes again: less memory, more time.
+        `adapters=False` is the original model (new ids still take their new rows). `dropout` is a random key.
+        `remat` chooses what the backward pass recomputes: less memory, more time.
         """
         x = self.vocabulary.embed(tokens, adapters=adapters)
         angles = self.angles(positions)
@@ -257,28 +257,28 @@ class Llama(nnx.Module):
 def attend_in(
     layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None
 ) -> jax.Array:
-    """Causal attention, as `attend_causally`, by the kernel that the layout names.
+    """`attend_causally`, computed by the kernel that the layout chooses.
 
-    Raises ValueError where splash attention is named and cannot be.
+    Raises ValueError if the layout asks for splash attention and the shapes do not allow it.
     """
     if layout.attention == "plain" or (layout.attention == "auto" and layout.platform != "tpu"):
         return attend_causally(q, k, v, segment_ids, window)
-    # Imported here: most devices have no use for Pallas.
+    # Imported here because only TPUs need Pallas.
     from transllm_jax.model.splash import attend_splash, splash_supports
 
-    if refusal := splash_supports(q.shape[2], q.shape[3]):
+    if reason := splash_supports(q.shape[2], q.shape[3]):
         if layout.attention == "auto":
             return attend_causally(q, k, v, segment_ids, window)
-        raise ValueError(refusal)
+        raise ValueError(reason)
 
-    local = partial(attend_splash, window=window, interpret=layout.interpret)
+    on_device = partial(attend_splash, window=window, interpret=layout.interpret)
     if layout.mesh is None:
-        return local(q, k, v, segment_ids)
-    heads, rows = (PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(("data", "fsdp")))
-    over = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        return on_device(q, k, v, segment_ids)
+    heads, rows = PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(("data", "fsdp"))
+    on_mesh = jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
     )
-    return over(q, k, v, segment_ids)
+    return on_mesh(q, k, v, segment_ids)
 
 
 def _recomputed(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

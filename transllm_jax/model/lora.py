@@ -1,8 +1,8 @@
-"""The parameter split: kinds of variable, and the linear layer that carries a low-rank adapter.
+"""The kinds of variable in the parameter split, and the linear layer with a low-rank adapter.
 
-Frozen weights are `nnx.Param`; what trains is an `Adapter` or `NewRows`. Gradients, optimizer state and checkpoints
-exist only for what a split holds as trainable (`transllm_jax.model.parameters`), so a frozen weight cannot move by
-accident. In full fine-tuning all weights are there, as float32 arrays that are rounded where they are used.
+Frozen weights are `nnx.Param`; trainable ones are `Adapter` or `NewRows`. Gradients, optimizer state and checkpoints
+exist only for the trainable part of a split (`transllm_jax.model.parameters`), so a frozen weight cannot change by
+accident. In full fine-tuning all weights are trainable: float32 arrays that are rounded where they are used.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from transllm_jax.model.layout import LINEAR, SINGLE, Layout, sum_scattered
 
-# What a linear layer gives, by a name that rematerialisation can keep it by, is called as the layer; what the first
-# factor of its adapter gives is:
+# Checkpoint names, by which rematerialisation can save a value: a linear layer's output has the layer's own name, and
+# the output of the first factor of its adapter has this one.
 DOWN_PROJECTED = "adapter"
 
 
@@ -30,10 +30,10 @@ class Adapter(nnx.Param):
 
 
 class NewRows(nnx.Param):
-    """Embedding or output rows that train, in float32: of new tokens, and trained copies of the base's rows."""
+    """Trainable embedding or output rows, in float32: those of new tokens, and copies of the base's rows."""
 
 
-# Devices of a ring whose rounds stand one by one in a program; more of them are a loop.
+# The most devices of a ring whose rounds are unrolled; the rounds of a larger ring are a loop.
 _UNROLLED = 16
 
 # Every linear layer of a block.
@@ -42,7 +42,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA's rank R, its alpha, the dropout on the adapter's input (training only), and the layers that have one.
+    """LoRA's rank R and alpha, the dropout rate of an adapter's input (training only), and the layers with an adapter.
 
     `rslora` scales by alpha / sqrt(R) in place of alpha / R (arXiv 2312.03732).
     """
@@ -55,15 +55,15 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of the adapter's output."""
+        """The factor that an adapter's output is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 Arrays = tuple[jax.Array, ...]
 
 
-class _Adapted(NamedTuple):
-    """Of several layers on one input: their names, scale and dropout of their adapters, and where arrays lie."""
+class _AdaptedLayers(NamedTuple):
+    """Several layers on one input: their names, the scale and dropout of their adapters, and the arrays' layout."""
 
     names: tuple[str, ...]
     scale: float
@@ -71,93 +71,98 @@ class _Adapted(NamedTuple):
     layout: Layout
 
     def dropped(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
-        """The values that are kept, scaled up by as much as goes."""
+        """x with dropout: 0 where `keep` is false, and the rest scaled up so that the mean stays. None: x itself."""
         return x if keep is None else jnp.where(keep, x * (256 / (256 - _dropped_of_256(self.dropout))), 0)
 
-    def used(self, ws: Arrays, a_s: Arrays, bs: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-        """The parameters as products take them."""
-        use, axes = self.layout.used, [LINEAR[name] for name in self.names]
+    def gathered(self, ws: Arrays, a_s: Arrays, bs: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+        """The parameters as the products use them: gathered from the devices that store their parts."""
+        use, axes = self.layout.gathered, [LINEAR[name] for name in self.names]
         return (
             tuple(use(w, inner, outer) for w, (inner, outer) in zip(ws, axes, strict=True)),
             tuple(use(a, f"{inner}_adapter", "rank") for a, (inner, _) in zip(a_s, axes, strict=True)),
             tuple(use(b, "rank", f"{outer}_adapter") for b, (_, outer) in zip(bs, axes, strict=True)),
         )
 
-    def gradients(self, h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
-        """Of the factors, from h [tokens, in], u and slope [tokens, R], g [tokens, out]: where the factors are kept."""
+    def gradients(self, h: jax.Array, us: Arrays, grad_us: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
+        """Gradients of the factors, cut over the mesh as the factors are stored.
+
+        h [tokens, in]; u and its gradient `grad_u` [tokens, R]; g [tokens, out], the gradient of the output.
+        """
         layout = self.layout
         if layout.mesh is None or layout.stationary:
-            return _products(h, us, slopes, gs, self.scale)
+            return _products(h, us, grad_us, gs, self.scale)
         inner, outers = LINEAR[self.names[0]][0], [LINEAR[name][1] for name in self.names]
         states, narrow = layout.tokens_spec(inner), layout.tokens_spec(None)
         wide = tuple(layout.tokens_spec(outer) for outer in outers)
-        kept = (
-            tuple(layout.kept_spec(f"{inner}_adapter", "rank") for _ in outers),
-            tuple(layout.kept_spec("rank", f"{outer}_adapter") for outer in outers),
+        stored = (
+            tuple(layout.stored_spec(f"{inner}_adapter", "rank") for _ in outers),
+            tuple(layout.stored_spec("rank", f"{outer}_adapter") for outer in outers),
         )
 
-        def device(h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
-            to_a, to_b = _products(h, us, slopes, gs, self.scale)
-            parts = [layout.parts(a, inner) for a in to_a]
-            # Their long side first, as of the other factor.
-            parts += [layout.parts(b.T, outer) for b, outer in zip(to_b, outers, strict=True)]
-            # As one: a ring has many rounds.
+        def device(h: jax.Array, us: Arrays, grad_us: Arrays, gs: Arrays) -> tuple[Arrays, Arrays]:
+            grad_a, grad_b = _products(h, us, grad_us, gs, self.scale)
+            parts = [layout.parts(a, inner) for a in grad_a]
+            # Transposed, so that the long side is first, as in the other factor.
+            parts += [layout.parts(b.T, outer) for b, outer in zip(grad_b, outers, strict=True)]
+            # One sum for all of them, because a ring has many rounds.
             ends = np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
             together = jnp.concatenate(parts, axis=1)
             summed = jax.lax.psum(sum_scattered(together, ("fsdp",), unroll=len(together) <= _UNROLLED), "data")
             sums = jnp.split(summed, ends)
-            return tuple(sums[: len(to_a)]), tuple(own.T for own in sums[len(to_a) :])
+            return tuple(sums[: len(grad_a)]), tuple(own.T for own in sums[len(grad_a) :])
 
         return jax.shard_map(
             device,
             mesh=layout.mesh,
             in_specs=(states, (narrow,) * len(us), (narrow,) * len(us), wide),
-            out_specs=kept,
+            out_specs=stored,
             check_vma=False,
-        )(h, us, slopes, gs)
+        )(h, us, grad_us, gs)
 
 
-def _products(h: jax.Array, us: Arrays, slopes: Arrays, gs: Arrays, scale: float) -> tuple[Arrays, Arrays]:
-    return tuple((h.T @ slope) * scale for slope in slopes), tuple(u.T @ g for u, g in zip(us, gs, strict=True))
+def _products(h: jax.Array, us: Arrays, grad_us: Arrays, gs: Arrays, scale: float) -> tuple[Arrays, Arrays]:
+    return tuple((h.T @ grad_u) * scale for grad_u in grad_us), tuple(u.T @ g for u, g in zip(us, gs, strict=True))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _adapted(x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, of: _Adapted) -> Arrays:
-    """x @ w + scale * (h @ a) @ b for several layers on one input [tokens, in]; each w is frozen, without gradient.
+def _adapted(
+    x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, group: _AdaptedLayers
+) -> Arrays:
+    """x @ w + scale * (h @ a) @ b for several layers on one input [tokens, in]; every w is frozen and gets no gradient.
 
-    h is x where `keep` says so, scaled up, and else 0.
+    h is x after dropout.
     """
-    ws, a_s, bs = of.used(ws, a_s, bs)
-    h = of.dropped(x, keep)
-    return tuple(x @ w + (h @ (a * of.scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
+    h = group.dropped(x, keep)
+    return tuple(x @ w + (h @ (a * group.scale)) @ b for w, a, b in zip(ws, a_s, bs, strict=True))
 
 
 def _adapted_forward(
-    x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, of: _Adapted
+    x: jax.Array, keep: jax.Array | None, ws: Arrays, a_s: Arrays, bs: Arrays, group: _AdaptedLayers
 ) -> tuple[Arrays, tuple[Any, ...]]:
-    # What is kept for the backward pass are the parameters as they lie, not as they were gathered.
-    kept = ws, a_s, bs
-    ws, a_s, bs = of.used(ws, a_s, bs)
-    h = of.dropped(x, keep)
-    us = tuple(checkpoint_name(h @ (a * of.scale), DOWN_PROJECTED) for a in a_s)
-    ys = tuple(checkpoint_name(x @ w + u @ b, name) for name, w, u, b in zip(of.names, ws, us, bs, strict=True))
-    # The input is kept once for all the layers on it, not once a layer.
-    return ys, (x, keep, us, *kept)
+    # Saved for the backward pass are the parameters as they are stored, not the gathered ones.
+    stored = ws, a_s, bs
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
+    h = group.dropped(x, keep)
+    us = tuple(checkpoint_name(h @ (a * group.scale), DOWN_PROJECTED) for a in a_s)
+    ys = tuple(checkpoint_name(x @ w + u @ b, name) for name, w, u, b in zip(group.names, ws, us, bs, strict=True))
+    # The layers share the input, so it is saved only once.
+    return ys, (x, keep, us, *stored)
 
 
-def _adapted_backward(of: _Adapted, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
+def _adapted_backward(group: _AdaptedLayers, residuals: tuple[Any, ...], gs: Arrays) -> tuple[Any, ...]:
     x, keep, us, ws, a_s, bs = residuals
-    ws, a_s, bs = of.used(ws, a_s, bs)
-    # The barrier keeps XLA from fusing the producer of a gradient, with its transposes, into each of the products
-    # below: on a CPU that recomputation costs more than the products themselves.
-    if of.layout.platform == "cpu":
+    ws, a_s, bs = group.gathered(ws, a_s, bs)
+    # The barrier keeps XLA from fusing the operation that makes a gradient, with its transposes, into each of the
+    # products below: on a CPU that recomputation costs more than the products themselves.
+    if group.layout.platform == "cpu":
         gs = jax.lax.optimization_barrier(gs)
-    slopes = tuple(g @ b.T for g, b in zip(gs, bs, strict=True))
-    to_x = sum(g @ w.T for g, w in zip(gs, ws, strict=True))
-    to_h: Any = sum(slope @ (a * of.scale).T for slope, a in zip(slopes, a_s, strict=True))
-    to_x += of.dropped(to_h, keep)
-    to_a, to_b = of.gradients(of.dropped(x, keep), us, slopes, gs)
-    return to_x, None, None, to_a, to_b
+    grad_us = tuple(g @ b.T for g, b in zip(gs, bs, strict=True))
+    grad_x = sum(g @ w.T for g, w in zip(gs, ws, strict=True))
+    grad_h: Any = sum(grad_u @ (a * group.scale).T for grad_u, a in zip(grad_us, a_s, strict=True))
+    grad_x += group.dropped(grad_h, keep)
+    grad_a, grad_b = group.gradients(group.dropped(x, keep), us, grad_us, gs)
+    return grad_x, None, None, grad_a, grad_b
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -166,7 +171,7 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 class LoRALinear(nnx.Module):
     """y = x @ kernel + scale * (x @ a) @ b + bias; kernel [in, out], a [in, R], b [R, out], bias [out] or none.
 
-    With `adapters=False`, or without a `LoraConfig`, exactly the original layer, bit for bit.
+    With `adapters=False`, or without a `LoraConfig`, it is the original layer, bit for bit.
     """
 
     def __init__(
@@ -211,45 +216,45 @@ def project(
 ) -> list[jax.Array]:
     """Several layers on one input, [B, T, in] -> [B, T, out] each.
 
-    `dropout` is a random key, given in training when the rate is not 0; the layers share what is dropped.
+    `dropout` is a random key, given in training if the rate is not 0; all layers drop the same values.
     """
     inner, outer = LINEAR[layers[0].name]
-    x = layout.whole_rows(x) if inner == "embed" else layout.computed(x, "batch", None, inner)
+    x = layout.whole_rows(x) if inner == "embed" else layout.constrain(x, "batch", None, inner)
     flat = x.reshape(-1, x.shape[-1])
     lora = next((layer.lora for layer in layers if layer.lora is not None), None) if adapters else None
     adapted = [layer for layer in layers if lora is not None and layer.lora is not None]
     plain = [layer for layer in layers if lora is None or layer.lora is None]
     ys = {}
     for layer in plain:
-        kernel = layout.used(layer.kernel[...].astype(x.dtype), *LINEAR[layer.name])
+        kernel = layout.gathered(layer.kernel[...].astype(x.dtype), *LINEAR[layer.name])
         ys[id(layer)] = checkpoint_name(flat @ kernel, layer.name)
     if lora is not None:
         keep = None
         if dropout is not None and lora.dropout:
             if layout.platform != "cpu":
-                # Else all of a layer's are drawn at its beginning, and kept until they are needed.
+                # Without the barrier all masks of a layer are drawn at its beginning and kept until they are needed.
                 dropout, flat = jax.lax.optimization_barrier((dropout, flat))
-            keep = _kept(dropout, x.shape, lora.dropout).reshape(flat.shape)
+            keep = _dropout_mask(dropout, x.shape, lora.dropout).reshape(flat.shape)
         ws = tuple(layer.kernel[...] for layer in adapted)
         a_s = tuple(layer.a[...].astype(x.dtype) for layer in adapted)
         bs = tuple(layer.b[...].astype(x.dtype) for layer in adapted)
-        of = _Adapted(tuple(layer.name for layer in adapted), lora.scale, lora.dropout, layout)
-        outputs = _adapted(flat, keep, ws, a_s, bs, of)
-        ys |= {id(layer): y for layer, y in zip(adapted, outputs, strict=True)}
-    found = [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
-    # Of o and down it is a sum over `tensor`, and the layer says where it goes.
-    return found if outer == "embed" else [layout.computed(y, "batch", None, outer) for y in found]
+        group = _AdaptedLayers(tuple(layer.name for layer in adapted), lora.scale, lora.dropout, layout)
+        adapted_ys = _adapted(flat, keep, ws, a_s, bs, group)
+        ys |= {id(layer): y for layer, y in zip(adapted, adapted_ys, strict=True)}
+    outputs = [_with_bias(layer, ys[id(layer)]).reshape(*x.shape[:-1], -1) for layer in layers]
+    # The outputs of o and down are sums over `tensor`; the caller decides where they go.
+    return outputs if outer == "embed" else [layout.constrain(y, "batch", None, outer) for y in outputs]
 
 
 def _dropped_of_256(rate: float) -> int:
-    """A rate of dropout in 256ths, not 0."""
+    """A dropout rate in 256ths, at least 1."""
     return max(1, round(256 * rate))
 
 
-def _kept(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """Which values of a shape [B, T, in] are kept, bool.
+def _dropout_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """The dropout mask of a shape [B, T, in], bool: true for values that are kept.
 
-    A random number is cut into four bytes, for four parts of the length: drawing them is what costs time.
+    Drawing random numbers takes most of the time, so each is split into four bytes, for four parts of the length.
     """
     batch, length, size = shape
     drawn = jax.random.bits(key, (batch, -(-length // 4), size), jnp.uint32)

@@ -1,4 +1,4 @@
-"""From the sizes that a config names to a mesh of devices."""
+"""A mesh of devices from the sizes in a config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transllm_jax.model.layout import AXES, Layout
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """A mesh such as `fsdp=8,tensor=2`. Raises UserError for what is not of that form."""
+    """Parse a mesh such as `fsdp=8,tensor=2`. Raises UserError if the text is not of that form."""
     mesh: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*([1-9]\d*)\s*", part)
@@ -49,14 +49,14 @@ def mesh_shape(devices: int, data: int | None, fsdp: int | None, tensor: int) ->
 def make_layout(
     shape: tuple[int, int, int], attention: Attention = "auto", devices: Sequence[jax.Device] | None = None
 ) -> Layout:
-    """The layout for a mesh of this shape, on all devices of the run or those given; on one device there is no mesh.
+    """The layout for a mesh of this shape, over all devices of the run or the given ones; one device needs no mesh.
 
-    Devices that talk most are neighbours: the mesh's last axes are laid along a TPU's torus first.
+    Devices that communicate most are neighbours: the mesh's last axes are assigned to a TPU's torus first.
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) == 1:
         only = devices[0]
-        # A device that is not here is one that a program is compiled for.
+        # A device that is not attached is a target that a program is compiled for, and only a mesh can name it.
         mesh = None if only in jax.devices() else Mesh(np.array([[[only]]]), AXES)
         return Layout(mesh, attention=attention)
     laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -1,4 +1,4 @@
-"""Between a model and flat dictionaries of arrays: building it from weights, and the split into trainable and frozen.
+"""A model as flat dictionaries of arrays: built from weights, and split into trainable and frozen.
 
 A path is the attribute path joined with dots, such as `blocks.attention.q.kernel`.
 """
@@ -23,30 +23,30 @@ from transllm_jax.model.vocabulary import Padding
 # A flat tree of arrays: path -> array.
 Flat = dict[str, jax.Array]
 TRAINABLE = nnx.Any(Adapter, NewRows)
-# The copies of the base vocabulary's rows that train, where they do.
+# The trainable copies of the base vocabulary's rows, if there are any.
 BASE_ROWS = ("vocabulary.base_trained", "vocabulary.output_base_trained")
 
 
 class Split(NamedTuple):
-    """A model taken apart: its static structure, what trains, and what is frozen (both path -> array)."""
+    """A model in three parts: its static structure, its trainable and its frozen arrays (both path -> array)."""
 
     structure: Any
     trainable: Flat
     frozen: Flat
 
     def merge(self) -> Llama:
-        """The model again."""
+        """The whole model."""
         return merge(self.structure, self.trainable, self.frozen)
 
     @property
     def layout(self) -> Layout:
-        """How its arrays lie on devices."""
+        """How the arrays are placed on devices."""
         return self.merge().layout
 
-    def hold(self, paths: Iterable[str]) -> Split:
-        """The split in which these trainable arrays are frozen as they are: no gradient, no moments.
+    def freeze(self, paths: Iterable[str]) -> Split:
+        """The same split with these trainable arrays frozen at their present values: no gradient, no moments.
 
-        Raises ValueError that lists the paths that do not train.
+        Raises ValueError, which lists the paths, if any is not trainable.
         """
         held = set(paths)
         if unknown := sorted(held - self.trainable.keys()):
@@ -70,9 +70,9 @@ def abstract(
     padding: Padding = (),
     layout: Layout = SINGLE,
 ) -> Split:
-    """The split of a model with shapes in place of arrays; costs no memory. With a mesh, shapes say where they lie.
+    """The split of a model with shapes in place of arrays, without memory. With a mesh, shapes carry their sharding.
 
-    Raises UserError for a mesh that does not divide the model.
+    Raises UserError if the mesh does not divide the model.
     """
 
     def make() -> Llama:
@@ -99,7 +99,7 @@ def abstract(
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """path -> array as the nested state that `nnx.merge` wants beside the structure of an `nnx.split`."""
+    """path -> array as a nested state, which `nnx.merge` takes together with the structure from `nnx.split`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split(".")
@@ -111,16 +111,16 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(structure: Any, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Llama:
-    """A model out of its static structure and the arrays of both kinds. Usable inside a JAX transform.
+    """The model of a static structure and its arrays. Works inside a JAX transform.
 
-    A path that is in both is taken from `trainable`.
+    A path that is in both dictionaries is taken from `trainable`.
     """
     model: Llama = nnx.merge(structure, nested({**frozen, **trainable}))
     return model
 
 
 def initial_adapters(config: LlamaConfig, lora: LoraConfig, seed: int) -> dict[str, np.ndarray]:
-    """Adapters as LoRA starts them (a random, b zero), a pure function of the seed."""
+    """Adapters with LoRA's initial values (a random, b zero): a pure function of the seed."""
     shapes = {path: leaf for path, leaf in abstract(config, lora, 0).trainable.items()}
     key = jax.random.key(seed)
     adapters = {}
@@ -137,9 +137,9 @@ def initial_adapters(config: LlamaConfig, lora: LoraConfig, seed: int) -> dict[s
 def load_frozen(
     config: LlamaConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE
 ) -> Flat:
-    """The frozen weights on the devices. `weights` is emptied on the way, so that only one copy is held.
+    """Place the frozen weights on the devices. `weights` is emptied meanwhile, so that only one copy is in memory.
 
-    Raises UserError that lists every missing, extra or misshapen array.
+    Raises UserError, which lists every array that is missing, extra or of the wrong shape.
     """
     _check(weights, abstract(config, None, 0, dtype).frozen, "weights")
 
@@ -151,9 +151,9 @@ def load_frozen(
 
 
 def read_frozen(config: LlamaConfig, read: Reader, dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE) -> Flat:
-    """The frozen weights on the devices, each process reading what its own hold; no more than one at a time.
+    """Read the frozen weights onto the devices, one at a time; each process reads only the parts of its own devices.
 
-    Raises UserError for a mesh that does not divide the model.
+    Raises UserError if the mesh does not divide the model.
     """
     wanted = abstract(config, None, 0, dtype, layout=layout).frozen
     return {path: layout.read(path, leaf.shape, dtype, read) for path, leaf in sorted(wanted.items())}
@@ -168,27 +168,27 @@ def assemble(
     padding: Padding = (),
     layout: Layout = SINGLE,
 ) -> Split:
-    """A model from its frozen weights and the arrays that train: adapters, new rows, and where base rows train theirs.
+    """A model from its frozen weights and its trainable arrays: adapters, new rows and, if any, trained base rows.
 
-    Which of them there are is known from `trainable`: new rows by `vocabulary.new`, trained base rows by `BASE_ROWS`.
+    `trainable` decides which of them the model has: new rows by `vocabulary.new`, trained base rows by `BASE_ROWS`.
     For full fine-tuning it holds every path of `frozen` too, there is no `lora`, and nothing in the split is frozen:
-    float32 arrays train and are rounded to the dtype of `frozen` where they are used. `frozen` itself stays as it is.
-    `padding` are the ids without a token, which are never produced (`vocabulary.padding_of`).
-    Raises UserError that lists every missing, extra or misshapen array.
+    float32 arrays train and are rounded to the dtype of `frozen` where they are used. `frozen` itself is not changed.
+    `padding` is the ranges of ids without a token, which are never produced (`vocabulary.padding_of`).
+    Raises UserError, which lists every array that is missing, extra or of the wrong shape.
     """
     trainable = dict(trainable or {})
     full = not trainable.keys().isdisjoint(frozen)
     if full and lora is not None:
-        raise UserError("weights of the base train beside adapters; take either adapters or full fine-tuning")
+        raise UserError("both adapters and weights of the base are trained; choose either adapters or full fine-tuning")
     rows = trainable.get("vocabulary.new")
     dtype = frozen["vocabulary.base"].dtype
-    # Copies of the base rows would be a second set of what trains already.
+    # In full fine-tuning the base rows themselves train, so there are no trainable copies of them.
     train_base = not full and any(path in trainable for path in BASE_ROWS)
     new_rows = 0 if rows is None else rows.shape[0]
     split = abstract(config, lora, new_rows, dtype, train_base=train_base, padding=padding, layout=layout)
     wanted = {**split.trainable, **split.frozen} if full else split.trainable
     _check(trainable, wanted, "all weights and new rows" if full else "adapters and new rows")
-    # A copy, always: training donates these buffers.
+    # `place` always copies, because training donates these buffers.
     arrays = {path: layout.place(path, trainable[path], np.float32) for path in sorted(wanted)}
     return Split(split.structure, arrays, {} if full else frozen)
 
@@ -205,6 +205,6 @@ def _check(given: Mapping[str, np.ndarray | jax.Array], wanted: Mapping[str, Any
         raise UserError(f"{what}: {'; '.join(faults)}; is this the model that the config describes?")
 
 
-def count(tree: Mapping[str, Any]) -> int:
+def count_parameters(tree: Mapping[str, Any]) -> int:
     """The number of parameters in a flat tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in tree.values())

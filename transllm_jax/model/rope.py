@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, arXiv 2104.09864) in Hugging Face's layout, with the scalings of the LLaMA family."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864) in Hugging Face's layout, with the LLaMA family's scalings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from transllm_jax.errors import UserError
 
-# The fields of each scaling beside its name, as config.json has them.
+# The fields of each scaling in config.json, besides its type.
 _FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -22,11 +22,11 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE is stretched to more positions than it was trained on; Hugging Face's field names.
+    """How RoPE is extended to more positions than it was trained on; Hugging Face's field names.
 
-    `linear` divides every frequency by `factor`. `dynamic` (NTK) raises the base once a text is longer than
-    `max_position_embeddings`, the more the longer it is. `llama3` divides the low frequencies by `factor`, keeps the
-    high ones, and blends between (LLaMA 3.1); the last three fields are its alone.
+    `linear` divides every frequency by `factor`. `dynamic` (NTK) raises the base for a text longer than
+    `max_position_embeddings`, and raises it more the longer the text is. `llama3` (LLaMA 3.1) divides the low
+    frequencies by `factor`, keeps the high ones, and blends in between; only it has the last three fields.
     """
 
     rope_type: str
@@ -37,16 +37,16 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], max_position_embeddings: int) -> RopeScaling | None:
-        """Read `rope_scaling`, or `rope_parameters` without `rope_theta`; None where nothing is scaled.
+        """Read `rope_scaling`, or `rope_parameters` without `rope_theta`; None for RoPE without scaling.
 
-        Raises UserError for another scaling, and for a field that is missing, of no use, or out of range.
+        Raises UserError for an unsupported scaling, and for a field that is missing, unused or out of range.
         """
         raw = dict(raw)
         old, new = raw.pop("type", None), raw.pop("rope_type", None)
         kind = new or old or "default"
         if old and new and old != new:
             raise UserError(f"config.json: rope_scaling has type {old!r} and rope_type {new!r}; correct one of them")
-        # transformers notes a factor that rotates every feature as 1.0, which is what this model computes.
+        # transformers writes 1.0 where every feature is rotated, as in this model.
         if raw.pop("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
         if kind == "default":
@@ -99,8 +99,8 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, 1, T, H / 2] for positions [B, T].
 
-    Dynamic scaling takes the length of each row by its largest position, so that a row's result does not depend on
-    its neighbours in the batch.
+    For dynamic scaling a row's length is its largest position + 1, so that a row's result does not depend on the other
+    rows of the batch.
     """
     if scaling is not None and scaling.rope_type == "dynamic":
         length = jnp.max(positions, axis=1, keepdims=True) + 1
@@ -118,10 +118,10 @@ def rotary_angles(
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn x [B, heads, T, H] by its positions; the first half of H pairs with the second."""
+    """Rotate x [B, heads, T, H] by the angles of its positions; the first half of H pairs with the second."""
     cos, sin = angles
     first, second = jnp.split(x, 2, axis=-1)
-    # Halves change places in x's own type: what is computed in float32 is then one sum, not two halves to be joined.
-    other = jnp.concatenate([-second, first], axis=-1)
-    cos, sin = (jnp.concatenate([of, of], axis=-1) for of in (cos, sin))
-    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)
+    # The halves are swapped in x's own dtype, so that the float32 part is one sum and no concatenation.
+    swapped = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (jnp.concatenate([half, half], axis=-1) for half in (cos, sin))
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)

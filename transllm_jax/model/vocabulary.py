@@ -1,11 +1,11 @@
-"""The vocabulary's tables as two blocks: base rows and new rows, never concatenated in training.
+"""The vocabulary's tables as two blocks, base rows and new rows, which are never concatenated in training.
 
-New rows train. Base rows are frozen; where they are to train too, trainable copies stand beside the frozen ones and are
-used in their place while the adapters are on. With the adapters off it is the original vocabulary, bit for bit. (Full
-fine-tuning needs no copies: there the base rows themselves are float32 arrays that train.)
+New rows are trainable. Base rows are frozen; if they are to train too, trainable copies of them are used while the
+adapters are on. With the adapters off it is the original vocabulary, bit for bit. (Full fine-tuning needs no copies:
+there the base rows themselves are trainable float32 arrays.)
 
-Rows without a token are padding, and never chosen. Those of the base keep their place in its softmax, because the
-original model has them there; those behind the new rows, which only round the table up, get no probability.
+Rows without a token are padding, and are never chosen. The base's padding stays in its softmax, because the original
+model has it there; padding after the new rows, which only rounds the table up, gets no probability.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.lora import NewRows
 
-# Ranges [from, to) of ids that have no token.
+# Ranges [start, stop) of ids that have no token.
 Padding = tuple[tuple[int, int], ...]
 
 
 def padding_of(ids: Iterable[int], rows: int) -> Padding:
-    """The ranges of a table's rows that none of a tokenizer's ids stands for."""
+    """The ranges of a table's rows that have no token; `ids` are the tokenizer's."""
     edges = sorted({number for number in ids if number < rows} | {-1, rows})
-    return tuple((last + 1, after) for last, after in pairwise(edges) if after > last + 1)
+    return tuple((last + 1, following) for last, following in pairwise(edges) if following > last + 1)
 
 
 def _is_padding(padding: Padding, first: int, size: int) -> jax.Array | None:
-    """Which of the ids first .. first + size have no token, bool [size]; None where all have one."""
+    """Which of the ids in [first, first + size) have no token, bool [size]; None if all have one."""
     ranges = [(start, stop) for start, stop in padding if start < first + size and stop > first]
     if not ranges:
         return None
@@ -41,25 +41,25 @@ def _is_padding(padding: Padding, first: int, size: int) -> jax.Array | None:
     return jnp.stack([(ids >= start) & (ids < stop) for start, stop in ranges]).any(axis=0)
 
 
-def without(scores: jax.Array, padding: Padding, first: int = 0) -> jax.Array:
-    """Logits [..., n] of the ids from `first` on, -inf where an id is padding."""
-    empty = _is_padding(padding, first, scores.shape[-1])
-    return scores if empty is None else jnp.where(empty, -jnp.inf, scores)
+def mask_padding(scores: jax.Array, padding: Padding, first: int = 0) -> jax.Array:
+    """Logits [..., n] of the ids from `first` on, with -inf for padding."""
+    is_padding = _is_padding(padding, first, scores.shape[-1])
+    return scores if is_padding is None else jnp.where(is_padding, -jnp.inf, scores)
 
 
-def held(changes: jax.Array, padding: Padding) -> jax.Array:
-    """Changes of base rows [V, D], 0 where a row is padding."""
-    empty = _is_padding(padding, 0, len(changes))
-    return changes if empty is None else jnp.where(empty[:, None], 0, changes)
+def zero_padding(changes: jax.Array, padding: Padding) -> jax.Array:
+    """Changes of base rows [V, D], with 0 for padding."""
+    is_padding = _is_padding(padding, 0, len(changes))
+    return changes if is_padding is None else jnp.where(is_padding[:, None], 0, changes)
 
 
 class Vocabulary(nnx.Module):
     """Embedding and output rows. Ids below V are base rows; ids from V on are new rows.
 
-    base [V, D], new [n, D], and with `train_base` base_trained [V, D] in float32; an untied model has output_base,
-    output_new and output_base_trained of the same shapes. A tied model stays tied: one set of new rows, and one of
-    trained base rows, serves both ends. `padding` are the ids without a token. `dtype` is that of the frozen rows, and
-    the one that is computed in, whatever the dtype of the rows that train.
+    Arrays: base [V, D], new [n, D], and with `train_base` base_trained [V, D] in float32; an untied model also has
+    output_base, output_new and output_base_trained of the same shapes. A tied model stays tied: input and output share
+    one set of new rows, and one of trained base rows. `padding` is the ranges of ids without a token. `dtype` is that
+    of the frozen rows and of the computation, whatever the dtype of the trainable rows.
     """
 
     def __init__(
@@ -94,12 +94,13 @@ class Vocabulary(nnx.Module):
                 self.output_base_trained = NewRows(self.output_base[...].astype(jnp.float32))
 
     def embed(self, tokens: jax.Array, *, adapters: bool = True) -> jax.Array:
-        """[B, T] ids -> [B, T, D]; `adapters=False` takes the frozen base rows (new ids have new rows still)."""
-        # Looked up in float32 and then rounded, so that the gradients of a row's places are summed in float32.
+        """Ids [B, T] -> [B, T, D]; `adapters=False` takes the frozen base rows (new ids still take new rows)."""
+        # Trainable rows are looked up in float32 and rounded afterwards, so that the gradients of a row's occurrences
+        # are summed in float32.
         table = self.base_trained[...] if self.train_base and adapters else self.base[...]
-        # Each device looks up its part of D for all rows of its group, so that a table's gradient is summed where the
-        # table is kept; then states change from parts of D to parts of the batch, an axis at a time.
-        tokens = self.layout.computed(tokens, "batch_data", None)
+        # Each device looks up its part of D for all rows of its group, so that the table's gradient is summed where the
+        # table is stored. The states then change from parts of D to parts of the batch, one axis at a time.
+        tokens = self.layout.constrain(tokens, "batch_data", None)
         if not self.new_rows:
             x = self._rows(table, tokens)
         else:
@@ -107,15 +108,15 @@ class Vocabulary(nnx.Module):
             known = self._rows(table, jnp.minimum(tokens, size - 1))
             added = self._rows(self.new[...], jnp.maximum(tokens - size, 0))
             x = jnp.where((tokens < size)[..., None], known, added)
-        return self.layout.between(self.layout.computed(x, "batch_data", "length", "embed"))
+        return self.layout.residual(self.layout.constrain(x, "batch_data", "length", "embed"))
 
-    def _rows(self, table: jax.Array, places: jax.Array) -> jax.Array:
-        return self.layout.computed(table[places].astype(self.dtype), "batch_data", None, "embed_table")
+    def _rows(self, table: jax.Array, indices: jax.Array) -> jax.Array:
+        return self.layout.constrain(table[indices].astype(self.dtype), "batch_data", None, "embed_table")
 
     def output_rows(self, *, adapters: bool = True) -> tuple[jax.Array, jax.Array | None]:
-        """The output rows as they are kept: base [V, D] and new [n, D] (None without new rows).
+        """The output rows as they are stored: base [V, D] and new [n, D] (None without new rows).
 
-        With `adapters=False` the base rows are the frozen ones, whether or not there are trained ones.
+        `adapters=False` gives the frozen base rows, even if there are trained ones.
         """
         base = self.base[...] if self.tied else self.output_base[...]
         if self.train_base and adapters:
@@ -132,16 +133,16 @@ class Vocabulary(nnx.Module):
     def logits(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
         """[..., D] -> float32 [..., V + n], or [..., V] with `base_only`: the original model's vocabulary.
 
-        With `adapters=False` base rows are the frozen ones; with both it is the original model's output. What only
-        rounds the new rows up is -inf.
+        `adapters=False` takes the frozen base rows; with `base_only` too it is the original model's output. Padding
+        after the new rows is -inf.
         """
         base, new = self.output_tables(adapters=adapters)
         scores = jnp.einsum("...D,VD->...V", hidden, base, preferred_element_type=jnp.float32)
         if new is None or base_only:
             return scores
         added = jnp.einsum("...D,VD->...V", hidden, new, preferred_element_type=jnp.float32)
-        return jnp.concatenate([scores, without(added, self.padding, base.shape[0])], axis=-1)
+        return jnp.concatenate([scores, mask_padding(added, self.padding, base.shape[0])], axis=-1)
 
     def choices(self, hidden: jax.Array, *, base_only: bool = False, adapters: bool = True) -> jax.Array:
-        """`logits` to choose a token by: -inf for every id that has none."""
-        return without(self.logits(hidden, base_only=base_only, adapters=adapters), self.padding)
+        """`logits` to choose a token from: -inf for every id without a token."""
+        return mask_padding(self.logits(hidden, base_only=base_only, adapters=adapters), self.padding)

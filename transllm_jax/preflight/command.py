@@ -1,4 +1,4 @@
-"""`transllm preflight`: whether a run fits a slice of TPUs, and how fast it can be, with no TPU at hand."""
+"""`transllm preflight`: whether a run fits a slice of TPUs and how fast it can be, without a TPU."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.mesh import make_layout, mesh_shape, parse_mesh
 from transllm_jax.preflight.measure import Measured, measure
 from transllm_jax.preflight.program.chips import Topology, parse_topology, topology_devices
-from transllm_jax.preflight.programs import STAGES, Model, Program, generation, model_of, training
+from transllm_jax.preflight.programs import (
+    STAGES,
+    ModelShapes,
+    Program,
+    generation_programs,
+    model_shapes,
+    training_program,
+)
 from transllm_jax.preflight.search import candidates
 from transllm_jax.preflight.show import as_json, show, show_assumptions, show_table, show_topology
 
-# Programs that a search compiles for each stage; guesses order them.
+# How many of a stage's candidates a search compiles: those with the best estimates.
 TRIED = 4
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line says; None is what the config says."""
+class PreflightOptions:
+    """The command line's options; None leaves it to the config."""
 
     topology: str
     stages: Sequence[str] = ()
@@ -39,18 +46,18 @@ class Options:
     json: Path | None = None
 
 
-def preflight(config: Config, workdir: Path, options: Options, console: Console) -> bool:
-    """Compile, measure and print; returns whether all fits.
+def preflight(config: Config, workdir: Path, options: PreflightOptions, console: Console) -> bool:
+    """Compile, measure and print a run's programs; returns whether all fit.
 
-    Raises UserError for a slice, mesh or batch that cannot be, and where the model's shape is not known.
+    Raises UserError for an impossible slice, mesh or batch, and if the model's shape is not known.
     """
     topology = parse_topology(options.topology)
-    model = model_of(config, workdir, full=options.full)
+    model = model_shapes(config, workdir, full=options.full)
     stages = _stages(options.stages)
     devices = topology_devices(options.topology)
     show_topology(console, topology)
     found: list[Measured] = []
-    # Stages of equal batches are one program.
+    # Stages with equal batches have the same program.
     known: dict[tuple[str, float], Measured] = {}
     for stage in stages:
         if options.search and stage in TRAININGS:
@@ -79,16 +86,16 @@ def _stages(given: Sequence[str]) -> Sequence[str]:
     return [stage for stage in STAGES if stage in given] if given else TRAININGS
 
 
-def _programs(model: Model, stage: str, devices: list[Any], options: Options) -> Iterable[Program]:
+def _programs(model: ModelShapes, stage: str, devices: list[Any], options: PreflightOptions) -> Iterable[Program]:
     config = model.config
     shape = _mesh(options.mesh, config, len(devices))
     layout = make_layout(shape, config.attention, devices)
     if stage == "generation":
         size = options.batch or max(config.recover.batch_size, layout.batch_parts)
         size = -(-size // layout.batch_parts) * layout.batch_parts
-        return generation(model, layout, batch_size=size, prompt=256, new_tokens=config.recover.max_new_tokens)
+        return generation_programs(model, layout, batch_size=size, prompt=256, new_tokens=config.recover.max_new_tokens)
     section: Training = getattr(config, stage)
-    program = training(
+    program = training_program(
         model,
         stage,
         layout,
@@ -108,24 +115,21 @@ def _mesh(given: str | None, config: Config, devices: int) -> tuple[int, int, in
 
 
 def _best(
-    model: Model, stage: str, topology: Topology, devices: list[Any], options: Options, console: Console
+    model: ModelShapes, stage: str, topology: Topology, devices: list[Any], options: PreflightOptions, console: Console
 ) -> Measured:
     section: Training = getattr(model.config, stage)
     size = options.batch or section.batch_size
-    tried: list[Measured] = []
-    guessed = candidates(model, stage, topology, devices, size, section.length)
-    if not guessed:
+    fitting = candidates(model, stage, topology, devices, size, section.length)
+    if not fitting:
         raise UserError(
-            f"{stage}: no mesh, batch or rematerialisation is guessed to fit {topology.name}; take a larger slice"
+            f"{stage}: no mesh, batch or rematerialisation is estimated to fit {topology.name}; take a larger slice"
         )
     console.print(
-        f"{stage}: {len(guessed)} ways are guessed to fit; the {min(TRIED, len(guessed))} fastest are compiled",
+        f"{stage}: {len(fitting)} candidates are estimated to fit; the {min(TRIED, len(fitting))} fastest are compiled",
         style="dim",
     )
-    for candidate in guessed[:TRIED]:
-        one = measure(candidate.program, topology)
-        tried.append(one)
+    tried = [measure(candidate.program, topology) for candidate in fitting[:TRIED]]
     console.print(f"\n{stage}: tried")
     show_table(console, tried)
-    # Where none fits, the nearest.
+    # If none fits, the one that lacks the least memory.
     return max(tried, key=lambda one: (one.fits, one.tokens_per_second if one.best else -one.needed))

@@ -1,4 +1,4 @@
-"""The programs of a run for a slice that is not there: its training steps and its generation, lowered from shapes."""
+"""A run's training steps and generation as programs for TPUs that are not present, lowered from shapes alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, abstract
-from transllm_jax.stages.trained import lora_of, trains
+from transllm_jax.stages.points import lora_of, trains
 from transllm_jax.stages.training import check_layout, loop_config
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.flops import forward_flops_per_token, mean_keys, train_flops_per_token
@@ -31,13 +31,13 @@ from transllm_jax.training.placement import Placement
 from transllm_jax.training.step import batch_losses, initial_state
 
 STAGES = (*TRAININGS, "generation")
-# Arrays of a batch, [B, T] each but the last.
+# The arrays [B, T] of a batch; a training step also takes `sources` [B].
 _FIELDS = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "labels": jnp.int32}
 _FIELDS |= {"weights": jnp.float32}
 
 
-class Kept(NamedTuple):
-    """A value that the forward pass keeps for the backward pass: shape and type on one device, bytes."""
+class Residual(NamedTuple):
+    """An array that the forward pass keeps for the backward pass: shape, type and bytes on one device."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,12 +49,12 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A program to compile, and what is known of it before.
+    """A program to compile, and what is known about it before it is compiled.
 
-    arguments: bytes on a device by kind: frozen, adapters (all that trains), optimizer, batch (or cache). kept: what a
-    step keeps for its backward pass. model_flops: of one run of it on all devices, without what is computed again.
-    tokens: of one run, on all devices. budget: tokens of the whole stage; None where it is not known. buffers: the
-    largest arguments, by name.
+    lower: returns the lowered program. arguments: bytes on one device by kind: frozen, adapters (all trained arrays),
+    optimizer, batch or cache. buffers: bytes on one device of the largest arguments, by name. kept: the residuals of a
+    training step. model_flops: FLOPs of one execution on all devices, without rematerialisation. tokens: processed by
+    one execution, on all devices. budget: tokens of the whole stage; None if unknown. about: one line for people.
     """
 
     stage: str
@@ -62,65 +62,64 @@ class Program:
     layout: Layout
     arguments: dict[str, int]
     buffers: dict[str, int]
-    kept: list[Kept]
+    kept: list[Residual]
     model_flops: float
     tokens: int
     budget: float | None
     about: str
-    # For a table: rows of a batch by their length, and the policy of rematerialisation.
+    # For the table: rows x length of a batch, and the rematerialisation policy.
     rows: str
     remat: str = ""
-    # How many keys a query sees at most, which a compiled kernel does not tell.
+    # The most keys that a query attends to, which the compiled kernel does not show.
     window: int | None = None
 
 
 @dataclass(frozen=True)
-class Model:
-    """The model of a run by its shapes."""
+class ModelShapes:
+    """The shapes of a run's model. `new_rows`: added to the vocabulary. `full`: all weights are trained."""
 
     config: Config
     shape: LlamaConfig
     new_rows: int
-    # All weights train.
     full: bool
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapters."""
+        """The adapters; None with full fine-tuning."""
         return None if self.full else lora_of(self.config)
 
     def split(self, layout: Layout) -> Split:
-        """What trains and what is frozen, as shapes where they lie.
+        """The trained and the frozen arrays, as shapes with shardings.
 
-        Raises UserError for a mesh that does not divide it.
+        Raises UserError if the mesh does not divide them.
         """
         dtype = jnp.dtype(self.config.model.dtype)
         train_base = not self.full and self.config.embeddings == "all"
         whole = abstract(self.shape, self.lora, self.new_rows, dtype, train_base=train_base, layout=layout)
         if not self.full:
-            return whole.hold(path for path in whole.trainable if not trains(self.config, path))
-        masters: dict[str, Any] = {
+            return whole.freeze(path for path in whole.trainable if not trains(self.config, path))
+        float32: dict[str, Any] = {
             path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
             for path, leaf in whole.frozen.items()
         }
-        return Split(whole.structure, {**whole.trainable, **masters}, {})
+        return Split(whole.structure, {**whole.trainable, **float32}, {})
 
 
-def model_of(config: Config, workdir: Path, *, full: bool = False) -> Model:
-    """The shapes of a config's model: of its work directory, else of `model.shape` or a source that is a directory.
+def model_shapes(config: Config, workdir: Path, *, full: bool = False) -> ModelShapes:
+    """The shapes of a config's model: from its work directory, else from `model.shape`, else from a local source.
 
-    `full`: all its weights train, whatever the config says. Raises UserError where nothing says what they are.
+    `full`: train all weights, whatever the config says. Raises UserError if none of these has a config.json.
     """
-    found = [workdir / "base" / "config.json", *([Path(config.model.shape)] if config.model.shape else [])]
-    found.append(Path(config.model.source) / "config.json")
-    path = next((path for path in found if path.is_file()), None)
+    candidates = [workdir / "base" / "config.json", *([Path(config.model.shape)] if config.model.shape else [])]
+    candidates.append(Path(config.model.source) / "config.json")
+    path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise UserError(
             f"the shape of {config.model.source} is not known here: name its config.json with "
             "model.shape=FILE, or import it with `transllm run CONFIG --until base`"
         )
     shape = parse_config(read_model_json(path), path.parent)
-    return Model(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
+    return ModelShapes(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
 
 
 def _new_rows(config: Config, shape: LlamaConfig, workdir: Path) -> int:
@@ -131,16 +130,18 @@ def _new_rows(config: Config, shape: LlamaConfig, workdir: Path) -> int:
     if done is not None or given is not None:
         rows = Tokenizer.load(done or Path(str(given))).vocab_size - shape.vocab_size
     else:
-        # The markers come behind the tokens.
         rows = (section.size or 0) + markers
     multiple = section.pad_to_multiple_of
     return -(-rows // multiple) * multiple
 
 
-def training(
-    model: Model, stage: str, layout: Layout, *, remat: Remat, batch_size: int, accumulate: int, length: int
+def training_program(
+    model: ModelShapes, stage: str, layout: Layout, *, remat: Remat, batch_size: int, accumulate: int, length: int
 ) -> Program:
-    """A training stage's step. Raises UserError for a mesh that divides model or batch not."""
+    """The training step of a stage. Raises UserError if the mesh does not divide the model or the batch.
+
+    batch_size: rows of a step, in `accumulate` parts. length: tokens of a row.
+    """
     section: Training = getattr(model.config, stage).model_copy(
         update={"remat": remat, "batch_size": batch_size, "accumulate": accumulate, "length": length}
     )
@@ -148,9 +149,9 @@ def training(
         raise UserError(f"{stage}: a batch of {batch_size} rows is no multiple of {accumulate} parts")
     check_layout(layout, stage, section, model.shape.head_dim)
     split = model.split(layout)
-    steps = _steps(section)
-    names = ("a", "b") if stage != "transfer" else ("a", "b", "c")
-    config = loop_config(model.lora, stage, section, steps or 1000, seed=0, sources=names)
+    # Placeholders for the sources' names, and below for a number of steps that is not known.
+    sources = ("a", "b") if stage != "transfer" else ("a", "b", "c")
+    config = loop_config(model.lora, stage, section, section.steps or 1000, seed=0, sources=sources)
     placement = Placement(layout, accumulate)
     make = partial(initial_state, optimizer=make_optimizer(config.optimizer))
     state = placement.shapes(make, split.trainable)
@@ -166,82 +167,87 @@ def training(
     )
     rows = batch_size // accumulate // layout.batch_parts
     arguments = {"frozen": split.frozen, "adapters": state.trainable, "optimizer": state.optimizer, "batch": batch}
+    tokens = batch_size * length
     return Program(
-        stage,
-        lambda: step_of(config, split).lower(state, split.frozen, batch),  # type: ignore[attr-defined]
-        layout,
-        {kind: sum(map(local_bytes, jax.tree.leaves(tree))) for kind, tree in arguments.items()},
-        _named({"frozen": split.frozen, "trained": state.trainable}),
-        _kept(model, layout, remat, rows, length),
-        flops * batch_size * length,
-        batch_size * length,
-        steps * batch_size * length if steps else _budget(section),
-        f"{batch_size} x {length} tokens a step, {rows} x {length} at once on a device, "
+        stage=stage,
+        lower=lambda: step_of(config, split).lower(state, split.frozen, batch),  # type: ignore[attr-defined]
+        layout=layout,
+        arguments={kind: sum(map(local_bytes, jax.tree.leaves(tree))) for kind, tree in arguments.items()},
+        buffers=_largest({"frozen": split.frozen, "trained": state.trainable}),
+        kept=_residuals(model, layout, remat, rows, length),
+        model_flops=flops * tokens,
+        tokens=tokens,
+        budget=section.steps * tokens if section.steps else _budget(section),
+        about=f"{batch_size} x {length} tokens a step, {rows} x {length} at once on a device, "
         f"{accumulate} {'parts' if accumulate > 1 else 'part'}, remat {remat}",
-        f"{batch_size}x{length}",
-        remat,
-        model.shape.sliding_window,
+        rows=f"{batch_size}x{length}",
+        remat=remat,
+        window=model.shape.sliding_window,
     )
 
 
-def generation(model: Model, layout: Layout, *, batch_size: int, prompt: int, new_tokens: int) -> list[Program]:
-    """The two programs of generation: reading prompts, and a burst of new tokens (which counts as one token)."""
+def generation_programs(
+    model: ModelShapes, layout: Layout, *, batch_size: int, prompt: int, new_tokens: int
+) -> list[Program]:
+    """The two programs of generation: reading prompts, and a burst of new tokens, counted as one token a row.
+
+    prompt, new_tokens: tokens of each of the `batch_size` rows; the prompt is padded to a multiple of PROMPT_MULTIPLE.
+    """
     from transllm_jax.generation.engine import PROMPT_MULTIPLE, lowered
 
     split = model.split(layout)
     width = -(-prompt // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    first, burst, state = lowered(split, batch_size, width, new_tokens)
-    cache = sum(map(local_bytes, jax.tree.leaves(state)))
+    prefill, burst, state = lowered(split, batch_size, width, new_tokens)
     arguments = {
         "frozen": sum(map(local_bytes, split.frozen.values())),
         "adapters": sum(map(local_bytes, split.trainable.values())),
     }
-    flops, window = (
-        partial(forward_flops_per_token, model.shape, model.lora, model.new_rows),
-        model.shape.sliding_window,
-    )
-    buffers = _named({"frozen": split.frozen, "trained": split.trainable})
+    cache = {"cache": sum(map(local_bytes, jax.tree.leaves(state)))}
+    buffers = _largest({"frozen": split.frozen, "trained": split.trainable})
+    window = model.shape.sliding_window
+    longest = width + new_tokens
+    flops = partial(forward_flops_per_token, model.shape, model.lora, model.new_rows)
     return [
         Program(
-            "generation: prompts",
-            first,
-            layout,
-            arguments,
-            buffers,
-            [],
-            flops(mean_keys(model.shape, width), logits=1 / width) * batch_size * width,
-            batch_size * width,
-            None,
-            f"{batch_size} prompts of {width} tokens",
-            f"{batch_size}x{width}",
+            stage="generation: prompts",
+            lower=prefill,
+            layout=layout,
+            arguments=arguments,
+            buffers=buffers,
+            kept=[],
+            model_flops=flops(mean_keys(model.shape, width), logits=1 / width) * batch_size * width,
+            tokens=batch_size * width,
+            budget=None,
+            about=f"{batch_size} prompts of {width} tokens",
+            rows=f"{batch_size}x{width}",
             window=window,
         ),
         Program(
-            "generation: a token",
-            burst,
-            layout,
-            {**arguments, "cache": cache},
-            buffers,
-            [],
-            flops(min(width + new_tokens, window or width + new_tokens)) * batch_size,
-            batch_size,
-            None,
-            f"{batch_size} rows, up to {width + new_tokens} tokens each",
-            f"{batch_size}x{width + new_tokens}",
+            stage="generation: a token",
+            lower=burst,
+            layout=layout,
+            arguments=arguments | cache,
+            buffers=buffers,
+            kept=[],
+            model_flops=flops(min(longest, window or longest)) * batch_size,
+            tokens=batch_size,
+            budget=None,
+            about=f"{batch_size} rows, up to {longest} tokens each",
+            rows=f"{batch_size}x{longest}",
             window=window,
         ),
     ]
 
 
 def local_bytes(leaf: Any) -> int:
-    """An array's bytes on one device, as its sharding says."""
+    """Bytes of an array on one device, by its sharding."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-def _named(trees: dict[str, Flat]) -> dict[str, int]:
-    found = {f"{kind} {path}": local_bytes(leaf) for kind, tree in trees.items() for path, leaf in tree.items()}
-    return dict(sorted(found.items(), key=lambda item: -item[1])[:8])
+def _largest(trees: dict[str, Flat]) -> dict[str, int]:
+    sizes = {f"{kind} {path}": local_bytes(leaf) for kind, tree in trees.items() for path, leaf in tree.items()}
+    return dict(sorted(sizes.items(), key=lambda item: -item[1])[:8])
 
 
 def _batch(placement: Placement, size: int, length: int) -> dict[str, Any]:
@@ -250,22 +256,18 @@ def _batch(placement: Placement, size: int, length: int) -> dict[str, Any]:
     return {**batch, "sources": jax.ShapeDtypeStruct(placement.shape(size), jnp.int32, sharding=sharding)}
 
 
-def _steps(section: Training) -> int | None:
-    return section.steps
-
-
 def _budget(section: Training) -> float | None:
-    """Tokens of a stage that is given in epochs, where each of its sources has a budget."""
+    """Tokens of a stage whose length is given in epochs; None unless each of its sources has a budget."""
     budgets = [source.tokens for source in getattr(section, "sources", [])]
     known = [budget for budget in budgets if budget is not None]
     return (section.epochs or 1) * sum(known) if known and len(known) == len(budgets) else None
 
 
-def _kept(model: Model, layout: Layout, remat: Remat, rows: int, length: int) -> list[Kept]:
-    """What a step keeps for its backward pass on a device: what grows with the rows of a batch.
+def _residuals(model: ModelShapes, layout: Layout, remat: Remat, rows: int, length: int) -> list[Residual]:
+    """The residuals of a step with `rows` rows on a device, largest first: those that grow with the number of rows.
 
-    Counted on one device without attention's kernel, whose sums of the softmax it therefore counts once, as our own
-    attention keeps them.
+    Counted for one device and with plain attention; the sums of the kernel's softmax are therefore counted once, as
+    plain attention keeps them.
     """
     split = model.split(replace(SINGLE, attention="plain"))
 
@@ -281,14 +283,15 @@ def _kept(model: Model, layout: Layout, remat: Remat, rows: int, length: int) ->
 
         return jax.tree.leaves(jax.eval_shape(loss, split.trainable, split.frozen, batch))
 
-    # Two numbers that are no size of the model.
-    one, two = residuals(3), residuals(5)
+    # Numbers of rows that are not also sizes of the model, so that a dimension that differs counts rows.
+    few, more = 3, 5
     found = []
-    for few, more in zip(one, two, strict=True):
-        if few.shape != more.shape:
-            bytes_a_row = (math.prod(more.shape) - math.prod(few.shape)) // 2 * few.dtype.itemsize
+    for small, large in zip(residuals(few), residuals(more), strict=True):
+        if small.shape != large.shape:
+            bytes_a_row = (math.prod(large.shape) - math.prod(small.shape)) // (more - few) * small.dtype.itemsize
             shape = tuple(
-                rows * size // 3 if size != other else size for size, other in zip(few.shape, more.shape, strict=True)
+                rows * size // few if size != other else size
+                for size, other in zip(small.shape, large.shape, strict=True)
             )
-            found.append(Kept(shape, few.dtype.name, bytes_a_row * rows // layout.size("tensor")))
-    return sorted(found, key=lambda kept: -kept.bytes)
+            found.append(Residual(shape, small.dtype.name, bytes_a_row * rows // layout.size("tensor")))
+    return sorted(found, key=lambda residual: -residual.bytes)

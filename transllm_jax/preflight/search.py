@@ -1,4 +1,4 @@
-"""Which mesh, batch and rematerialisation to try first: guesses from shapes, in the order of their guessed speed."""
+"""Which meshes, batches and rematerialisation to try first: candidates, ordered by a speed estimated from shapes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transllm_jax.model.mesh import make_layout
 from transllm_jax.preflight.measure import BEST
 from transllm_jax.preflight.program.chips import Topology
 from transllm_jax.preflight.program.roofline import group_bandwidth
-from transllm_jax.preflight.programs import Model, Program, training
+from transllm_jax.preflight.programs import ModelShapes, Program, training_program
 
-# Executed FLOPs over the model's, as counted in compiled steps of LLaMA-2-7B, and the policies worth trying: `none`
-# keeps more than `projections`, for nothing.
+# Rematerialisation policies worth trying, with executed FLOPs divided by the model's as counted in compiled steps of
+# LLaMA-2-7B. `none` keeps more than `projections` and saves no FLOPs.
 _EXECUTED: dict[Remat, float] = {
     "projections": 1.02,
     "queries": 1.06,
@@ -24,13 +24,13 @@ _EXECUTED: dict[Remat, float] = {
     "attention": 1.23,
     "full": 1.40,
 }
-# Tensor parallelism beyond this crosses slow links for every product.
+# With more tensor parallelism each product crosses slow links.
 _MOST_TENSOR = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a step: its program, guessed bytes on a device, and guessed seconds a token of a device."""
+    """A way to run a step. memory: estimated bytes on a device. seconds: estimated, for a token of the whole slice."""
 
     mesh: tuple[int, int, int]
     remat: Remat
@@ -42,9 +42,9 @@ class Candidate:
 
 
 def candidates(
-    model: Model, stage: str, topology: Topology, devices: list[Any], batch_size: int, length: int
+    model: ModelShapes, stage: str, topology: Topology, devices: list[Any], batch_size: int, length: int
 ) -> list[Candidate]:
-    """All that are guessed to fit, the fastest first. A step has at least `batch_size` rows, in whole parts."""
+    """Candidates that are estimated to fit, fastest first. Steps have at least `batch_size` rows, in equal parts."""
     found = []
     for mesh in _meshes(topology.devices):
         layout = make_layout(mesh, model.config.attention, devices)
@@ -55,7 +55,7 @@ def candidates(
                 if rows > 1 and at_once > max(batch_size, layout.batch_parts):
                     break
                 try:
-                    program = training(
+                    program = training_program(
                         model,
                         stage,
                         layout,
@@ -65,7 +65,7 @@ def candidates(
                         length=length,
                     )
                 except UserError:
-                    continue  # a mesh that does not divide the model
+                    continue  # the mesh does not divide the model
                 memory = _memory(program, model.shape, rows * length)
                 if memory <= topology.chip.usable_hbm_bytes:
                     seconds = _seconds(program, model, topology, mesh, remat, accumulate)
@@ -83,7 +83,7 @@ def _meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _memory(program: Program, shape: LlamaConfig, tokens: int) -> float:
-    # What a layer at work takes, two layers' gathered weights, and the tables of the vocabulary for the loss.
+    # Activations of one layer, the gathered weights of two, and the vocabulary's tables for the loss.
     d, f = shape.hidden_size, shape.intermediate_size
     layer = 4 * d * d + 3 * d * f
     tables = 3 * shape.vocab_size * d
@@ -92,16 +92,16 @@ def _memory(program: Program, shape: LlamaConfig, tokens: int) -> float:
 
 
 def _seconds(
-    program: Program, model: Model, topology: Topology, mesh: tuple[int, int, int], remat: Remat, accumulate: int
+    program: Program, model: ModelShapes, topology: Topology, mesh: tuple[int, int, int], remat: Remat, accumulate: int
 ) -> float:
-    chip, (_, fsdp, tensor) = topology.chip, mesh
+    chip, (data, fsdp, tensor) = topology.chip, mesh
     compute = program.model_flops * _EXECUTED[remat] / topology.devices / (chip.peak_flops * BEST)
-    laid = program.layout.mesh
-    assert laid is not None
-    group = [device.coords for device in laid.devices[0, :, 0]]
-    kernels = program.arguments["frozen"] * fsdp
-    gathers = 2 * accumulate * kernels * (fsdp - 1) / fsdp / group_bandwidth(group, topology) if fsdp > 1 else 0.0
-    # Between the layers' parts states are gathered and summed over `tensor`, forward, backward and again.
-    states = 12 * model.shape.num_hidden_layers * 2 * model.shape.hidden_size * program.tokens / (mesh[0] * fsdp)
+    device_mesh = program.layout.mesh
+    assert device_mesh is not None
+    group = [device.coords for device in device_mesh.devices[0, :, 0]]
+    weights = program.arguments["frozen"] * fsdp
+    gathers = 2 * accumulate * weights * (fsdp - 1) / fsdp / group_bandwidth(group, topology) if fsdp > 1 else 0.0
+    # Each layer gathers and sums its states over `tensor`: forward, backward, and in the recomputed forward pass.
+    states = 12 * model.shape.num_hidden_layers * 2 * model.shape.hidden_size * program.tokens / (data * fsdp)
     sums = states * (tensor - 1) / tensor / (2 * chip.link_bandwidth) if tensor > 1 else 0.0
     return (max(compute, gathers) + sums) / program.tokens

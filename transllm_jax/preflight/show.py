@@ -1,9 +1,10 @@
-"""What preflight prints: a table of programs, then for each what it needs, does and takes."""
+"""What preflight prints: a table of the programs, then the memory, work and time of each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -16,14 +17,14 @@ from transllm_jax.words import size
 
 
 def mesh_of(found: Measured) -> str:
-    """`fsdp=16`: the mesh's axes that are no 1."""
+    """The mesh's axes that are larger than 1, such as `fsdp=16`."""
     mesh = found.program.layout.mesh
     assert mesh is not None
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
 def show_topology(console: Console, topology: Topology) -> None:
-    """A line on the slice."""
+    """Print a line about the slice."""
     chip = topology.chip
     told = (
         f" ({topology.accelerator_type}): {topology.chips} chips on {topology.hosts} "
@@ -34,7 +35,7 @@ def show_topology(console: Console, topology: Topology) -> None:
 
 
 def show_table(console: Console, found: Sequence[Measured]) -> None:
-    """A row a program; within 80 columns, as what is piped has."""
+    """Print a row for each program, within the 80 columns that piped output has."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for heading in ("", "mesh", "rows", "remat", "memory", "step", "tok/s/chip", "MFU"):
         left = heading in ("", "mesh", "rows", "remat")
@@ -57,47 +58,65 @@ def row(found: Measured) -> tuple[str | Text, ...]:
 
 
 def show(console: Console, found: Measured) -> None:
-    """What a program needs on a device, does, and takes."""
-
-    def say(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=True)
-
-    program, chip = found.program, found.topology.chip
+    """Print a program's memory and work on a device, and its time."""
+    program = found.program
+    say = partial(_say, console)
     say(
         "\n",
         (program.stage, "bold"),
         f": {program.about}; mesh {mesh_of(found)} ",
         (f"compiled in {found.seconds:.0f} s", "dim"),
     )
-    kinds = {kind: amount for kind, amount in program.arguments.items() if amount}
+    _show_memory(say, found)
+    if found.fits:
+        _show_work(say, found)
+        _show_speed(say, found)
+        assert found.counts is not None
+        if found.counts.unexplained:
+            say((f"  not counted: {', '.join(found.counts.unexplained[:5])}", "yellow"))
+
+
+def _say(console: Console, *parts: str | tuple[str, str]) -> None:
+    console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _show_memory(say: Callable[..., None], found: Measured) -> None:
+    kinds = {kind: amount for kind, amount in found.program.arguments.items() if amount}
     if found.kept:
         kinds["kept for the backward pass"] = found.kept
-    # What is kept is a part of what the compiler calls temporary; where it finds a shorter way, not all of it.
+    # The compiler counts residuals as temporary, and may keep fewer of them.
     kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
     parts = ", ".join(f"{kind} {size(amount)}" for kind, amount in kinds.items())
-    room = f"{found.needed / GIB:.2f} of {chip.usable_hbm_bytes / GIB:.2f} GiB"
+    room = f"{found.needed / GIB:.2f} of {found.topology.chip.usable_hbm_bytes / GIB:.2f} GiB"
     say("  memory a chip  ", room if found.fits else (f"{room}: it does not fit", "red"), f": {parts}")
     if not found.fits:
         for name, amount in found.buffers():
             say(f"    {size(amount):>10}  {name}")
-        return
-    counts, best, ordinary = found.counts, found.best, found.ordinary
-    assert counts is not None and best is not None and ordinary is not None
-    flops = program.model_flops / found.topology.devices
+
+
+def _show_work(say: Callable[..., None], found: Measured) -> None:
+    counts = found.counts
+    assert counts is not None
+    flops = found.program.model_flops / found.topology.devices
     say(
         f"  work a chip    {flops / 1e12:.1f} TFLOP of the model's, {counts.flops / 1e12:.1f} executed "
         f"({found.executed:.2f} times), {counts.hbm_bytes / 1e9:.0f} GB of HBM"
     )
-    kinds_of = ", ".join(
+    collectives = ", ".join(
         f"{kind} {link / 1e9:.2f} GB in {times:,}"
         for kind, (times, _, link) in sorted(counts.by_kind().items())
         if link > 1e6
     )
-    say(f"  links a chip   {kinds_of or 'nothing'}")
+    say(f"  links a chip   {collectives or 'nothing'}")
+
+
+def _show_speed(say: Callable[..., None], found: Measured) -> None:
+    program, best, ordinary = found.program, found.best, found.ordinary
+    assert best is not None and ordinary is not None
     network = ", ".join(f"{axes} {_seconds(seconds)}" for axes, seconds in best.network.items() if seconds > 1e-4)
     say(
         f"  step           {_seconds(best.seconds)} (bound by {best.bound}): compute {_seconds(best.compute)}, HBM "
-        f"{_seconds(best.memory)}, links {network or '0'}, of which nothing hides {_seconds(best.exposed)}"
+        f"{_seconds(best.memory)}, links {network or '0'} ({_seconds(best.exposed)} of it not overlapped)"
     )
     if found.kept:
         say(
@@ -115,25 +134,24 @@ def show(console: Console, found: Measured) -> None:
             f"  budget         {_count(program.budget)} tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
             f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
         )
-    if counts.unexplained:
-        say((f"  not counted: {', '.join(counts.unexplained[:5])}", "yellow"))
 
 
 def show_assumptions(console: Console, found: Measured) -> None:
-    """What the estimate rests on."""
+    """Print the estimate's assumptions."""
     if found.best is None:
         return
     console.print("\nThe estimate assumes", style="bold")
     for line in found.best.assumptions:
         console.print(f"  - {line}", soft_wrap=True)
     console.print(
-        f"  - In brackets, and as the longer time: products run at {ORDINARY:.0%}, as in an ordinary published run.",
+        f"  - The numbers in brackets, and the longer times, assume that products run at {ORDINARY:.0%}, as in an "
+        "ordinary published run.",
         soft_wrap=True,
     )
 
 
 def as_json(found: Measured) -> dict[str, Any]:
-    """A program's row with all its digits."""
+    """A program's measurements as JSON, with all digits."""
     best, ordinary, counts = found.best, found.ordinary, found.counts
     mesh = found.program.layout.mesh
     assert mesh is not None

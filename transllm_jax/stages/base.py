@@ -22,7 +22,7 @@ def check(run: Run) -> None:
 
     Says which token ends an answer where the model's files do not.
     """
-    tokenizer = run.tokenizer("base")
+    tokenizer = run.models.tokenizer("base")
     check_template(tokenizer)
     if end := unnamed_end(tokenizer):
         run.progress.say(
@@ -35,5 +35,5 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `base/`, a Hugging Face directory."""
     model = run.config.model
     import_base(model.source, directory, sha256=model.sha256, say=lambda line: run.progress.say(f"  {line}"))
-    config = run.model_config
+    config = run.models.config
     return {"text": f"{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}"}

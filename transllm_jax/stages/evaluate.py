@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.import_base import base_fingerprint
+from transllm_jax.choices import TRAININGS
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import Preempted, UserError
@@ -34,8 +35,8 @@ def inputs(run: Run) -> dict[str, Any]:
         "language": run.config.language.model_dump(),
         "markers": run.config.markers.model_dump(),
         "date": run.today.isoformat(),
-        **run.source_hashes([section.text]),
-        **run.hashes([section.pairs, section.instructions]),
+        **run.inputs.source_hashes([section.text]),
+        **run.inputs.hashes([section.pairs, section.instructions]),
     }
 
 
@@ -51,17 +52,17 @@ def require_held_out(run: Run) -> None:
     ]
     recover = config.recover
     records = [recover.instructions, recover.translate_instructions.file, recover.translate_answers.file]
-    seen = {*run.source_hashes(trained).values(), *run.hashes(path for path in records if path).values()}
+    seen = {*run.inputs.source_hashes(trained).values(), *run.inputs.hashes(path for path in records if path).values()}
     section = config.evaluation
     held_out = {
-        "evaluation.text": run.source_hashes([section.text]),
-        "evaluation.pairs": run.hashes([section.pairs]),
-        "evaluation.instructions": run.hashes([section.instructions]),
-        "evaluation.others": run.source_hashes(section.others),
+        "evaluation.text": run.inputs.source_hashes([section.text]),
+        "evaluation.pairs": run.inputs.hashes([section.pairs]),
+        "evaluation.instructions": run.inputs.hashes([section.instructions]),
+        "evaluation.others": run.inputs.source_hashes(section.others),
     }
-    for name in ("pretrain", "translate", "transfer"):
+    for name in TRAININGS:
         validation = getattr(config, name).validation
-        held_out[f"{name}.validation"] = {} if validation is None else run.source_hashes([validation.source])
+        held_out[f"{name}.validation"] = {} if validation is None else run.inputs.source_hashes([validation.source])
     for name, files in held_out.items():
         for file, digest in files.items():
             if digest in seen:
@@ -73,15 +74,15 @@ def check(run: Run) -> None:
     section, prompts = run.config.evaluation, run.config.prompts
     for key, given in (("to_target", prompts.to_target), ("to_english", prompts.to_english)):
         for prompt in given:
-            if found := run.find_special(prompt):
+            if found := run.inputs.find_special(prompt):
                 raise UserError(f"prompts.{key}: {prompt!r} contains the special token {found}; take it out")
-    run.check_length("evaluation.length", section.length)
-    run.check_length("evaluation.max_chain_tokens", section.max_chain_tokens)
-    run.check(section.text)
+    run.models.check_length("evaluation.length", section.length)
+    run.models.check_length("evaluation.max_chain_tokens", section.max_chain_tokens)
+    run.inputs.check(section.text)
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
     rows = read_jsonl(section.instructions, required=section.instruction_fields, limit=section.max_chats)
-    check_no_special(pairs, run.find_special)
-    check_no_special(rows, run.find_special)
+    check_no_special(pairs, run.inputs.find_special)
+    check_no_special(rows, run.inputs.find_special)
     asked = [
         (prompt.replace("{language}", run.config.language.name).replace("{text}", text), place)
         for pair, place in zip(pairs, pairs.places, strict=True)
@@ -91,10 +92,10 @@ def check(run: Run) -> None:
     asked += [(row[english], place) for row, place in zip(rows, rows.places, strict=True)]
     in_target = [(row[target], place) for row, place in zip(rows, rows.places, strict=True)]
     sides = [(text, place) for pair, place in zip(pairs, pairs.places, strict=True) for text in pair]
-    run.check_room([*asked, *in_target], "evaluation.max_new_tokens", section.max_new_tokens)
+    run.models.check_room([*asked, *in_target], "evaluation.max_new_tokens", section.max_new_tokens)
     # After stage `translate` as a pair is written, after stage `transfer` with the room of a chain.
-    run.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
-    run.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
+    run.models.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
+    run.models.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
@@ -103,10 +104,12 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     Raises Preempted between two batches when asked to stop.
     """
     config, path = run.config, directory / SO_FAR
-    base = run.split("base")
-    here = Point(point, base if point == "base" else run.split(point), run.tokenizer(point), run.model_config)
+    base = run.models.split("base")
+    here = Point(
+        point, base if point == "base" else run.models.split(point), run.models.tokenizer(point), run.models.config
+    )
     found: dict[str, Any] = (
-        run.peers.lead("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
+        run.peers.run_on_primary("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
 
     with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:
@@ -138,7 +141,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
                 partial(_look, run),
             )
         except Preempted:
-            run.keep(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
+            run.push(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
             told = f"{len(found)} of {PARTS} parts: stopped, what is done is saved"
             raise Preempted(f"evaluation/{point}: {told}") from None
         bar.update(PARTS + 1)
@@ -162,12 +165,12 @@ def _look(run: Run) -> None:
 
 def _held_out(run: Run) -> HeldOut:
     section = run.config.evaluation
-    documents = run.read_target(section.text, "evaluation")
+    documents = run.inputs.read_target(section.text, "evaluation")
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
     english, target = section.instruction_fields
     rows = read_jsonl(section.instructions, required=(english, target), limit=section.max_chats)
     for loaded in (pairs, rows):
-        check_no_special(loaded, run.tokenizer("base").find_special)
+        check_no_special(loaded, run.models.tokenizer("base").find_special)
     questions = [(row[english].strip(), row[target].strip()) for row in rows]
     return HeldOut(
         documents=documents[: section.max_documents],
@@ -178,19 +181,19 @@ def _held_out(run: Run) -> HeldOut:
 
 def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
     """The original model's answers to the English questions as (prompt ids, answer ids with the end token)."""
-    tokenizer, section = run.tokenizer("base"), run.config.evaluation
+    tokenizer, section = run.models.tokenizer("base"), run.config.evaluation
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
     # The prompts, not the questions: a template may write the date.
     wanted = {
         "prompts": prompts,
         "ends": list(end_ids(tokenizer)),
-        "weights": base_fingerprint(run.base),
+        "weights": base_fingerprint(run.models.base),
         "max_new_tokens": section.max_new_tokens,
     }
     known = run.peers.share(read_json(path) if run.primary and path.exists() else None)
     if known is not None and known["of"] == wanted:
         return [(row["prompt"], row["answer"]) for row in known["rows"]]
-    engine = Engine(run.split("base"), run.model_config, batch_size=section.batch_size)
+    engine = Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size)
     generated = engine.generate(
         prompts, max_new_tokens=section.max_new_tokens, stop=end_ids(tokenizer), between=partial(_look, run)
     )

@@ -10,8 +10,9 @@ from conversion.hf.directory import open_hf
 from conversion.hf.export import export_hf
 from conversion.merged import Merged
 from transllm_jax.disk import write_json
-from transllm_jax.stages.run import Run, about
-from transllm_jax.tokenizer.llama_cpp import misread, readers_of
+from transllm_jax.stages.points import about
+from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.training.arrays import load_arrays
 
 
@@ -22,14 +23,14 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write `export/`."""
-    model = Merged(open_hf(run.base), load_arrays(run.trainable("transfer")), run.scale)
+    model = Merged(open_hf(run.models.base), load_arrays(run.models.trainable("transfer")), run.models.scale)
 
     def describe(place: Path) -> None:
-        write_json(place / "transllm.json", {**about(run), "readers": readers_of(place)})
+        write_json(place / "transllm.json", {**about(run.config), "readers": readers_of(place)})
 
     export_hf(
         model,
-        run.base,
+        run.models.base,
         directory,
         tokenizer_dir=run.workdir / "vocabulary",
         dtype=run.config.export.dtype,
@@ -37,6 +38,6 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     )
     size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
     text = f"{size / 1e6:,.0f} MB, {run.config.export.dtype}"
-    if warning := misread(directory):
+    if warning := misread_message(directory):
         text += f"; {warning}"
     return {"text": text}

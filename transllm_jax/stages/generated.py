@@ -42,7 +42,7 @@ def generated_rows(
     def kept() -> list[Row]:
         return _kept(path, known, batch_size, stage)
 
-    rows: list[Row] = run.peers.lead(f"the {what} so far", kept) or []
+    rows: list[Row] = run.peers.run_on_primary(f"the {what} so far", kept) or []
     if len(rows) == len(known):
         return rows
     pushed = time.monotonic()
@@ -57,7 +57,7 @@ def generated_rows(
             bar.update(len(rows))
             stops = run.peers.any(run.interrupt.requested)
             if stops or time.monotonic() - pushed > KEEP_EVERY:
-                run.keep(stage)
+                run.push(stage)
                 pushed = time.monotonic()
             if stops:
                 raise Preempted(f"{stage}: {len(rows)} of {len(known)} {what}: stopped, what is done is saved")

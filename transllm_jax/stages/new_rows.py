@@ -76,8 +76,7 @@ def token_counts(tokenizer: Tokenizer, documents: Sequence[str], first: int, num
 
 def text_states(split: Split, tokenizer: Tokenizer, documents: Sequence[str]) -> np.ndarray:
     """The model's states before the output on the documents' first `STATES` tokens or so, float32 [.., D]."""
-    examples, _ = document_examples(tokenizer, list(documents), LENGTH)
-    rows = pack(examples, LENGTH)
+    rows = pack(document_examples(tokenizer, documents, LENGTH), LENGTH)
     found = []
     for first in range(0, min(len(rows), STATES // LENGTH), BATCH):
         batch = rows.batch(first, BATCH)

@@ -1,6 +1,6 @@
-"""The steps of a run in their order: what is done is skipped, what was cut off goes on.
+"""A run: each step that is not done is done, in order; a stopped one goes on.
 
-Several processes take every step together. What is done, and what a step is made of, the primary decides for all.
+Several processes take every step together. The primary decides for all what is done, and what a step is made of.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,102 +23,34 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Progress
-from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
-from transllm_jax.stages.manifest import Artifact, State, fingerprint, flatten
+from transllm_jax.stages import base, evaluate, report, vocabulary
+from transllm_jax.stages.manifest import State
 from transllm_jax.stages.run import HASHES, Run
-from transllm_jax.stages.training import HOW, MAY_CHANGE
+from transllm_jax.stages.steps import (
+    STEPS,
+    Inputs,
+    Step,
+    all_inputs,
+    artifact,
+    dependents,
+    file_hashes,
+    fingerprints,
+    steps_until,
+)
 from transllm_jax.training.arrays import check_place
 from transllm_jax.training.record.ledger import LEDGER
 
-Inputs = Callable[[Run], dict[str, Any]]
-Work = Callable[[Run, Path], Mapping[str, Any]]
-Check = Callable[[Run], None]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step writes one directory. `after` names the steps whose results it reads.
-
-    `check` finds what is wrong with the step's part of the config and its files, given the base model alone.
-    A resumable step keeps what it had when it was cut off; another is begun anew. `may_change` are config keys that may
-    be others when it goes on; `short`: what it had is little, and where any of its inputs changed it is begun anew.
-    `stays`: config keys that may be others when it is done: it stays as it was made.
-    `alone`: the primary does the work, which needs no devices. `beside`: files that it writes outside of its directory.
-    """
-
-    name: str
-    inputs: Inputs
-    work: Work
-    after: tuple[str, ...] = ()
-    check: Check | None = None
-    resumable: bool = False
-    may_change: tuple[str, ...] = ()
-    stays: tuple[str, ...] = ()
-    short: bool = False
-    alone: bool = False
-    beside: tuple[str, ...] = ()
-
-
-def _training(name: str, stage: Any, after: tuple[str, ...]) -> Step:
-    may_change, stays = (tuple(f"{name}.{key}" for key in keys) for keys in (MAY_CHANGE, HOW))
-    return Step(
-        name, stage.inputs, stage.run_stage, after, stage.check, resumable=True, may_change=may_change, stays=stays
-    )
-
-
-def _evaluation(point: str) -> Step:
-    after = ("base",) if point == "base" else (point, "evaluation/base")
-    return Step(
-        f"evaluation/{point}",
-        evaluate.inputs,
-        partial(_evaluate, point=point),
-        after,
-        evaluate.check,
-        resumable=True,
-        short=True,
-        beside=(f"evaluation/{evaluate.ORIGINAL}",),
-    )
-
-
-def _evaluate(run: Run, directory: Path, *, point: str) -> Mapping[str, Any]:
-    return evaluate.run_evaluation(run, directory, point)
-
-
-STEPS = (
-    Step("base", base.inputs, base.run_stage, alone=True),
-    _evaluation("base"),
-    Step("vocabulary", vocabulary.inputs, vocabulary.run_stage, ("base",), vocabulary.check),
-    _evaluation("vocabulary"),
-    _training("pretrain", pretrain, ("vocabulary",)),
-    _evaluation("pretrain"),
-    _training("translate", translate, ("pretrain",)),
-    _evaluation("translate"),
-    Step("recover", recover.inputs, recover.run_stage, ("translate",), recover.check, resumable=True),
-    _training("transfer", transfer, ("translate", "recover")),
-    _evaluation("transfer"),
-    Step("export", export.inputs, export.run_stage, ("transfer",), alone=True),
-    Step(
-        "report",
-        report.inputs,
-        report.run_stage,
-        (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
-        alone=True,
-        beside=("evaluation/results.json", "report.html"),
-    ),
-)
-NAMES = tuple(step.name for step in STEPS)
-# What lies in a work directory beside its steps.
+# Files of a work directory that belong to no step.
 RUN, VERSIONS = "run.yaml", "versions.json"
 
 
-def directory_of(name: str) -> str:
-    """A step's directory below the work directory. The report's page and results lie outside of its own."""
-    return "evaluation/report" if name == "report" else name
+@dataclass(frozen=True)
+class Begun:
+    """A run that holds its work directory: the inputs of each step, and the states of the steps that stay."""
 
-
-def artifact(workdir: Path, name: str) -> Artifact:
-    """The artifact of a step."""
-    return Artifact(workdir / directory_of(name), name)
+    run: Run
+    inputs: Mapping[str, Inputs]
+    states: Mapping[str, State]
 
 
 def run_pipeline(
@@ -135,17 +66,25 @@ def run_pipeline(
 ) -> bool:
     """Run what is not done yet, up to and including stage `until` with its evaluation.
 
-    workdir: a directory for this process alone, or where several are at work together. `force` begins a step and all
-    that builds on it anew. `since`: when the process began, by `time.monotonic`. `profile`: steps of each training
-    stage that are traced. Returns whether anything had to be done.
+    workdir: a directory for this process alone, or the site of several. force: redo this step and all that builds on
+    it. since: when the process began, by `time.monotonic`. profile: how many steps of each training stage are traced.
+    Returns whether there was anything to do.
     Raises UserError for bad input, before any model is loaded where that can be known; Preempted when stopped.
     """
-    for given, option in ((until, "--until"), (force, "--force")):
-        if given is not None and given not in NAMES:
-            raise UserError(f"{option} {given}: no such stage; the stages are {', '.join(NAMES)}")
-    gone = _with_all_that_builds_on(force) if force is not None else set()
-    with _begun(Run(config, workdir, progress, interrupt, since=since, profile=profile), gone) as (run, inputs, states):
-        return _run(run, inputs, states, until)
+    wanted, removed = steps_until(until), dependents(force) if force is not None else set()
+    with _begin(config, workdir, progress, interrupt, removed, since=since, profile=profile) as begun:
+        run, todo = begun.run, [step for step in wanted if begun.states.get(step.name) != "done"]
+        checked = False
+        for step in todo:
+            if step.after and not checked:
+                # The base is there. What else the steps need is checked now, not after hours of training.
+                with run.ledger.spend("init"):
+                    _check(run, todo)
+                checked = True
+            _take(begun, step)
+            if run.peers.any(run.interrupt.requested):
+                raise Preempted(f"{step.name}: stopped, what is done is saved")
+    return bool(todo)
 
 
 def plan(
@@ -157,203 +96,170 @@ def plan(
     *,
     since: float | None = None,
 ) -> None:
-    """Do what comes before the first training, then let `show` tell of the trainings; raises as `run_pipeline` does."""
-    with _begun(Run(config, workdir, progress, interrupt, since=since), set()) as (run, inputs, states):
+    """Take the steps before the first training, then let `show` describe the trainings. Raises as `run_pipeline`."""
+    with _begin(config, workdir, progress, interrupt, set(), since=since) as begun:
         for step in STEPS:
             if step.name == "vocabulary":
-                # The base is there, and the rest can be looked at.
-                _check(run, STEPS)
-            if step.name in ("base", "vocabulary") and states[step.name] != "done":
-                with run.ledger.stage(step.name, anew=True):
-                    _do(run, step, inputs[step.name], resume=False)
-        show(run)
+                # The base is there, and the rest can be checked.
+                _check(begun.run, STEPS)
+            if step.name in ("base", "vocabulary") and begun.states[step.name] != "done":
+                _take(begun, step)
+        show(begun.run)
 
 
 @contextmanager
-def _begun(run: Run, gone: Set[str]) -> Iterator[tuple[Run, dict[str, dict[str, Any]], dict[str, State]]]:
-    """Hold the work directory, look at what is there, and remove the steps that are to go; with the ledger open.
-
-    Gives the run, each step's inputs, and the states of the steps that stay.
-    """
-    site = run.site
-    for place in (run.workdir, site.place.name):
+def _begin(
+    config: Config,
+    workdir: Path | Site,
+    progress: Progress,
+    interrupt: Interrupt,
+    removed: Set[str],
+    *,
+    since: float | None,
+    profile: int = 0,
+) -> Iterator[Begun]:
+    """Hold the work directory, look at what is there, and remove the steps `removed`; with the ledger open."""
+    site = workdir if isinstance(workdir, Site) else Site.of(workdir)
+    for place in (site.workdir, site.storage.name):
         check_place(place)
-
-    def tell(message: str) -> None:
-        run.progress.say(message)
-
-    with site.held(tell):
+    with site.held(progress.say):
         site.pull(RUN, HASHES, LEDGER)
-        day = run.peers.lead("the date", partial(_began_on, run))
-        run.config = run.config.model_copy(update={"date": date.fromisoformat(str(day))})
-        # Every step's inputs first: a path that does not exist is found before an hour of training, not after. The
-        # primary's hashes are the others', too, of files that all see.
-        inputs = run.peers.in_turn("inputs", partial(_looked_at, run))
-        run.peers.require_equal(_hashes(inputs))
+        day = site.peers.run_on_primary("the date", lambda: _first_day(config, site.workdir).isoformat())
+        config = config.model_copy(update={"date": date.fromisoformat(str(day))})
+        run = Run(config, site, progress, interrupt, since=since, profile=profile)
+        # Every step's inputs first: a path without a file is found before an hour of training, not after. A file that
+        # all hosts see is hashed by the primary alone.
+        inputs = run.peers.run_primary_first("inputs", lambda: look_at_inputs(run))
+        run.peers.require_equal(file_hashes(inputs))
         # Nothing is written to the store meanwhile, so all hosts fetch at once.
         for step in STEPS:
-            if step.name not in gone:
-                site.pull(directory_of(step.name), *step.beside)
-        # What stays is looked at before anything goes: a run that is refused has removed nothing.
-        inputs, states = run.peers.lead("states", partial(_looked_up, run, inputs, gone)) or ({}, {})
+            if step.name not in removed:
+                site.pull(step.directory, *step.beside)
+        # States are looked at before anything is removed: a run that is refused has removed nothing.
+        settled, states = run.peers.run_on_primary("states", lambda: look_at_states(run, inputs, removed)) or ({}, {})
         if run.primary:
-            _forget(run, gone)
-            _write_run_file(run.workdir, run.config)
+            _remove(run, removed)
+            _write_run_file(run.workdir, config)
         site.push(RUN, VERSIONS)
         run.peers.barrier("begun")
         try:
             with run.ledger:
-                yield run, inputs, states
+                yield Begun(run, settled, states)
         except BaseException:
-            # Why the run ended matters more than that the last of it could not be kept.
+            # Why the run ended matters more than that these could not be kept.
             with suppress(UserError, OSError):
                 site.push(HASHES, LEDGER)
             raise
         site.push(HASHES, LEDGER)
 
 
-def _began_on(run: Run) -> str:
-    """The day that the run is told it is: the config's, else that on which it began, which run.yaml keeps."""
-    path = run.workdir / RUN
-    kept = recorded_date(path) if run.config.date is None and path.exists() else None
-    return (kept or run.today).isoformat()
+def _first_day(config: Config, workdir: Path) -> date:
+    """The day that chat templates are told: the config's; else the day on which the run began, which run.yaml keeps."""
+    path = workdir / RUN
+    kept = recorded_date(path) if config.date is None and path.exists() else None
+    return kept or config.date or date.today()
 
 
-def _looked_at(run: Run) -> dict[str, dict[str, Any]]:
+def look_at_inputs(run: Run) -> dict[str, Inputs]:
+    """The inputs of each step. Raises UserError for what is wrong with them, and can be known without the base."""
     vocabulary.require_language(run)
     vocabulary.require_corpus(run)
     evaluate.require_held_out(run)
-    return _all_inputs(run)
+    return all_inputs(run)
 
 
-def _hashes(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What of the inputs each host reads by itself: the hashes of files."""
-    found = {key: value for of_step in inputs.values() for key, value in of_step.items() if " " in key}
-    return {key: str(value) for key, value in found.items() if not key.startswith("after ")}
+def look_at_states(
+    run: Run, inputs: Mapping[str, Inputs], removed: Set[str]
+) -> tuple[dict[str, Inputs], dict[str, State]]:
+    """The inputs of each step, and the states of the steps that are not removed.
 
-
-def _looked_up(
-    run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, State]]:
-    """The steps' inputs, of those that are done as they were made, and the states of the steps that stay."""
-    settled: dict[str, dict[str, Any]] = {}
+    A step that is done keeps the inputs it was made with where they may differ (`Step.stays`). Raises UserError where a
+    step was made with others.
+    """
+    settled: dict[str, Inputs] = {}
+    states: dict[str, State] = {}
     for step in STEPS:
-        given = settled[step.name] = {**inputs[step.name], **_before(step, settled)}
-        place = artifact(run.workdir, step.name)
-        manifest = place.manifest() if step.stays and step.name not in gone else None
-        if manifest is not None and manifest["state"] == "done":
-            for key, (old, new) in place.changes(given).items():
-                if key in step.stays:
-                    given[key] = old
-                    stays = f"  {step.name} is done, and stays as made: {key} {old}, not {new}"
-                    run.progress.say(stays, style="yellow")
-    return settled, _states(run, settled, gone)
+        given = settled[step.name] = {**inputs[step.name], **fingerprints(step, settled)}
+        if step.name not in removed:
+            _keep_as_made(run, step, given)
+    for step in STEPS:
+        if step.name not in removed:
+            states[step.name] = _state(run, step, settled[step.name])
+    return settled, states
 
 
-def _before(step: Step, inputs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """The fingerprints of the steps that a step reads."""
-    return {f"after {name}": fingerprint(inputs[name]) for name in step.after}
+def _keep_as_made(run: Run, step: Step, given: Inputs) -> None:
+    """Put the values that a finished step was made with in place of those in `given`, and say so."""
+    place = artifact(run.workdir, step.name)
+    manifest = place.manifest() if step.stays else None
+    if manifest is None or manifest["state"] != "done":
+        return
+    for key, (old, new) in place.changes(given).items():
+        if key in step.stays:
+            given[key] = old
+            run.progress.say(f"  {step.name} is done, and stays as made: {key} {old}, not {new}", style="yellow")
 
 
-def _states(run: Run, inputs: Mapping[str, dict[str, Any]], gone: Set[str]) -> dict[str, State]:
-    def state(step: Step) -> State:
-        place, given = artifact(run.workdir, step.name), inputs[step.name]
-        manifest = place.manifest()
-        if step.short and manifest is not None and manifest["state"] == "running" and place.changes(given):
-            return "absent"
-        return place.state(given, step.may_change)
-
-    return {step.name: state(step) for step in STEPS if step.name not in gone}
-
-
-def _run(run: Run, inputs: Mapping[str, dict[str, Any]], states: Mapping[str, State], until: str | None) -> bool:
-    """Run the steps that are not done, with the ledger open. Returns whether there were any."""
-    todo = [step for step in STEPS[: _end(until)] if states.get(step.name) != "done"]
-    checked = False
-    for step in todo:
-        if step.after and not checked:
-            # The base is there. What else the steps need is looked at now, not after hours of their predecessors.
-            with run.ledger.spend("init"):
-                _check(run, todo)
-            checked = True
-        resume = step.resumable and states.get(step.name) == "running"
-        measures = step.name.startswith("evaluation/")
-        with run.ledger.stage(step.name, anew=not resume), run.ledger.spend("validate" if measures else "other"):
-            _do(run, step, inputs[step.name], resume=resume)
-        if run.peers.any(run.interrupt.requested):
-            raise Preempted(f"{step.name}: stopped, what is done is saved")
-    return bool(todo)
+def _state(run: Run, step: Step, given: Inputs) -> State:
+    place = artifact(run.workdir, step.name)
+    manifest = place.manifest()
+    if step.short and manifest is not None and manifest["state"] == "running" and place.changes(given):
+        return "absent"
+    return place.state(given, step.may_change)
 
 
 def _check(run: Run, steps: Sequence[Step]) -> None:
-    def look() -> None:
+    """Find what is wrong with the config and the files of these steps, in all processes together."""
+
+    def check() -> None:
         base.check(run)
-        for check in dict.fromkeys(step.check for step in steps):
-            if check is not None:
-                check(run)
+        for look in dict.fromkeys(step.check for step in steps):
+            if look is not None:
+                look(run)
 
-    run.peers.together(look)
+    run.peers.run_on_all(check)
 
 
-def _do(run: Run, step: Step, inputs: dict[str, Any], *, resume: bool) -> None:
-    place, name = artifact(run.workdir, step.name), directory_of(step.name)
+def _take(begun: Begun, step: Step) -> None:
+    """Do a step, or go on with it."""
+    run, resume = begun.run, step.resumable and begun.states.get(step.name) == "running"
+    with run.ledger.stage(step.name, anew=not resume), run.ledger.spend(step.activity):
+        _do(run, step, begun.inputs[step.name], resume=resume)
+
+
+def _do(run: Run, step: Step, inputs: Inputs, *, resume: bool) -> None:
+    place = artifact(run.workdir, step.name)
     run.progress.say(Text.assemble((step.name, "bold"), " goes on" if resume else ""))
     for key, (old, new) in (place.changes(inputs) if resume else {}).items():
         run.progress.say(f"  goes on with another {key}: {old} -> {new}", style="yellow")
     if run.primary:
         if not resume:
-            run.site.place.remove(name)
+            run.site.storage.remove(step.directory)
             place.clear()
         if step.resumable:
             place.begin(inputs)
-            run.site.push(name)
+            run.site.push(step.directory)
     run.peers.barrier(step.name)
     started = time.monotonic()
 
     def work() -> dict[str, Any]:
         return dict(step.work(run, place.directory))
 
-    summary = run.peers.lead(step.name, work) if step.alone else work()
+    summary = (run.peers.run_on_primary(step.name, work) if step.alone else work()) or {}
     seconds = time.monotonic() - started
     if run.primary:
-        place.finish(inputs, {**(summary or {}), "seconds": seconds})
-    run.keep()
-    run.site.publish(*step.beside, name)
-    run.progress.say(Text.assemble(f"  {(summary or {})['text']}  ", (f"{seconds:.0f} s", "dim")))
+        place.finish(inputs, {**summary, "seconds": seconds})
+    run.push()
+    run.site.publish(*step.beside, step.directory)
+    run.progress.say(Text.assemble(f"  {summary['text']}  ", (f"{seconds:.0f} s", "dim")))
 
 
-def _all_inputs(run: Run) -> dict[str, dict[str, Any]]:
-    """Each step's inputs as dotted keys, with the fingerprints of the steps that it reads."""
-    inputs: dict[str, dict[str, Any]] = {}
-    for step in STEPS:
-        own = {k: v for key, value in step.inputs(run).items() for k, v in flatten(key, value).items()}
-        inputs[step.name] = {**own, **_before(step, inputs)}
-    return inputs
-
-
-def _with_all_that_builds_on(name: str) -> set[str]:
-    gone = {name}
-    for step in STEPS:
-        if gone & set(step.after):
-            gone.add(step.name)
-    return gone
-
-
-def _forget(run: Run, gone: Set[str]) -> None:
-    # The last first: a kill in between leaves no step that builds on one that is gone.
+def _remove(run: Run, names: Set[str]) -> None:
+    # The last first: a kill in between leaves no step that builds on a missing one.
     for step in reversed(STEPS):
-        if step.name in gone:
-            run.site.place.remove(directory_of(step.name))
+        if step.name in names:
+            run.site.storage.remove(step.directory)
             artifact(run.workdir, step.name).clear()
-
-
-def _end(until: str | None) -> int:
-    if until is None:
-        return len(STEPS)
-    end = NAMES.index(until) + 1
-    if end < len(NAMES) and NAMES[end] == f"evaluation/{until}":
-        end += 1
-    return end
 
 
 def _write_run_file(workdir: Path, config: Config) -> None:

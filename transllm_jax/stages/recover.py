@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transllm_jax.config import Translation
+from transllm_jax.data.read.conversations import SYSTEM_FIELDS
 from transllm_jax.data.read.files import Place
 from transllm_jax.data.read.sources import check_no_special, read_jsonl
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt
+from transllm_jax.stages.chains import CHAINS, write_conversations
 from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import contamination_inputs
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 
 # Fields of other people's instructions that would change the answer, and have no place here.
-_SYSTEM = ("system", "system_prompt", "system_message")
 _TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
 _INPUT = ("context", "inputs")
 _OTHER = ("tools", "functions", "image", "images")
 _UNREAD = {
-    **dict.fromkeys(_SYSTEM, "put its text into 'instruction', or remove it"),
+    **dict.fromkeys(SYSTEM_FIELDS, "put its text into 'instruction', or remove it"),
     **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
     **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
     **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
@@ -49,16 +49,16 @@ def inputs(run: Run) -> dict[str, Any]:
     return {
         "recover": section.model_dump(),
         "date": run.today.isoformat(),
-        **run.hashes(file for file in files if file is not None),
-        **contamination_inputs(run, section.contamination),
+        **run.inputs.hashes(file for file in files if file is not None),
+        **run.inputs.contamination_hashes(section.contamination),
     }
 
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    section, context = run.config.recover, run.model_config.context
+    section, context = run.config.recover, run.models.config.context
     texts, places = _instructions(run)
-    run.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
+    run.models.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
     by_model = "model" in (section.translate_instructions.missing, section.translate_answers.missing)
     if by_model and 2 * (section.max_new_tokens + 2) > context:
         raise UserError(
@@ -67,28 +67,29 @@ def check(run: Run) -> None:
         )
     for config in (section.translate_instructions, section.translate_answers):
         if config.file is not None:
-            check_no_special(read_jsonl(config.file, required=config.fields), run.find_special)
+            check_no_special(read_jsonl(config.file, required=config.fields), run.inputs.find_special)
     found = _from_file(texts, section.translate_instructions, "instructions")
     _from_file([], section.translate_answers, "answers")
     if section.translate_instructions.missing == "model":
         given = zip(texts, places, found, strict=True)
         asked = [(text, place) for text, place, translation in given if translation is None]
-        run.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
+        run.models.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
     elif not any(found):
         raise UserError(
             f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
             f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
         )
     if section.contamination:
-        run.check_clean(texts, section.instructions, "recover.contamination")
+        run.inputs.check_clean(texts, section.instructions, "recover.contamination")
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Write answers.jsonl (of the original model), translations.jsonl (of the model itself), and chains.jsonl."""
+    """Write answers.jsonl (of the original model), translations.jsonl (of the model itself), chains.jsonl, and the
+    conversations that stage `transfer` trains on."""
     section = run.config.recover
     texts, _ = _instructions(run)
     if section.contamination:
-        texts = run.uncontaminated(texts, "recover: instructions")
+        texts = run.inputs.uncontaminated(texts, "recover: instructions")
     instructions = list(dict.fromkeys(texts))
     if len(instructions) < len(texts):
         twice = len(texts) - len(instructions)
@@ -116,8 +117,8 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if not chains:
         raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
     if run.primary:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains)
-        write_text(directory / "chains.jsonl", text)
+        write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))
+        write_conversations(directory, run.markers)
     unfinished = len(answers) - len(whole)
     counts = {how: by["answers"].count(how) for how in ("file", "model", "none")}
     return {
@@ -132,7 +133,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
 
 def _usable(run: Run, text: str | None) -> bool:
     """Whether a text can stand in a chain: it is there, and no special token is spelled out in it."""
-    return bool(text and text.strip()) and run.tokenizer("vocabulary").find_special(text or "") is None
+    return bool(text and text.strip()) and run.models.tokenizer("vocabulary").find_special(text or "") is None
 
 
 def _printable(text: str) -> str:
@@ -144,7 +145,7 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     """The instructions, each with its input where it has one, and where each stands."""
     section = run.config.recover
     loaded = read_jsonl(section.instructions, limit=section.max_instructions)
-    check_no_special(loaded, run.find_special)
+    check_no_special(loaded, run.inputs.find_special)
     texts = []
     for row, place in zip(loaded, loaded.places, strict=True):
         for name in _UNREAD.keys() & row.keys():
@@ -160,8 +161,8 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not asked again."""
     section = run.config.recover
-    tokenizer = run.tokenizer("base")
-    engine = cache(lambda: Engine(run.split("base"), run.model_config, batch_size=section.batch_size))
+    tokenizer = run.models.tokenizer("base")
+    engine = cache(lambda: Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size))
 
     def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
         texts = [instructions[number] for number in batch]
@@ -213,7 +214,7 @@ def _translate(
     # Before any is made: a file may have to have them all.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
-    tokenizer, context = run.tokenizer("vocabulary"), run.model_config.context
+    tokenizer, context = run.models.tokenizer("vocabulary"), run.models.config.context
     lengths = {
         (kind, place): len(translation_prompt(tokenizer, run.markers, texts[kind][place], "to_target"))
         for kind, given in found.items()
@@ -233,7 +234,7 @@ def _translate(
 
     @cache
     def engine() -> Engine:
-        return Engine(run.split("translate"), run.model_config, batch_size=section.batch_size)
+        return Engine(run.models.split("translate"), run.models.config, batch_size=section.batch_size)
 
     def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
         translator = ModelTranslator(

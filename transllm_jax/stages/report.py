@@ -9,15 +9,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.data.read.sources import read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
-from transllm_jax.stages.run import POINTS, Run
+from transllm_jax.stages.run import Run
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
 
-TRAINED = ("pretrain", "translate", "transfer")
 STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
 VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 # How many conversations and translations the page shows.
@@ -59,8 +59,8 @@ def collect(run: Run) -> dict[str, Any]:
             "parameters": vocabulary["frozen_parameters"],
             "trainable": vocabulary["trainable_parameters"],
             "new_tokens": vocabulary["new_tokens"],
-            "hidden_size": run.model_config.hidden_size,
-            "layers": run.model_config.num_hidden_layers,
+            "hidden_size": run.models.config.hidden_size,
+            "layers": run.models.config.num_hidden_layers,
         },
         "versions": {name: version(name) for name in VERSIONS},
         "points": list(POINTS),
@@ -84,9 +84,9 @@ def collect(run: Run) -> dict[str, Any]:
             }
             for name, manifest in manifests.items()
         ],
-        "trained": {name: _trained(run.workdir / name, manifests[name]["summary"]) for name in TRAINED},
+        "trained": {name: _trained(run.workdir / name, manifests[name]["summary"]) for name in TRAININGS},
         "ledger": summarise(run.workdir / LEDGER),
-        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAINED},
+        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAININGS},
         "translations": _translations(run, measured),
         "conversations": _conversations(run, measured),
         "config": config.to_yaml(),

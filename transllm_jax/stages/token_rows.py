@@ -7,18 +7,21 @@ from pathlib import Path
 
 from transllm_jax.config import Cleaning, Source
 from transllm_jax.data.clean.cleaning import Rules
-from transllm_jax.data.read.shards import Shard
+from transllm_jax.data.read.shards import PLURAL, Shard
+from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.data.rows.planned import IGNORED as _IGNORED
 from transllm_jax.data.rows.planned import SKIPPED as _SKIPPED
-from transllm_jax.data.rows.planned import Choice, PlannedRows, plan_path
+from transllm_jax.data.rows.planned import PlannedRows, Selection, plan_path
 from transllm_jax.data.rows.token_cache import ShardTokens, records_path, shard_path
 from transllm_jax.data.rows.tokenise import OnProgress, tokenise
 from transllm_jax.data.rows.transform import Transform
 from transllm_jax.errors import UserError
 from transllm_jax.stages.bad_rows import BAD_ROWS
-from transllm_jax.stages.run import TOKENS, Run
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.scripts import script_of
 
+# Tokenised text, in the work directory.
+TOKENS = "tokens"
 # Bytes on disk of a source whose tokenising is stopped on request.
 LARGE = 16 << 20
 # Shards that are tokenised before they are copied to a store.
@@ -37,7 +40,7 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
         length=length,
         markers=run.markers,
         rules=_rules(run, cleaning),
-        evaluation=run.evaluation_texts if cleaning.contamination else None,
+        evaluation=run.inputs.evaluation_texts if cleaning.contamination else None,
         exact=cleaning.exact_duplicates,
         near=cleaning.near_duplicates is not None,
     )
@@ -51,6 +54,29 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
     return rows
 
 
+def chain_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
+    """The rows of conversations that the run made itself: they hold the chain's markers, and nothing is cleaned."""
+    transform = Transform("conversations", length, run.markers, exact=False, holds_markers=True)
+    return _rows(run, stage, source, transform)
+
+
+def instruction_rows(run: Run, stage: str, pairs: Source, length: int, *, contamination: bool) -> PlannedRows:
+    """The rows of translation instructions, made of pairs.
+
+    contamination: leave out pairs that hold an evaluation text.
+    """
+    prompts, language = run.config.prompts, run.config.language.name
+    transform = Transform(
+        "pairs",
+        length,
+        run.markers,
+        Instructions(tuple(prompts.to_target), tuple(prompts.to_english), language),
+        evaluation=run.inputs.evaluation_texts if contamination else None,
+        exact=False,
+    )
+    return _rows(run, stage, pairs, transform)
+
+
 def validation_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
     """The rows of held-out text: as the stage's own, and nothing left out but what no row can hold."""
     transform = Transform(content=source.format, length=length, markers=run.markers, exact=False)
@@ -58,7 +84,7 @@ def validation_rows(run: Run, stage: str, source: Source, length: int) -> Planne
 
 
 def _rows(run: Run, stage: str, source: Source, transform: Transform) -> PlannedRows:
-    shards = run.shards(source)
+    shards = run.inputs.shards(source)
     total = sum(shard.size for shard in shards)
     long = total >= LARGE or not all(shard.size for shard in shards)  # a size of 0 is not known
     with (
@@ -67,14 +93,14 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
     ):
 
         def tell(done: int, items: int) -> None:
-            bar.update(done, f"{items:,} {_UNITS[source.format]}")
+            bar.update(done, f"{items:,} {PLURAL[source.format]}")
             # What takes seconds is finished, so that it need not be done again.
             if long:
                 run.interrupt.check(f"{stage}: tokenising")
 
         cache = _Cache(run)
         tokens = cache.tokens(shards, transform, source, tell)
-        choice = Choice(
+        choice = Selection(
             row_length=transform.length,
             tokens=source.tokens,
             exact=transform.exact,
@@ -90,7 +116,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
     if not len(rows):
         gone = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
-            f"{stage}: nothing of {source.path} is left to train on ({rows.counts['items']:,} {_UNITS[source.format]}: "
+            f"{stage}: nothing of {source.path} is left to train on ({rows.counts['items']:,} {PLURAL[source.format]}: "
             f"{gone or 'none'}): give it more text, or loosen cleaning, tokens or length"
         )
     return rows
@@ -103,15 +129,17 @@ class _Cache:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self._directory = run, run.token_cache
-        self._mirrored = run.site.mirrored and run.config.token_cache is None
-        self._divided = self._mirrored or run.tokens_are_shared
+        given = run.config.token_cache
+        self._run, self._directory = run, Path(given) if given else run.workdir / TOKENS
+        self._mirrored = run.site.mirrored and given is None
+        # A cache of the user's is not always on a disk that all hosts share.
+        self._divided = given is None or run.site.shares(self._directory)
 
     def tokens(
         self, shards: Sequence[Shard], transform: Transform, source: Source, tell: OnProgress
     ) -> list[ShardTokens]:
         """The tokens of all shards, which are there after it."""
-        run, tokenizer = self._run, self._run.tokenizer("vocabulary")
+        run, tokenizer = self._run, self._run.models.tokenizer("vocabulary")
         paths = {shard: shard_path(self._directory, shard, transform, tokenizer.fingerprint) for shard in shards}
         mine: Sequence[Shard] = shards
         if self._divided:
@@ -121,7 +149,7 @@ class _Cache:
 
         def made(some: Iterable[Shard]) -> list[ShardTokens]:
             policy = source.controls, self._directory
-            return tokenise(list(some), transform, tokenizer, *policy, tell=tell, on_bad_rows=source.on_bad_rows)
+            return tokenise(list(some), transform, tokenizer, *policy, on_progress=tell, on_bad_rows=source.on_bad_rows)
 
         if self._mirrored:
             self._fetch(paths[shard] for shard in mine)
@@ -130,7 +158,7 @@ class _Cache:
                 some = mine[first : first + TOGETHER]
                 made(some)
                 names = [paths[shard] for shard in some]
-                run.site.place.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
+                run.site.storage.add(TOKENS, [records_path(path).name for path in names], [path.name for path in names])
         elif self._divided and run.peers.count > 1:
             made(mine)
         if self._divided:
@@ -139,9 +167,9 @@ class _Cache:
             self._fetch(paths.values())
         return made(shards)
 
-    def rows(self, tokens: Sequence[ShardTokens], choice: Choice) -> PlannedRows:
+    def rows(self, tokens: Sequence[ShardTokens], choice: Selection) -> PlannedRows:
         """The rows, planned by the primary where the others can read the plan."""
-        path, place = plan_path(tokens, choice, self._directory), self._run.site.place
+        path, place = plan_path(tokens, choice, self._directory), self._run.site.storage
 
         def planned() -> PlannedRows:
             if self._mirrored:
@@ -151,17 +179,16 @@ class _Cache:
                 place.add(TOKENS, [path.name])
             return rows
 
-        return self._run.peers.in_turn("rows", planned) if self._divided else planned()
+        return self._run.peers.run_primary_first("rows", planned) if self._divided else planned()
 
     def _fetch(self, paths: Iterable[Path]) -> None:
         """Bring what the store has of shards that are not here; what says that a shard is whole comes last."""
         wanted = [path for path in paths if not path.is_file()]
         if wanted:
             names = [records_path(path).name for path in wanted], [path.name for path in wanted]
-            self._run.site.place.fetch(TOKENS, *names)
+            self._run.site.storage.fetch(TOKENS, *names)
 
 
-_UNITS = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 # Counts of a source that say that something was left out, or changed.
 _LEFT_OUT = (
     "too short",

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from transllm_jax.config import Training
+from transllm_jax.config import Source, Training
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.packing import Rows
+from transllm_jax.data.rows.planned import PlannedRows
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import nats
 from transllm_jax.model.layout import Layout
@@ -23,14 +24,16 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.model.splash import splash_supports
 from transllm_jax.stages.bad_rows import BAD_ROWS
+from transllm_jax.stages.points import trains
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.token_rows import fields_not_read, left_out, planned_rows, validation_rows
 from transllm_jax.training.arrays import all_on_host, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
-from transllm_jax.training.loop import Around, LoopConfig, Outcome, Watch, train
+from transllm_jax.training.loop import Environment, LoopConfig, Outcome, train
 from transllm_jax.training.optimizer import OptimizerConfig
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Speed
+from transllm_jax.training.validation import Watch
 
 # Keys of a training section that no result depends on.
 NEUTRAL = ("log_every", "checkpoint_every", "keep_checkpoints")
@@ -93,37 +96,24 @@ def training_inputs(run: Run, name: str) -> dict[str, Any]:
     """What a training stage's result depends on, of the config's section and its sources."""
     section = section_of(run, name)
     sources = getattr(section, "sources", [])
-    measured = run.source_hashes([section.validation.source] if section.validation else [])
+    measured = run.inputs.source_hashes([section.validation.source] if section.validation else [])
     return {
         name: section.model_dump(mode="json", exclude=set(NEUTRAL)),
         "seed": run.config.seed,
-        **run.source_hashes(sources),
+        **run.inputs.source_hashes(sources),
         # Named as keys of the validation, so that they may change with it.
         **{f"{name}.validation.{key}": digest for key, digest in measured.items()},
-        **contamination_inputs(run, any(source.cleaning.contamination for source in sources)),
-    }
-
-
-def contamination_inputs(run: Run, wanted: bool) -> dict[str, Any]:
-    """The evaluation sets, where what is trained on depends on them."""
-    section = run.config.evaluation
-    if not wanted:
-        return {}
-    files = run.hashes([section.text.path, section.pairs, section.instructions])
-    return {
-        "evaluation.others": [source.path for source in section.others],
-        **files,
-        **run.source_hashes(section.others),
+        **run.inputs.contamination_hashes(any(source.cleaning.contamination for source in sources)),
     }
 
 
 def check_training(run: Run, name: str) -> None:
     """What can be known to be wrong before a training stage begins. Raises UserError."""
     section = section_of(run, name)
-    run.check_length(f"{name}.length", section.length)
-    check_layout(run.layout, name, section, run.model_config.head_dim)
+    run.models.check_length(f"{name}.length", section.length)
+    check_layout(run.models.layout, name, section, run.models.config.head_dim)
     # Where it stands, before the manifest takes the new number for the stage's own.
-    place = run.site.place.checkpoints(name)
+    place = run.site.storage.checkpoints(name)
     saved = [path.name for path in place.iterdir()] if place.exists() else []
     reached = max((int(step) for step in saved if step.isdecimal()), default=0)
     if section.steps is not None and reached > section.steps:
@@ -133,11 +123,11 @@ def check_training(run: Run, name: str) -> None:
         )
     sources = getattr(section, "sources", [])
     for source in sources:
-        run.check(source)
+        run.inputs.check(source)
     if any(source.cleaning.contamination for source in sources):
-        _ = run.evaluation_texts  # whole files: of an evaluation, no more than it measures is looked at
+        _ = run.inputs.evaluation_texts  # whole files: of an evaluation, no more than it measures is looked at
     if section.validation is not None:
-        run.check(section.validation.source)
+        run.inputs.check(section.validation.source)
 
 
 def check_layout(layout: Layout, name: str, section: Training, head_dim: int) -> None:
@@ -158,23 +148,27 @@ def check_layout(layout: Layout, name: str, section: Training, head_dim: int) ->
 def source_parts(run: Run, name: str) -> list[Part]:
     """The sources of a stage's config as rows; says what was left out of each."""
     section = section_of(run, name)
-    parts = []
-    for number, source in enumerate(getattr(section, "sources", [])):
-        rows = planned_rows(run, name, source, section.length)
-        gone = left_out(rows)
-        label = f"{number + 1} {Path(source.path).name}"
-        part = Part(label, rows, source.weight, rows.counts["items"], gone, fields_not_read(rows))
-        say_left_out(run, name, source.path, rows.counts["items"], gone)
-        parts.append(part)
-    return parts
+    return [
+        part_of(
+            run,
+            name,
+            f"{number} {Path(source.path).name}",
+            source,
+            planned_rows(run, name, source, section.length),
+            source.weight,
+        )
+        for number, source in enumerate(getattr(section, "sources", []), 1)
+    ]
 
 
-def say_left_out(run: Run, stage: str, source: str, items: int, left_out: Mapping[str, int]) -> None:
-    """Say what of a source is not trained on, and why; nothing where all is. Of bad rows it was said already."""
-    said = {reason: count for reason, count in left_out.items() if not reason.startswith(BAD_ROWS)}
+def part_of(run: Run, stage: str, name: str, source: Source, rows: PlannedRows, weight: float | None) -> Part:
+    """A source's rows as a part of a stage's mixture; says what was left out of it. Bad rows were said already."""
+    items, missing = rows.counts["items"], left_out(rows)
+    said = {reason: count for reason, count in missing.items() if not reason.startswith(BAD_ROWS)}
     if said:
         what = ", ".join(f"{count:,} {reason}" for reason, count in said.items())
-        run.progress.say(f"  {stage}: of {items:,} items of {source}: {what}", style="yellow")
+        run.progress.say(f"  {stage}: of {items:,} items of {source.path}: {what}", style="yellow")
+    return Part(name, rows, weight, items, missing, fields_not_read(rows))
 
 
 def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> Job:
@@ -187,12 +181,12 @@ def prepare(run: Run, directory: Path, *, name: str, start: str, parts: Sequence
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
     steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
     with run.ledger.spend("init"):
-        whole = run.split(start)
-        split = whole.hold(path for path in whole.trainable if not run.trains(path))
-    lora = run.lora
+        whole = run.models.split(start)
+        split = whole.freeze(path for path in whole.trainable if not trains(run.config, path))
+    lora = run.models.lora
     new_rows = len(whole.trainable["vocabulary.new"])
     flops = train_flops_per_token(
-        run.model_config,
+        run.models.config,
         lora,
         new_rows,
         section.length,
@@ -297,12 +291,12 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         job.split,
         job.batches,
         job.config,
-        run.own(directory),
+        run.record_directory(directory),
         run.progress,
         run.interrupt,
         run.ledger,
         job.watch,
-        Around(run.peers, run.site.place.checkpoints(name), lambda: run.keep(name), run.profile),
+        Environment(run.peers, run.site.storage.checkpoints(name), lambda: run.push(name), run.profile),
     )
 
     def finish() -> dict[str, Any]:
@@ -315,7 +309,7 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
 
     with run.ledger.spend("save"):
         arrays = all_on_host({**outcome.trainable, **job.held}, keep=run.primary)
-        return run.peers.lead(f"the result of {name}", finish) or {}
+        return run.peers.run_on_primary(f"the result of {name}", finish) or {}
 
 
 def _told(directory: Path, job: Job, outcome: Outcome) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from conversion.hf.safetensors_io import dtype_of
 from conversion.names import tensors
 from conversion.store import MANIFEST
 from conversion.token_rows import TokenRows, open_token_rows
-from transllm_jax.config import Source
+from transllm_jax.config import Source, Vocabulary
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
-from transllm_jax.model.parameters import assemble, count, initial_adapters
+from transllm_jax.model.parameters import assemble, count_parameters, initial_adapters
 from transllm_jax.progress import Phases
 from transllm_jax.stages.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
-from transllm_jax.stages.run import Run, token_ids, tokenless
+from transllm_jax.stages.points import token_ids, tokenless, trains
+from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import without_thinking
 from transllm_jax.tokenizer.growing.expand import (
     Expansion,
@@ -37,8 +38,8 @@ from transllm_jax.tokenizer.growing.expand import (
 )
 from transllm_jax.tokenizer.growing.prune import OnProgress
 from transllm_jax.tokenizer.growing.runs import check_supported
-from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt
-from transllm_jax.tokenizer.rewritten import rewritten_line
+from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt_message
+from transllm_jax.tokenizer.rewritten import rewritten_letters_message
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays, save_arrays
@@ -60,11 +61,16 @@ def inputs(run: Run) -> dict[str, Any]:
         "markers": config.markers.model_dump(),
         "embeddings": config.embeddings,
         "seed": config.seed,
-        **run.source_hashes(run.config.vocabulary.sources),
-        **run.hashes(_files_of(run.config.vocabulary.rows_from)),
-        **({} if (brought := config.vocabulary.tokenizer) is None else run.hashes([f"{brought}/tokenizer.json"])),
-        **({} if (given := config.vocabulary.adapter) is None else run.hashes([f"{given}/{ADAPTER}"])),
+        **run.inputs.source_hashes(run.config.vocabulary.sources),
+        **run.inputs.hashes(_files_of(run.config.vocabulary.rows_from)),
+        **run.inputs.hashes(_named_files(config.vocabulary)),
     }
+
+
+def _named_files(section: Vocabulary) -> list[str]:
+    """The files that identify the tokenizer and the adapter that the config names."""
+    tokenizer = [] if section.tokenizer is None else [f"{section.tokenizer}/tokenizer.json"]
+    return tokenizer + ([] if section.adapter is None else [f"{section.adapter}/{ADAPTER}"])
 
 
 def _files_of(directory: str | None) -> list[str]:
@@ -108,7 +114,7 @@ def _first_texts(run: Run, budget: int) -> list[str] | None:
     """All texts of the corpus in the target language; None where they have more than `budget` bytes."""
     texts: list[str] = []
     for source in run.config.vocabulary.corpus:
-        for text in run.target_texts(source):
+        for text in run.inputs.target_texts(source):
             texts.append(text)
             budget -= _size(text)
             if budget < 0:
@@ -135,7 +141,7 @@ def _check_corpus(run: Run) -> None:
 
 def check(run: Run) -> None:
     """What can be known to be wrong before this stage begins. Raises UserError."""
-    base = run.tokenizer("base")
+    base = run.models.tokenizer("base")
     if run.config.vocabulary.adapter is not None:
         _check_adapter(run, Path(run.config.vocabulary.adapter))
     else:
@@ -151,22 +157,25 @@ def check(run: Run) -> None:
         if base.token_id(marker) is not None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
     for source in run.config.vocabulary.sources:
-        run.check(source)
+        run.inputs.check(source)
     _check_corpus(run)
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write the expanded tokenizer, its report, and the adapters and rows that training starts from."""
     language = run.config.language
-    if lost := rewritten_line(run.tokenizer("base"), script_of(language.code, language.scripts)):
+    if lost := rewritten_letters_message(run.models.tokenizer("base"), script_of(language.code, language.scripts)):
         run.progress.say(f"  warning: {lost}")
     given = run.config.vocabulary.adapter
     tokenizer, trainable, report = _learned(run) if given is None else _brought(run, Path(given))
     new_tokens = len(trainable["vocabulary.new"])
-    first = run.model_config.vocab_size
+    first = run.models.config.vocab_size
     if [number for number in token_ids(tokenizer) if number >= first] != list(range(first, first + new_tokens)):
         raise ValueError(f"the new ids of {tokenizer.source} are not the {new_tokens} from {first} on")
-    return run.peers.lead("vocabulary's files", lambda: _written(run, directory, tokenizer, trainable, report)) or {}
+    return (
+        run.peers.run_on_primary("vocabulary's files", lambda: _written(run, directory, tokenizer, trainable, report))
+        or {}
+    )
 
 
 def _written(
@@ -177,17 +186,20 @@ def _written(
     report["table"] = table = _round(run, trainable)
     # Copies train: the frozen weights stay, and with them the original model. They are copies of what the base stores,
     # whatever type the run computes in, so that what is not trained after all keeps its bits.
-    if run.lora is None:
-        trainable |= read_weights(run.base, np.float32)
+    if run.models.lora is None:
+        trainable |= read_weights(run.models.base, np.float32)
     elif run.config.embeddings == "all":
-        base = open_hf(run.base)
+        base = open_hf(run.models.base)
         for tensor in tensors(base.config):
             if tensor.path in ROWS_OF.values() and f"{tensor.path}_trained" not in trainable:
                 trainable[f"{tensor.path}_trained"] = base.read(tensor).astype(np.float32)
-    save_expanded(without_thinking(tokenizer), run.base, directory)
+    save_expanded(without_thinking(tokenizer), run.models.base, directory)
     save_arrays(directory / "trainable", trainable)
-    trained = {path: array for path, array in trainable.items() if run.trains(path)}
-    counts = {"trainable_parameters": count(trained), "frozen_parameters": count(run.frozen)}
+    trained = {path: array for path, array in trainable.items() if trains(run.config, path)}
+    counts = {
+        "trainable_parameters": count_parameters(trained),
+        "frozen_parameters": count_parameters(run.models.frozen),
+    }
     write_json(directory / "report.json", {**report, **counts})
     text = f"{report['new_tokens']} new tokens"
     if table["padding_rows"]:
@@ -197,7 +209,7 @@ def _written(
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
     readers = report.get("readers", {})
     if readers.get("transformers") == OTHER_IDS:
-        text += f"; {rebuilt(run.model_config.model_type)} (vocabulary.cuts: base is)"
+        text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base is)"
     elif readers.get("llama.cpp") == OTHER_IDS:
         text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
     if given is not None:
@@ -210,13 +222,13 @@ def _written(
 
 def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
     """Round the new rows up, with rows of 0 behind the last token; what the whole table then holds."""
-    multiple, base = run.config.vocabulary.pad_to_multiple_of, run.model_config.vocab_size
+    multiple, base = run.config.vocabulary.pad_to_multiple_of, run.models.config.vocab_size
     tokens = len(trainable["vocabulary.new"])
     padding = -tokens % multiple
     for path in ROWS_OF:
         if path in trainable:
             trainable[path] = np.pad(trainable[path], ((0, padding), (0, 0)))
-    empty = sum(stop - start for start, stop in tokenless(run.tokenizer("base"), base))
+    empty = sum(stop - start for start, stop in tokenless(run.models.tokenizer("base"), base))
     return {
         "rows": base + tokens + padding,
         "base_rows": base,
@@ -230,8 +242,8 @@ def _round(run: Run, trainable: dict[str, np.ndarray]) -> dict[str, int]:
 
 def _tables(run: Run) -> dict[str, np.ndarray]:
     """The base's rows that the new rows begin from, by the path of the new ones, as the run's dtype has them."""
-    model, dtype = open_hf(run.base), dtype_of(run.config.model.dtype)
-    tied = run.model_config.tie_word_embeddings
+    model, dtype = open_hf(run.models.base), dtype_of(run.config.model.dtype)
+    tied = run.models.config.tie_word_embeddings
     return {
         path: read_parts(model, base, [(slice(None), slice(None))], dtype)[0].astype(np.float32)
         for path, base in ROWS_OF.items()
@@ -242,16 +254,16 @@ def _tables(run: Run) -> dict[str, np.ndarray]:
 def _learned(run: Run) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, Any]]:
     """Tokens learned from the corpus; their rows, and fresh adapters."""
     config = run.config
-    documents = [text for source in config.vocabulary.corpus for text in run.read_target(source, "vocabulary")]
+    documents = [text for source in config.vocabulary.corpus for text in run.inputs.read_target(source, "vocabulary")]
     expansion = _expansion(run, documents)
-    trainable = {} if run.lora is None else initial_adapters(run.model_config, run.lora, config.seed)
+    trainable = {} if run.models.lora is None else initial_adapters(run.models.config, run.models.lora, config.seed)
     ways = _rows(run, expansion, trainable, documents)
     return expansion.tokenizer, trainable, {**expansion.report, "initial_rows": ways}
 
 
 def _expansion(run: Run, documents: list[str]) -> Expansion:
     """The tokens, learned from the corpus or brought by a tokenizer. Raises UserError."""
-    config, base = run.config, run.tokenizer("base")
+    config, base = run.config, run.models.tokenizer("base")
     english = config.vocabulary.english
     try:
         if config.vocabulary.size is None:
@@ -262,7 +274,8 @@ def _expansion(run: Run, documents: list[str]) -> Expansion:
                 expansion.report.update(tokens_per_character_before=before, tokens_per_character_after=after)
             return expansion
         with Phases(run.progress) as tell:
-            return _learn(run, documents, None if english is None else run.read_english(english, "vocabulary"), tell)
+            texts = None if english is None else run.inputs.read_english(english, "vocabulary")
+            return _learn(run, documents, texts, tell)
     except UserError as error:
         raise UserError(f"vocabulary: {error}") from None
 
@@ -274,7 +287,7 @@ def _learn(
     config = run.config
     assert config.vocabulary.size is not None
     return expand(
-        run.tokenizer("base"),
+        run.models.tokenizer("base"),
         documents,
         size=config.vocabulary.size,
         language=config.language.code,
@@ -282,7 +295,7 @@ def _learn(
         markers=list(run.markers.in_order()),
         min_count=config.vocabulary.min_count,
         cuts=config.vocabulary.cuts,
-        first_id=run.model_config.vocab_size,
+        first_id=run.models.config.vocab_size,
         english=english,
         on_progress=tell,
     )
@@ -291,18 +304,18 @@ def _learn(
 def _given_expansion(run: Run) -> Expansion:
     """That of the tokenizer that the config names. Raises UserError where it is not one of the base."""
     assert run.config.vocabulary.tokenizer is not None
-    base, found = run.tokenizer("base"), Tokenizer.load(run.config.vocabulary.tokenizer)
+    base, found = run.models.tokenizer("base"), Tokenizer.load(run.config.vocabulary.tokenizer)
     # The conversation's form is the model's, whatever the tokenizer was expanded with.
     expanded = base.derived(found.backend, source=found.source)
-    return expansion_of(base, expanded, run.markers.in_order(), first_id=run.model_config.vocab_size)
+    return expansion_of(base, expanded, run.markers.in_order(), first_id=run.models.config.vocab_size)
 
 
 def _rows(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> Ways:
     """Add the new rows to `trainable`; says how they were made."""
-    config, pieces, base = run.config.vocabulary, expansion.pieces, run.tokenizer("base")
+    config, pieces, base = run.config.vocabulary, expansion.pieces, run.models.tokenizer("base")
     counts = np.zeros(0, np.int64)
     if config.initial_rows == "weighted":
-        counts = token_counts(base, documents, 0, run.model_config.vocab_size)
+        counts = token_counts(base, documents, 0, run.models.config.vocab_size)
     for number, (path, table) in enumerate(_tables(run).items()):
         if config.initial_rows == "weighted":
             trainable[path] = weighted_rows(table, pieces, counts)
@@ -321,14 +334,14 @@ def _token_rows(run: Run) -> TokenRows:
     """The model that rows are copied from. Raises UserError for one that they cannot be copied from."""
     assert run.config.vocabulary.rows_from is not None
     try:
-        return open_token_rows(run.config.vocabulary.rows_from, run.model_config)
+        return open_token_rows(run.config.vocabulary.rows_from, run.models.config)
     except UserError as error:
         raise UserError(f"vocabulary.rows_from: {error}") from None
 
 
 def _copy(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray]) -> Ways:
     """Put the rows that another model has for the new tokens in the place of `trainable`'s."""
-    other, first = _token_rows(run), run.model_config.vocab_size
+    other, first = _token_rows(run), run.models.config.vocab_size
     tokens = [str(expansion.tokenizer.token(first + number)) for number in range(len(expansion.pieces))]
     try:
         found = other.ids(tokens)
@@ -345,7 +358,7 @@ def _brought(run: Run, adapter: Path) -> tuple[Tokenizer, dict[str, np.ndarray],
     tokenizer = Tokenizer.load(adapter)
     trainable = load_arrays(adapter / "trainable")
     markers = [marker for marker in run.markers.in_order() if tokenizer.token_id(marker) is None]
-    size = run.model_config.vocab_size
+    size = run.models.config.vocab_size
     made = 0
     if markers:
         first = size + len(trainable.get("vocabulary.new", ()))
@@ -374,13 +387,15 @@ ROWS_OF = {"vocabulary.new": "vocabulary.base", "vocabulary.output_new": "vocabu
 def _check_adapter(run: Run, adapter: Path) -> None:
     """Refuse an adapter of another base or shape than the run's. Raises UserError."""
     found = read_adapter(adapter)
-    if not found.fits(open_hf(run.base)):
-        raise UserError(f"vocabulary.adapter: {adapter} was made for another base than {run.base}; convert it again")
+    if not found.fits(open_hf(run.models.base)):
+        raise UserError(
+            f"vocabulary.adapter: {adapter} was made for another base than {run.models.base}; convert it again"
+        )
     # A config without adapters cannot name one.
-    assert run.lora is not None
+    assert run.models.lora is not None
     wanted = {"rank": found.lora.rank, "alpha": found.lora.alpha, "rslora": found.lora.rslora}
-    wrong = [f"lora.{name}={value}" for name, value in wanted.items() if getattr(run.lora, name) != value]
-    if set(found.lora.targets) != set(run.lora.targets):
+    wrong = [f"lora.{name}={value}" for name, value in wanted.items() if getattr(run.models.lora, name) != value]
+    if set(found.lora.targets) != set(run.models.lora.targets):
         wrong.append(f"lora.targets=[{','.join(found.lora.targets)}]")
     arrays = load_arrays(adapter / "trainable")
     if "vocabulary.base_trained" in arrays and run.config.embeddings != "all":
@@ -388,8 +403,13 @@ def _check_adapter(run: Run, adapter: Path) -> None:
     if wrong:
         raise UserError(f"vocabulary.adapter: {adapter} needs {' '.join(wrong)}; set it")
     # Lists what is missing or misshapen.
-    assemble(run.model_config, run.frozen, lora=run.lora, trainable=arrays)
-    tokenizer, rows, first = Tokenizer.load(adapter), len(arrays.get("vocabulary.new", ())), run.model_config.vocab_size
+    base = run.models.config
+    assemble(base, run.models.frozen, lora=run.models.lora, trainable=arrays)
+    tokenizer, rows, first = (
+        Tokenizer.load(adapter),
+        len(arrays.get("vocabulary.new", ())),
+        run.models.config.vocab_size,
+    )
     ids = token_ids(tokenizer)
     if [number for number in ids if number >= first] != list(range(first, first + rows)):
         raise UserError(
@@ -402,14 +422,15 @@ def _calibrate(
     run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str], english: Source
 ) -> Ways:
     """Give the new output rows their frequency as a prior; the tokens' counts are those in the corpus."""
-    path = "vocabulary.new" if run.model_config.tie_word_embeddings else "vocabulary.output_new"
-    split = assemble(run.model_config, run.frozen, lora=run.lora, trainable=trainable, layout=run.layout)
-    counts = token_counts(tokenizer, documents, run.model_config.vocab_size, len(trainable[path]))
+    models, base = run.models, run.models.config
+    path = "vocabulary.new" if base.tie_word_embeddings else "vocabulary.output_new"
+    split = assemble(base, models.frozen, lora=models.lora, trainable=trainable, layout=models.layout)
+    counts = token_counts(tokenizer, documents, base.vocab_size, len(trainable[path]))
     trainable[path] = calibrated(
         trainable[path],
         counts,
         text_states(split, tokenizer, documents),
-        text_states(split, tokenizer, run.read_english(english, "vocabulary")),
-        _tables(run)[path][token_ids(run.tokenizer("base"))],
+        text_states(split, tokenizer, run.inputs.read_english(english, "vocabulary")),
+        _tables(run)[path][token_ids(run.models.tokenizer("base"))],
     )
     return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}

@@ -1,10 +1,10 @@
-"""One run at a time on a store, where no kernel holds a lock: a lease that its holder renews.
+"""One run at a time on a store, which has no locks: a lease that its holder renews.
 
-Leases are numbered and the highest counts. Whoever takes over creates the next number, which a store lets only one
-do, so of two that find a stale lease one gets it; a holder that was stalled finds the higher number, and stops.
+Leases are numbered, and the highest number counts. A run takes over by creating the next number, which the store lets
+only one do: if two runs find a stale lease, one gets it. A holder that was stalled finds the higher number and stops.
 
-The clocks of two hosts are never compared: they may differ by minutes. How old a lease is, the store says by its own
-clock; from then on an observer looks, by its own clock that only runs forward, whether the lease changes.
+The clocks of two hosts are never compared: they may differ by minutes. The store gives a lease's age by its own clock;
+from then on an observer watches, by its own monotonic clock, whether the lease changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SYSTEM = ("boot", "space")
 
 
 class Lease:
-    """A context that holds a store for this process."""
+    """A context manager that reserves a store for this process."""
 
     def __init__(
         self,
@@ -44,17 +44,18 @@ class Lease:
         stale: float = STALE,
         renew: float = RENEW,
     ) -> None:
-        """watch: whether to look, where a lease is fresh, if its holder still lives.
+        """watch: whether to wait, if another lease is fresh, to see whether its holder is still alive.
 
-        A job that is started again after its host died finds its own lease: if that is fresh, it waits until it is
-        stale, and is refused as soon as the lease is renewed. Without `watch` it is refused at once.
+        A job that is started again after its host died finds its own old lease. If that is fresh, it waits until it is
+        stale, and is refused as soon as the lease is renewed. Without `watch` it is refused at once. stale, renew:
+        seconds until a lease that is not renewed is stale, and between two renewals.
         """
         self._store, self._watch, self._say, self._stale, self._renew = store, watch, say, stale, renew
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)} | _system()
         self._number = 0
         self._lost: str | None = None
-        self._signs = 0  # renewals so far, so that each changes the lease whatever the wall clock says
-        self._seen = 0.0  # when the lease was renewed last, by `_now`
+        self._renewals = 0  # written to the lease, so that it changes even if the wall clock does not
+        self._seen = 0.0  # time of the last renewal, by `_now`
         self._ended = threading.Event()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -62,7 +63,7 @@ class Lease:
     def __enter__(self) -> Lease:
         """Take the lease. Raises UserError while another run holds it."""
         first: dict[str, Any] | None = None
-        since = 0.0  # the latest moment at which `first` can have been renewed, by our clock
+        since = 0.0  # the latest time at which `first` can have been renewed, by `_now`
         while True:
             looked = _now()
             number, held = self._top()
@@ -70,15 +71,17 @@ class Lease:
                 first, since = held, self._renewed(number)
                 looked = _now()
                 if looked - since <= self._stale and self._watch:
-                    self._say(f"{_described(held)}; looking whether it still lives, for {self._stale:.0f} s at most")
-            if held is None or self._is_free(held) or (held == first and looked - since > self._stale):
+                    most = f"for at most {self._stale:.0f} s"
+                    self._say(f"{_described(held)}; waiting to see whether it is still alive, {most}")
+            is_stale = held == first and looked - since > self._stale
+            if held is None or self._is_free(held) or is_stale:
                 if self._take(number + 1):
                     break
                 continue
             if not self._watch or held != first:
                 raise UserError(f"{self._store.root}: {_described(held)}; wait for it or stop it")
             self._ended.wait(min(self._renew, self._stale) / 3)
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_loop, name="lease", daemon=True)
         self._thread.start()
         return self
 
@@ -88,7 +91,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Give it back. Nothing, where that was done."""
+        """Give the lease back; does nothing the second time."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -98,23 +101,23 @@ class Lease:
             try:
                 self._store.write(self._name(self._number), self._content(released=True))
             except Exception as failed:
-                # It goes stale by itself; what ended the run is to be heard, not this.
+                # It goes stale by itself. Raising here would hide the error that ended the run.
                 self._say(f"the lease of {self._store.root} was not given back ({failed})")
 
     def check(self) -> None:
-        """Raise UserError where another run has taken over; called before anything is made to count."""
+        """Raise UserError if another run has taken over. Call it before a write that others rely on."""
         if self._lost is None and _now() - self._seen > self._stale / 2:
-            self._sign()
+            self._renew_lease()
         if self._lost is not None:
             raise UserError(self._lost)
 
     def _is_free(self, held: dict[str, Any]) -> bool:
-        """Whether it was given back, or its holder died on this machine."""
+        """Whether the lease was given back, or its holder died on this machine."""
         here = all(self._me[key] and self._me[key] == held.get(key) for key in _SYSTEM)
         return held["released"] or (here and not is_alive(held["pid"]))
 
     def _renewed(self, number: int) -> float:
-        """The latest moment, by our clock, at which a lease can have been renewed; now, if the store cannot tell."""
+        """The latest time, by `_now`, at which a lease can have been renewed; now if the store gives no age."""
         age = self._store.age(self._name(number))
         return _now() - (age or 0.0)
 
@@ -124,7 +127,7 @@ class Lease:
             if not names:
                 return 0, None
             content = self._store.read(f"{_PLACE}/{names[-1]}")
-            if content is not None:  # otherwise cleared away just now by one that holds a higher one
+            if content is not None:  # otherwise the holder of a higher number has just removed it
                 held: dict[str, Any] = json.loads(content)
                 return int(names[-1].removesuffix(".json")), held
 
@@ -133,7 +136,7 @@ class Lease:
             return False
         numbers = [int(name.removesuffix(".json")) for name in self._store.files(_PLACE)]
         if max(numbers) > number:
-            # A slow one: the number had been taken and cleared away before.
+            # Another run had taken this number before, and a later one has removed it.
             self._store.remove(self._name(number))
             return False
         for lower in numbers:
@@ -142,29 +145,30 @@ class Lease:
         self._number, self._seen = number, _now()
         return True
 
-    def _keep(self) -> None:
+    def _renew_loop(self) -> None:
         while not self._ended.wait(self._renew) and self._lost is None:
             try:
-                self._sign()
+                self._renew_lease()
             except Exception as error:
-                # `check` asks again, and raises it where it counts.
+                # `check` renews again, and raises then.
                 self._say(f"the lease of {self._store.root} could not be renewed ({error})")
 
-    def _sign(self) -> None:
+    def _renew_lease(self) -> None:
         with self._guard:
             number, held = self._top()
             if number > self._number:
                 who = _described(held) if held is not None else "another run is at work here"
-                self._lost = f"{self._store.root}: {who}; it took over after {self._stale:.0f} s without a sign of this"
+                silence = f"{self._stale:.0f} s without a sign of life from this run"
+                self._lost = f"{self._store.root}: {who}; it took over after {silence}"
                 return
-            signed = _now()
+            now = _now()
             self._store.write(self._name(self._number), self._content())
-            self._seen = signed
+            self._seen = now
 
     def _content(self, *, released: bool = False) -> bytes:
-        # The time is for people, and for no comparison.
-        self._signs += 1
-        about = {"signs": self._signs, "renewed": time.time(), "released": released}
+        # The time is for messages; it is never compared.
+        self._renewals += 1
+        about = {"signs": self._renewals, "renewed": time.time(), "released": released}
         return json.dumps({**self._me, **about}).encode()
 
     @staticmethod
@@ -173,7 +177,7 @@ class Lease:
 
 
 def _system() -> dict[str, str | None]:
-    """What tells whether a process number is one of ours: this start of the machine, and the space of numbers."""
+    """The boot id and the pid namespace: a process id means the same process only if both are equal."""
     found: dict[str, str | None] = dict.fromkeys(_SYSTEM)
     with suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -188,5 +192,5 @@ def _described(held: dict[str, Any]) -> str:
 
 
 def _now() -> float:
-    """Seconds by a clock of this machine that only runs forward, on Linux also while the machine is suspended."""
+    """Seconds by this machine's monotonic clock, which on Linux also runs while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -1,9 +1,9 @@
-"""A local mirror of what a run leaves, and the order in which files come and go, so that no reader is misled.
+"""A local mirror of a run's files on a store; files are written and removed in an order that never misleads a reader.
 
-Beside a step's files the store has an index of them: size, SHA-256, and the tag of the very object. A step's manifest
-that says it is done is a promise that all of its files are there as the index has them; it is written last and removed
-first. A manifest that says `running`, and a file that stands alone, promise nothing about others: those are brought up
-to date in place, so that a kill in the midst of that never costs a training its place.
+With a step's files the store keeps an index of them: size, SHA-256, and the tag of the object. If a step's manifest
+says that the step is done, all of its files are as the index lists them; so the manifest is written last and removed
+first. A manifest that says `running`, and a single file, say nothing about other files. These are updated in place, so
+that a training that is killed during an update never loses its progress.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from transllm_jax.storage.store import Entry, Store
 
 MANIFEST, INDEX, CHECKPOINTS = "manifest.json", ".mirror.json", "checkpoints"
 
-# Of a step, what its training keeps on the store alone: checkpoints, and those that were found damaged.
-_THERE_ALONE = (CHECKPOINTS, "damaged")
-_SAME = "same"  # as it is on the store, when last looked
-_AHEAD = "ahead"  # here newer: a push began
-_BEHIND = "behind"  # here in parts: a pull began
-_TRANSFERS = 8  # at once
-_TRIES = 3  # to read what is being written
-# What another process, or one that died, was writing.
+# Parts of a step's directory that are on the store alone: checkpoints, and those that were found damaged.
+_STORE_ONLY = (CHECKPOINTS, "damaged")
+# States of a local copy.
+_SAME = "same"  # equal to the store's when last compared
+_PUSHING = "ahead"  # newer than the store's: a push began
+_PULLING = "behind"  # incomplete: a pull began
+_TRANSFERS = 8  # in parallel
+_TRIES = 3  # to read files that another host is writing
+# Suffixes of files that another process is writing, or was writing when it died.
 _UNFINISHED = (".part", ".partial")
 
 
-def checked(name: str) -> str:
-    """A name below the run's directory, or ValueError."""
+def check_name(name: str) -> str:
+    """The name itself. Raises ValueError if it is no path below the run's directory."""
     if not name or name != PurePosixPath(name).as_posix() or name.startswith("/") or ".." in name.split("/"):
         raise ValueError(f"{name!r} is no path below a run's directory")
     return name
 
 
-class _Moved(Exception):
-    """What was being read is not what the index says: another host writes it, or it is damaged."""
+class _Changed(Exception):
+    """An object differs from the index: another host is writing it, or it is damaged."""
 
 
 class Mirror:
-    """Pushes and pulls files and steps' directories by name. Several threads move files, one calls it."""
+    """Pushes and pulls files and steps' directories by name. Call it from one thread; it transfers in several."""
 
     def __init__(self, store: Store, local: Path, *, wait: Callable[[float], None] = time.sleep) -> None:
-        """Raises UserError where `local` mirrors another store."""
+        """Raises UserError if `local` mirrors another store."""
         self.store, self._local, self._wait = store, local, wait
-        # Called before anything is made to count; raises where the lease is lost.
+        # Called before each write that others rely on; raises if the lease is lost.
         self.check: Callable[[], None] = lambda: None
         self._path = local / INDEX
         self._hashes = FileHashes(local / ".mirror-hashes.json")
@@ -67,7 +68,7 @@ class Mirror:
     def push(self, name: str) -> int:
         """See `Workdir.push`."""
         path = self._local / name
-        if self._record["units"].get(name, {}).get("state") == _BEHIND and path.exists():
+        if self._record["units"].get(name, {}).get("state") == _PULLING and path.exists():
             raise RuntimeError(f"{path} was not pulled to its end, so it cannot be pushed")
         if path.is_dir():
             pushed = self._push_directory(name, self._files_here(path))
@@ -75,7 +76,7 @@ class Mirror:
             pushed = self._push_file(name, path)
         elif name in self._record["units"]:
             self._empty(name, checkpoints=False)
-            self._note(name, None)
+            self._set_state(name, None)
             pushed = 0
         else:
             raise ValueError(f"{path} is not there and never was, so it cannot be pushed")
@@ -88,9 +89,9 @@ class Mirror:
             try:
                 there = self._pull(name, strict=True)
                 break
-            except _Moved as moved:
+            except _Changed as changed:
                 if tried == _TRIES:
-                    there = self._pull_running(name, moved)
+                    there = self._pull_running(name, changed)
                 else:
                     self._wait(2.0**tried)
         self._hashes.write()
@@ -99,8 +100,8 @@ class Mirror:
     def remove(self, name: str) -> None:
         """See `Workdir.remove`."""
         self._empty(name, checkpoints=True)
-        # So that a pull removes what is here, if that is cut off.
-        self._note(name, {"state": _SAME})
+        # So that a pull removes the local copy if this is interrupted.
+        self._set_state(name, {"state": _SAME})
 
     def add(self, folder: str, *groups: Iterable[str]) -> None:
         """See `Workdir.add`."""
@@ -125,9 +126,9 @@ class Mirror:
         if entry is not None and known.get("sha256") == digest and known.get("tag") == entry.tag:
             return 0
         self.check()
-        self._note(name, {"state": _AHEAD})
+        self._set_state(name, {"state": _PUSHING})
         self._upload(path, name, stat)
-        self._note(name, {"state": _SAME, "sha256": digest, "tag": self.store.files(name)[""].tag})
+        self._set_state(name, {"state": _SAME, "sha256": digest, "tag": self.store.files(name)[""].tag})
         return 1
 
     def _push_directory(self, name: str, here: dict[str, Path]) -> int:
@@ -143,22 +144,21 @@ class Mirror:
             or index.get(file, {}).get("sha256") != digests[file]
             or index[file].get("tag") != there[file].tag
         }
-        gone = there.keys() - here.keys() - {INDEX}
+        removed = there.keys() - here.keys() - {INDEX}
         manifest_here = here[MANIFEST].read_bytes() if MANIFEST in here else None
         listed = {file: entry["sha256"] for file, entry in index.items()} == digests
-        if not changed and not gone and listed and manifest == manifest_here:
-            self._note(name, {"state": _SAME})
+        if not changed and not removed and listed and manifest == manifest_here:
+            self._set_state(name, {"state": _SAME})
             return 0
         self.check()
-        self._note(name, {"state": _AHEAD})
-        if _running(manifest) and manifest_here is not None:
-            pass
-        elif changed or gone or not listed:
+        self._set_state(name, {"state": _PUSHING})
+        in_place = _is_running(manifest) and manifest_here is not None
+        if not in_place and (changed or removed or not listed):
             self._withdraw(name)
         self._each(sorted(changed), lambda file: self._upload(here[file], f"{name}/{file}", stats[file]))
-        self._each(sorted(gone - {MANIFEST}), lambda file: self.store.remove(f"{name}/{file}"))
+        self._each(sorted(removed - {MANIFEST}), lambda file: self.store.remove(f"{name}/{file}"))
         self.check()
-        # The tags, so that an object that is written again is known for another one.
+        # List again for the tags, by which a later push sees that an object was replaced.
         there = self._files_there(name)
         entries = {
             file: {"size": stats[file].st_size, "sha256": digests[file]}
@@ -169,11 +169,11 @@ class Mirror:
         if manifest_here is not None:
             self.check()
             self.store.write(f"{name}/{MANIFEST}", manifest_here)
-        self._note(name, {"state": _SAME})
+        self._set_state(name, {"state": _SAME})
         return len(changed) + (manifest != manifest_here and manifest_here is not None)
 
     def _upload(self, path: Path, name: str, hashed: os.stat_result) -> None:
-        """hashed: of the file before it was hashed. What is hashed and what is uploaded are two readings."""
+        """hashed: the file's stat before it was hashed, as it may change between hashing and uploading."""
         self.store.upload(path, name)
         now = path.stat()
         if (hashed.st_size, hashed.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
@@ -198,22 +198,22 @@ class Mirror:
         index = self._index(name, there)
         manifest = self.store.read(f"{name}/{MANIFEST}") if MANIFEST in there else None
         if not index or (MANIFEST in index and manifest is None):
-            return self._pull_nothing(name, there)
-        # An index of a running step may be older than what is there.
+            return self._pull_incomplete(name, there)
+        # The index of a running step may be older than its files.
         files = (
             {file: entry["sha256"] for file, entry in index.items() if file != MANIFEST}
             if strict
             else dict.fromkeys(there.keys() - {MANIFEST, INDEX})
         )
         if strict and MANIFEST in index and _digest(manifest) != index[MANIFEST]["sha256"]:
-            raise _Moved(f"{name}/{MANIFEST}")
+            raise _Changed(f"{name}/{MANIFEST}")
         place = self._local / name
         here = self._files_here(place)
         wanted = {file for file, digest in files.items() if file not in here or self._hashes(here[file]) != digest}
         extra = here.keys() - files.keys() - {MANIFEST}
         old = here[MANIFEST].read_bytes() if MANIFEST in here else None
         if wanted or extra or old != manifest:
-            self._note(name, {"state": _BEHIND})
+            self._set_state(name, {"state": _PULLING})
             (place / MANIFEST).unlink(missing_ok=True)
             for file in extra:
                 (place / file).unlink(missing_ok=True)
@@ -223,16 +223,16 @@ class Mirror:
             )
             if manifest is not None:
                 write_bytes(place / MANIFEST, manifest)
-        self._note(name, {"state": _SAME})
+        self._set_state(name, {"state": _SAME})
         return True
 
-    def _pull_running(self, name: str, moved: _Moved) -> bool:
-        """A push of a step that is not done was cut off: each of its files is whole, and it goes on from them."""
-        if _running(self.store.read(f"{name}/{MANIFEST}")):
+    def _pull_running(self, name: str, changed: _Changed) -> bool:
+        """Pull without the index a running step whose push was interrupted: each of its files is complete."""
+        if _is_running(self.store.read(f"{name}/{MANIFEST}")):
             return self._pull(name, strict=False)
         raise UserError(
-            f"{self.store.root}/{moved} is not what was pushed; wait if another run writes it, otherwise remove "
-            f"{self.store.root}/{name} and run again to make it anew"
+            f"{self.store.root}/{changed} is not what was pushed; wait if another run writes it, otherwise remove "
+            f"{self.store.root}/{name} and run again"
         )
 
     def _pull_file(self, name: str, entry: Entry) -> bool:
@@ -241,23 +241,23 @@ class Mirror:
             return True
         digest = self._download(name, path, None)
         if self.store.files(name).get("") != entry or path.stat().st_size != entry.size:
-            raise _Moved(name)
-        self._note(name, {"state": _SAME, "sha256": digest, "tag": entry.tag})
+            raise _Changed(name)
+        self._set_state(name, {"state": _SAME, "sha256": digest, "tag": entry.tag})
         return True
 
-    def _pull_nothing(self, name: str, there: dict[str, Entry]) -> bool:
+    def _pull_incomplete(self, name: str, there: dict[str, Entry]) -> bool:
         path = self._local / name
-        if self._record["units"].get(name, {}).get("state") not in (_SAME, _BEHIND):
-            # Never there, or here newer.
+        if self._record["units"].get(name, {}).get("state") not in (_SAME, _PULLING):
+            # It never was on the store, or the local copy is newer.
             return False
         if path.is_dir():
             (path / MANIFEST).unlink(missing_ok=True)
         if not there:
-            # It was removed on the store, after it was here.
+            # It was removed from the store after it had been copied here.
             if path.is_dir():
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)
-            self._note(name, None)
+            self._set_state(name, None)
         return False
 
     def _download(self, name: str, path: Path, digest: str | None) -> str:
@@ -266,9 +266,9 @@ class Mirror:
                 self.store.download(name, part)
                 found = sha256_of(part)
                 if digest is not None and found != digest:
-                    raise _Moved(name)
+                    raise _Changed(name)
         except FileNotFoundError:
-            raise _Moved(name) from None
+            raise _Changed(name) from None
         return found
 
     # -- both
@@ -277,7 +277,7 @@ class Mirror:
         found = {}
         for folder, folders, files in os.walk(directory, followlinks=True):
             if Path(folder) == directory:
-                folders[:] = [name for name in folders if name not in _THERE_ALONE]
+                folders[:] = [name for name in folders if name not in _STORE_ONLY]
             for file in files:
                 path = Path(folder, file)
                 if not file.endswith(_UNFINISHED) and file != INDEX:
@@ -286,13 +286,13 @@ class Mirror:
 
     def _files_there(self, name: str) -> dict[str, Entry]:
         found = self.store.files(name)
-        return {file: entry for file, entry in found.items() if file.partition("/")[0] not in _THERE_ALONE}
+        return {file: entry for file, entry in found.items() if file.partition("/")[0] not in _STORE_ONLY}
 
     def _index(self, name: str, there: dict[str, Entry]) -> dict[str, dict[str, Any]]:
         content = self.store.read(f"{name}/{INDEX}") if INDEX in there else None
         return {} if content is None else dict(json.loads(content)["files"])
 
-    def _note(self, name: str, unit: dict[str, str] | None) -> None:
+    def _set_state(self, name: str, unit: dict[str, str] | None) -> None:
         units = self._record["units"]
         if units.get(name) == unit:
             return
@@ -302,7 +302,7 @@ class Mirror:
         write_json(self._path, self._record)
 
     def _each(self, files: Iterable[str], move: Callable[[str], Any]) -> None:
-        """Move files side by side; the first error ends it, without the files that were not begun."""
+        """Transfer files in parallel. After an error no further transfer is started, and the error is raised."""
         with ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="mirror") as pool:
             moves = [pool.submit(move, file) for file in files]
             try:
@@ -314,7 +314,7 @@ class Mirror:
                     moved.cancel()
 
 
-def _running(manifest: bytes | None) -> bool:
+def _is_running(manifest: bytes | None) -> bool:
     return manifest is not None and json.loads(manifest).get("state") == "running"
 
 

@@ -1,8 +1,7 @@
-"""The objects of a run in a store: whole files in and out, tried again when the network fails, errors in one line.
+"""A run's objects in a store: whole files in and out, retries after network errors, and errors in one line.
 
-It calls the fsspec filesystem that epath itself uses, not epath: an object that epath was writing when an error came
-is left cut short under its name, a listing costs one request a file, and nothing can be created only where it is not
-there yet.
+It calls the fsspec filesystem that epath uses, not epath itself. epath leaves a truncated object if an error interrupts
+a write, makes one request for each file of a listing, and cannot create an object only if it does not exist.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _REFUSED = {"401", "403"}
 
 @dataclass(frozen=True)
 class Entry:
-    """An object as a listing shows it: its size in bytes, and a tag that every writing of it changes."""
+    """An object in a listing: its size in bytes, and a tag that changes with every write."""
 
     size: int
     tag: str
@@ -44,26 +43,26 @@ class Entry:
 class Store:
     """The objects below one path of a store. Names are relative to it, with `/` between their parts.
 
-    Every method raises UserError where there is no such bucket, no permission or no credentials, and the store's own
-    error when it cannot be reached after all tries.
+    Every method raises UserError if the bucket, the permission or the credentials are missing, and the store's own
+    error if the store cannot be reached after all tries.
     """
 
     def __init__(self, root: str, *, wait: Callable[[float], None] = time.sleep) -> None:
-        """root: gs://bucket/path, or a local directory. wait: how to let seconds pass between two tries."""
+        """root: gs://bucket/path, or a local directory. wait: called with the seconds to sleep between two tries."""
         self.root = root.rstrip("/")
         self._wait = wait
         self._local = "://" not in self.root
-        # Listings are not kept, here and where orbax lists through epath: other hosts write here too.
+        # No cached listings, here or where orbax lists through epath: other hosts write here too.
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         try:
             self._fs: Any = fsspec.filesystem("file", auto_mkdir=True) if self._local else fsspec.filesystem("gcs")
         except ImportError:
             raise UserError(f"{self.root} needs gcsfs; pip install 'transllm-jax[gcs]'") from None
-        # It prints a traceback for each error that it also raises.
+        # gcsfs logs a traceback for each error that it also raises.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
     def files(self, name: str = "") -> dict[str, Entry]:
-        """What lies below a name, by the path relative to it; a lone object of that name has the path ""."""
+        """The objects below a name, by their path relative to it; an object of that very name has the path ""."""
         path = self._path(name)
         try:
             found = self._do("list", lambda: self._fs.find(path, detail=True))
@@ -75,12 +74,12 @@ class Store:
         return {
             key[start:].lstrip("/"): Entry(int(info["size"]), _tag(info))
             for key, info in found.items()
-            # A folder's placeholder, which some tools make.
+            # Some tools create an object as a placeholder for a folder.
             if not key.endswith("/")
         }
 
     def read(self, name: str) -> bytes | None:
-        """A small object, or None where there is none."""
+        """The content of a small object, or None if it does not exist."""
         try:
             content: bytes = self._do("read", lambda: self._fs.cat_file(self._path(name)))
         except FileNotFoundError:
@@ -88,9 +87,10 @@ class Store:
         return content
 
     def age(self, name: str) -> float | None:
-        """Seconds since an object was written, by the store's clock alone; None where there is none, or it cannot tell.
+        """Seconds since an object was written, by the store's clock alone; None if it does not exist or gives no time.
 
-        One request: an answer of the store has its time in its header. A local file is compared with a new one.
+        It takes one request: the header of the store's answer has its current time. A local file is compared with a
+        new one.
         """
         try:
             return self._do("read", lambda: self._age_here(name) if self._local else self._age_there(name))
@@ -98,32 +98,32 @@ class Store:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small object; it is there whole or not at all."""
+        """Write a small object, atomically."""
         self._put("write", lambda: self._place(name, content, "overwrite"))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a small object where there is none, and say whether that was so; one of two at once succeeds."""
+        """Write a small object unless it exists; returns whether it was written. Only one of two callers succeeds."""
         try:
             self._put("write", lambda: self._place(name, content, "create"))
         except FileExistsError:
-            # Ours, when an answer was lost and the library asked twice.
+            # It is ours if the first answer was lost and the library asked again.
             return self.read(name) == content
         return True
 
     def upload(self, file: Path, name: str) -> None:
-        """Copy a local file of any size into the store, piece by piece; it is there whole or not at all."""
+        """Copy a local file of any size into the store, in pieces; the object appears atomically."""
         file.stat()
         self._put("write", lambda: self._fs.put_file(str(file), self._path(name)))
 
     def download(self, name: str, file: Path) -> None:
-        """Copy an object of any size into a local file, piece by piece. Raises FileNotFoundError where there is none.
+        """Copy an object of any size into a local file, in pieces. Raises FileNotFoundError if it does not exist.
 
-        The file is cut short when this is cut short.
+        If this is interrupted, the file is truncated.
         """
         self._do("read", lambda: self._fs.get_file(self._path(name), str(file)))
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         with suppress(FileNotFoundError):
             self._do("delete", lambda: self._fs.rm_file(self._path(name)))
 
@@ -148,7 +148,7 @@ class Store:
         if not self._local:
             self._fs.pipe_file(self._path(name), content, mode=mode)
             return
-        # fsspec looks whether a local file is there, and then writes it: two could, and a reader could see it empty.
+        # fsspec first checks for a local file and then writes it: two calls could write, a reader could see it empty.
         path, part = Path(self._path(name)), self._parts() / secrets.token_hex(8)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
@@ -164,7 +164,7 @@ class Store:
         try:
             return self._do(what, call)
         except FileNotFoundError:
-            # The only thing that can be missing for a writer.
+            # Nothing but the bucket can be missing for a write.
             raise self._no_bucket() from None
 
     def _no_bucket(self) -> UserError:
@@ -183,13 +183,13 @@ class Store:
                     ) from error
                 if not _transient(error) or tried == _TRIES:
                     raise
-            # Not all hosts at once.
+            # Random, so that the hosts do not retry all at once.
             self._wait(2 ** (tried - 1) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
 
 def _tag(info: dict[str, Any]) -> str:
-    # GCS counts generations; a local file has an inode and a time.
+    # GCS numbers an object's generations; a local file has its inode and time.
     return str(info["generation"]) if "generation" in info else f"{info.get('ino')}-{info.get('mtime')}"
 
 
@@ -202,8 +202,8 @@ def _from(error: BaseException, package: str) -> bool:
 
 
 def _refusal(error: Exception) -> str | None:
-    """Why the store refused, in one line, or None where it did not."""
-    # gcsfs makes a plain OSError of code 403.
+    """One line with the reason if the error is a refusal (permission, credentials), else None."""
+    # gcsfs raises a plain OSError for status 403.
     forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden")
     without = _from(error, "google.auth") and not getattr(error, "retryable", False)
     if forbidden or without or _codes(error) & _REFUSED:

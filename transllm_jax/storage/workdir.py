@@ -1,4 +1,4 @@
-"""Where a run is written: a local directory, or a local mirror of a path on an object store."""
+"""A run's work directory: a local directory, or a local mirror of a path on an object store."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from etils import epath
 from transllm_jax.disk import is_utf8, user_cache
 from transllm_jax.errors import UserError
 from transllm_jax.storage.lease import Lease
-from transllm_jax.storage.mirror import CHECKPOINTS, Mirror, checked
+from transllm_jax.storage.mirror import CHECKPOINTS, Mirror, check_name
 from transllm_jax.storage.store import Store
 
 
 class Workdir:
-    """A run's directory. Where `remote` is None, pull, push, remove and lease do nothing."""
+    """A run's directory. If `remote` is None, pull, push, remove and lease do nothing."""
 
     def __init__(
         self, local: Path, remote: epath.Path | None = None, *, wait: Callable[[float], None] = time.sleep
     ) -> None:
-        """local: where the run is written. remote: what outlives this host; a local directory will do for a test.
+        """local: the directory that the run writes to. remote: the store; tests give a local directory.
 
-        wait: how to let seconds pass before something is tried again.
+        wait: called with the seconds to sleep before a retry.
         """
         self.local, self.remote = local, remote
         self._mirror = None if remote is None else Mirror(Store(os.fspath(remote), wait=wait), local, wait=wait)
@@ -35,54 +35,54 @@ class Workdir:
 
     @property
     def name(self) -> str:
-        """The directory as a user knows it: a path, or the store's."""
+        """The directory as the user gave it: a local path, or the store's URL."""
         return os.fspath(self.local if self.remote is None else self.remote)
 
     def checkpoints(self, stage: str) -> epath.Path:
-        """Where a stage's checkpoints lie: on the store itself, which all hosts write, never in the mirror."""
-        return (self.remote if self.remote is not None else epath.Path(self.local)) / checked(stage) / CHECKPOINTS
+        """A stage's directory of checkpoints: on the store itself, to which all hosts write, never in the mirror."""
+        return (self.remote if self.remote is not None else epath.Path(self.local)) / check_name(stage) / CHECKPOINTS
 
     def pull(self, name: str) -> bool:
-        """Make a file or a step's directory here what it is on the store; returns whether the store has it.
+        """Update the local copy of a file or a step's directory from the store; returns whether the store has it.
 
-        Where the store has none: what is here stays if the store never had it, and goes if it was removed there.
-        Raises UserError for what is damaged on the store.
+        If the store does not have it: the local copy stays if the store never had it, and is deleted if it was removed
+        there. Raises UserError if it is damaged on the store.
         """
-        return self._mirror is not None and self._mirror.pull(checked(name))
+        return self._mirror is not None and self._mirror.pull(check_name(name))
 
     def push(self, name: str) -> int:
-        """Make a file or a step's directory on the store what it is here; returns how many files were uploaded.
+        """Update the store's copy of a file or a step's directory from here; returns how many files were uploaded.
 
-        Whoever finds a step's manifest on the store, and that it is done, finds all of its files as they are here. A
-        push that was cut off is mended by the next. Checkpoints on the store are left as they are. A directory that
-        was removed here after it was pulled or pushed is removed there.
-        Raises UserError when another run has taken over.
+        A reader that finds a step's manifest on the store, with the step done, finds all of its files as they are here.
+        The next push repairs one that was interrupted. Checkpoints on the store are left as they are. A directory that
+        was removed here after it was pulled or pushed is removed there. Raises UserError if another run has taken over.
         """
-        return 0 if self._mirror is None else self._mirror.push(checked(name))
+        return 0 if self._mirror is None else self._mirror.push(check_name(name))
 
     def remove(self, name: str) -> None:
-        """Remove a step from the store, its checkpoints too, before it is begun anew. What is here stays."""
+        """Remove a step and its checkpoints from the store, before it is run again. The local copy stays."""
         if self._mirror is not None:
-            self._mirror.remove(checked(name))
+            self._mirror.remove(check_name(name))
 
     def add(self, folder: str, *groups: Iterable[str]) -> None:
-        """Put files of a folder on the store, that are not there yet; several hosts may do so at once.
+        """Upload files of a folder that the store does not have; several hosts may do so at once.
 
-        For files that never change, since their name says what they hold. A group is there before the next is begun.
+        Only for files that never change, because their name identifies their content. Each group is uploaded before the
+        next is begun.
         """
         if self._mirror is not None:
-            self._mirror.add(checked(folder), *groups)
+            self._mirror.add(check_name(folder), *groups)
 
     def fetch(self, folder: str, *groups: Iterable[str]) -> None:
-        """Bring files of a folder that `add` put there, and are not here, group after group; others are passed over."""
+        """Download files of a folder that `add` uploaded and that are not here, group by group; ignores other names."""
         if self._mirror is not None:
-            self._mirror.fetch(checked(folder), *groups)
+            self._mirror.fetch(check_name(folder), *groups)
 
     @contextmanager
     def lease(self, *, watch: bool = True, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-        """Hold the store for this process (of a pod: host 0's), in place of a lock.
+        """Reserve the store for this process (on a pod: that of host 0), in place of a lock.
 
-        Raises UserError while another run holds it; `watch` is explained at `Lease`.
+        Raises UserError if another run holds it. `watch`: see `Lease`.
         """
         if self._mirror is None:
             yield
@@ -95,39 +95,39 @@ class Workdir:
                 self._mirror.check, self._lease = lambda: None, None
 
     def release(self) -> None:
-        """Give the lease back, from another thread, before this process ends by force."""
+        """Give the lease back before this process is ended by force; for another thread."""
         if self._lease is not None:
             self._lease.release()
 
 
 def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
-    """A run's directory from what `--workdir` says: a path, or gs://bucket/path.
+    """The run's directory that `--workdir` gives: a path, or gs://bucket/path.
 
-    A path may begin with ~: a shell expands it as a word of its own, but not in a config nor in --workdir=~/runs.
-    The mirror of gs:// lies in `mirror`, `$TRANSLLM_MIRROR`, or in the user's cache directory under a hash of the url.
-    Raises UserError for another scheme, a bucket that does not exist, no permission, or no gcsfs.
+    A path may begin with ~, which a shell does not expand in --workdir=~/runs, nor in a config. The mirror of gs:// is
+    `mirror`, $TRANSLLM_MIRROR, or a directory of the user's cache named by a hash of the URL. Raises UserError for
+    another scheme, a bucket that does not exist, missing permission, or missing gcsfs.
     """
     if re.match(r"gs:/[^/]", given):
         raise UserError(f"--workdir {given}: a bucket is written gs://BUCKET/PATH, with two slashes")
     if "://" not in given:
-        # The library that writes checkpoints takes no other.
+        # orbax accepts only UTF-8.
         if not is_utf8(given):
             raise UserError(f"--workdir {given}: the path is not UTF-8; choose another")
         return Workdir(Path(given).expanduser())
     scheme, _, rest = given.partition("://")
     if scheme != "gs":
-        # Orbax takes every other url for a relative path.
+        # orbax takes any other URL for a relative path.
         raise UserError(f"--workdir {given}: checkpoints can be written to gs:// and local paths only, not {scheme}://")
     parts = [part for part in rest.split("/") if part]
     if not parts or "." in parts or ".." in parts:
         raise UserError(f"--workdir {given}: a bucket is written gs://BUCKET/PATH")
     url = "gs://" + "/".join(parts)
-    # Before anything is made here: the bucket, the permission, the library.
+    # Check bucket, permission and gcsfs before creating local files.
     Store(url).files(".lease")
     return Workdir(mirror or _mirror_of(url), epath.Path(url))
 
 
 def _mirror_of(url: str) -> Path:
-    if own := os.environ.get("TRANSLLM_MIRROR"):
-        return Path(own).expanduser()
+    if given := os.environ.get("TRANSLLM_MIRROR"):
+        return Path(given).expanduser()
     return user_cache() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -1,12 +1,12 @@
-"""The translation chain of thought: how an answer is laid out, built, read back and mended.
+"""The translation chain of thought: how an answer is laid out, built, read back and completed.
 
     a question in the target language:  <EN>question<RESPONSE>answer in English<TH>answer in the target language
     a question in English:              <RESPONSE>answer in English
     a translation instruction:          <TH>translation      (or <EN>translation)
 
-The markers are single special tokens and touch the text that follows them. So the answer behind a marker has exactly
-the ids that the original model gives it at the start of an answer, which is what is to be recovered; and no token is
-spent on a lone space. Everything here reads markers with spaces around them too.
+The markers are single special tokens, directly followed by their text. So the text after a marker has exactly the ids
+that the original model gives it at the start of an answer, which is what is to be recovered, and no token is spent on a
+lone space. Everything here also reads markers with spaces around them.
 Source: TransLLM, arXiv 2405.13923.
 """
 
@@ -20,7 +20,7 @@ from transllm_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Markers:
-    """The markers before an English text, before a text in the target language, before an English answer."""
+    """The markers before an English text, a text in the target language, and an English answer."""
 
     english: str = "<EN>"
     target: str = "<TH>"
@@ -28,11 +28,11 @@ class Markers:
 
     @classmethod
     def for_language(cls, language: str) -> Markers:
-        """The markers of a target language given as ISO code: `th` -> `<TH>`."""
+        """The markers for the ISO code of a target language: `th` -> `<TH>`."""
         return cls(target=f"<{language.upper()}>")
 
     def in_order(self) -> tuple[str, str, str]:
-        """The three markers as a chain has them: before the question, the answer, the translated answer."""
+        """The three markers in the order of a chain: before the question, the answer, the translated answer."""
         return (self.english, self.response, self.target)
 
 
@@ -76,15 +76,17 @@ def build_english_answer(answer: str, markers: Markers = MARKERS) -> str:
 
 
 def build_translation(text: str, marker: str, markers: Markers = MARKERS) -> str:
-    """A translation after `marker`, the English or the target one. Raises UserError for another marker, an
-    empty text or a marker inside it."""
+    """A translation after `marker`, the English or the target one.
+
+    Raises UserError for another marker, an empty text or a marker inside the text.
+    """
     if marker not in (markers.english, markers.target):
         raise UserError(f"{marker!r} is not a language marker: use {markers.english} or {markers.target}")
     return f"{marker}{_clean(text, 'the translation', markers)}"
 
 
 def parse(text: str, markers: Markers = MARKERS) -> Chain | None:
-    """Reads a whole chain back, None where it is malformed.
+    """Parses a whole chain; None if it is malformed.
 
     Well-formed means: the three markers once each, in order, nothing before the first one, text after each.
     """
@@ -97,10 +99,10 @@ def parse(text: str, markers: Markers = MARKERS) -> Chain | None:
 
 
 def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
-    """The marker to append so that generation goes on with a chain that stopped early.
+    """The marker to append so that generation continues a chain that stopped early.
 
-    It is the one that follows the last marker present, or the first one if there is none; None where the
-    last one is the target marker, after which nothing can follow.
+    It is the one that follows the last marker present, or the first one if there is none; None if the last one is the
+    target marker, after which no other follows.
     """
     order = markers.in_order()
     found = _pattern(markers).findall(text)
@@ -111,5 +113,5 @@ def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
 
 
 def visible(text: str, markers: Markers = MARKERS) -> str:
-    """What the user sees: the text after the last marker, stripped; all of it where there is no marker."""
+    """What the user sees: the text after the last marker, stripped; the whole text if there is no marker."""
     return _pattern(markers).split(text)[-1].strip()

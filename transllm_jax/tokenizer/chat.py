@@ -1,10 +1,10 @@
-"""Conversations as token ids, by the model's own chat template: one way for training, generation and export.
+"""Conversations as token ids, by the model's own chat template: the same for training, generation and export.
 
-The template is rendered as transformers renders it (a test compares them), with thinking switched off
+The template is rendered as in transformers (a test compares them), with thinking switched off
 (`enable_thinking=False`): a template that writes an empty block of thoughts puts it into the prompt, in training as in
-generation. Which part is the assistant's is found by rendering prefixes of the conversation. Most templates only
-append: a conversation is one row. One that rewrites earlier turns (Qwen3's takes the block out of them) makes a row of
-each answer, behind exactly the prompt that generation would have.
+generation. The assistant's parts are found by rendering prefixes of the conversation. Most templates only append, so a
+conversation is one row. If a template rewrites earlier turns (Qwen3's removes the block from them), each answer is a
+row of its own, after exactly the prompt that generation would have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transllm_jax.tokenizer.tokenizer import ROLES, Tokenizer
 class Message(TypedDict):
     """One message of a conversation; `role` is `system`, `user` or `assistant`.
 
-    An answer with `train: False` is context, and not trained on.
+    An answer with `train: False` is context and not trained on.
     """
 
     role: str
@@ -36,9 +36,9 @@ class Message(TypedDict):
 
 
 class Row(NamedTuple):
-    """A row to train on. mask: 1 where a token is of an answer that is trained, its end token included, else 0.
+    """A row to train on. mask: 1 on the tokens of trained answers, including their end tokens, else 0.
 
-    size: the UTF-8 bytes of those answers.
+    size: the UTF-8 bytes of these answers.
     """
 
     ids: list[int]
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """An answer as the template writes it: behind this prompt, with its end token; `end` is that token."""
+    """An answer as the template writes it after `prompt`, up to its end token; `end` is that token."""
 
     prompt: str
     answer: str
@@ -55,7 +55,7 @@ class _Turn(NamedTuple):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: some templates mark the assistant's part with it; it renders its body."""
+    """`{% generation %}`, with which some templates mark the assistant's part; it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -82,10 +82,10 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text by the model's chat template, as transformers does it.
+    """The conversation as text by the model's chat template, as in transformers.
 
-    That is `apply_chat_template(tokenize=False, enable_thinking=False)`, on the tokenizer's day. Raises UserError where
-    there is no template, or where the template refuses the conversation.
+    That is `apply_chat_template(tokenize=False, enable_thinking=False)`, with the tokenizer's date. Raises UserError if
+    there is no template, or if the template refuses the conversation.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.source} has no chat template: take a chat model, or add chat_template.jinja")
@@ -125,7 +125,7 @@ def _check(tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[
 
 
 def _turn(tokenizer: Tokenizer, messages: Sequence[Message], number: int) -> _Turn:
-    """The answer that is message `number`. Raises UserError for a template that answers cannot be told apart in."""
+    """The answer in message `number`. Raises UserError if answers cannot be located in the template's text."""
     prompt = render(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
     whole = render(tokenizer, messages[: number + 1])
     content = messages[number]["content"].strip()
@@ -135,7 +135,7 @@ def _turn(tokenizer: Tokenizer, messages: Sequence[Message], number: int) -> _Tu
     end = tokenizer.find_special(tail)
     problem = None
     if not whole.startswith(prompt):
-        problem = "writes another text before an answer than the prompt that generation begins from"
+        problem = "writes a text before an answer that differs from the generation prompt"
     elif start < 0:
         problem = "changes the answer's text"
     elif answer[:start].strip():
@@ -148,7 +148,7 @@ def _turn(tokenizer: Tokenizer, messages: Sequence[Message], number: int) -> _Tu
 
 
 def answer_end(tokenizer: Tokenizer) -> str | None:
-    """The special token with which the chat template ends an answer; None where there is no template.
+    """The special token with which the chat template ends an answer; None if there is no template.
 
     Raises UserError for a template that cannot be trained on.
     """
@@ -158,9 +158,9 @@ def answer_end(tokenizer: Tokenizer) -> str | None:
 
 
 def without_thinking(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with a chat template that is always rendered as it is here: with thinking switched off.
+    """The tokenizer with a chat template that always switches thinking off, as `render` does.
 
-    Whoever renders a template that knows `enable_thinking` would otherwise get prompts that were never trained.
+    Otherwise other programs that render a template with `enable_thinking` would make prompts that were never trained.
     """
     template = tokenizer.chat_template
     if template is None or "enable_thinking" not in template or template.startswith(_THINKING_OFF):
@@ -168,16 +168,16 @@ def without_thinking(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.derived(chat_template=_THINKING_OFF + template)
 
 
-# A line break after a block is no text (`trim_blocks`).
+# `trim_blocks` removes the line break after a block.
 _THINKING_OFF = "{%- set enable_thinking = false %}\n"
 
 
 def check_template(tokenizer: Tokenizer) -> None:
-    """Refuse a chat template that conversations cannot be trained on by. Raises UserError that says why."""
+    """Raise UserError, with the reason, if a conversation in this chat template cannot be trained on."""
     encode_conversation(tokenizer, _PROBE)
 
 
-# A conversation that any template must take: no system message, two turns.
+# A conversation that every template must accept: no system message, two turns.
 _PROBE: list[Message] = [
     {"role": "user", "content": "Which month follows April?"},
     {"role": "assistant", "content": "May follows it."},
@@ -196,12 +196,12 @@ def is_trained(message: Message) -> bool:
 
 
 def _segments(tokenizer: Tokenizer, messages: Sequence[Message], generate: bool) -> list[tuple[str, bool]] | None:
-    """The rendered conversation cut into (text, is trained), in order: each answer with its end token is one of them.
+    """The rendered conversation as segments (text, is trained), in order: each answer with its end token is one.
 
-    None where the template rewrites a turn once another follows it.
+    None if the template rewrites a turn when another one follows it.
     """
     segments: list[tuple[str, bool]] = []
-    done = ""  # the part of the rendered text that `segments` holds already
+    done = ""  # the rendered text that is in `segments` already
     for number in _answers(messages):
         turn = _turn(tokenizer, messages, number)
         if not turn.prompt.startswith(done):
@@ -217,8 +217,8 @@ def encode_prompt(
 ) -> list[int]:
     """The ids that generation starts from: the conversation so far and the header of the next answer.
 
-    They are the ids that `encode_conversation` puts before this answer. Raises UserError for a special token inside a
-    message (in an answer, the chain's markers are allowed).
+    `encode_conversation` puts the same ids before this answer. Raises UserError for a special token inside a message
+    (in an answer the chain's markers are allowed).
     """
     _check(tokenizer, messages, markers)
     return [i for ids, _ in _encoded(tokenizer, _prompt(tokenizer, messages)) for i in ids]
@@ -230,13 +230,13 @@ def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str
 
 
 def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iterator[tuple[list[int], bool]]:
-    """The segments' ids, each as it stands behind the one before it."""
+    """The ids of each segment, the same as when the whole conversation is encoded at once."""
     before = ""
     for text, trained in segments:
-        # Some tokens (Phi's) take the white space behind them to themselves, where the whole is encoded at once.
-        if any(before.endswith(token) for token in tokenizer.space_takers):
+        # Some special tokens (Phi's) absorb the white space after them.
+        if any(before.endswith(token) for token in tokenizer.right_stripping_tokens):
             text = text.lstrip()
-        # Behind a special token a text begins anew, as it does where the whole is encoded at once.
+        # After a special token the tokenizer treats text as the beginning of a text.
         continuing = before != "" and not any(before.endswith(token) for token in tokenizer.special_tokens)
         yield tokenizer.encode(text, continuing=continuing), trained
         before = text or before
@@ -245,13 +245,12 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[tuple[str, bool]]) -> Iter
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[str] = MARKERS.in_order()
 ) -> list[Row]:
-    """A conversation to train on: one row, or one for each trained answer where the template rewrites earlier turns.
+    """A conversation to train on: one row, or one for each trained answer if the template rewrites earlier turns.
 
-    The mask is 1 on every token of every answer that is trained, its end token included, and 0 on everything else:
-    system and user messages, headers, what the template puts after an end token. Each answer's ids follow the ids that
-    `encode_prompt` gives for what precedes it, so training sees what generation will see.
-    Raises UserError as `encode_prompt` does, where there is no answer that is trained, and for a template that answers
-    cannot be told apart in.
+    The mask is 1 on every token of every trained answer, including its end token, and 0 on everything else: system and
+    user messages, headers, and what the template writes after an end token. The ids before each answer are those of
+    `encode_prompt`, so training sees what generation will see. Raises UserError as `encode_prompt` does, if no answer
+    is trained, and if answers cannot be located in the template's text.
     """
     if not any(map(is_trained, messages)):
         raise UserError("a conversation without an assistant message has nothing to train on: drop it")
@@ -283,11 +282,10 @@ def fitting_rows(
     max_length: int,
     markers: Sequence[str] = MARKERS.in_order(),
 ) -> tuple[list[Row], int]:
-    """The rows of a conversation, and how many of its turns they leave out so that none has over `max_length` tokens.
+    """The rows of a conversation, and how many of its turns were left out so that no row exceeds `max_length` tokens.
 
-    A row loses whole turns from its end: a turn is a user message with its answer, and a question that nobody answered
-    goes with its turn. No rows where not even the first turn fits, or none that does is trained.
-    Raises UserError as `encode_conversation` does.
+    Whole turns are left out, from the end: a turn is a user message with its answer, if there is one. There are no rows
+    if not even the first turn fits, or if no turn that fits is trained. Raises UserError as `encode_conversation` does.
     """
     turns = sum(message["role"] == "user" for message in messages)
     rows = encode_conversation(tokenizer, messages, markers)

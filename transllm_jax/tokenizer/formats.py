@@ -1,4 +1,4 @@
-"""Sound files of tokenizers that are not read: what they are, and what to give in their place."""
+"""Tokenizer files in formats that are not read: says what they are, and what to give instead."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _LFS = b"version https://git-lfs.github.com/spec"
 
 
 def no_tokenizer_json(directory: Path) -> UserError:
-    """The error for a directory without tokenizer.json, which says what is there instead."""
-    there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    code = sorted(name for name in there if re.fullmatch(r"tokenization_.*\.py|.*\.tiktoken", name))
-    if "tekken.json" in there:
+    """The error for a directory without tokenizer.json, which says what it has instead."""
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    code = sorted(name for name in names if re.fullmatch(r"tokenization_.*\.py|.*\.tiktoken", name))
+    if "tekken.json" in names:
         found = f"but tekken.json, Mistral's own format, which is not read: {_HUGGING_FACE}"
-    elif {"vocab.json", "merges.txt"} <= there:
+    elif {"vocab.json", "merges.txt"} <= names:
         found = f"but vocab.json and merges.txt, which do not say how text is cut: {_WRITES} from them"
-    elif "vocab.txt" in there:
+    elif "vocab.txt" in names:
         found = "but vocab.txt, a WordPiece vocabulary: only BPE tokenizers are read; choose another model"
     elif code:
-        found = f"but {' and '.join(code)}, a tokenizer in code of its own, which is not run: {_HUGGING_FACE}"
-    elif "tokenizer.model" in there:
+        found = f"but {' and '.join(code)}, a tokenizer with code of its own, which is not run: {_HUGGING_FACE}"
+    elif "tokenizer.model" in names:
         found = f"but tokenizer.model: {_WRITES}"
     else:
         return UserError(
@@ -35,16 +35,16 @@ def no_tokenizer_json(directory: Path) -> UserError:
 
 
 def refuse_other_format(path: Path) -> None:
-    """Raises UserError for a tokenizer.model or tokenizer.json that is whole, but something else than its name says."""
+    """Raises UserError for a tokenizer.model or tokenizer.json that is intact, but not in the format of its name."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError:
-        return  # who reads it says why
+        return  # reading it will raise the error
     if head.startswith(_LFS):
-        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: fetch it (git lfs pull)")
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it (git lfs pull)")
     if path.suffix == ".model" and _TIKTOKEN.match(head):
         raise UserError(
             f"{path} is a tiktoken file (LLaMA-3's own format), which does not say how text is cut or which tokens are "
-            f"special: {_HUGGING_FACE}, as the model's other edition has"
+            f"special: {_HUGGING_FACE}, such as the model's other edition"
         )

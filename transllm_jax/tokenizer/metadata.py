@@ -1,8 +1,8 @@
-"""What stands in tokenizer_config.json beside the chat template: read as transformers reads it, and written back whole.
+"""tokenizer_config.json, apart from the chat template: read as transformers reads it, and written back completely.
 
-What an expanded tokenizer says of itself is what its base says, and the new special tokens. `add_bos_token` and
-`add_eos_token` are kept, and change nothing: beside a tokenizer.json transformers 5 does not read them, and takes what
-stands around a text from the file's post-processor. So do we (`Tokenizer.bos_ids`).
+An expanded tokenizer's config is its base's, with the new special tokens. `add_bos_token` and `add_eos_token` are kept
+without effect: if there is a tokenizer.json, transformers 5 ignores them and takes the tokens around a text from that
+file's post-processor. So do we (`Tokenizer.bos_ids`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import tokenizers
 
 from transllm_jax.disk import read_model_json
 
-# A class that takes tokenizer.json as it is.
+# A class that uses tokenizer.json unchanged.
 _GENERIC = "PreTrainedTokenizerFast"
-# Code beside the base, which is not copied, and paths of its author.
-_ELSEWHERE = frozenset({"auto_map", "tokenizer_file", "name_or_path"})
-# Classes that pad on the left unless they are told where.
+# Keys that name the base's code, which is not copied, or paths of its author.
+_NOT_COPIED = frozenset({"auto_map", "tokenizer_file", "name_or_path"})
+# Classes that pad on the left by default.
 _LEFT = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
@@ -27,8 +27,8 @@ _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, and of special_tokens_map.json, which older versions of transformers wrote.
 
-    As in transformers the second counts where the config does not list all added tokens. Raises UserError for a file
-    that is missing or unreadable.
+    As in transformers, the second is used if the config does not list all added tokens. Raises UserError for a missing
+    or unreadable file.
     """
     config = read_model_json(
         directory / "tokenizer_config.json",
@@ -37,14 +37,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config and (directory / "special_tokens_map.json").is_file():
         tokens = read_model_json(directory / "special_tokens_map.json")
         config |= {key: value if key == "extra_special_tokens" else _typed(value) for key, value in tokens.items()}
-    if (directory / "chat_template.jinja").is_file():  # which hides those of the config
+    if (directory / "chat_template.jinja").is_file():  # it overrides the templates in the config
         config.pop("chat_template", None)
     return config
 
 
-def completed(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The config with what transformers takes from the padding and truncation of tokenizer.json, and the padding side
-    of the class that it names: neither goes along otherwise."""
+def with_implied_settings(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The config with settings that transformers takes from elsewhere, and that would be lost when it is saved.
+
+    These are the padding and truncation of tokenizer.json, and the default padding side of the class in the config.
+    """
     config = dict(config)
     padding, truncation = backend.padding or {}, backend.truncation or {}
     for key, found in (
@@ -55,35 +57,35 @@ def completed(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str
         if found is not None:
             config.setdefault(key, found)
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
-    # A byte-level file makes transformers take the generic class in the place of LLaMA's.
+    # For a byte-level tokenizer.json transformers uses the generic class instead of LLaMA's.
     if name in _LEFT and (name != "LlamaTokenizer" or '"ByteLevel"' not in _pre_tokenizer(backend)):
         config.setdefault("padding_side", "left")
     return config
 
 
 def config_to_write(config: dict[str, Any]) -> dict[str, Any]:
-    """What tokenizer_config.json says of a tokenizer that is ours, without a chat template.
+    """The content of tokenizer_config.json that we write, without a chat template.
 
-    A named class such as GPT2Tokenizer rebuilds its own pre-tokenizer when transformers 5 loads it and so loses ours.
-    Cleaning up would take spaces out of a text that is decoded.
+    The class is generic, as one such as GPT2Tokenizer replaces our pre-tokenizer by its own in transformers 5. Cleaning
+    up is off, as it removes spaces from decoded text.
     """
-    kept = {key: value for key, value in config.items() if key not in _ELSEWHERE and key != "chat_template"}
+    kept = {key: value for key, value in config.items() if key not in _NOT_COPIED and key != "chat_template"}
     return {**kept, "tokenizer_class": _GENERIC, "clean_up_tokenization_spaces": False}
 
 
 def extended_config(config: dict[str, Any], base: tokenizers.Tokenizer, grown: tokenizers.Tokenizer) -> dict[str, Any]:
-    """A copy of a base's config that names the special tokens which `grown` has and `base` lacks, too."""
+    """A copy of a base's config that also names the special tokens that `grown` has and `base` lacks."""
     config = copy.deepcopy(config)
-    there = {token.content for token in base.get_added_tokens_decoder().values()}
+    known = {token.content for token in base.get_added_tokens_decoder().values()}
     new = {
         number: token
         for number, token in sorted(grown.get_added_tokens_decoder().items())
-        if token.special and token.content not in there
+        if token.special and token.content not in known
     }
     if not new:
         return config
-    # Version 4 knows the first name, version 5 both; the second wins unless it is empty, and may also be a dict of
-    # named tokens, which stand beside those of the first.
+    # transformers 4 reads the first name, 5 both; the second wins unless it is empty. The second may also be a dict of
+    # named tokens, which are in addition to those of the first.
     lists = [key for key in ("additional_special_tokens", "extra_special_tokens") if _is_filled(config.get(key))]
     for key in lists or ["additional_special_tokens"]:
         listed = list(config.get(key) or [])

@@ -1,7 +1,7 @@
-"""Letters that a base tokenizer cannot give back, because its normalizer makes others of them.
+"""Letters that a base tokenizer cannot produce, because its normalizer replaces them.
 
-NFKC takes Thai's sara am (U+0E33) apart, and a StripAccents drops tone marks: new tokens are then learned of the
-normalised text, and the model never writes the letters that its readers write. No new token can mend that.
+NFKC decomposes Thai's sara am (U+0E33), and StripAccents drops tone marks: new tokens are then learned from normalised
+text, and the model never writes the letters that its readers write. New tokens cannot fix that.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from transllm_jax.tokenizer.scripts import Script
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _SHOWN = 8
-# What SentencePiece's normalizers put before a text, in place of a space.
+# What SentencePiece's normalizers put before a text, for a space.
 _SPACE = "▁"
 
 
-def rewritten(base: Tokenizer, script: Script) -> list[str]:
-    """The script's letters, marks and digits that the base's normalizer changes, of those that texts in NFC have."""
+def rewritten_letters(base: Tokenizer, script: Script) -> list[str]:
+    """The script's letters, marks and digits that occur in NFC text and that the base's normalizer changes."""
     normalizer = base.backend.normalizer
     if normalizer is None:
         return []
@@ -31,11 +31,11 @@ def rewritten(base: Tokenizer, script: Script) -> list[str]:
     ]
 
 
-def rewritten_line(base: Tokenizer, script: Script) -> str | None:
-    """A line about these letters for whoever adds tokens; None where there are none."""
-    found = rewritten(base, script)
+def rewritten_letters_message(base: Tokenizer, script: Script) -> str | None:
+    """A warning about `rewritten_letters`, for adding tokens to this base; None if there are none."""
+    found = rewritten_letters(base, script)
     if not found:
         return None
     shown = ", ".join(f"{letter} (U+{ord(letter):04X})" for letter in found[:_SHOWN])
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"the base's normalizer makes other letters of {shown}{more}: a model with it never writes them"
+    return f"the base's normalizer replaces {shown}{more} by other letters: a model with it never writes them"

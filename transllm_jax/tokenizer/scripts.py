@@ -1,7 +1,7 @@
-"""Which characters a language is written in: the runs of text that vocabulary expansion is about.
+"""Which characters a language is written in; vocabulary expansion learns from runs of them.
 
-From a language to its scripts: CLDR's likely subtags (Babel). From a script to its code points: the Unicode character
-database (fontTools). No table of languages or code points is kept here.
+A language's scripts come from CLDR's likely subtags (Babel), a script's code points from the Unicode character database
+(fontTools). No table of languages or code points is kept here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ JOINERS = "\u200c\u200d"
 _NO_SCRIPT = frozenset({"Zyyy", "Zinh", "Zzzz"})  # common, inherited, unassigned
 _UNASSIGNED = "Zzzz"
 _LATIN = "Latn"
-_CJK_SIGNS = "CJK Symbols and Punctuation"  # mostly nobody's, with some letters: 々, 〇
+_CJK_SIGNS = "CJK Symbols and Punctuation"  # mostly of no script, with some letters: 々, 〇
 _ADDITION = re.compile("Extended|Supplement|Symbols|Forms|Extensions")
 _MARKS = (0x300, 0x36F)  # accents that are not part of a letter, for instance of Yoruba's ẹ́
 
-# Scripts of ISO 15924 that are several of Unicode's, or a variant of one.
+# Scripts of ISO 15924 that are several scripts of Unicode, or a variant of one.
 _MADE_OF: dict[str, tuple[str, ...]] = {
     "Jpan": ("Hani", "Hira", "Kana"),
     "Kore": ("Hang", "Hani"),
@@ -55,18 +55,18 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Script:
-    """What a target language is written in: its English name and code points as inclusive (first, last) pairs.
+    """What a target language is written in. language: its English name.
 
-    blocks: the Unicode blocks that are mostly of the scripts, with the digits and signs in them, without characters of
-    other scripts; of the Latin script, its letters and combining marks alone.
-    Stretches of characters that take three bytes in UTF-8 start and end at multiples of 64 where what lies between is
-    unassigned or the scripts' own: all characters that share such a character's first two bytes are then in the
-    blocks too, so a new token that holds only those two bytes cannot occur in text of any other script. Where another
-    script stands in such a stretch, an addition to the script (a block of extensions, or beyond the basic plane) is
-    left out there, and other characters are kept.
+    blocks: code points as inclusive (first, last) ranges. They are the Unicode blocks that are mostly of the scripts,
+    including their digits and signs, without characters of other scripts; for the Latin script only letters and
+    combining marks. A new token may hold only the first two bytes of a character that takes three in UTF-8. So that it
+    cannot occur in text of other scripts, ranges are extended to multiples of 64, the characters with the same first
+    two bytes, if the code points in between are unassigned or of the scripts. If such a stretch also has another
+    script, additions to the script (a block of extensions, or beyond the basic plane) are left out there, and other
+    characters are kept.
 
-    scripts: Unicode's names of them. latin: the script is English's too, so ids of English text cannot all stay.
-    shared: scripts whose text has characters with the same first two bytes, where the blocks could not be closed.
+    scripts: their names in Unicode. latin: English uses the script too, so not all ids of English text can stay.
+    shared: other scripts that have characters with the same first two bytes, where ranges could not be extended.
     """
 
     language: str
@@ -77,13 +77,13 @@ class Script:
 
     @property
     def character_class(self) -> str:
-        """The inside of a regular expression's `[...]` that matches the script's characters."""
+        """The content of a regular expression's `[...]` that matches the script's characters."""
         return "".join(f"{chr(first)}-{chr(last)}" for first, last in self.blocks)
 
     def stretch(self, characters: str | None = None) -> str:
-        """A regular expression of the script's characters in a row, with single joiners between two of them.
+        """A regular expression for a run of the script's characters, with at most one joiner between two of them.
 
-        characters: another expression of one of them.
+        characters: an expression that matches one character, in place of any of the script's.
         """
         one = characters or f"[{self.character_class}]"
         return f"{one}+(?:[{JOINERS}]{one}+)*"
@@ -100,7 +100,7 @@ def script_of(language: str, scripts: Sequence[str] = ()) -> Script:
 
     language: an ISO 639-1 or 639-3 code or a BCP-47 tag (`th`, `tha`, `zh-Hant`, `sr-Latn`, `pa-PK`). scripts: names
     of scripts (`Thai`, `Old Italic`, `Cyrl`) instead of those that the language is usually written in. Raises
-    UserError, with near misses, for a language or script that CLDR or Unicode does not know.
+    UserError, with similar names, for a language or script that CLDR or Unicode does not know.
     """
     code, usual = _parse(language)
     codes = tuple(dict.fromkeys(c for name in scripts for c in _script_codes(name))) or _MADE_OF.get(usual, (usual,))
@@ -199,7 +199,7 @@ def _script_codes(name: str) -> tuple[str, ...]:
 
 
 def _pieces(starts: Sequence[int], values: Sequence[str], first: int, last: int) -> Iterator[tuple[int, int, str]]:
-    """The parts of first..last with one value each, from fontTools' sorted starts of ranges."""
+    """Split first..last into ranges of one value each; starts, values: fontTools' sorted table of ranges."""
     place = bisect_right(starts, first) - 1
     while place < len(starts) and starts[place] <= last:
         end = starts[place + 1] - 1 if place + 1 < len(starts) else 0x10FFFF
@@ -212,18 +212,16 @@ def _scripts_in(first: int, last: int) -> Iterator[tuple[int, int, str]]:
 
 
 def _stretch(c: int) -> Range:
-    """The code points with the same first two bytes in UTF-8 (three and four bytes) as `c`."""
+    """The code points with the same first two bytes in UTF-8 as `c`, which takes three or four."""
     size = 64 if c < 0x10000 else 4096
     return c // size * size, c // size * size + size - 1
 
 
 @cache
 def _blocks(codes: frozenset[str]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
-    """Code points of the scripts as sorted ranges, and other scripts that share first bytes with them."""
+    """Code points of the scripts as sorted ranges, and the other scripts that share their first two bytes."""
     if _LATIN in codes:
-        own = (range(first, last + 1) for first, last, code in _scripts_in(0, 0xFFFF) if code in codes)
-        letters = {c for points in own for c in points if _is_letter(c)}
-        return _ranges(letters | set(range(_MARKS[0], _MARKS[1] + 1))), ()
+        return _latin_blocks(codes), ()
     chosen: set[int] = set()
     additions: set[int] = set()
     for first, last, name in _pieces(Blocks.RANGES, Blocks.VALUES, 0, 0x10FFFF):
@@ -238,7 +236,7 @@ def _blocks(codes: frozenset[str]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
             own = (range(start, end + 1) for start, end, code in found if code in codes)
             chosen |= {c for points in own for c in points if _is_letter(c)}
         elif 2 * sum(sizes[code] for code in codes) > sizes.total():
-            # Common and inherited characters of the block go with it: Arabic's vowel marks and comma, Thai's ฿.
+            # Common and inherited characters of the block are included: Arabic's vowel marks and comma, Thai's ฿.
             points = {c for start, end, code in found if code in codes | _NO_SCRIPT for c in range(start, end + 1)}
             chosen |= points - {0xFEFF}  # a byte order mark, in an Arabic block
             if first > 0xFFFF or _ADDITION.search(name):
@@ -260,8 +258,15 @@ def _blocks(codes: frozenset[str]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
     return _ranges(chosen), tuple(sorted(str(ucd.script_name(code)) for code in shared))
 
 
+def _latin_blocks(codes: frozenset[str]) -> tuple[Range, ...]:
+    """The letters of the scripts, one of which is Latin, and combining marks, as sorted ranges."""
+    points = (range(first, last + 1) for first, last, code in _scripts_in(0, 0xFFFF) if code in codes)
+    letters = {c for some in points for c in some if _is_letter(c)}
+    return _ranges(letters | set(range(_MARKS[0], _MARKS[1] + 1)))
+
+
 def _others(first: int, last: int, chosen: set[int]) -> set[str]:
-    """The scripts of assigned characters of first..last that are not among the chosen."""
+    """The scripts of the assigned characters of first..last that are not chosen."""
     return {
         code
         for start, end, code in _scripts_in(first, last)
@@ -270,7 +275,7 @@ def _others(first: int, last: int, chosen: set[int]) -> set[str]:
 
 
 def _is_letter(c: int) -> bool:
-    """A letter or letter-like number that is no compatibility variant of others (a halfwidth form, a ligature)."""
+    """Whether it is a letter or letter-like number and not a compatibility variant (a halfwidth form, a ligature)."""
     return unicodedata.category(chr(c))[0] in "LN" and unicodedata.normalize("NFKC", chr(c)) == chr(c)
 
 

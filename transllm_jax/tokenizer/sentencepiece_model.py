@@ -15,9 +15,9 @@ _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
 
 def read_model(path: str | Path) -> tuple[Any, Any]:
-    """SentencePiece's schema, and the model of a `tokenizer.model` file in it.
+    """SentencePiece's protobuf schema, and the parsed model of a `tokenizer.model` file.
 
-    Raises UserError without the extra `transllm-jax[sentencepiece]`, and for a file that is no SentencePiece model.
+    Raises UserError without the extra `transllm-jax[sentencepiece]`, and if the file is not a SentencePiece model.
     """
     try:
         from google.protobuf.message import DecodeError
@@ -28,7 +28,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
             "pip install 'transllm-jax[sentencepiece]'"
         ) from None
     refuse_other_format(Path(path))
-    message: Any = schema  # its classes are made when it is imported, which mypy does not see
+    message: Any = schema  # its classes are created on import, which mypy does not see
     model = message.ModelProto()
     try:
         model.ParseFromString(Path(path).read_bytes())
@@ -42,13 +42,13 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
 
 
 def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
-    """Write `path`: the pieces of `base`, a tokenizer.model, and behind them every further token of `tokenizer`.
+    """Write `path`: the pieces of `base`, a tokenizer.model, followed by the other tokens of `tokenizer`.
 
     New pieces score below the base's, in the order of their ids. Added tokens, such as markers, are control pieces:
-    SentencePiece never makes one from a text, whatever it spells. Ids that stand for nothing are unused pieces.
+    SentencePiece never makes one from a text, even if the text spells it. Unused ids are unused pieces.
 
-    Raises UserError without the extra `transllm-jax[sentencepiece]`, for a file that is no SentencePiece model, and for
-    one whose pieces are not the first tokens of `tokenizer`.
+    Raises UserError without the extra `transllm-jax[sentencepiece]`, if `base` is not a SentencePiece model, and if its
+    pieces are not the first tokens of `tokenizer`.
     """
     message, model = read_model(base)
     kinds = message.TrainerSpec.ModelType
@@ -60,15 +60,15 @@ def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
     for number, piece in enumerate(model.pieces):
         if tokenizer.token(number) != piece.piece:
             raise UserError(
-                f"{base} and the tokenizer.json beside it disagree: id {number} is {piece.piece!r} in the one and "
-                f"{tokenizer.token(number)!r} in the other; take both from the same place, or remove tokenizer.model"
+                f"{base} and the tokenizer.json beside it disagree: id {number} is {piece.piece!r} in the first and "
+                f"{tokenizer.token(number)!r} in the second; take both from the same place, or remove tokenizer.model"
             )
     added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
     score = np.float32(min((piece.score for piece in model.pieces), default=0.0))
     for number in range(len(model.pieces), tokenizer.vocab_size):
         token = tokenizer.token(number)
         assert token is not None, "the ids of an expanded tokenizer have no gaps"
-        # The next number below where one less is the same number (LLaMA-2 has scores of -1e9).
+        # The next lower float32 if subtracting 1 changes nothing (LLaMA-2 has scores of -1e9).
         score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
         kind = _CONTROL if token in added else _UNUSED if is_unused(token) else _NORMAL
         model.pieces.add(piece=token, score=float(score) if kind == _NORMAL else 0.0, type=kind)
@@ -77,10 +77,10 @@ def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
 
 
 def unused(number: int) -> str:
-    """The token of an id that stands for nothing. No text makes it: within a tokenizer a space is written otherwise."""
+    """The token of an unused id. No text produces it, as tokenizers replace spaces by another character."""
     return f"<unused {number}>"
 
 
 def is_unused(token: str) -> bool:
-    """Whether this is the token of an id that stands for nothing."""
+    """Whether this is the token of an unused id."""
     return token.startswith("<unused ") and token.endswith(">")

@@ -1,7 +1,7 @@
 """A tokenizer in a Hugging Face directory: tokenizer.json, tokenizer_config.json and a chat template.
 
-Encoding and decoding are the `tokenizers` library's. transformers, which takes seconds to import, is not
-needed: a saved directory is one that plain `AutoTokenizer` loads with the same ids, which a test checks.
+The `tokenizers` library encodes and decodes; transformers, which takes seconds to import, is not needed. A saved
+directory loads in plain `AutoTokenizer` with the same ids, which a test checks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.beside import check_tokens
 from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
-from transllm_jax.tokenizer.metadata import completed, config_to_write, extended_config, read_config
+from transllm_jax.tokenizer.metadata import config_to_write, extended_config, read_config, with_implied_settings
 
-# Roles of tokens that a chat template may name; of the rare ones nothing else depends on them.
+# Roles of tokens that a chat template may name; the rare ones are used by nothing else.
 RARE_ROLES = ("cls_token", "sep_token", "mask_token")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", *RARE_ROLES)
-# What ends a document in the pre-training of chat models, whose eos ends an answer: ChatML's and Llama 3's.
+# What ends a document in pre-training, if eos ends an answer: ChatML's and Llama 3's tokens.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
 
@@ -45,11 +45,11 @@ class Tokenizer:
         model_type: str | None = None,
         today: date | None = None,
     ) -> None:
-        """`config` is the content of tokenizer_config.json, `source` the name that error messages use.
+        """`config` is the content of tokenizer_config.json, `source` the name in error messages.
 
-        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `model_type`: what its
-        config.json says, on which depends who reads the tokenizer's ids (see `tokenizer.llama_cpp`). `today`: the date
-        that a chat template is told; by default that of this moment, which then stays.
+        `model_ends`: the ids that the model's own files name as eos (see `tokenizer.ends`). `model_type`: that of the
+        model's config.json, which decides which programs read the same ids (see `tokenizer.llama_cpp`). `today`: the
+        date that a chat template gets; by default the date of the call, which is kept.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -65,8 +65,8 @@ class Tokenizer:
     def load(cls, directory: str | Path, *, model: str | Path | None = None, today: date | None = None) -> Tokenizer:
         """Reads a Hugging Face tokenizer directory.
 
-        model: the directory of the model, where that is another one; its generation_config.json and config.json name
-        tokens that end an answer. today: see `Tokenizer`. Raises UserError for a missing or unreadable file.
+        model: the model's directory, if that is another one; its generation_config.json and config.json name tokens
+        that end an answer. today: see `Tokenizer`. Raises UserError for a missing or unreadable file.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -79,14 +79,14 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception for any broken file
             raise UserError(f"{path} is not a readable tokenizer file ({error}): fetch it again") from error
         check_tokens(directory, config, backend)
-        beside = directory if model is None else Path(model)
+        model_directory = directory if model is None else Path(model)
         return cls(
             backend,
-            completed(config, backend),
+            with_implied_settings(config, backend),
             _read_template(directory, config),
             str(directory),
-            model_ends=_model_ends(beside),
-            model_type=model_type_of(beside),
+            model_ends=_model_ends(model_directory),
+            model_type=model_type_of(model_directory),
             today=today,
         )
 
@@ -98,9 +98,9 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> Tokenizer:
-        """A copy with another backend, name, config or chat template; all else is this one's.
+        """A copy with another backend, name, config or chat template; everything else is as in this one.
 
-        Without a config it says of the new special tokens of a backend what this one's says of its own.
+        With a backend but no config, this one's config is extended by the backend's new special tokens.
         """
         if config is None:
             config = self.config if backend is None else extended_config(self.config, self.backend, backend)
@@ -117,14 +117,16 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-        The template also stands in tokenizer_config.json, where readers older than chat_template.jinja look.
+        The template is written to tokenizer_config.json too, for readers older than chat_template.jinja.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True) + "\n", encoding="utf-8")
         config = config_to_write(self.config)
         named = self.config.get("chat_template")
-        if isinstance(named, list):  # for tools, say, beside the default; a file would hide them
+        if isinstance(
+            named, list
+        ):  # a default and others, such as one for tools; a template file would hide the others
             changed = [{**t, "template": self.chat_template} if t["name"] == "default" else t for t in named]
             config["chat_template"] = changed
         elif self.chat_template is not None:
@@ -139,34 +141,35 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, specials: bool = True, *, continuing: bool = False) -> list[int]:
-        """The ids of `text`; no special token is put around it, but one that `text` spells out IS parsed.
+        """The ids of `text`; no special token is added around it, but one that `text` spells out IS parsed.
 
-        For other people's text give `specials=False`: what spells a special token is then ordinary text. `continuing`:
-        it follows other text, so that a SentencePiece tokenizer puts no space before it, as it does at a beginning.
+        For other people's text give `specials=False`: then a special token that is spelled out is ordinary text.
+        `continuing`: the text follows other text, so a SentencePiece tokenizer must not put a space before it, as it
+        does at the beginning of a text.
         """
-        if continuing and self._inner is not None:
+        if continuing and self._without_prefix_space is not None:
             found = self._special_pattern.search(text) if specials else None
             head = text if found is None else text[: found.start()]
-            ids = list(self._inner.encode(head, add_special_tokens=False).ids) if head else []
+            ids = list(self._without_prefix_space.encode(head, add_special_tokens=False).ids) if head else []
             return ids if found is None else ids + self.encode(text[found.start() :])
-        backend = self.backend if specials else self._plain
+        backend = self.backend if specials else self._without_parsing_specials
         return list(backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Iterable[str], specials: bool = True) -> list[list[int]]:
         """`encode` of every text, on all cores."""
-        backend = self.backend if specials else self._plain
+        backend = self.backend if specials else self._without_parsing_specials
         return [list(e.ids) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """A copy that takes no special token from a text: the switch is the whole object's, not the call's."""
+    def _without_parsing_specials(self) -> tokenizers.Tokenizer:
+        """A copy that parses no special tokens: the library has a switch per object, not per call."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
         plain.encode_special_tokens = True
         return plain
 
     @cached_property
-    def _inner(self) -> tokenizers.Tokenizer | None:
-        """A copy that puts no space before a text, for ordinary text only; None where the tokenizer puts none."""
+    def _without_prefix_space(self) -> tokenizers.Tokenizer | None:
+        """A copy that puts no space before a text, for ordinary text only; None if the tokenizer itself puts none."""
         state = json.loads(self.backend.to_str())
         changed = False
         normalizer = state["normalizer"] or {}
@@ -187,16 +190,16 @@ class Tokenizer:
         return inner
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`. A character of which only a part is there becomes U+FFFD."""
+        """The text of `ids`. An incomplete character becomes U+FFFD."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token written as in tokenizer.json, None if the vocabulary lacks it."""
+        """The id of a token written as in tokenizer.json; None if the vocabulary lacks it."""
         found = self.backend.token_to_id(token)
         return None if found is None else int(found)
 
     def token(self, token_id: int) -> str | None:
-        """The token of an id, written as in tokenizer.json, None if there is no such id."""
+        """The token of an id, written as in tokenizer.json; None if there is no such id."""
         found = self.backend.id_to_token(token_id)
         return None if found is None else str(found)
 
@@ -207,8 +210,8 @@ class Tokenizer:
         return {token.content: int(i) for i, token in sorted(added.items()) if token.special}
 
     @cached_property
-    def space_takers(self) -> tuple[str, ...]:
-        """The special tokens that take the white space behind them to themselves (`rstrip`): it has no ids."""
+    def right_stripping_tokens(self) -> tuple[str, ...]:
+        """The special tokens that absorb the white space after them (`rstrip`), which gets no ids."""
         added = self.backend.get_added_tokens_decoder()
         return tuple(token.content for token in added.values() if token.special and token.rstrip)
 
@@ -233,9 +236,9 @@ class Tokenizer:
 
     @cached_property
     def eos_id(self) -> int:
-        """The token that tokenizer_config.json names as eos. What ends an answer, `tokenizer.ends` says.
+        """The token that tokenizer_config.json names as eos. For what ends an answer see `tokenizer.ends`.
 
-        Raises UserError where it names none.
+        Raises UserError if it names none.
         """
         found = self._role_id("eos_token")
         if found is None:
@@ -244,21 +247,21 @@ class Tokenizer:
 
     @cached_property
     def document_end_id(self) -> int:
-        """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, or else eos."""
+        """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, else eos."""
         found = next((token for name in _DOCUMENT_ENDS if (token := self.token_id(name)) is not None), None)
         return self.eos_id if found is None else found
 
     @property
-    def dated(self) -> bool:
-        """Whether the chat template writes the date of the day."""
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the current date."""
         return "strftime_now" in (self.chat_template or "")
 
     @cached_property
     def bos_ids(self) -> list[int]:
-        """What the tokenizer by itself puts before a text: [] for SmolLM2, [1] for LLaMA-2.
+        """The ids that the tokenizer itself puts before a text: [] for SmolLM2, [1] for LLaMA-2.
 
-        The post-processor in tokenizer.json says it. `add_bos_token` in tokenizer_config.json does not: beside a
-        tokenizer.json transformers 5 reads past it, so that DeepSeek's files, which say true, give no such token.
+        The post-processor in tokenizer.json decides. transformers 5 ignores `add_bos_token` in tokenizer_config.json if
+        there is a tokenizer.json, so DeepSeek's files, which say true, give no such token.
         """
         plain = list(self.backend.encode("a", add_special_tokens=False).ids)
         whole = list(self.backend.encode("a", add_special_tokens=True).ids)
@@ -273,39 +276,39 @@ class Tokenizer:
         return re.compile("|".join(re.escape(t) for t in longest_first) or r"(?!)")
 
     def find_special(self, text: str) -> str | None:
-        """The first special token that `text` contains, None if it contains none."""
+        """The first special token that `text` contains; None if it contains none."""
         found = self._special_pattern.search(text)
         return found.group() if found else None
 
     def without_specials(self, text: str) -> str:
-        """A text without special tokens, and without spaces at its ends."""
+        """The text without special tokens and without white space at its ends."""
         while self.find_special(text):
             text = self._special_pattern.sub("", text)
         return text.strip()
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over tokenizer.json's canonical content, the roles of tokens, the chat template.
+        """SHA-256 (hex) of tokenizer.json's canonical content, the roles of tokens and the chat template.
 
-        Of a template that writes the date, over the date too: on another day it makes other tokens of a conversation.
+        And of the date, if the template writes it: on another day a conversation has other tokens.
         """
         content = json.loads(self.backend.to_str())
         template = self.chat_template or ""
         roles = {name: self.role(name) for name in ROLES if name not in RARE_ROLES or name in template}
-        known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.dated else [])]
+        known = [content, roles, self.chat_template, *([self.today.isoformat()] if self.writes_date else [])]
         canonical = json.dumps(known, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def model_type_of(directory: Path) -> str | None:
-    """What a directory's config.json says of its kind of model; None where there is none."""
+    """The `model_type` in a directory's config.json; None if there is none."""
     path = directory / "config.json"
     found = read_model_json(path).get("model_type") if path.is_file() else None
     return found if isinstance(found, str) else None
 
 
 def _model_ends(directory: Path) -> list[int]:
-    """The ids that a model's generation_config.json and config.json name as eos, in order; none where neither is."""
+    """The ids that a model's generation_config.json and config.json name as eos, in order; empty if neither does."""
     found: list[int] = []
     for path in (directory / "generation_config.json", directory / "config.json"):
         named = read_model_json(path).get("eos_token_id") if path.is_file() else None
@@ -319,7 +322,7 @@ def _model_ends(directory: Path) -> list[int]:
 
 
 def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """The chat template from where transformers looks: chat_template.jinja, then .json, then the config."""
+    """The chat template, looked up as in transformers: chat_template.jinja, then .json, then the config."""
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     value: Any = config.get("chat_template")

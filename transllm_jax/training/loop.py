@@ -1,4 +1,4 @@
-"""The training loop: restore, then step, log, validate and save until done or told to stop."""
+"""The training loop: restore; then batch, step, log, validate and save until done or told to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from transllm_jax.choices import Remat
-from transllm_jax.data.rows.batches import Ahead, Batch
+from transllm_jax.data.rows.batches import Batch, Prefetcher
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.interrupt import Interrupt
@@ -28,6 +28,7 @@ from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Reporter, Speed
 from transllm_jax.training.record.trace import Trace
 from transllm_jax.training.step import Step, TrainState, compiler_options, initial_state, make_step
+from transllm_jax.training.validation import Validation, Watch
 
 
 class BatchSource(Protocol):
@@ -35,7 +36,7 @@ class BatchSource(Protocol):
 
     batch_size: int
 
-    def of_rows(self, k: int, places: np.ndarray) -> Batch: ...
+    def select_rows(self, k: int, places: np.ndarray) -> Batch: ...
 
     def places(self, k: int) -> list[str]: ...
 
@@ -61,30 +62,17 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Around:
-    """What a training has around it, by default nothing: it is one process's, on a directory of this host.
+class Environment:
+    """What a training runs in; by default one process and a directory of this host.
 
-    checkpoints: where they lie, if not with the rest; all processes see them. saving: called before a checkpoint is
-    written, when all that is told of its steps is. profile: steps that are traced.
+    checkpoints: their directory, which all processes see; by default `checkpoints` beside the records. before_save:
+    called before a checkpoint is written, when the records of its steps are. profile: how many steps are traced.
     """
 
     peers: Peers = field(default_factory=Peers)
     checkpoints: Any = None
-    saving: Callable[[], None] = lambda: None
+    before_save: Callable[[], None] = lambda: None
     profile: int = 0
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Validation: `measure` gives bits per byte, every so many steps; `patience` of them without a better end it.
-
-    of: says what is measured; validations of something else are not compared with these.
-    """
-
-    measure: Callable[[Flat], float]
-    every: int
-    patience: int | None = None
-    of: str = ""
 
 
 @dataclass
@@ -130,46 +118,38 @@ def train(
     interrupt: Interrupt,
     ledger: Ledger,
     watch: Watch | None = None,
-    around: Around | None = None,
+    environment: Environment | None = None,
 ) -> Outcome:
-    """Train the split's trainable arrays for `config.optimizer.steps` steps, going on from the last checkpoint.
+    """Train the split's trainable arrays for `config.optimizer.steps` steps, from the last checkpoint on.
 
-    directory: where this process tells of it; of several processes each has its own, of the same name, and what the
-    primary's holds counts. The arrays are given away: they are the training's own from then on.
+    directory: where this process writes its records; each process has one of its own, of the same name, and the
+    primary's counts. The trainable arrays are given away: they belong to the training from then on.
     Every key and batch is a function of (seed, step): a run that was killed ends with the bytes of one that was not.
-    Raises Preempted after saving, when asked to stop; Diverged where too many updates in a row had to be skipped;
+    Raises Preempted after saving, when asked to stop; Diverged when too many updates in a row had to be skipped;
     UserError for checkpoints that are all damaged, of another shape, or past the last step.
     """
-    around = around or Around()
-    peers, name = around.peers, directory.name
+    environment = environment or Environment()
+    peers, name, steps = environment.peers, directory.name, config.optimizer.steps
     placement = Placement(split.layout, config.accumulate)
-    size, places = batches.batch_size, placement.places(batches.batch_size)
+    size, rows = batches.batch_size, placement.places(batches.batch_size)
+
+    # Restore the last checkpoint, or begin.
     with ledger.spend("init"):
         step = step_of(config, split)
-        optimizer, rate = make_optimizer(config.optimizer), schedule(config.optimizer)
-        where = around.checkpoints or directory / "checkpoints"
-        checkpoints = Checkpoints(where, keep=config.keep, say=_teller(progress), peers=peers)
-        # Placed alike, a fresh state and a restored one run the same compiled program.
-        make = partial(initial_state, optimizer=optimizer)
+        where = environment.checkpoints or directory / "checkpoints"
+        checkpoints = Checkpoints(where, keep=config.keep, say=_warn(progress), peers=peers)
+        make = partial(initial_state, optimizer=make_optimizer(config.optimizer))
         shapes = placement.shapes(make, split.trainable)
-        restored = checkpoints.restore(shapes)
-        if restored is not None:
-            # What the stage began with would stand beside it to the end.
-            for array in split.trainable.values():
-                array.delete()
-        state: TrainState = restored or placement.initial(make, split.trainable)
-        frozen = split.frozen
-    first, steps = int(state.step), config.optimizer.steps
-    if done := len(read_rows(directory / "metrics.jsonl")):
-        lost = "" if first else f": it has no checkpoint, so what was logged up to line {done} is done again"
-        progress.say(f"  goes on from step {first:,}{lost}")
-    if first > steps:
-        raise UserError(
-            f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
-            f"begin the stage anew with --force {name}"
-        )
+        state = _restored(checkpoints, shapes, split) or placement.initial(make, split.trainable)
+    first = int(state.step)
+    _check_start(progress, directory, first, steps)
     ledger.mark(first)
-    peers.stands = _standing(name, checkpoints)
+    peers.last_saved = _checkpoint_of(name, checkpoints)
+    earlier = [] if watch is None else peers.share(read_rows(directory / "validation.jsonl"))
+    validation = Validation(watch, earlier, progress.say)
+    if watch is not None:
+        checkpoints.compare(validation.steps)
+
     bar = progress.task(name, total=steps, done=first, unit="step")
     reporter = Reporter(
         directory,
@@ -180,53 +160,59 @@ def train(
         skipped_in_a_row=int(state.skipped_in_a_row),
         sources=config.sources,
         speed=config.speed,
-        rate=rate,
+        rate=schedule(config.optimizer),
         places=batches.places,
         memory=used_memory,
         bar=bar,
     )
-    history = [] if watch is None else _history(peers, directory, watch, checkpoints, progress)
     agreement = Agreement(peers)
-    trace = Trace(directory / "profile", around.profile, lambda line: progress.say(f"  {line}"))
-    ahead = Ahead(lambda k: batches.of_rows(k, places), steps, config.ahead)
+    trace = Trace(directory / "profile", environment.profile, lambda line: progress.say(f"  {line}"))
+    ahead = Prefetcher(lambda k: batches.select_rows(k, rows), steps, config.ahead)
     try:
         for number in range(first, steps):
-            if watch is not None and _exhausted(history, watch.patience):
+            if validation.exhausted:
                 break
+
+            # A batch.
             started = time.perf_counter()
             with ledger.spend("data"):
                 batch = ahead[number]
             waited = time.perf_counter() - started
+
+            # A step. All processes agree whether to stop, a step after one of them was asked to.
             done = number + 1
-            last = done == steps
-            validates = watch is not None and (last or done % watch.every == 0)
+            last, due = done == steps, validation.due(done, done == steps)
             with ledger.spend("compile" if number == first else "step"):
                 with trace.step(number):
-                    state, metrics = step(state, frozen, placement.cut(batch, size))
-                # Asked once a step: what is decided by it is decided alike, here and in all processes.
+                    state, metrics = step(state, split.frozen, placement.cut(batch, size))
                 stop = agreement.tell(done, interrupt.requested)
                 trace.dispatched(metrics)
+
+                # The log; it is a step behind, so that the device never waits for the host.
                 reporter.add(number, metrics, size * batch["tokens"].shape[1], waited)
-                saves = last or validates or done % config.checkpoint_every == 0 or stop
-                if saves or number == first:
+                save = last or due or stop or done % config.checkpoint_every == 0
+                if save or number == first:
                     reporter.flush()
+
+            # Validation.
             score = None
-            if watch is not None and validates:
+            if due:
                 with ledger.spend("validate"):
-                    measured = watch.measure(state.trainable)
-                    reporter.validated(done, measured, watch.of)
-                # What is not finite is no better than anything.
+                    measured = validation.measure(state.trainable)
+                    reporter.validated(done, measured, validation.of)
                 score = measured if math.isfinite(measured) else None
-                history.append(math.inf if score is None else score)
-            if saves:
+
+            # A checkpoint.
+            if save:
                 with ledger.spend("save"):
-                    around.saving()
+                    environment.before_save()
                     checkpoints.save(state, score)
             ledger.mark(done)
-            peers.stands = _standing(name, checkpoints)
+            peers.last_saved = _checkpoint_of(name, checkpoints)
             if stop and not last:
                 raise Preempted(f"{name}: stopped at step {done} of {steps}, saved")
-        # Nothing was left to do for a stage that was killed just before it was noted as done.
+
+        # The result: the last step's arrays, or those of the best validation.
         loss = reporter.loss if math.isfinite(reporter.loss) else _last_loss(directory)
         speed, reached, skipped = reporter.tokens_per_second, int(state.step), int(state.skipped)
         best = checkpoints.best() if watch is not None else None
@@ -245,34 +231,40 @@ def train(
     return Outcome(state.trainable, reached, skipped, best, speed, loss)
 
 
-def _standing(name: str, checkpoints: Checkpoints) -> str:
-    """What is said where a process is lost."""
+def _restored(checkpoints: Checkpoints, shapes: TrainState, split: Split) -> TrainState | None:
+    """The state of the last checkpoint, placed as a fresh one, so that both run the same compiled program."""
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        # Else the initial arrays would take memory to the end.
+        for array in split.trainable.values():
+            array.delete()
+    return restored
+
+
+def _check_start(progress: Progress, directory: Path, first: int, steps: int) -> None:
+    """Say from which step the training goes on. Raises UserError for a checkpoint past the last step."""
+    name = directory.name
+    if logged := len(read_rows(directory / "metrics.jsonl")):
+        lost = "" if first else f": it has no checkpoint, so what was logged up to line {logged} is done again"
+        progress.say(f"  goes on from step {first:,}{lost}")
+    if first > steps:
+        raise UserError(
+            f"{name}: its checkpoint is at step {first}, past the {steps} steps of the config; raise {name}.steps, or "
+            f"begin the stage anew with --force {name}"
+        )
+
+
+def _checkpoint_of(name: str, checkpoints: Checkpoints) -> str:
+    """What is said when a process is lost."""
     step = checkpoints.whole
     return f"{name} has no checkpoint yet" if step is None else f"{name}: the checkpoint of step {step} stands"
 
 
-def _teller(progress: Progress) -> Callable[[str], None]:
+def _warn(progress: Progress) -> Callable[[str], None]:
     return lambda message: progress.say(f"  warning: {message}")
 
 
-def _history(peers: Peers, directory: Path, watch: Watch, checkpoints: Checkpoints, progress: Progress) -> list[float]:
-    """The validations so far of what is measured now; checkpoints have the scores of these alone."""
-    found = peers.share(read_rows(directory / "validation.jsonl"))
-    alike = [row for row in found if row.get("of", "") == watch.of]
-    if len(alike) < len(found):
-        progress.say(
-            f"  validations up to step {max(row['step'] for row in found if row not in alike)} were of other rows; the "
-            "best checkpoint is sought among those that are measured on the rows of now",
-        )
-    checkpoints.compare(row["step"] for row in alike)
-    return [math.inf if row["bits_per_byte"] is None else row["bits_per_byte"] for row in alike]
-
-
-def _exhausted(history: list[float], patience: int | None) -> bool:
-    """Whether so many validations in a row were no better than the best before them."""
-    return bool(history) and patience is not None and len(history) - 1 - history.index(min(history)) >= patience
-
-
 def _last_loss(directory: Path) -> float:
+    """The last loss that was logged: a stage killed just before it was noted as done has no step left to take."""
     losses = [row["loss"] for row in read_rows(directory / "metrics.jsonl") if row["loss"] is not None]
     return losses[-1] if losses else math.nan

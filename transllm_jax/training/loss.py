@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from transllm_jax.model.layout import AXES, SINGLE, Layout, sum_scattered
-from transllm_jax.model.vocabulary import Padding, without
+from transllm_jax.model.vocabulary import Padding, mask_padding
 
 # Tokens a chunk: at V = 50,000 a chunk's float32 logits take 50 MB, small beside a step's activations. On accelerators
 # more: each chunk passes over the gradient of the new rows.
@@ -221,7 +221,7 @@ def _log_sum_exp(h: jax.Array, base: jax.Array, new: jax.Array, label: jax.Array
     size = base.shape[0]
     left = jnp.einsum("CD,VD->CV", h, base, preferred_element_type=jnp.float32)
     right = jnp.einsum("CD,VD->CV", h, new, preferred_element_type=jnp.float32)
-    right = without(right, padding, size)
+    right = mask_padding(right, padding, size)
     peak = jnp.max(left, axis=-1)
     if new.shape[0]:
         peak = jnp.maximum(peak, jnp.max(right, axis=-1))

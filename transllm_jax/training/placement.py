@@ -41,7 +41,7 @@ class Placement:
             return SingleDeviceSharding(jax.local_devices()[0])
         # A scalar beside a parameter, such as a count, is no moment of it.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)] if leaf.ndim else []
-        return self.layout.sharding(names[-1]) if names else self.layout.everywhere
+        return self.layout.sharding(names[-1]) if names else self.layout.replicated
 
     def initial(self, make: Callable[[Flat], TrainState], trainable: Flat) -> TrainState:
         """The state that `make` gives, where it is to lie; `trainable` is where it is already."""
@@ -57,7 +57,7 @@ class Placement:
     @property
     def metrics(self) -> Any:
         """Where a step's metrics lie: every process can read them."""
-        everywhere: Any = self.layout.everywhere
+        everywhere: Any = self.layout.replicated
         return None if self.layout.mesh is None else Metrics(*[everywhere] * len(Metrics._fields))
 
     def shape(self, *shape: int) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Placement:
     @property
     def batch_sharding(self) -> Sharding | None:
         """Where a field of a batch lies."""
-        return self.layout.rows(parts=self.accumulate > 1)
+        return self.layout.batch_sharding(parts=self.accumulate > 1)
 
     def places(self, batch_size: int) -> np.ndarray:
         """The rows of a batch that this process's devices hold, in order."""

@@ -13,7 +13,7 @@ import optax
 from transllm_jax.choices import Remat
 from transllm_jax.model.layout import Layout
 from transllm_jax.model.parameters import BASE_ROWS, Flat, merge
-from transllm_jax.model.vocabulary import held
+from transllm_jax.model.vocabulary import zero_padding
 from transllm_jax.training.loss import cross_entropy
 from transllm_jax.training.optimizer import Rate
 
@@ -230,7 +230,10 @@ def make_step(
 
         def hold(changes: Flat) -> Flat:
             # Base rows without a token stay as they are, where base rows train.
-            return {path: held(change, padding) if path in _BASE_TABLES else change for path, change in changes.items()}
+            return {
+                path: zero_padding(change, padding) if path in _BASE_TABLES else change
+                for path, change in changes.items()
+            }
 
         gradient = hold(jax.tree.map(lambda g: g / divisor, sums.gradient))
         norm, loss = optax.tree.norm(gradient), jnp.sum(sums.losses) / divisor

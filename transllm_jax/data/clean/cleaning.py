@@ -1,7 +1,7 @@
-"""What is wrong with one document, pair or conversation, as text to train on.
+"""Why one document, pair or conversation is left out of training.
 
-All here looks at one item alone, so worker processes do it. What needs all items, duplicates, is in
-`transllm_jax.data.clean.near_duplicates`; `text_of` says what those are found by.
+Everything here looks at one item at a time, so worker processes can do it. Finding duplicates needs all items: see
+`transllm_jax.data.clean.near_duplicates`, which compares what `text_of` returns.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Reason = Literal["too short", "too long", "other script", "contaminated"]
 
 @dataclass(frozen=True)
 class Rules:
-    """Limits that an item must keep. Plain values: they are part of the key of a cache.
+    """Limits that an item must keep. Plain values: they are part of a cache key.
 
-    min_characters, max_characters: code points, white space at both ends apart; None is no limit. scripts: Unicode's
-    names (`Thai`) or codes. min_script_share: 0 to 1, of the letters and marks that are of one of these scripts; 0 lets
-    any text through. Raises UserError for limits that no text can keep, or a script that is unknown.
+    min_characters, max_characters: code points, without white space at either end; None is no limit. scripts: Unicode's
+    names (`Thai`) or codes. min_script_share: 0 to 1, the share of letters and marks that must be of these scripts; 0
+    accepts any text. Raises UserError for limits that no text can keep and for an unknown script.
     """
 
     min_characters: int = 0
@@ -59,7 +59,7 @@ class Rules:
 
 
 def reason(item: Item, rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
-    """Why an item of any kind is to be left out: the first reason that holds, or None. See the kinds' functions."""
+    """Why an item of any kind is left out: the first reason that applies, or None. See the function of each kind."""
     if isinstance(item, str):
         return text_reason(item, rules, evaluation)
     if isinstance(item, tuple):
@@ -68,12 +68,12 @@ def reason(item: Item, rules: Rules, evaluation: EvaluationTexts | None = None) 
 
 
 def text_reason(text: str, rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
-    """Of a document, by all of its text."""
+    """Why a document is left out, judged by its whole text."""
     return _length(text, rules) or _script(text, rules) or _contamination(text, evaluation)
 
 
 def pair_reason(pair: tuple[str, str], rules: Rules, evaluation: EvaluationTexts | None = None) -> Reason | None:
-    """Of a pair (English, target): each side must keep the lengths, the target the script, both the evaluation sets."""
+    """Why a pair (English, target) is left out: length of each side, script of the target, contamination of both."""
     english, target = pair
     lengths = _length(english, rules) or _length(target, rules)
     return lengths or _script(target, rules) or _contamination(text_of(pair), evaluation)
@@ -82,13 +82,13 @@ def pair_reason(pair: tuple[str, str], rules: Rules, evaluation: EvaluationTexts
 def conversation_reason(
     messages: Sequence[Message], rules: Rules, evaluation: EvaluationTexts | None = None
 ) -> Reason | None:
-    """Of a conversation, by the contents of all its messages together; not by script, as it is often English."""
+    """Why a conversation is left out, judged by all its contents together; not by script, as it is often English."""
     text = text_of(messages)
     return _length(text, rules) or _contamination(text, evaluation)
 
 
 def text_of(item: Item) -> str:
-    """The whole text of an item, which its duplicates are found by: both sides, or all contents, a line each."""
+    """The whole text of an item, by which duplicates are found: both sides, or all contents, one per line."""
     if isinstance(item, str):
         return item
     if isinstance(item, tuple):
@@ -97,9 +97,9 @@ def text_of(item: Item) -> str:
 
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:
-    """The share of a text's letters and marks that are of one of the scripts, 0 to 1; 0 for a text without any."""
-    _, other, own = np.bincount(_kinds(scripts)[code_points(text)], minlength=3).tolist()
-    return own / (own + other) if own else 0.0
+    """The share of a text's letters and marks that are of one of the scripts, 0 to 1; 0 if it has none."""
+    _, outside, inside = np.bincount(_kinds(scripts)[code_points(text)], minlength=3).tolist()
+    return inside / (inside + outside) if inside else 0.0
 
 
 def _length(text: str, rules: Rules) -> Reason | None:
@@ -130,9 +130,9 @@ def _points(script: str) -> np.ndarray:
 
 @cache
 def _kinds(scripts: tuple[str, ...]) -> np.ndarray:
-    """Of every code point: 0 neither letter nor mark, 1 a letter or mark, 2 one of the scripts; uint8 [0x110000]."""
-    own = np.zeros(len(categories()), bool)
-    for script in scripts:  # one by one: of several together with Latin, marks would be missing
-        own[_points(script)] = True
+    """Kind of each code point: 0 neither letter nor mark, 1 of another script, 2 of one of these; uint8 [0x110000]."""
+    inside = np.zeros(len(categories()), bool)
+    for script in scripts:  # one by one: together with Latin the marks of the others would be missing
+        inside[_points(script)] = True
     letter = np.isin(categories(), np.frombuffer(b"LM", np.uint8))
-    return np.where(letter, 1 + own, 0).astype(np.uint8)
+    return np.where(letter, 1 + inside, 0).astype(np.uint8)

@@ -1,13 +1,12 @@
-"""Training text that holds texts of an evaluation set.
+"""Finds training text that contains texts of an evaluation set.
 
 Both sides are normalised (compatibility forms, case; only letters, marks and digits stay, so neither spaces nor
-punctuation hide a copy) and compared by character n-grams. A document is contaminated by an evaluation text where it
-holds at least a share of that text's distinct n-grams: a copy with a few words changed is still found, and a document
-that shares a phrase with it is not. An evaluation text shorter than an n-gram counts where all of it stands in the
-document.
+punctuation hide a copy) and compared by character n-grams. An evaluation text contaminates a document that contains at
+least a given share of the text's distinct n-grams: a copy with a few words changed is still found, and a document that
+only shares a phrase with it is not. An evaluation text shorter than an n-gram must occur in the document as a whole.
 
-Evaluation sets are small, training text is not: the n-grams of the sets are one sorted table, and a map of their
-hashes' upper bits in front of it lets few of the other n-grams through.
+Evaluation sets are small, training text is not. So the n-grams of the sets form one sorted table, and a bitmap of the
+upper bits of their hashes rules out most other n-grams before the table is searched.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import numpy as np
 from transllm_jax.data.clean.near_duplicates import code_points, ngram_hashes
 from transllm_jax.errors import UserError
 
-SHORTEST = 12  # normalised characters; a shorter text stands in many documents by chance
+SHORTEST = 12  # normalised characters; a shorter text occurs in many documents by chance
 N = 2 * SHORTEST  # characters in an n-gram, normalised: about five English words
 SHARE = 0.5
-_FORMAT = 1  # of what is found; part of the key
+_FORMAT = 1  # of the result; part of the key
 _ODD = np.uint64(0xD6E8FEB86659FD93)
 _CHUNK = 1 << 16  # characters at a time: bounds memory
 
@@ -39,7 +38,7 @@ def categories() -> np.ndarray:
 
 
 @cache
-def _stays() -> np.ndarray:
+def _is_compared() -> np.ndarray:
     """bool [0x110000]: letters, marks and digits."""
     return np.isin(categories(), np.frombuffer(b"LM", np.uint8)) | _digits()
 
@@ -52,45 +51,45 @@ def _digits() -> np.ndarray:
 
 
 def compared(text: str) -> np.ndarray:
-    """What is compared of a text: the code points of its letters, marks and digits, NFKC and case-folded, uint32 [T].
+    """The part of a text that is compared: code points of its letters, marks and digits, NFKC, case-folded, uint32 [T].
 
     Thai vowels and tones are marks.
     """
     codes = code_points(unicodedata.normalize("NFKC", text).casefold())
-    return codes[_stays()[codes]]
+    return codes[_is_compared()[codes]]
 
 
 class _Table:
-    """A set of hashes that many others are looked up in."""
+    """A set of hashes, for fast look-ups of many others."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         """hashes: uint64, sorted, without repeats."""
         self.hashes = hashes
-        # 16 to 32 slots of the map a hash: it lets at most 6 % of what is not in the set through.
+        # The bitmap has 16 to 32 slots per hash: at most 6 % of the hashes outside the set pass it.
         bits = max(16, (16 * len(hashes)).bit_length())
         self._shift = np.uint64(64 - bits)
         self._map = np.zeros(1 << bits, bool)
         self._map[hashes >> self._shift] = True
 
     def places(self, hashes: np.ndarray) -> np.ndarray:
-        """The places in the set of those of `hashes` (uint64 [n], any) that are in it: int64, rising, each once."""
-        maybe = hashes[self._map[hashes >> self._shift]]
-        if not len(maybe):
+        """The indices in the set of the `hashes` (uint64 [n], any) that it contains: int64, ascending, each once."""
+        candidates = hashes[self._map[hashes >> self._shift]]
+        if not len(candidates):
             return np.empty(0, np.int64)
-        places = np.minimum(np.searchsorted(self.hashes, maybe), len(self.hashes) - 1)
-        return np.unique(places[self.hashes[places] == maybe])
+        places = np.minimum(np.searchsorted(self.hashes, candidates), len(self.hashes) - 1)
+        return np.unique(places[self.hashes[places] == candidates])
 
 
 class EvaluationTexts:
     """Texts of evaluation sets, to be kept out of training text.
 
-    names: the sets, in the order in which they came. texts: how many texts are looked for. ignored: how many are not,
-    as they have fewer than SHORTEST letters, marks and digits. key: changes with anything that `found_in` depends on.
+    names: the sets, in the order given. texts: how many texts are looked for. ignored: how many texts are too short to
+    look for (fewer than SHORTEST letters, marks and digits). key: changes with anything that `found_in` depends on.
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]], *, share: float = SHARE) -> None:
-        """texts: (name of the evaluation set, text). share: of a text's distinct n-grams, above 0 to 1, from which on a
-        document that holds them is contaminated. Raises UserError for another share.
+        """texts: (name of the evaluation set, text). share: a document with at least this share of a text's distinct
+        n-grams is contaminated. Raises UserError unless it is above 0 and at most 1.
         """
         if not 0 < share <= 1:
             raise UserError(f"the share of n-grams for contamination is {share}: it must be above 0 and at most 1")
@@ -115,12 +114,12 @@ class EvaluationTexts:
         self.texts = len(sets) + len(shorts)
         self.key = digest.hexdigest()[:32]
         sizes = np.array([len(some) for some in grams], np.int64)
-        # The least number of n-grams; the product is rounded first, as 0.07 * 300 is a little more than 21.
+        # The n-grams that a document must have; the product is rounded first, as 0.07 * 300 is a little more than 21.
         self._needed = np.array([ceil(round(share * size, 6)) for size in sizes.tolist()], np.int64)
         self._sets = np.array(sets, np.int64)
         hashes = np.concatenate([*grams, np.empty(0, np.uint64)])
         order = np.argsort(hashes, kind="stable")
-        # Of the n-gram at place i of the table, the texts that have it are owners[offsets[i] : offsets[i + 1]].
+        # The texts with the n-gram at index i of the table are owners[offsets[i] : offsets[i + 1]].
         self._owners = np.repeat(np.arange(len(sizes)), sizes)[order]
         unique, first = np.unique(hashes[order], return_index=True)
         self._offsets = np.append(first, len(hashes))
@@ -133,7 +132,7 @@ class EvaluationTexts:
         """The name of the first evaluation set that has a text in this document, or None."""
         codes = compared(text)
         longs, shorts = [], False
-        # In chunks, which bounds memory; each ends with what the first n-gram of the next one needs.
+        # In chunks, to bound memory; they overlap so that no n-gram is lost between two of them.
         for start in range(0, max(1, len(codes) - N + 1), _CHUNK):
             halves = ngram_hashes(codes[start : start + _CHUNK + N - 1], SHORTEST)
             shorts = shorts or len(self._starts.places(halves)) > 0
@@ -148,8 +147,10 @@ class EvaluationTexts:
         return self.names[number] if number < len(self.names) else None
 
     def _first_held(self, places: np.ndarray) -> int:
-        """places: of a document's n-grams in the table. The least number of a set with a text that they make up enough
-        of; the number of sets without any."""
+        """The lowest number of a set with a text that contaminates the document; the number of sets if there is none.
+
+        places: indices in the table of the document's n-grams.
+        """
         first, counts = self._offsets[places], self._offsets[places + 1] - self._offsets[places]
         skipped = np.repeat(first - np.append(0, counts.cumsum()[:-1]), counts)
         held = np.bincount(self._owners[skipped + np.arange(len(skipped))], minlength=len(self._needed))
@@ -161,5 +162,5 @@ def _string(codes: np.ndarray) -> str:
 
 
 def _doubled(halves: np.ndarray) -> np.ndarray:
-    """Hashes of the n-grams of N characters from those of SHORTEST: uint64 [T] -> [T - SHORTEST]."""
+    """Hashes of n-grams of N characters, from those of n-grams of SHORTEST: uint64 [T] -> [T - SHORTEST]."""
     return halves[:-SHORTEST] * _ODD + halves[SHORTEST:]

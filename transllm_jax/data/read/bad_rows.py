@@ -1,4 +1,4 @@
-"""How many rows of a source may be bad, and what is said of those that were skipped."""
+"""How many rows of a source may be bad, and a summary of those that were skipped."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from transllm_jax.errors import UserError
 
-# So many rows may be bad, whatever their share: in a small file one row is several percent.
+# This many rows may be bad, whatever their share: in a small file one row is several percent.
 FEW = 10
 
 
 def check_share(source: str, good: int, skipped: Mapping[str, int], max_share: float, first: str, file: str) -> None:
-    """Refuse a source of which too many rows were skipped. Raises UserError.
+    """Raise UserError if too many rows of a source were skipped.
 
-    good: rows that were read. skipped: reason -> bad rows. first: what is wrong with the first of them. file: where
-    they are written.
+    good: number of rows that were read. skipped: reason -> number of bad rows. first: what is wrong with the first bad
+    row. file: the end of the message, which says where the bad rows are written.
     """
     bad = sum(skipped.values())
     if bad <= FEW or bad <= max_share * (good + bad):
@@ -27,7 +27,7 @@ def check_share(source: str, good: int, skipped: Mapping[str, int], max_share: f
 
 
 def first_of_each(rows: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Reason -> what is wrong with the first row of it."""
+    """Reason -> what is wrong with the first row that was skipped for it."""
     found: dict[str, str] = {}
     for row in rows:
         found.setdefault(row["reason"], row["fault"])

@@ -1,6 +1,6 @@
-"""Datasets of TFDS, prepared on disk as ArrayRecord files. Only here is that library imported.
+"""TFDS datasets, prepared on disk as ArrayRecord files. TFDS is imported only here.
 
-Neither TensorFlow nor a dataset's code is needed: what lies on disk is read as it describes itself.
+Neither TensorFlow nor a dataset's code is needed: the files on disk describe themselves.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _CLASS = re.compile(r'"pythonClassName"\s*:\s*"([^"]*)"')
 
 
 @dataclass(frozen=True)
-class CatalogPart:
-    """What a split has of one file: `count` records from `first` on (counted in the split, from 0)."""
+class TfdsPart:
+    """The records of a split that are in one file: `count` records from number `first` of the split on, from 0."""
 
     directory: str
     split: str
@@ -35,7 +35,7 @@ class CatalogPart:
     size: int
 
     def records(self, collector: Collector) -> Iterator[tuple[Record, Place]]:
-        """The records, with their numbers in the split, from 1. Bytes that are UTF-8 are strings."""
+        """The records, with their numbers in the split, from 1. UTF-8 bytes become strings."""
         place = Place(f"{self.directory} ({self.split})", self.first + 1, "record")
         source = _open(_library(self.directory), Path(self.directory)).as_data_source(split=self.split)
         for index in range(self.first, self.first + self.count):
@@ -43,52 +43,53 @@ class CatalogPart:
             try:
                 record = source[index]
             except (OSError, ValueError, RuntimeError, IndexError) as error:
-                said = " ".join(str(error).split())[:300]
-                raise UserError(f"{place} cannot be read ({said}): prepare the dataset again") from error
+                message = " ".join(str(error).split())[:300]
+                raise UserError(f"{place} cannot be read ({message}): prepare the dataset again") from error
             yield _plain(record), place
 
 
-def parts_of(name: str, split: str, data_dir: str | None, hash_of: Callable[[Path], str]) -> list[CatalogPart]:
-    """What a split of `name[/config][:version]` is made of, a part for each of its files.
+def parts_of(name: str, split: str, data_dir: str | None, hash_of: Callable[[Path], str]) -> list[TfdsPart]:
+    """The parts of a split of the dataset `name[/config][:version]`, one for each of its files.
 
-    data_dir: where datasets are prepared (TFDS's own directory by default). hash_of: a file's SHA-256. Nothing is
-    downloaded or prepared. Raises UserError for a dataset that is not prepared, a split that it lacks, and where
-    TFDS is not installed.
+    data_dir: where datasets are prepared (by default TFDS's own directory). hash_of: returns a file's SHA-256. Nothing
+    is downloaded or prepared. Raises UserError if the dataset is not prepared, if it lacks the split, and if TFDS is
+    not installed.
     """
     tfds = _library(name)
-    directory, mend = _prepared(name, Path(data_dir or str(tfds.core.constants.DATA_DIR)))
+    directory, fix = _prepared(name, Path(data_dir or str(tfds.core.constants.DATA_DIR)))
     builder = _open(tfds, directory)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(f"{directory} is prepared as {builder.info.file_format.value}, read is array_record: {mend}")
+        found = builder.info.file_format.value
+        raise UserError(f"{directory} is prepared as {found}, but only array_record is read: {fix}")
     try:
         pieces = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
         has = ", ".join(builder.info.splits) or "none"
         raise UserError(f"{directory} has no split {split!r} (it has: {has}): set split") from error
     described = hash_of(directory / "features.json")
-    parts: list[CatalogPart] = []
+    parts: list[TfdsPart] = []
     first = 0
     for piece in pieces:
         file = Path(str(piece.filename))
         origin = [builder.info.full_name, described, hash_of(file), piece.skip, piece.take]
         key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
-        parts.append(CatalogPart(str(directory), split, first, piece.take, file.name, key, file.stat().st_size))
+        parts.append(TfdsPart(str(directory), split, first, piece.take, file.name, key, file.stat().st_size))
         first += piece.take
     return parts
 
 
 def _prepared(name: str, data_dir: Path) -> tuple[Path, str]:
-    """Where a dataset lies (its newest version, if none is named), and how to prepare it.
+    """The directory of a dataset (of its newest version if `name` has none), and how to prepare it.
 
-    TFDS would look for the code of the dataset first; the directories say it all.
+    Found by the directories' names: TFDS would first look for the dataset's code.
     """
     named = _NAME.fullmatch(name)
     if named is None:
-        raise UserError(f"{name} is no name of a TFDS dataset: write NAME, NAME/CONFIG or NAME/CONFIG:1.0.0")
+        raise UserError(f"{name} is not the name of a TFDS dataset: write NAME, NAME/CONFIG or NAME/CONFIG:1.0.0")
     base, config, version = named.groups()
     full = f"{base}/{config}" if config else base
-    mend = f"tfds.builder({full!r}, data_dir={str(data_dir)!r}).download_and_prepare(file_format='array_record')"
-    mend = f"prepare it by {mend}"
+    call = f"tfds.builder({full!r}, data_dir={str(data_dir)!r}).download_and_prepare(file_format='array_record')"
+    fix = f"prepare it by {call}"
     root = data_dir / full
     versions = {
         tuple(map(int, path.parent.name.split("."))): path.parent
@@ -96,15 +97,15 @@ def _prepared(name: str, data_dir: Path) -> tuple[Path, str]:
         if _VERSION.fullmatch(path.parent.name)
     }
     if version is not None and tuple(map(int, version.split("."))) in versions:
-        return root / version, mend
+        return root / version, fix
     if versions and version is None:
-        return versions[max(versions)], mend
+        return versions[max(versions)], fix
     if versions:
-        raise UserError(f"{root} has no version {version}, but {_listed(versions.values())}: name one, or {mend}")
+        raise UserError(f"{root} has no version {version}, but {_listed(versions.values())}: name one, or {fix}")
     configs = {path.parent.parent for path in root.glob("*/*/dataset_info.json")} if config is None else set()
     if configs:
         raise UserError(f"{root} has configs: name one of {_listed(configs)}, as {base}/CONFIG")
-    raise UserError(f"TFDS dataset {name} is not prepared in {data_dir}: {mend}, or set data_dir")
+    raise UserError(f"TFDS dataset {name} is not prepared in {data_dir}: {fix}, or set data_dir")
 
 
 def _listed(paths: Iterable[Path]) -> str:
@@ -116,7 +117,7 @@ def _open(tfds: Any, directory: Path) -> Any:
     features = directory / "features.json"
     if not features.is_file():
         raise UserError(f"{directory} has no features.json: prepare the dataset again")
-    # The library imports the modules that this file names.
+    # TFDS imports the modules that this file names.
     foreign = sorted(
         {
             found
@@ -125,19 +126,17 @@ def _open(tfds: Any, directory: Path) -> Any:
         }
     )
     if foreign:
-        raise UserError(
-            f"{features} names code that is not TFDS's own ({', '.join(foreign)}): use a dataset without it"
-        )
+        raise UserError(f"{features} names code outside of TFDS ({', '.join(foreign)}): use a dataset that does not")
     return tfds.builder_from_directory(directory)
 
 
 def _plain(value: Any) -> Any:
-    """Strings, numbers, lists and dicts of what TFDS gives."""
+    """A TFDS value as strings, numbers, lists and dicts."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            return value  # an image, say; where text is wanted this is refused by its type
+            return value  # an image, say; refused by its type if it is read as text
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

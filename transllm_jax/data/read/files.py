@@ -1,4 +1,4 @@
-"""Files of text: which they are, their bytes decompressed, decoded and checked, and where each line stands."""
+"""Text files: finds them, decompresses, decodes and checks them, and gives each line with its place."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ T = TypeVar("T")
 # Category Cc without tab and line feed. Zero-width and other format characters (Cf) are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST_LINE = 64 << 20  # bytes: a file without line ends must not fill the memory
-_NOTED = 100_000  # bad rows of a shard that are kept to be written, and how much of each
-_NOTED_CHARACTERS = 2000
-_TOLD_LINES = 2000  # lines between two tellings of how far a file is read
+_NOTED = 100_000  # at most this many bad rows of a shard are kept,
+_NOTED_CHARACTERS = 2000  # and this many characters of each
+_LINES_PER_UPDATE = 2000  # lines between two calls of `on_read`
 _BLOCK = 1 << 12  # bytes that are decompressed at a time
-_ZST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes, as large corpora are
+_ZST_WINDOW = 1 << 31  # bytes: the window of `zstd --long=31`, with which large corpora are compressed
 COMPRESSED = (".gz", ".xz", ".zst")
 
 
 class Place(NamedTuple):
-    """Where an item stands: its file and its first line, or its row or record where there are no lines; from 1."""
+    """Where an item comes from: its file and its first line (row or record in files without lines), from 1."""
 
     path: str
     line: int
@@ -49,9 +49,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What a source gave: items, characters and UTF-8 bytes of their text.
+    """What was read from a source: number of items, and characters and UTF-8 bytes of their text.
 
-    normalised: items that had to be made NFC. removed: control characters taken out (with controls="remove").
+    normalised: items that were not in NFC. removed: control characters taken out (with controls="remove").
     """
 
     documents: int
@@ -64,7 +64,7 @@ class SourceReport:
 class Loaded(list[T]):
     """The items of a source, as a list, with `places` (one for each item) and a `report`.
 
-    A slice or sorted copy of it is a plain list, which knows no places.
+    A slice or sorted copy of it is a plain list without places.
     """
 
     def __init__(self, items: Iterable[T], places: Sequence[Place], report: SourceReport) -> None:
@@ -76,9 +76,9 @@ class Loaded(list[T]):
 
 
 class BadRow(UserError):
-    """What is wrong with one row of a source, and with nothing else of it.
+    """What is wrong with one row of a source; the other rows can still be read.
 
-    reason: short, one of few, to count by. row: the row itself, where it is known.
+    reason: a short category, by which bad rows are counted. row: the row itself, if known.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -86,12 +86,12 @@ class BadRow(UserError):
         self.reason = reason
         self.row: Any = None
 
-    def __reduce__(self) -> Any:  # from a process that read a part of a source
+    def __reduce__(self) -> Any:  # pickled by a process that reads a part of a source
         return BadRow, (str(self), self.reason), {"row": self.row}
 
 
-def attempt(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
-    """`make(row, *arguments)`, or what is wrong with the row."""
+def catch_bad_row(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
+    """`make(row, *arguments)`, or the BadRow that it raised."""
     try:
         return make(row, *arguments)
     except BadRow as error:
@@ -99,8 +99,8 @@ def attempt(make: Callable[..., T], row: Any, *arguments: Any) -> T | BadRow:
         return error
 
 
-def refusing(rows: Iterable[tuple[T | BadRow, Place]]) -> Iterator[tuple[T, Place]]:
-    """The rows, all of which must be good. Raises BadRow."""
+def raise_bad_rows(rows: Iterable[tuple[T | BadRow, Place]]) -> Iterator[tuple[T, Place]]:
+    """The rows; raises the first BadRow among them."""
     for row, place in rows:
         if isinstance(row, BadRow):
             raise row
@@ -108,14 +108,14 @@ def refusing(rows: Iterable[tuple[T | BadRow, Place]]) -> Iterator[tuple[T, Plac
 
 
 class Collector:
-    """Checks texts, normalises them to NFC and counts: one `take` for each item, or one `add`, which keeps it too.
+    """Checks texts, normalises them to NFC and counts them: by `take` for each item, or by `add`, which also keeps it.
 
-    on_bad_rows: whether `bad` raises what is wrong with a row, or notes it.
+    on_bad_rows: whether `refuse_or_skip` raises a bad row or notes it.
     """
 
     def __init__(self, controls: Controls, on_bad_rows: OnBadRows = "refuse") -> None:
         self.on_bad_rows = on_bad_rows
-        # The rows that were skipped, as they are written; reason -> how many there were.
+        # The rows that were skipped, as they will be written; reason -> number of skipped rows.
         self.bad_rows: list[dict[str, Any]] = []
         self.skipped: Counter[str] = Counter()
         if controls not in ("refuse", "remove"):
@@ -125,11 +125,11 @@ class Collector:
         self.places: list[Place] = []
         self.documents = 0
         self.characters = self.bytes = self.normalised = self.removed = 0
-        # Fields of records that nobody reads -> in how many records.
+        # Name of a field that is not read -> number of records that have it.
         self.ignored: Counter[str] = Counter()
 
     def check(self, text: str, place: Place) -> str:
-        """The text without control characters: refused or removed, as was asked for."""
+        """The text without control characters, which are removed, or refused with BadRow, as `controls` says."""
         found = _CONTROL.search(text)
         if found is None:
             return text
@@ -139,25 +139,25 @@ class Collector:
             return text
         code = ord(found[0])
         what = "a carriage return (U+000D)" if code == 0x0D else f"the control character U+{code:04X}"
-        mend = "save the file with Unix line ends" if code == 0x0D else "remove it"
-        mend += ", or have it removed (controls: remove; --remove-controls)"
-        raise BadRow(f"{place} has {what} at column {found.start() + 1}: {mend}", "control character")
+        fix = "save the file with Unix line ends" if code == 0x0D else "remove it"
+        fix += ", or have it removed (controls: remove; --remove-controls)"
+        raise BadRow(f"{place} has {what} at column {found.start() + 1}: {fix}", "control character")
 
-    def bad(self, error: BadRow, place: Place) -> None:
-        """Refuse a bad row, or note and skip it, as was asked for. Raises BadRow."""
+    def refuse_or_skip(self, error: BadRow, place: Place) -> None:
+        """Raise a BadRow, or note it so that the row is skipped, as `on_bad_rows` says."""
         if self.on_bad_rows == "refuse":
             raise BadRow(f"{error}; or leave such rows out (on_bad_rows: skip)", error.reason) from error
         self.skipped[error.reason] += 1
         if len(self.bad_rows) < _NOTED:
             row = error.row.decode("utf-8", "backslashreplace") if isinstance(error.row, bytes) else error.row
             row = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-            # Halves of surrogate pairs, which may be what is wrong, cannot be written.
+            # A half of a surrogate pair, which may be the fault, cannot be written as UTF-8.
             row = row[:_NOTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
             fault = str(error).encode("utf-8", "backslashreplace").decode()
             self.bad_rows.append({"place": str(place), "reason": error.reason, "fault": fault, "row": row})
 
     def take(self, item: T) -> T:
-        """The item in NFC, counted and not kept."""
+        """Count an item, and return it in NFC."""
         clean = map_texts(item, _nfc)
         self.documents += 1
         self.normalised += clean != item
@@ -167,17 +167,17 @@ class Collector:
         return clean
 
     def add(self, item: Any, place: Place) -> None:
-        """Take an item, and keep it and its place for `finish`."""
+        """Count an item, and keep it and its place for `finish`."""
         self.items.append(self.take(item))
         self.places.append(place)
 
     @property
     def report(self) -> SourceReport:
-        """What was taken so far."""
+        """The counts so far."""
         return SourceReport(self.documents, self.characters, self.bytes, self.normalised, self.removed)
 
     def finish(self, path: str | Path, what: str) -> Loaded[Any]:
-        """The items that were added. Raises UserError that names the path where there is none."""
+        """The items that were added. Raises UserError with the path if there are none."""
         if not self.items:
             raise no_items(path, what)
         return Loaded(self.items, self.places, self.report)
@@ -189,16 +189,16 @@ def no_items(path: str | Path, what: str) -> UserError:
 
 
 def _nfc(text: str) -> str:
-    # Nearly all text is NFC already, and to see that is several times as fast as to make it so.
+    # Nearly all text is in NFC already, and checking is several times as fast as normalising.
     return text if text.isascii() or unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
-# White space, and what has no width: soft hyphens, joiners, direction marks, byte order marks.
+# White space and characters without width: soft hyphens, joiners, direction marks, byte order marks.
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]*")
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen."""
+    """Whether a text has no visible character."""
     return _INVISIBLE.fullmatch(text) is not None
 
 
@@ -226,7 +226,7 @@ def map_texts(item: Any, function: Callable[[str], str]) -> Any:
 
 
 def resolve(path: str | Path) -> list[Path]:
-    """The files that a path or glob means, which may begin with ~, by name. UserError for none and for a directory."""
+    """The files that match a path or glob, sorted by name; ~ is expanded. Raises UserError for none and a directory."""
     path = os.path.expanduser(path)
     exact = Path(path)
     if exact.is_file():
@@ -240,17 +240,17 @@ def resolve(path: str | Path) -> list[Path]:
 
 
 class _Frames(io.RawIOBase):
-    """The content of a compressed file of any number of frames, one behind the other. One cut off is an EOFError.
+    """The decompressed content of a file of any number of frames in sequence. Raises EOFError for a truncated frame.
 
-    begin: what decompresses the next frame. padding: the byte that may stand between two frames. Python's own reader of
-    .xz takes whatever does not begin as a frame for the end of the file: behind padding, which xz allows, or a damaged
-    byte the rest would be missing, and nobody told.
+    begin: makes the decompressor of the next frame. padding: the byte that may occur between two frames. Python's own
+    .xz reader ends without an error at anything that is not the start of a frame, and so would lose what follows
+    padding, which xz allows, or a damaged byte.
     """
 
     def __init__(self, stream: IO[bytes], begin: Callable[[], Any], padding: bytes = b"") -> None:
         self._stream, self._begin, self._padding = stream, begin, padding
-        self._rest = memoryview(b"")  # decompressed, and not read yet
-        self._next = b""  # compressed, behind the end of a frame
+        self._rest = memoryview(b"")  # decompressed, not read yet
+        self._next = b""  # compressed, after the end of a frame
         self._frame: Any = None
 
     def readable(self) -> bool:
@@ -289,13 +289,13 @@ def _open(stream: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile | io.Buff
 
 
 def read_lines(
-    path: str | Path | Sequence[Path], collector: Collector, at: Callable[[int], None] | None = None
+    path: str | Path | Sequence[Path], collector: Collector, on_read: Callable[[int], None] | None = None
 ) -> Iterator[tuple[str | BadRow, Place]]:
-    """Lines of all files that `path` means (or of these files), without line ends.
+    """Lines of all files that match `path` (or of these files), without line ends; a BadRow in place of a bad line.
 
-    Encoding and control characters are checked; a line that is bad is given as what is wrong with it. Only U+000A ends
-    a line (the others, such as U+2028, occur inside texts). A byte order mark at the start of a file is no part of the
-    text. at: is told now and then how many bytes of the file have been read (of a compressed one, compressed bytes).
+    Encoding and control characters are checked. Only U+000A ends a line (others, such as U+2028, occur inside texts). A
+    byte order mark at the start of a file is not part of the text. on_read: called now and then with the number of
+    bytes of the file read so far (compressed bytes of a compressed file).
     """
     for file in resolve(path) if isinstance(path, str | Path) else path:
         offset = 0
@@ -306,10 +306,10 @@ def read_lines(
                     place = Place(str(file), number)
                     if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
                         raise UserError(f"{place} is longer than {_LONGEST_LINE >> 20} MiB: break the line")
-                    yield attempt(_line, raw, collector, place, offset), place
+                    yield catch_bad_row(_line, raw, collector, place, offset), place
                     offset += len(raw)
-                    if at is not None and number % _TOLD_LINES == 0:
-                        at(whole.tell())
+                    if on_read is not None and number % _LINES_PER_UPDATE == 0:
+                        on_read(whole.tell())
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
             raise UserError(f"{place} cannot be decompressed ({error}): the file is damaged, fetch it again") from error
         except OSError as error:
@@ -330,6 +330,6 @@ def _decode(raw: bytes, place: Place, offset: int) -> str:
             f"{place} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start} of "
             "the file; save it as UTF-8 (compressed files are known by their suffix, .xz, .gz or .zst)"
         )
-        # A file that begins so is in another encoding, or no text; in the midst of one it is a line's fault.
+        # On its first line the whole file is in another encoding, or not text; later only the line is bad.
         raise (UserError(fault) if place.line == 1 else BadRow(fault, "not UTF-8")) from error
     return line.removeprefix("\ufeff") if place.line == 1 else line

@@ -1,4 +1,4 @@
-"""The line of names that a table of pairs may begin with: it is no pair."""
+"""Recognises the line of column names that a table of pairs may begin with."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 
 from transllm_jax.tokenizer.scripts import is_language_name, language_name
 
-# What a column of English text is called, and one of its translations; words and their separators apart.
+# Names of a column of English text, and of a column of its translations; words of either.
 _ENGLISH = {"english", "en", "eng", "source", "src", "input"}
 _TARGET = {"target", "tgt", "trg", "translation", "translated", "output"}
 _MORE = {"text", "texts", "sentence", "sentences", "segment", "segments", "lang", "language"}
 
 
 def is_header(one: str, other: str) -> bool:
-    """Whether the two columns of a first line are their names: `source` and `target`, `en` and `th_TH`, `English` and
-    `Thai`, with words such as `text` beside them. Either column may be the English one."""
+    """Whether a first line holds the names of its two columns: `source` and `target`, `en` and `th_TH`, `English` and
+    `Thai`, possibly with words such as `text`. Either column may be the English one."""
     return {_kind(one), _kind(other)} == {"english", "target"}
 
 

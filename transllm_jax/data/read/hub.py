@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face `datasets`: local directories, and names on the hub. Only here is that library imported."""
+"""Datasets of Hugging Face `datasets`: local directories and names on the hub. The library is imported only here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from transllm_jax.data.read.files import Collector, Place
 from transllm_jax.data.read.records import Record
 from transllm_jax.errors import UserError
-from transllm_jax.hub_name import mistyped
+from transllm_jax.hub_name import hub_name_problem
 
-# Readers of the library that read text and run nothing.
+# Readers of the library that read text and run no code.
 _READERS = ("arrow", "csv", "json", "parquet", "text")
 _REVISION = re.compile("[0-9a-f]{40}")
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?")
@@ -24,7 +24,7 @@ _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A split of a dataset: of a local directory, or of a name and revision on the hub."""
+    """A split of a dataset: in a local directory, or under a name and revision on the hub."""
 
     path: str
     split: str
@@ -34,17 +34,17 @@ class Dataset:
 
     @property
     def saved(self) -> bool:
-        """Whether it is what `save_to_disk` wrote."""
+        """Whether it was written by `save_to_disk`."""
         return any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
     def builder(self) -> Any:
-        """The library's builder. Raises UserError for what it refuses, and for readers that are not of text."""
+        """The library's builder. Raises UserError if it refuses the dataset, or if its reader does not read text."""
         datasets = _library(self.path)
-        here = Path(self.path).is_dir()
-        told = "" if here else ": there is no such directory here, and on the hub it"
-        with _faults(f"{self.path}{told} cannot be opened by `datasets`"):
-            # A directory by its whole path: a relative `json` would be the library's reader of that name.
-            path = str(Path(self.path).absolute()) if here else self.path
+        local = Path(self.path).is_dir()
+        missing = "" if local else ": there is no such directory here, and on the hub it"
+        with _faults(f"{self.path}{missing} cannot be opened by `datasets`"):
+            # An absolute path: a relative one such as `json` would mean the library's reader of that name.
+            path = str(Path(self.path).absolute()) if local else self.path
             built = datasets.load_dataset_builder(path, self.config, data_dir=self.data_dir, revision=self.revision)
         reader = type(built).__module__.rpartition(".")[2]
         if reader not in _READERS:
@@ -55,7 +55,7 @@ class Dataset:
         return built
 
     def stream(self) -> Any:
-        """The split, to be iterated over. Raises UserError where there is no such split."""
+        """The split as an iterable. Raises UserError if there is no such split."""
         datasets = _library(self.path)
         where = f"{self.path}, split {self.split!r}"
         if self.saved:
@@ -66,7 +66,7 @@ class Dataset:
                         raise UserError(f"{where}: there is no such split; it has {', '.join(whole)}")
                     whole = whole[self.split]
                 elif self.split != "train":
-                    raise UserError(f"{where}: what was saved is one dataset without splits; leave split out")
+                    raise UserError(f"{where}: the saved dataset has no splits; leave split out")
                 return whole.to_iterable_dataset()
         builder = self.builder()
         with _faults(where):
@@ -75,7 +75,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class HubPart:
-    """One of the shards of a dataset; key: changes when its records may change. size: bytes on disk, or 0."""
+    """A shard of a dataset. key: changes if its records may have changed. size: bytes on disk, or 0 if unknown."""
 
     dataset: Dataset
     index: int
@@ -109,9 +109,9 @@ class HubPart:
 def parts_of(path: str, split: str, data_dir: str | None, hash_of: Callable[[Path], str]) -> list[HubPart]:
     """The shards of a dataset's split.
 
-    path: a local directory, or on the hub OWNER/NAME, OWNER/NAME/CONFIG, either with @REVISION. hash_of: a file's
-    SHA-256. Of a local directory a change of any of the split's files changes every shard's key; of a name, a new
-    revision. Raises UserError for what is not there, and where `datasets` is not installed.
+    path: a local directory, or on the hub OWNER/NAME or OWNER/NAME/CONFIG, either with @REVISION. hash_of: returns a
+    file's SHA-256. A change of any of the split's local files changes the keys of all shards; on the hub, a new
+    revision does. Raises UserError if there is no such dataset, and if `datasets` is not installed.
     """
     dataset = _dataset(path, split, data_dir)
     size = 0
@@ -121,7 +121,7 @@ def parts_of(path: str, split: str, data_dir: str | None, hash_of: Callable[[Pat
         size = sum(file.stat().st_size for file in files)
         origin = [hash_of(file) for file in files]
     count = dataset.stream().num_shards
-    # A hub name's repository can be renamed or copied: what counts is the revision, which is a hash of its content.
+    # A repository on the hub can be renamed or copied: only its revision counts, which is a hash of the content.
     origin += [dataset.revision, dataset.config, dataset.data_dir, dataset.split, count]
     return [
         HubPart(dataset, index, count, hashlib.sha256(json.dumps([*origin, index]).encode()).hexdigest(), size // count)
@@ -135,7 +135,7 @@ def _dataset(path: str, split: str, data_dir: str | None) -> Dataset:
     named = _NAME.fullmatch(path)
     if named is None or path.startswith("."):
         raise UserError(f"{path} is neither a directory nor a name on the hub: write OWNER/NAME or OWNER/NAME/CONFIG")
-    if wrong := mistyped(path):
+    if wrong := hub_name_problem(path):
         raise UserError(f"{path} does not exist: {wrong}")
     name, config, revision = named.groups()
     revision = Dataset(name, split, data_dir, config, revision).builder().hash
@@ -154,9 +154,7 @@ def _files(dataset: Dataset) -> list[Path]:
     described = [root / name for name in ("README.md", "dataset_infos.json", ".huggingface.yaml")]
     files = [Path(str(file)) for file in found]
     if outside := [str(file) for file in files if not file.is_file()]:
-        raise UserError(
-            f"{dataset.path}: its data lies elsewhere ({', '.join(outside)}); give a directory that holds it"
-        )
+        raise UserError(f"{dataset.path}: its data is elsewhere ({', '.join(outside)}); give a directory that holds it")
     return [*files, *(file for file in described if file.is_file())]
 
 
@@ -170,11 +168,11 @@ def _library(path: str) -> Any:
 
 @contextmanager
 def _faults(where: str) -> Iterator[None]:
-    """Makes what the library says of bad data, names and connections one line."""
+    """Turns the library's errors about data, names and connections into a UserError of one line."""
     import datasets
 
     try:
         yield
     except (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{where}: {said}; mend the dataset, its name or its split") from error
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{where}: {message}; fix the dataset, its name or its split") from error

@@ -1,4 +1,4 @@
-"""Rows of parquet files. Only here is pyarrow imported."""
+"""Rows of parquet files. pyarrow is imported only here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transllm_jax.data.read.files import Place
 from transllm_jax.data.read.records import missing_field
 from transllm_jax.errors import UserError
 
-_ROWS = 256  # that are made Python objects at a time
+_ROWS = 256  # rows that are converted to Python objects at a time
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
@@ -19,15 +19,15 @@ def iter_rows(
     file: Path,
     fields: Sequence[str],
     optional: Sequence[str] | None = (),
-    at: Callable[[int], None] | None = None,
+    on_read: Callable[[int], None] | None = None,
     ignored: Counter[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Place]]:
     """The rows of a parquet file as records, with their numbers; only the columns of the fields are read.
 
-    fields: all of these must be there; a name with dots is a column of that name, or reaches into a column. optional:
-    read where they are there, None for all. at: is told now and then how many bytes of the file have been read, as if
-    its rows were of one size. ignored: counts the rows by the names of columns that are not read. Raises UserError with
-    file and row; one that lacks a field names all of them.
+    fields: all must exist; a name with dots is a column of that name, or reaches into a column. optional: read if they
+    exist; None for all. on_read: called now and then with the number of bytes read so far, as if all rows had the same
+    size. ignored: counts rows by the names of columns that are not read. Raises UserError with file and row; for a
+    missing field it lists the columns.
     """
     try:
         import pyarrow as pa
@@ -38,7 +38,7 @@ def iter_rows(
     if not file.stat().st_size:
         raise UserError(f"{file} is empty: give a file with text in it, or leave it out")
     try:
-        # Without its read-ahead and with a buffer a column is read bit by bit, however large its row groups are.
+        # Without read-ahead and with a buffer a column is read piece by piece, however large its row groups are.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as table:
             names = table.schema_arrow.names
             columns: dict[str, None] = {}
@@ -59,8 +59,8 @@ def iter_rows(
                         ignored.update(others)
                     yield row, place
                     place = place._replace(line=place.line + 1)
-                if at is not None:
-                    at(size * (place.line - 1) // rows)
+                if on_read is not None:
+                    on_read(size * (place.line - 1) // rows)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{place} cannot be read ({_first_line(error)}): the file is damaged, fetch it again"

@@ -1,4 +1,4 @@
-"""Records: JSON objects, one a line or in a list, and the texts in the fields of any record."""
+"""Records: JSON objects, one per line or in a list, and the texts in the fields of any record."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.data.read.files import BadRow, Collector, Place, attempt, is_blank, read_lines, refusing, texts_of
+from transllm_jax.data.read.files import (
+    BadRow,
+    Collector,
+    Place,
+    catch_bad_row,
+    is_blank,
+    raise_bad_rows,
+    read_lines,
+    texts_of,
+)
 from transllm_jax.errors import UserError
 
 Record = Mapping[str, Any]
 
-_LARGEST = 64 << 20  # bytes, nearly: an object that never ends must not fill the memory
+_LARGEST = 64 << 20  # characters of an object: one that never ends must not fill the memory
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object", int: "a number"}
-# What counts in a list of objects: whole strings, brackets, and the start of a string that does not end on its line.
+# What delimits objects in a list: whole strings, brackets, and the start of a string that does not end on its line.
 _MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]')
 
 
-def parse_object(text: str, place: Place, fields: Sequence[str] = (), first_line: int = 1) -> dict[str, Any]:
-    """The JSON object that a text is. fields: what a good one has, for the message.
+def parse_object(text: str, place: Place, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """Parse a text as a JSON object. fields: the fields of a good one, for the message.
 
-    Raises UserError with the place for what is not JSON, and not an object.
+    Raises BadRow with the place if the text is not JSON or not an object.
     """
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of very many digits is a ValueError, too
+    except (ValueError, RecursionError) as error:  # a number with too many digits is a ValueError, too
         raise BadRow(f"{place} is not JSON ({error}): write one complete object a line", "not JSON") from error
     if not isinstance(record, dict):
         wanted = ", ".join(f"{field!r}: ..." for field in fields)
@@ -36,7 +45,7 @@ def parse_object(text: str, place: Place, fields: Sequence[str] = (), first_line
 
 
 def check_surrogates(item: Any, place: Place) -> None:
-    """Refuse halves of surrogate pairs, which JSON can spell and UTF-8 cannot. Raises UserError."""
+    """Raise BadRow for half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     for text in texts_of(item):
         if not text.isascii() and _SURROGATE.search(text):
             raise BadRow(
@@ -46,22 +55,22 @@ def check_surrogates(item: Any, place: Place) -> None:
 
 
 def require(record: Record, name: str, kind: type, place: Place) -> Any:
-    """The value of a field, which is there, of this type, and not empty. Raises UserError with the place."""
+    """The value of a field. Raises BadRow with the place if it is missing, of another type, or empty."""
     if name not in record:
         raise missing_field(record, name, place)
-    return of_kind(record[name], name, kind, place)
+    return require_type(record[name], name, kind, place)
 
 
 def missing_field(record: Iterable[str], name: str, place: Place | str) -> BadRow:
-    """The error for a field that is not among those of a record (or of a table)."""
+    """The error for a field that a record (or table) with these fields lacks."""
     there = ", ".join(map(str, record)) or "none"
     message = f"{place} has no field {name!r} (it has: {there}): add it, or ask for a field that is there"
     return BadRow(message, "missing field")
 
 
-def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
-    """The value of the field `name`, of this type, and not empty. Raises UserError with the place."""
-    # bool is an int to Python, not to whoever writes a number
+def require_type(value: Any, name: str, kind: type, place: Place) -> Any:
+    """The value of the field `name`. Raises BadRow with the place if it is of another type or empty."""
+    # In Python a bool is an int; in a record it is not a number.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = _TYPE_NAMES.get(kind, kind.__name__)
         shown = json.dumps(value, default=str)[:40]
@@ -71,55 +80,57 @@ def of_kind(value: Any, name: str, kind: type, place: Place) -> Any:
     return value
 
 
-def text_at(record: Record, field: str, place: Place, collector: Collector) -> str:
-    """The text of a field, checked: a string that is not empty.
+def text_of_field(record: Record, field: str, place: Place, collector: Collector) -> str:
+    """The text of a field, checked as by `require_text`.
 
-    field: a name, or names with dots between them, which reach into objects ("translation.en").
-    Raises UserError with the place.
+    field: a name, or names joined by dots, which reach into objects ("translation.en"). Raises BadRow with the place.
     """
     value: Any = record
     for name in [field] if field in record else field.split("."):
         if not isinstance(value, Mapping) or name not in value:
             raise missing_field(record, field, place)
         value = value[name]
-    return checked(value, field, place, collector)
+    return require_text(value, field, place, collector)
 
 
-def checked(value: Any, name: str, place: Place, collector: Collector) -> str:
-    """A field's value as a text without control characters (refused or removed), which is not empty."""
+def require_text(value: Any, name: str, place: Place, collector: Collector) -> str:
+    """A field's value as a text without control characters (see `Collector.check`).
+
+    Raises BadRow if it is not a string, empty, or holds half of a surrogate pair.
+    """
     if isinstance(value, str):
         check_surrogates(value, place)
         value = collector.check(value, place)
-    text: str = of_kind(value, name, str, place)
+    text: str = require_type(value, name, str, place)
     return text
 
 
 def iter_json(
-    file: Path, collector: Collector, at: Callable[[int], None] | None = None, fields: Sequence[str] = ()
+    file: Path, collector: Collector, on_read: Callable[[int], None] | None = None, fields: Sequence[str] = ()
 ) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
-    """The objects of a file, one a line (blank lines are passed over), or in one list over as many lines as it likes.
+    """The JSON objects of a file: one per line (blank lines are skipped), or in one list over any number of lines.
 
-    In place of a bad one what is wrong with it is given. Only one object at a time is in memory. at: see
-    `files.read_lines`. fields: see `parse_object`. Raises UserError with file and line for a list that is not whole.
+    A bad object is given as a BadRow. Only one object at a time is in memory. on_read: see `files.read_lines`. fields:
+    see `parse_object`. Raises UserError with file and line for a malformed or incomplete list.
     """
     begun = False
-    lines = read_lines([file], collector, at)
+    lines = read_lines([file], collector, on_read)
     for line, place in lines:
         if isinstance(line, BadRow):
             yield line, place
         elif not begun and line.lstrip().startswith("["):
-            yield from _in_list(line, place, refusing(lines))
+            yield from _in_list(line, place, raise_bad_rows(lines))
         elif line.strip():
-            yield attempt(parse_object, line, place, fields), place
+            yield catch_bad_row(parse_object, line, place, fields), place
         begun = begun or isinstance(line, BadRow) or bool(line.strip())
 
 
 def _in_list(
     line: str, place: Place, lines: Iterator[tuple[str, Place]]
 ) -> Iterator[tuple[dict[str, Any] | BadRow, Place]]:
-    """The objects of a JSON list that begins on this line. They are told apart by their brackets, then parsed."""
+    """The objects of a JSON list that begins on this line. They are found by their brackets, then parsed."""
     depth, size = 0, 0
-    between = ""  # what stands outside objects, since the last one
+    between = ""  # the text since the end of the last object
     wanted = "["
     start, parts = place, [""]
     while True:
@@ -141,7 +152,7 @@ def _in_list(
                 if depth == 1:
                     parts.append(line[cut : found.end()])
                     cut = found.end()
-                    yield attempt(_parse_item, "\n".join(parts), start), start
+                    yield catch_bad_row(_parse_item, "\n".join(parts), start), start
         if depth > 1:
             parts.append(line[cut:])
             size += len(line) - cut
@@ -176,7 +187,7 @@ def _parse_item(text: str, start: Place) -> dict[str, Any]:
     except UserError as error:
         cause = error.__cause__
         if isinstance(cause, json.JSONDecodeError):
-            # Where the fault is, not where the object begins.
+            # The place of the fault, not of the object's beginning.
             place = start._replace(line=start.line + cause.lineno - 1)
-            raise BadRow(f"{place} is not JSON ({cause.msg} at column {cause.colno}): mend it", "not JSON") from cause
+            raise BadRow(f"{place} is not JSON ({cause.msg} at column {cause.colno}): fix it", "not JSON") from cause
         raise

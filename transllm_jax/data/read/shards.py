@@ -1,6 +1,6 @@
-"""What a source is, and the shards that it is read in: one small interface over all the formats.
+"""A source of training data and its shards: one interface over all formats.
 
-A shard is a plain value that can be sent to another process; what it gives depends on its key alone. Items stream:
+A shard is a plain value that can be sent to another process. Its items depend only on its key. They are streamed:
 memory does not grow with a file.
 """
 
@@ -17,16 +17,25 @@ from typing import Any, Protocol
 from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.data.read import catalog, hub
 from transllm_jax.data.read.conversations import FIELDS, Form, conversation, form_of
-from transllm_jax.data.read.files import COMPRESSED, BadRow, Collector, Place, attempt, no_items, refusing, resolve
+from transllm_jax.data.read.files import (
+    COMPRESSED,
+    BadRow,
+    Collector,
+    Place,
+    catch_bad_row,
+    no_items,
+    raise_bad_rows,
+    resolve,
+)
 from transllm_jax.data.read.parquet import iter_rows
-from transllm_jax.data.read.records import Record, iter_json, text_at
+from transllm_jax.data.read.records import Record, iter_json, text_of_field
 from transllm_jax.data.read.sources import aligned_rows, document_rows, pair_rows
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import Message
 
 Item = str | tuple[str, str] | list[Message]
 
-_FORMAT = 2  # of the items: raised when the same files come to give other items
+_FORMAT = 2  # of the items: raised when a change of the code makes other items of the same files
 _CONTAINERS: dict[str, Container] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -34,20 +43,20 @@ _CONTAINERS: dict[str, Container] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
-_PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
+PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A source: where it lies and how it is read. Plain values, which can be pickled and written as JSON.
+    """A source: where it is and how it is read. Plain values, which can be pickled and written as JSON.
 
     path: a file or glob; for `datasets` a local directory or OWNER/NAME[/CONFIG][@REVISION] on the hub; for `tfds`
-    NAME[/CONFIG][:VERSION]. container: by the files' suffix where None (.jsonl and .json, .parquet, else lines).
-    fields: of records, the field of a text ("text" by default), or the two of a pair, English first; dots reach into
-    objects. target_path: makes pairs of two files of lines, English in `path` and the target language here. separator:
-    of text in lines, what stands between documents. max_bytes, max_items: read only so much from the start, UTF-8 bytes
-    of text (at least one line or record), or items of any content. on_bad_rows: see `data.files.Collector`. split,
-    data_dir: of `datasets` and `tfds`.
+    NAME[/CONFIG][:VERSION]. container: None chooses by the files' suffix (.jsonl and .json, .parquet, else lines).
+    fields: of a record, the field that holds a text ("text" by default), or the two that hold a pair, English first;
+    dots reach into objects. target_path: a file of lines in the target language, which makes pairs with the English
+    lines of `path`. separator: what separates documents in a file of lines. max_bytes, max_items: read at most this
+    many UTF-8 bytes of text (but at least one line or record), or this many items, from the start. on_bad_rows: see
+    `data.read.files.Collector`. split, data_dir: for `datasets` and `tfds`.
     """
 
     path: str
@@ -65,10 +74,10 @@ class Reading:
 
 
 class Shard(Protocol):
-    """A part of a source that is read at once.
+    """A part of a source that is read in one go.
 
-    name: for messages and file names. key: changes exactly when what the shard gives may change. size: bytes on disk,
-    0 where that is not known.
+    name: for messages and file names. key: changes exactly when the shard's items may change. size: bytes on disk, 0 if
+    unknown.
     """
 
     @property
@@ -83,46 +92,46 @@ class Shard(Protocol):
     def items(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
         """The items in order, checked and in NFC, each with its place; the collector counts them.
 
-        A bad row is refused or skipped, as the collector does it. Raises UserError with file and line (row, record) for
-        what is wrong, and where there is no item.
+        The collector refuses or skips a bad row. Raises UserError with file and line (row, record) for a fault, and if
+        there are no items.
         """
 
 
 def shards(reading: Reading, hash_of: Callable[[Path], str]) -> list[Shard]:
-    """The shards of a source: one a file, in the order of their names, or one of a dataset's shards.
+    """The shards of a source: one per file, in the order of their names, or the shards of a dataset.
 
-    With max_bytes or max_items there is one, as these count from the start of the source. hash_of: a file's SHA-256.
-    Raises UserError for settings that do not go together, for files that are not there, and for those of `datasets`
-    and TFDS that cannot be opened.
+    With max_bytes or max_items there is a single one, as these count from the start of the source. hash_of: returns a
+    file's SHA-256. Raises UserError for settings that do not go together, for missing files, and for datasets that
+    cannot be opened.
     """
     reading = resolved(reading)
     parts = _parts(reading, hash_of)
     form: Form | None = None
     first = parts[0].origin
     if reading.content == "conversations" and len(parts) > 1 and isinstance(first, _JsonFile | _ParquetFile):
-        # Each shard is read by itself, so the first file's first record says which form is that of all.
+        # Each shard is read on its own, so the first good record of the first file decides the form of all.
         for record, place in first.records(Collector(reading.controls)):
-            known = record if isinstance(record, BadRow) else attempt(form_of, record, place)
-            if not isinstance(known, BadRow):
-                form = known
+            found = record if isinstance(record, BadRow) else catch_bad_row(form_of, record, place)
+            if not isinstance(found, BadRow):
+                form = found
                 break
             if reading.on_bad_rows == "refuse":
-                raise known
-    # What an empty shard of somebody else's dataset lacks nobody can mend.
+                raise found
+    # The user cannot fix an empty shard of somebody else's dataset.
     may_be_empty = reading.container == "datasets" and len(parts) > 1
     groups = [[part] for part in parts] if reading.max_bytes is None and reading.max_items is None else [parts]
     return [_Shard.of(reading, group, form, may_be_empty and len(group) == 1) for group in groups]
 
 
 class _Records(Protocol):
-    """What records come from."""
+    """Something that records are read from."""
 
     def records(self, collector: Collector) -> Iterator[tuple[Record | BadRow, Place]]: ...
 
 
 @dataclass(frozen=True)
 class _LineFile:
-    """A file of lines, and for pairs in two files the one of the translations."""
+    """A file of lines; for pairs in two files also that of the translations, `target`."""
 
     path: str
     target: str | None
@@ -138,9 +147,9 @@ class _JsonFile:
     path: str
 
     def records(
-        self, collector: Collector, at: Callable[[int], None] | None = None
+        self, collector: Collector, on_read: Callable[[int], None] | None = None
     ) -> Iterator[tuple[Record | BadRow, Place]]:
-        return iter_json(Path(self.path), collector, at)
+        return iter_json(Path(self.path), collector, on_read)
 
 
 @dataclass(frozen=True)
@@ -149,14 +158,16 @@ class _ParquetFile:
     fields: tuple[str, ...]
     optional: tuple[str, ...]
 
-    def records(self, collector: Collector, at: Callable[[int], None] | None = None) -> Iterator[tuple[Record, Place]]:
+    def records(
+        self, collector: Collector, on_read: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[Record, Place]]:
         ignored = collector.ignored if self.optional else None
-        return iter_rows(Path(self.path), self.fields, self.optional, at, ignored)
+        return iter_rows(Path(self.path), self.fields, self.optional, on_read, ignored)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The smallest part of a source; key: of its content, whatever is read of it."""
+    """The smallest part of a source. key: of its whole content, however much of it is read."""
 
     name: str
     key: str
@@ -166,7 +177,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Shard:
-    """See `Shard`. form: of all conversations of the source, where one shard cannot tell."""
+    """See `Shard`. form: of all conversations of the source, if the shard alone cannot decide it."""
 
     reading: Reading
     name: str
@@ -180,7 +191,7 @@ class _Shard:
     def of(reading: Reading, parts: Sequence[_Part], form: Form | None, may_be_empty: bool) -> _Shard:
         options: list[Any] = [_FORMAT, reading.content, reading.container, reading.controls, reading.on_bad_rows]
         options += [reading.max_bytes, reading.max_items]
-        # A setting that changes nothing is not in the key: separator of records, say, is refused.
+        # Every setting here changes the items; one that would not (such as a separator of records) is refused.
         options += [reading.separator, *reading.fields, *(part.key for part in parts)]
         name = parts[0].name if len(parts) == 1 else f"{parts[0].name}+{len(parts) - 1}"
         return _Shard(
@@ -194,24 +205,24 @@ class _Shard:
         )
 
     def items(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        none, before = True, len(collector.bad_rows)
+        empty, before = True, len(collector.bad_rows)
         good = self._good(collector)
         if self.reading.max_bytes is not None and not self._of_lines:
             good = _first_bytes(good, self.reading.max_bytes)
         for item, place in islice(good, self.reading.max_items):
-            none = False
+            empty = False
             yield collector.take(item), place
-        if none and len(collector.bad_rows) > before:
+        if empty and len(collector.bad_rows) > before:
             first = collector.bad_rows[before]["fault"]
             raise UserError(f"{self.name} has no row that can be read, the first: {first}")
-        if none and not self.may_be_empty:
-            raise no_items(self.name, _PLURAL[self.reading.content])
+        if empty and not self.may_be_empty:
+            raise no_items(self.name, PLURAL[self.reading.content])
 
     def _good(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
-        """The items before they are made NFC. Here, and nowhere else, the collector is told of bad rows."""
+        """The good items, not yet in NFC. The only place where bad rows are given to the collector."""
         for row, place in self._rows(collector):
             if isinstance(row, BadRow):
-                collector.bad(row, place)
+                collector.refuse_or_skip(row, place)
             else:
                 yield row, place
 
@@ -220,7 +231,7 @@ class _Shard:
         return isinstance(self.origins[0], _LineFile)
 
     def _rows(self, collector: Collector) -> Iterator[tuple[Item | BadRow, Place]]:
-        """Those of all files, but of text in lines no more than `max_bytes`; what is wrong in place of bad ones."""
+        """The rows of all files, a BadRow in place of a bad one; of text in lines, `max_bytes` at most."""
         reading, form = self.reading, self.form
         files = [origin for origin in self.origins if isinstance(origin, _LineFile)]
         if files and reading.content == "text":
@@ -237,27 +248,27 @@ class _Shard:
                     yield record, place
                     continue
                 if reading.content == "conversations" and form is None:
-                    found = attempt(form_of, record, place)
+                    found = catch_bad_row(form_of, record, place)
                     if isinstance(found, BadRow):
                         yield found, place
                         continue
                     form = found
-                yield attempt(self._item, record, form, place, collector), place
+                yield catch_bad_row(self._item, record, form, place, collector), place
 
     def _item(self, record: Record, form: Form | None, place: Place, collector: Collector) -> Item:
         """A record's text, pair or conversation."""
         fields = self.reading.fields
         if self.reading.content == "text":
-            return text_at(record, fields[0], place, collector)
+            return text_of_field(record, fields[0], place, collector)
         if self.reading.content == "pairs":
-            english, target = (text_at(record, field, place, collector).strip() for field in fields)
+            english, target = (text_of_field(record, field, place, collector).strip() for field in fields)
             return english, target
         assert form is not None
         return conversation(record, form, place, collector)
 
 
 def _first_bytes(found: Iterator[tuple[Item, Place]], max_bytes: int) -> Iterator[tuple[Item, Place]]:
-    """Whole texts of at most `max_bytes` together, or the first one."""
+    """Whole texts from the start of at most `max_bytes` together; at least the first."""
     room, given = max_bytes, False
     for text, place in found:
         assert isinstance(text, str)
@@ -269,14 +280,14 @@ def _first_bytes(found: Iterator[tuple[Item, Place]], max_bytes: int) -> Iterato
 
 
 def resolved(reading: Reading) -> Reading:
-    """The reading with its container and fields filled in. Raises UserError for what does not go together."""
+    """The reading with its container and fields filled in. Raises UserError for settings that do not go together."""
     container = reading.container or _container(resolve(reading.path))
     lines, records = container == "lines", container != "lines"
     fields = reading.fields or (("text",) if records and reading.content == "text" else ())
     wanted = {"text": 1, "pairs": 2, "conversations": 0}[reading.content] if records else 0
     faults = {
         "lines hold no conversations: set container to jsonl or parquet": lines and reading.content == "conversations",
-        "fields are of records, not of lines: remove fields": lines and fields,
+        "fields are for records, not for lines: remove fields": lines and fields,
         f"{container} of pairs need fields: name two, the English one first": wanted == 2 and len(fields) != 2,
         f"fields are {', '.join(fields)}: name the one of the text": wanted == 1 and len(fields) != 1,
         "conversations have fields of their own: remove fields": records and wanted == 0 and fields,
@@ -307,12 +318,12 @@ def _container(files: Sequence[Path]) -> Container:
     kinds = {_CONTAINERS.get(suffix, "lines"): file for suffix, file in found.items()}
     if len(kinds) > 1:
         what = ", ".join(f"{file} ({kind})" for kind, file in kinds.items())
-        raise UserError(f"one source has files of several kinds, {what}: make a source of each, or set container")
+        raise UserError(f"one source has files of several kinds, {what}: make each kind a source, or set container")
     return next(iter(kinds))
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
-    """The suffix of a file's content, and that of its compression, in small letters."""
+    """The suffix of a file's content, and that of its compression, in lower case."""
     name = Path(file.name.lower())
     outer = name.suffix if name.suffix in COMPRESSED else ""
     return Path(name.name.removesuffix(outer)).suffix, outer
@@ -328,13 +339,13 @@ def _parts(reading: Reading, hash_of: Callable[[Path], str]) -> list[_Part]:
     targets = resolve(reading.target_path) if reading.target_path is not None else []
     if targets and len(targets) != len(files):
         raise UserError(
-            f"{reading.path} means {len(files)} files and {reading.target_path} {len(targets)}: each file needs one of "
-            "translations, in the order of their names"
+            f"{reading.path} means {len(files)} files and {reading.target_path} {len(targets)}: give one file of "
+            "translations for each file, in the order of their names"
         )
     parts = []
     for index, file in enumerate(files):
         both = [file, *targets[index : index + 1]]
-        # How a file is decompressed follows from its name.
+        # The suffix decides how a file is decompressed, so it is part of the key.
         key = json.dumps([[hash_of(one), _suffixes(one)[1]] for one in both])
         parts.append(_Part(file.name, key, sum(one.stat().st_size for one in both), _origin(reading, *both)))
     return parts
@@ -346,7 +357,7 @@ def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFi
     if reading.container == "jsonl":
         return _JsonFile(str(file))
     if _suffixes(file)[1]:
-        raise UserError(f"{file}: parquet is compressed inside; decompress the file")
+        raise UserError(f"{file}: parquet has its own compression; decompress the file")
     return _ParquetFile(str(file), reading.fields, FIELDS if reading.content == "conversations" else ())
 
 
@@ -356,9 +367,9 @@ def _origin(reading: Reading, file: Path, target: Path | None = None) -> _LineFi
 def text_files(
     path: str | Path, *, separator: Separator = "blank line", controls: Controls = "refuse", field: str | None = None
 ) -> dict[Path, Reading]:
-    """The files of text that a path or glob means, and how each is read: `separator` is for lines, `field` for records.
+    """The text files that match a path or glob, and how each is read: `separator` is for lines, `field` for records.
 
-    Raises UserError for a path that means none.
+    Raises UserError if none matches.
     """
     found = {}
     for file in resolve(path):
@@ -375,19 +386,19 @@ def iter_texts(
     collector: Collector,
     *,
     longest: int | None = None,
-    at: Callable[[int], None] | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str | None, Place]]:
     """The texts of one of `text_files` one at a time, with their places, not normalised and not counted.
 
-    longest: a text of more UTF-8 bytes is given as None; a document of lines is then never in memory whole. at: is told
-    now and then how many bytes of the file have been read. Raises UserError as a shard's `items`, but not for a file
-    without texts.
+    longest: a text of more UTF-8 bytes is given as None; a document of lines is then never in memory as a whole.
+    on_read: called now and then with the number of bytes of the file read so far. Raises UserError as a shard's `items`
+    does, but not for a file without texts.
     """
     origin = _origin(reading, file)
     if isinstance(origin, _LineFile):
-        found = document_rows([file], collector, separator=reading.separator, longest=longest, at=at)
-        yield from refusing(found)
+        found = document_rows([file], collector, separator=reading.separator, longest=longest, on_read=on_read)
+        yield from raise_bad_rows(found)
         return
-    for record, place in refusing(origin.records(collector, at)):
-        text = text_at(record, reading.fields[0], place, collector)
+    for record, place in raise_bad_rows(origin.records(collector, on_read)):
+        text = text_of_field(record, reading.fields[0], place, collector)
         yield (None if longest is not None and len(text.encode()) > longest else text), place

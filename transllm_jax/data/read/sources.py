@@ -1,7 +1,7 @@
 """Readers of text, pairs and records that fit in memory.
 
-Every reader returns a `Loaded` list, which remembers the file and line of each item, so that whatever is
-found wrong later (a marker inside a text, say) is reported where its author can mend it.
+Every reader returns a `Loaded` list, which keeps the file and line of each item, so that a fault that is found later
+(such as a marker inside a text) is reported with its place.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transllm_jax.data.read.files import (
     Collector,
     Loaded,
     Place,
-    attempt,
+    catch_bad_row,
     is_blank,
     map_texts,
+    raise_bad_rows,
     read_lines,
-    refusing,
     resolve,
     texts_of,
 )
@@ -41,12 +41,12 @@ def read_documents(
 ) -> Loaded[str]:
     """Documents of plain UTF-8 text.
 
-    path: a file (.xz, .gz and .zst are decompressed) or a glob; a document never runs over the end of its file.
-    separator: what stands between documents; with a blank line, the line ends inside a document are kept.
-    max_bytes: at most this many UTF-8 bytes from the start, cut at a line end (at least one line is taken).
-    controls: control characters other than tab and line feed are refused, or removed and counted. Texts are
-    normalised to NFC and counted. Raises UserError with file and line for an empty file, bytes that are not
-    UTF-8, control characters, and a path without a file.
+    path: a file (.xz, .gz and .zst are decompressed) or a glob; a document ends with its file at the latest.
+    separator: what separates documents; with a blank line, the line ends inside a document are kept. max_bytes: read at
+    most this many UTF-8 bytes from the start, cut at a line end (but at least one line). controls: whether control
+    characters other than tab and line feed are refused, or removed and counted. Texts are normalised to NFC and
+    counted. Raises UserError with file and line for an empty file, bytes that are not UTF-8, control characters, and a
+    path that matches no file.
     """
     collector = Collector(controls)
     for text, place in iter_documents(path, collector, separator=separator, max_bytes=max_bytes):
@@ -61,16 +61,16 @@ def iter_documents(
     separator: Separator = "blank line",
     max_bytes: int | None = None,
     longest: int | None = None,
-    at: Callable[[int], None] | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str | None, Place]]:
-    """The documents of `read_documents` one at a time, with their places; none is kept, and none normalised.
+    """The documents of `read_documents` one at a time, with their places; not kept and not normalised.
 
-    collector: refuses or removes control characters, and counts those. longest: a document of more UTF-8 bytes is
-    given as None, and is never in memory whole. at: see `files.read_lines`. Raises UserError as `read_documents` does,
-    but not for a path without documents.
+    collector: refuses control characters, or removes and counts them. longest: a document of more UTF-8 bytes is given
+    as None, and is never in memory as a whole. on_read: see `files.read_lines`. Raises UserError as `read_documents`
+    does, but not for a path without documents.
     """
-    return refusing(
-        document_rows(path, collector, separator=separator, max_bytes=max_bytes, longest=longest, at=at),
+    return raise_bad_rows(
+        document_rows(path, collector, separator=separator, max_bytes=max_bytes, longest=longest, on_read=on_read),
     )
 
 
@@ -81,28 +81,29 @@ def document_rows(
     separator: Separator = "blank line",
     max_bytes: int | None = None,
     longest: int | None = None,
-    at: Callable[[int], None] | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str | BadRow | None, Place]]:
-    """`iter_documents`, with what is wrong with a document in place of one that is bad."""
+    """As `iter_documents`, with a BadRow in place of a bad document."""
     if separator not in ("blank line", "line"):
         raise UserError(f"separator is {separator!r}: it must be 'blank line' or 'line'")
-    lines: list[str] = []
-    size, given, start = 0, False, Place("", 0)
-    fault: BadRow | None = None  # of the first bad line of the document
+    lines: list[str] = []  # of the current document; empty once it is longer than `longest`
+    size, start = 0, Place("", 0)  # its UTF-8 bytes, and its place
+    fault: BadRow | None = None  # its first bad line
+    given = False  # whether a document was yielded already
 
-    def whole() -> str | BadRow | None:
+    def document() -> str | BadRow | None:
         if fault is not None:
             fault.row = "\n".join(lines)
             return fault
         return "\n".join(lines) if lines else None
 
     room = max_bytes if max_bytes is not None else float("inf")
-    for found, place in read_lines(path, collector, at):
+    for found, place in read_lines(path, collector, on_read):
         bad = isinstance(found, BadRow)
         line = found if isinstance(found, str) else found.row.decode("utf-8", "backslashreplace").rstrip("\n")
         blank = not bad and not line.strip()
         if size and (blank or separator == "line" or place.path != start.path):
-            yield whole(), start
+            yield document(), start
             size, given, fault = 0, True, None
             lines.clear()
         if isinstance(found, BadRow):
@@ -121,14 +122,14 @@ def document_rows(
         else:
             lines.append(line)
     if size:
-        yield whole(), start
+        yield document(), start
 
 
 def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls = "refuse") -> Loaded[tuple[str, str]]:
-    """Pairs (English, target language) from tab-separated lines; space around a side is removed.
+    """Pairs (English, target language) from tab-separated lines; white space around a side is removed.
 
-    limit: at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with file and line
-    for an empty side, another number of tabs than one, names of columns in the first line, and for what
+    limit: read at most this many pairs from the start. controls: as in `read_documents`. Raises UserError with file and
+    line for an empty side, a line without exactly one tab, column names in the first line, and for what
     `read_documents` refuses.
     """
     collector = Collector(controls)
@@ -140,16 +141,16 @@ def read_pairs(path: str | Path, *, limit: int | None = None, controls: Controls
 
 
 def iter_pairs(path: str | Path | Sequence[Path], collector: Collector) -> Iterator[tuple[tuple[str, str], Place]]:
-    """The pairs of `read_pairs` one at a time, with their places; none is kept, and none normalised."""
-    return refusing(pair_rows(path, collector))
+    """The pairs of `read_pairs` one at a time, with their places; not kept and not normalised."""
+    return raise_bad_rows(pair_rows(path, collector))
 
 
 def pair_rows(
     path: str | Path | Sequence[Path], collector: Collector
 ) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
-    """`iter_pairs`, with what is wrong with a line in place of a pair that is bad."""
+    """As `iter_pairs`, with a BadRow in place of a bad pair."""
     for line, place in read_lines(path, collector):
-        yield (line if isinstance(line, BadRow) else attempt(_pair_of_line, line, place)), place
+        yield (line if isinstance(line, BadRow) else catch_bad_row(_pair_of_line, line, place)), place
 
 
 def _pair_of_line(line: str, place: Place) -> tuple[str, str]:
@@ -161,10 +162,10 @@ def _pair_of_line(line: str, place: Place) -> tuple[str, str]:
 
 
 def aligned_rows(english: Path, target: Path, collector: Collector) -> Iterator[tuple[tuple[str, str] | BadRow, Place]]:
-    """Pairs of two files: a line of `english` and the same line of `target`; the place is the first one's.
+    """Pairs from two files: each line of `english` with the same line of `target`; the place is that in `english`.
 
-    Space around a side is removed. Of a bad pair, such as one with an empty line, what is wrong with it is given.
-    Raises UserError where one file has more lines.
+    White space around a side is removed. A bad pair, such as one with an empty line, is given as a BadRow. Raises
+    UserError if one file has more lines than the other.
     """
     last = Place(str(english), 0)
     for one, other in zip_longest(read_lines([english], collector), read_lines([target], collector)):
@@ -176,7 +177,7 @@ def aligned_rows(english: Path, target: Path, collector: Collector) -> Iterator[
             )
         last = one[1]
         bad = next((line for line, _ in (one, other) if isinstance(line, BadRow)), None)
-        yield (attempt(_pair, (one[0], other[0]), one[1], other[1]) if bad is None else bad), one[1]
+        yield (catch_bad_row(_pair, (one[0], other[0]), one[1], other[1]) if bad is None else bad), one[1]
 
 
 def _pair(sides: tuple[str, str], place: Place, target_place: Place) -> tuple[str, str]:
@@ -187,7 +188,7 @@ def _pair(sides: tuple[str, str], place: Place, target_place: Place) -> tuple[st
         raise BadRow(f"{target_place} has an empty target-language side: fill it in or remove the line", "empty side")
     if place.line == 1 and is_header(english, target):
         raise BadRow(
-            f"{place} names the columns ({english[:40]!r} and {target[:40]!r}) and is no pair: remove the line",
+            f"{place} names the columns ({english[:40]!r} and {target[:40]!r}) and is not a pair: remove the line",
             "header line",
         )
     return english, target
@@ -200,12 +201,12 @@ def read_jsonl(
     limit: int | None = None,
     controls: Controls = "refuse",
 ) -> Loaded[dict[str, Any]]:
-    """Records, of JSON (an object a line, or one list of them) or of parquet; other fields than `required` are kept.
+    """Records from JSON (an object per line, or one list of them) or parquet; all fields are kept.
 
-    required: names of fields that must hold a non-empty string, or name -> type for other types (a list must
-    not be empty either). limit: at most this many records from the start. controls: as in `read_documents`.
-    Raises UserError with file and line for a broken line, a missing or empty field, a wrong type, a control
-    character, and for what `read_documents` refuses.
+    required: names of fields that must hold a non-empty string, or name -> type for other types (a list must not be
+    empty either). limit: read at most this many records from the start. controls: as in `read_documents`. Raises
+    UserError with file and line for a broken line, a missing or empty field, a wrong type, a control character, and for
+    what `read_documents` refuses.
     """
     fields = required if isinstance(required, Mapping) else dict.fromkeys(required, str)
     collector = Collector(controls)
@@ -224,17 +225,16 @@ def _records(path: str | Path, fields: tuple[str, ...], collector: Collector) ->
         if file.suffix.lower() == ".parquet":
             yield from iter_rows(file, fields, None)
         else:
-            yield from refusing(iter_json(file, collector, fields=fields))
+            yield from raise_bad_rows(iter_json(file, collector, fields=fields))
 
 
 def check_no_special(
     texts: Iterable[Any], find_special: Callable[[str], str | None], where: str | Path | None = None
 ) -> None:
-    """Refuse special tokens and markers inside user data, which the tokenizer would parse as what they name.
+    """Raise UserError for a special token or marker inside user data, which the tokenizer would encode as one token.
 
-    texts: a `Loaded`, or any iterable of strings, pairs or records (then `where` says in the message what it
-    is). find_special: the tokenizer's; gives the first special token in a text, or None. Raises UserError
-    with file:line.
+    texts: a `Loaded`, whose file:line the message gives, or any iterable of strings, pairs or records, which the
+    message calls `where`. find_special: returns the first special token in a text, or None, as a tokenizer's method.
     """
     places = texts.places if isinstance(texts, Loaded) else None
     for index, item in enumerate(texts):
@@ -243,13 +243,13 @@ def check_no_special(
 
 
 def refuse_special(item: Any, find_special: Callable[[str], str | None], at: Place | str) -> None:
-    """`check_no_special` of one item, which stands at this place."""
+    """`check_no_special` for one item from the place `at`."""
     for text in texts_of(item):
         special = find_special(text)
         if special is None:
             continue
         if isinstance(at, Place) and at.unit == "line" and isinstance(item, str):
-            # A document runs over several lines; records and pairs stand on one.
+            # A document has several lines; a record or pair is on one.
             at = at._replace(line=at.line + text[: text.find(special)].count("\n"))
         message = f"{at} contains the special token {special}: remove it or write it in another way"
         raise BadRow(message, "special token")

@@ -1,7 +1,7 @@
 """Batches by number: batch k is a pure function of (seed, k), so no iterator state can be lost.
 
-Grain does it by index arithmetic: a source's rows are shuffled anew for each of its epochs, sources are
-interleaved in proportion to their weights, and B elements in a row make a batch.
+Grain computes it by index arithmetic: a source's rows are shuffled in a new order in each of its epochs, sources are
+interleaved in proportion to their weights, and B consecutive elements make a batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from transllm_jax.data.rows.packing import FIELDS, Rows
 from transllm_jax.errors import UserError
 
-# By name: the arrays of `data.packing.FIELDS` [B, T], and `sources` [B], the source of each row.
+# By name: the arrays of `data.rows.packing.FIELDS` [B, T], and `sources` [B], the source of each row.
 Batch = dict[str, np.ndarray]
 
 
 class Proportions(grain.transforms.DatasetSelectionMap):
-    """Which source gives element n of a mixture, and how many elements it gave before, by arithmetic.
+    """Which source element n of a mixture comes from, and how many elements came from it before, by arithmetic.
 
-    Exact: in any stretch of sum(parts) elements from a multiple of sum(parts) on, source i occurs exactly
-    parts[i] times. (Grain's own `mix` rounds weights to a hundredth of the smallest, so that an epoch in
-    proportion to the rows would not see every row once.)
+    Exact: among the sum(parts) elements from any multiple of sum(parts) on, source i occurs exactly parts[i] times.
+    (Grain's own `mix` rounds weights to a hundredth of the smallest, so an epoch in proportion to the rows would not
+    see every row once.)
     """
 
     def __init__(self, parts: Sequence[int]) -> None:
@@ -39,8 +39,8 @@ class Proportions(grain.transforms.DatasetSelectionMap):
         return sys.maxsize
 
     def counts(self, n: int) -> tuple[int, ...]:
-        """How many of the first n elements each source gives; their sum is n."""
-        # Each source takes its share, rounded up, of what the sources before it left over.
+        """How many of the first n elements come from each source; their sum is n."""
+        # Each source takes its share, rounded up, of the elements that the sources before it have left.
         result = []
         rest, left = sum(self.parts), n
         for part in self.parts:
@@ -58,10 +58,10 @@ class Proportions(grain.transforms.DatasetSelectionMap):
 class Batches:
     """Batches of packed rows from one or several sources: `batches[k]` for any k >= 0, in any order.
 
-    sources: (name, rows, weight); weights are shares of rows in the mixture, relative to one another; None
-    for all means in proportion to the numbers of rows, so that every row occurs once an epoch. batch_size: B,
-    rows. seed: any integer >= 0. A source that is smaller than its share simply repeats, shuffled anew in
-    each epoch. Raises UserError for a source without rows or with a weight that is not above 0.
+    sources: (name, rows, weight); weights are relative shares of the mixture's rows; None for all of them means in
+    proportion to the numbers of rows, so that every row occurs once per epoch. batch_size: B, rows. seed: any integer
+    >= 0. A source that is smaller than its share repeats, in a new order in each epoch. Raises UserError for a source
+    without rows or with a weight that is not above 0.
     """
 
     def __init__(self, sources: Sequence[tuple[str, Rows, float | None]], batch_size: int, seed: int) -> None:
@@ -87,9 +87,9 @@ class Batches:
         """A Grain dataset of index pairs: element k is int64 [B, 2], (source, row) of each row of batch k."""
         columns = []
         for source, rows in enumerate(self._rows):
-            # Each source its own seed: equal ones would shuffle sources of equal size alike.
+            # A seed per source: with the same seed, sources of the same size would have the same order.
             seed = int(np.random.SeedSequence([self.seed, source]).generate_state(1)[0])
-            # The shuffle goes over an index beyond the epoch, so that each epoch has its own order.
+            # Grain's shuffle depends on the epoch, so that each epoch has its own order.
             column = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
             columns.append(column.map(lambda row, source=source: np.array([source, row], np.int64)))
         return grain.MapDataset.select_from_datasets(columns, self._proportions).batch(self.batch_size)
@@ -102,12 +102,12 @@ class Batches:
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         """Batch k: tokens, positions, segment_ids, labels int32 [B, T], weights float32 [B, T], sources int32 [B]."""
-        return self.of_rows(k, np.arange(self.batch_size))
+        return self.select_rows(k, np.arange(self.batch_size))
 
-    def of_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of batch k at these places, 0 to B - 1: what a host reads whose devices hold them.
+    def select_rows(self, k: int, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of batch k at these places, 0 to B - 1: those that a host's devices hold.
 
-        The batch is the same whoever reads it, so whatever the number of hosts.
+        Batch k is the same for every number of hosts.
         """
         chosen = self.rows(k)[places]
         rows = [self._rows[source].row(int(row)) for source, row in chosen]
@@ -121,7 +121,7 @@ class Batches:
         ]
 
     def epoch(self, k: int) -> dict[str, float]:
-        """By source: how many times its rows were passed before batch k (1.5: once and a half)."""
+        """By source: how many times its rows were seen before batch k (1.5: one and a half times)."""
         counts = self._proportions.counts(k * self.batch_size)
         return {name: count / len(rows) for name, count, rows in zip(self.names, counts, self._rows, strict=True)}
 
@@ -133,22 +133,22 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The fewest batches in which every source has been read to its end at least once.
+        """The fewest batches in which every source is read to its end at least once.
 
-        With default weights that is all rows / B, rounded up; with others the source that is drawn on the
-        least, compared with its size, decides.
+        With default weights that is all rows / B, rounded up; with others the source with the smallest share compared
+        with its size decides.
         """
         parts = self._proportions.parts
         total = sum(parts)
         longest = max(Fraction(len(rows) * total, part) for rows, part in zip(self._rows, parts, strict=True))
         steps = max(1, ceil(longest / self.batch_size))
-        while min(self.epoch(steps).values()) < 1:  # shares are exact over a whole period only
+        while min(self.epoch(steps).values()) < 1:  # shares are exact only over a whole period
             steps += 1
         return steps
 
 
 def _parts(sources: Sequence[tuple[str, Rows, float | None]]) -> list[int]:
-    """Whole-number shares: the numbers of rows, or the weights times a common factor."""
+    """Shares as whole numbers: the numbers of rows, or the weights times a common factor."""
     weights = [weight for _, _, weight in sources]
     if all(weight is None for weight in weights):
         return [len(rows) for _, rows, _ in sources]
@@ -158,7 +158,7 @@ def _parts(sources: Sequence[tuple[str, Rows, float | None]]) -> list[int]:
             raise UserError(f"source {name!r} has no weight but others have: give all of them one, or none")
         if not 0 < weight < float("inf"):
             raise UserError(f"source {name!r} has weight {weight}: it must be above 0, or take the source out")
-        # 0.1 as a float is not a tenth; what was written is
+        # The float 0.1 is not exactly a tenth; its decimal text is.
         fractions.append(Fraction(str(weight)))
     factor = 1
     for fraction in fractions:
@@ -166,17 +166,17 @@ def _parts(sources: Sequence[tuple[str, Rows, float | None]]) -> list[int]:
     return [int(fraction * factor) for fraction in fractions]
 
 
-class Ahead:
-    """Batches that are made in a thread while the step before them runs; which is asked for next is known."""
+class Prefetcher:
+    """Makes the batches after the current one in a thread, while the current step runs."""
 
     def __init__(self, batches: Callable[[int], Batch], last: int, depth: int = 2) -> None:
-        """batches: batch k, for k below `last`. depth: so many are held at once."""
+        """batches: makes batch k, for k below `last`. depth: number of batches made ahead."""
         self._make, self._last, self._depth = batches, last, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._waiting: dict[int, Future[Batch]] = {}
 
     def __getitem__(self, k: int) -> Batch:
-        """Batch k; those after it are begun. What making it raised is raised here."""
+        """Batch k; starts making those after it. An error in making batch k is raised here."""
         for number in range(k, max(min(k + 1 + self._depth, self._last), k + 1)):
             if number not in self._waiting:
                 self._waiting[number] = self._pool.submit(self._make, number)

@@ -1,13 +1,12 @@
 """Token sequences to train on, made from documents, pairs and conversations.
 
-An example is one thing that must stay whole: packing puts examples side by side and never splits one. What is
-longer than a row is dealt with here (documents are split, conversations cut at a turn, pairs left out) and
-counted.
+Packing puts examples side by side and never splits one. So what is longer than a row is made shorter here: documents
+are split, conversations cut at a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -53,36 +52,6 @@ class Example:
         return len(self.ids)
 
 
-@dataclass(frozen=True)
-class DocumentReport:
-    """documents read, examples made of them, documents that had to be split, tokens of the examples."""
-
-    documents: int
-    examples: int
-    split: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class PairReport:
-    """pairs read, examples made of them (two a pair) or dropped for their length, tokens of the examples."""
-
-    pairs: int
-    examples: int
-    dropped: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class ConversationReport:
-    """Conversations kept whole, cut at a turn, dropped (first turn does not fit); tokens of the examples."""
-
-    kept: int
-    cut: int
-    dropped: int
-    tokens: int
-
-
 def make_example(ids: Sequence[int], mask: Sequence[int]) -> Example:
     """An Example from plain lists of equal length."""
     return Example(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
@@ -92,11 +61,6 @@ def whole_text(tokenizer: TextTokenizer, ids: list[int]) -> Example:
     """The ids of a text, with its end: all is trained but what the tokenizer puts before a text by itself."""
     bos = list(tokenizer.bos_ids)
     return make_example([*bos, *ids, tokenizer.document_end_id], [0] * len(bos) + [1] * (len(ids) + 1))
-
-
-def document_example(tokenizer: TextTokenizer, text: str) -> Example:
-    """A document of any length: bos + text + document end; all trained but the bos."""
-    return whole_text(tokenizer, tokenizer.encode(text))
 
 
 def split_example(example: Example, length: int) -> list[Example]:
@@ -118,42 +82,16 @@ def split_example(example: Example, length: int) -> list[Example]:
     return pieces
 
 
-def document_examples(
-    tokenizer: TextTokenizer, texts: Sequence[str], length: int
-) -> tuple[list[Example], DocumentReport]:
+def document_examples(tokenizer: TextTokenizer, texts: Sequence[str], length: int) -> list[Example]:
     """Documents for causal LM in examples of at most `length` tokens; longer ones are split."""
-    examples: list[Example] = []
-    split = 0
-    for ids in tokenizer.encode_batch(list(texts)):
-        pieces = split_example(whole_text(tokenizer, ids), length)
-        split += len(pieces) > 1
-        examples += pieces
-    return examples, DocumentReport(len(texts), len(examples), split, _count(examples))
+    encoded = tokenizer.encode_batch(list(texts))
+    return [piece for ids in encoded for piece in split_example(whole_text(tokenizer, ids), length)]
 
 
 def pair_texts(en: str, th: str, markers: Markers = MARKERS) -> tuple[str, str]:
     """Both directions of a pair as texts, from English and to English."""
     english, target = markers.english, markers.target
     return f"{english}{en}{target}{th}", f"{target}{th}{english}{en}"
-
-
-def pair_examples(tokenizer: TextTokenizer, en: str, th: str, markers: Markers = MARKERS) -> tuple[Example, Example]:
-    """A pair as causal LM in both directions, first from English; all trained but the bos."""
-    forward, backward = tokenizer.encode_batch(list(pair_texts(en, th, markers)))
-    return whole_text(tokenizer, forward), whole_text(tokenizer, backward)
-
-
-def translation_examples(
-    tokenizer: TextTokenizer, pairs: Sequence[tuple[str, str]], max_length: int, markers: Markers = MARKERS
-) -> tuple[list[Example], PairReport]:
-    """`pair_examples` of many pairs; those of more than `max_length` tokens are dropped and counted.
-
-    Half a translation teaches to stop early, so a long one is not cut.
-    """
-    texts = [text for en, th in pairs for text in pair_texts(en, th, markers)]
-    examples = [whole_text(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]
-    kept = [example for example in examples if len(example) <= max_length]
-    return kept, PairReport(len(pairs), len(kept), len(examples) - len(kept), _count(kept))
 
 
 def conversation_rows(
@@ -168,25 +106,3 @@ def conversation_rows(
     """
     rows, cut = chat.fitting_rows(tokenizer, messages, max_length, markers.in_order())
     return rows, "dropped" if not rows else "cut" if cut else "kept"
-
-
-def conversation_examples(
-    tokenizer: Tokenizer,
-    conversations: Iterable[Sequence[Message]],
-    max_length: int,
-    markers: Markers = MARKERS,
-) -> tuple[list[Example], ConversationReport]:
-    """The examples of many conversations, and how many were kept, cut and dropped."""
-    examples: list[Example] = []
-    counts: dict[Outcome, int] = {"kept": 0, "cut": 0, "dropped": 0}
-    for messages in conversations:
-        rows, outcome = conversation_rows(tokenizer, messages, max_length, markers)
-        counts[outcome] += 1
-        examples += [make_example(row.ids, row.mask) for row in rows]
-    return examples, ConversationReport(
-        kept=counts["kept"], cut=counts["cut"], dropped=counts["dropped"], tokens=_count(examples)
-    )
-
-
-def _count(examples: Iterable[Example]) -> int:
-    return sum(len(example) for example in examples)

@@ -1,7 +1,7 @@
-"""Packing: whole examples side by side in rows of one length.
+"""Packing: puts several whole examples into each row of a fixed length.
 
-The plan looks at lengths only and can be computed, stored and read without the tokens. No example is ever
-split; what is too long for a row was cut or dropped, and counted, before (`transllm_jax.data.rows.examples`).
+The plan depends only on lengths, so it can be computed, stored and read without the tokens. No example is split:
+`transllm_jax.data.rows.examples` has cut or dropped, and counted, what is too long for a row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORED = 0  # label where nothing is predicted; its weight is 0, the value is never looked at
+IGNORED = 0  # label where nothing is predicted; its weight is 0, and its value is never used
 
 
 # The arrays of packed rows, and of a batch of them.
@@ -20,7 +20,7 @@ FIELDS = ("tokens", "positions", "segment_ids", "labels", "weights")
 
 
 class Rows(Protocol):
-    """Rows by index: in memory (`PackedRows`), or planned over a token cache (`data.planned.PlannedRows`)."""
+    """Rows by index: in memory (`PackedRows`), or planned over a token cache (`data.rows.planned.PlannedRows`)."""
 
     def __len__(self) -> int: ...
 
@@ -73,7 +73,7 @@ class PackedRows:
         return int(self.tokens.shape[0])
 
     def batch(self, first: int, size: int) -> dict[str, np.ndarray]:
-        """Rows first .. first + size as [size, T] arrays; padding fills a short batch, so that all have one shape."""
+        """Rows first .. first + size as [size, T] arrays; a short batch is padded, so that all have the same shape."""
         return {
             field: np.pad(values, [(0, size - len(values)), (0, 0)])
             for field in FIELDS
@@ -85,7 +85,7 @@ class PackedRows:
         return {field: getattr(self, field)[number] for field in FIELDS}
 
     def places(self, number: int) -> list[str]:
-        """Where the examples of a row come from: only the row is known."""
+        """Where the examples of a row come from; here only the row's number is known."""
         return [f"row {number + 1}"]
 
     @property
@@ -100,17 +100,17 @@ class PackedRows:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all rows, padding apart."""
+        """Tokens of all rows, without padding."""
         return int((self.segment_ids > 0).sum())
 
 
 def plan(lengths: Sequence[int] | np.ndarray, row_length: int, *, window: int = 256) -> list[list[int]]:
     """First-fit: every example goes into the first of at most `window` open rows that has room for it.
 
-    lengths: tokens of each example, 1 to row_length. row_length: T. Returns rows as lists of example indices,
-    in the order in which the rows were opened; indices rise in a row. When no open row has room and `window`
-    are open, the fullest (of those the oldest) is closed. Deterministic; O(examples x window) in numpy.
-    Raises ValueError for an example that no row can hold.
+    lengths: tokens of each example, 1 to row_length. row_length: T. Returns rows as lists of example indices, in the
+    order in which the rows were opened; indices ascend within a row. If no open row has room and `window` rows are
+    open, the fullest is closed (the oldest of equally full ones). Deterministic; O(examples x window) in numpy. Raises
+    ValueError for an example that no row can hold.
     """
     if row_length < 1 or window < 1:
         raise ValueError(f"row_length and window must be at least 1: {row_length}, {window}")
@@ -139,13 +139,13 @@ def plan(lengths: Sequence[int] | np.ndarray, row_length: int, *, window: int = 
 
 
 def pack(examples: Sequence[HasTokens], row_length: int, *, window: int = 256) -> PackedRows:
-    """Pack examples into rows of `row_length` tokens by `plan`. Raises ValueError for a longer one."""
+    """Pack examples into rows of `row_length` tokens by `plan`. Raises ValueError for an example that is longer."""
     rows = plan([len(example.ids) for example in examples], row_length, window=window)
     return fill(examples, rows, row_length)
 
 
 def fill(examples: Sequence[HasTokens], rows: Sequence[Sequence[int]], row_length: int) -> PackedRows:
-    """The arrays of the rows that a plan names: rows [R] of example indices -> PackedRows [R, row_length]."""
+    """The arrays of planned rows: rows [R], lists of example indices -> PackedRows [R, row_length]."""
     shape = (len(rows), row_length)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     labels = np.full(shape, IGNORED, np.int32)
@@ -162,7 +162,7 @@ def fill(examples: Sequence[HasTokens], rows: Sequence[Sequence[int]], row_lengt
             tokens[row, start:end] = ids
             positions[row, start:end] = np.arange(len(ids))
             segment_ids[row, start:end] = segment
-            # The last position of an example predicts nothing: what follows it is another document.
+            # The last position of an example predicts nothing: another document follows it.
             labels[row, start : end - 1] = ids[1:]
             weights[row, start : end - 1] = mask[1:] != 0
             start = end

@@ -1,4 +1,4 @@
-"""All shards of a source through the tokenizer, on all cores: each is written once and found again by its content."""
+"""Tokenises all shards of a source on all cores; each is written once and found again by its content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transllm_jax.choices import Controls, OnBadRows
-from transllm_jax.data.pool import cores, count, share_out
+from transllm_jax.data.pool import add_progress, cores, run_in_processes
 from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.rows.transform import Transform
@@ -15,7 +15,7 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _WORTH = 32 << 20  # bytes of shards below which starting processes takes longer than tokenising
 
-# Is told (bytes of the shards that are done, items of all), and may raise to stop.
+# Called with (bytes of the shards that are done, items so far); may raise to stop the work.
 OnProgress = Callable[[int, int], None]
 
 
@@ -26,68 +26,70 @@ def tokenise(
     controls: Controls,
     directory: Path,
     *,
-    tell: OnProgress = lambda done, items: None,
+    on_progress: OnProgress = lambda done, items: None,
     processes: int | None = None,
     on_bad_rows: OnBadRows = "refuse",
 ) -> list[ShardTokens]:
-    """The tokens of every shard, in their order; what `directory` holds already is not made again.
+    """The tokens of every shard, in order; shards that `directory` has already are not tokenised again.
 
-    Several shards go to several processes, by default to as many as there are cores; one shard is encoded on all cores.
-    `tell` may raise to stop the work: whole shards stay. controls, on_bad_rows: as the shards' reading has them. Raises
-    UserError for what a shard's reader refuses.
+    Several shards are divided among `processes`, by default one per core; a single shard is encoded on all cores.
+    on_progress may raise to stop the work: finished shards stay. controls, on_bad_rows: as in the shards' `Reading`.
+    Raises UserError for whatever a shard's reader refuses.
     """
     paths = {shard: shard_path(directory, shard, transform, tokenizer.fingerprint) for shard in shards}
-    # Of files that are equal in name and content, one.
+    # Files of the same name and content are tokenised once.
     todo = list({path: shard for shard, path in paths.items() if not path.is_file()}.values())
     done = sum(shard.size for shard in shards) - sum(shard.size for shard in todo)
     available = cores()
     if todo:
         sweep(directory)
     if processes is None:
-        # A size of 0 is not known.
+        # A size of 0 means that it is unknown.
         large = any(shard.size == 0 for shard in todo) or sum(shard.size for shard in todo) >= _WORTH
         processes = available if large else 1
     processes = min(processes, len(todo))
     items = 0
 
-    def more(count: int) -> None:
+    def on_items(more: int) -> None:
         nonlocal items
-        items += count
-        tell(done, items)
+        items += more
+        on_progress(done, items)
 
     if processes <= 1:
         for shard in todo:
-            write_shard(paths[shard], shard, transform, tokenizer, controls, more, on_bad_rows)
+            write_shard(paths[shard], shard, transform, tokenizer, controls, on_items, on_bad_rows)
             done += shard.size
-            tell(done, items)
+            on_progress(done, items)
     else:
-        _in_processes(todo, paths, (transform, tokenizer, controls, on_bad_rows), done, tell, processes, available)
+        _in_processes(
+            todo, paths, (transform, tokenizer, controls, on_bad_rows), done, on_progress, processes, available
+        )
     return [ShardTokens(paths[shard], shard.name) for shard in shards]
 
 
 def _in_processes(
     todo: Sequence[Shard],
     paths: dict[Shard, Path],
-    given: tuple[Transform, Tokenizer, Controls, OnBadRows],
+    settings: tuple[Transform, Tokenizer, Controls, OnBadRows],
     done: int,
-    tell: OnProgress,
+    on_progress: OnProgress,
     processes: int,
     available: int,
 ) -> None:
-    def told(finished: list[Shard], items: int) -> None:
+    def advance(finished: list[Shard], items: int) -> None:
         nonlocal done
         done += sum(shard.size for shard in finished)
-        tell(done, items)
+        on_progress(done, items)
 
-    share_out(
+    run_in_processes(
         _write_in_process,
-        # The largest first, so that the last one does not keep one core busy alone.
+        # The largest first, so that no core is left working alone on a large one at the end.
         sorted(todo, key=lambda shard: -shard.size),
         processes,
-        given=(paths, *given),
+        arguments=(paths, *settings),
         environment={"RAYON_NUM_THREADS": str(max(available // processes, 1))},
-        tell=told,
-        lost="whole shards stay; run again, with more memory, or with smaller files",
+        on_progress=advance,
+        if_killed="whole shards stay; run again, with more memory, or with smaller files",
     )
 
 
@@ -99,4 +101,4 @@ def _write_in_process(
     controls: Controls,
     on_bad_rows: OnBadRows,
 ) -> None:
-    write_shard(paths[shard], shard, transform, tokenizer, controls, count, on_bad_rows)
+    write_shard(paths[shard], shard, transform, tokenizer, controls, add_progress, on_bad_rows)

@@ -5,12 +5,10 @@ A `Transform` goes to worker processes, and its key is part of a cached shard's 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +27,8 @@ from transllm_jax.data.rows.examples import (
     split_example,
     whole_text,
 )
+from transllm_jax.data.rows.instructions import Instructions
+from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -55,13 +55,17 @@ class Prepared(NamedTuple):
 class Transform:
     """How items become examples of at most `length` tokens.
 
-    rules, evaluation: what is left out (see `data.cleaning`). exact: note each item's hash, so that exact duplicates
-    can be found; near: its MinHash signature too.
+    instructions: pairs become translation instructions; None: the text of both directions. holds_markers: the run made
+    the items itself, and they may hold the chain's markers; in any other item a marker or special token makes it a bad
+    row. rules, evaluation: what is left out (see `data.cleaning`). exact: note each item's hash, so that duplicates can
+    be found; near: its MinHash signature too.
     """
 
     content: Content
     length: int
     markers: Markers = MARKERS
+    instructions: Instructions | None = None
+    holds_markers: bool = False
     rules: Rules = field(default_factory=Rules)
     evaluation: EvaluationTexts | None = None
     exact: bool = True
@@ -70,31 +74,46 @@ class Transform:
     @property
     def key(self) -> str:
         """A hash of all of it."""
-        parts = [_FORMAT, self.content, self.length, self.markers.in_order(), asdict(self.rules), self.exact, self.near]
-        known = json.dumps([*parts, None if self.evaluation is None else self.evaluation.key], sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        parts: list[Any] = [_FORMAT, self.content, self.length, self.markers.in_order()]
+        parts += [asdict(self.rules), self.exact, self.near]
+        parts.append(None if self.evaluation is None else self.evaluation.key)
+        if self.instructions is not None:
+            parts.append(asdict(self.instructions))
+        if self.holds_markers:
+            parts.append("markers")
+        return sha256_of_json(parts)
 
     def made(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[Made]:
         """The examples of each item; none for one that was left out, which is counted by its reason."""
         prepared = self.prepare(items, counts)
         return self.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)
 
-    def prepare(self, items: Sequence[Item], counts: Counter[str]) -> Prepared:
-        """The first part of `made`: what is left out, and the texts to encode of the rest."""
+    def prepare(self, items: Sequence[Item], counts: Counter[str], first: int = 0) -> Prepared:
+        """The first part of `made`: what is left out, and the texts to encode of the rest.
+
+        first: the number of the first item in its shard.
+        """
         kept = []
         for item in items:
             why = reason(item, self.rules, self.evaluation)
             if why is not None:
                 counts[why] += 1
             kept.append(why is None)
-        given = [item for item, keep in zip(items, kept, strict=True) if keep]
+        numbered = enumerate(zip(items, kept, strict=True), first)
+        given = [self._asked(item, number) for number, (item, keep) in numbered if keep]
         texts: list[str] = []  # a conversation is encoded message by message, by the chat template
-        if self.content == "pairs":
+        if self.content == "pairs" and self.instructions is None:
             pairs = [item for item in given if isinstance(item, tuple)]
             texts = [text for english, target in pairs for text in pair_texts(english, target, self.markers)]
         elif self.content == "text":
             texts = [str(item) for item in given]
         return Prepared(kept, given, texts)
+
+    def _asked(self, item: Item, number: int) -> Item:
+        """A pair as an instruction, where the transform makes instructions; any other item as it is."""
+        if self.instructions is None or not isinstance(item, tuple):
+            return item
+        return self.instructions.conversation(*item, number, self.markers)
 
     def finish(
         self,
@@ -123,7 +142,7 @@ class Transform:
         counts: Counter[str],
         places: Sequence[Place | None],
     ) -> list[Made]:
-        if self.content == "conversations":
+        if self.content == "conversations" or self.instructions is not None:
             both = zip(prepared.items, places, strict=True)
             return [self._conversation(tokenizer, item, counts, place) for item, place in both]
         if self.content == "text":

@@ -1,7 +1,7 @@
 """What the measures of an evaluation mean, which direction is better, and how their numbers are written.
 
-Everything that shows results (the HTML report, the terminal, the plots) reads them through `rows`, so that a
-value which was not measured is "not measured" everywhere and a number looks the same in every place.
+The HTML report, the terminal and the plots all read results through `rows`, so that a missing value is "not measured"
+everywhere and a number looks the same in every place.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transllm_jax.choices import POINTS
+
 Results = Mapping[str, Any]
 Better = Literal["lower", "higher"]
 
 NOT_MEASURED = "not measured"
 BASE = "base"
-POINTS = (BASE, "vocabulary", "pretrain", "translate", "transfer")
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure. `{language}` in its texts stands for the target language's name."""
+    """One measure. `{language}` in its texts is replaced by the target language's name."""
 
     key: str
     label: str
     short: str
-    """The label where there is little room, as in a terminal."""
+    """A short label, for a terminal."""
     meaning: str
     better: Better | None
     style: Literal["number", "score", "share"] = "number"
     since: str = BASE
-    """The point that the change is counted from."""
+    """The point from which the change is computed."""
 
 
 MEASURES = (
@@ -67,7 +68,7 @@ MEASURES = (
         "higher",
         "score",
     ),
-    # The original model is at distance 0 from itself: what counts is what the last stage wins back.
+    # The original model is at distance 0 from itself, so the change since stage translate is what tells.
     Measure(
         "english_kl",
         "Drift of English answers, KL",
@@ -88,7 +89,7 @@ MEASURES = (
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite number, or None where there is none (missing, null, NaN, text)."""
+    """`value` as a finite number; None for anything else (missing, null, NaN, text)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -106,9 +107,9 @@ def written(value: float | None, style: str = "number") -> str:
 
 
 def percent(share: float, *, sign: bool = False) -> str:
-    """0.896 as "89.6 %", 0.9 as "90 %"; with a sign (and always a decimal) where it is a change.
+    """0.896 as "89.6 %", 0.9 as "90 %"; a change (`sign`) has a sign and always one decimal.
 
-    A share that is not whole is not rounded into looking like one (0.9996 stays below "100 %").
+    Only 0 and 1 become "0 %" and "100 %" (0.9996 is written with more digits).
     """
     value = 100 * share
     text = f"{abs(value):.1f}"
@@ -122,11 +123,11 @@ def percent(share: float, *, sign: bool = False) -> str:
 
 def language_name(results: Results) -> str:
     """The target language's English name."""
-    return str(part(results, "language").get("name") or "target language")
+    return str(section(results, "language").get("name") or "target language")
 
 
-def part(results: Results, key: str) -> Mapping[str, Any]:
-    """The mapping under `key`, empty where the results have none."""
+def section(results: Results, key: str) -> Mapping[str, Any]:
+    """The mapping under `key`; empty if the results have none."""
     value = results.get(key)
     return value if isinstance(value, Mapping) else {}
 
@@ -135,12 +136,12 @@ def points(results: Results) -> list[str]:
     """The points at which the model was evaluated, in order: the original model, then after each stage."""
     if results.get("points"):
         return [str(point) for point in results["points"]]
-    found = {point for values in part(results, "metrics").values() for point in values or {}}
+    found = {point for values in section(results, "metrics").values() for point in values or {}}
     return [point for point in POINTS if point in found] + sorted(found - set(POINTS))
 
 
 def point_label(point: str) -> str:
-    """The heading of a point: the base is "original" to the reader, a stage keeps its name."""
+    """The heading of a point: "original" for the base; a stage keeps its name."""
     return "original" if point == BASE else point
 
 
@@ -176,7 +177,7 @@ class Row:
 
     @property
     def change(self) -> Change | None:
-        """From `measure.since` to the last measured point; None where either is missing."""
+        """The change from `measure.since` to the last measured point; None if either is missing."""
         since, last = self.measure.since, self.last
         before = self.values.get(since)
         order = list(self.values)
@@ -201,29 +202,29 @@ class Row:
 
 
 def rows(results: Results) -> Iterator[Row]:
-    """The known measures in their order, measured or not, then any other that the results bring."""
-    names, where = language_name(results), points(results)
-    metrics = part(results, "metrics")
+    """The known measures in order, measured or not, then any others in the results."""
+    language, where = language_name(results), points(results)
+    metrics = section(results, "metrics")
     known = {measure.key for measure in MEASURES}
     others = tuple(Measure(key, key.replace("_", " "), key, "", None) for key in metrics if key not in known)
     for measure in MEASURES + others:
-        values = part(metrics, measure.key)
+        values = section(metrics, measure.key)
         # Only our own texts are templates: another measure's name may contain braces.
         label, short, meaning = (
-            text.format(language=names) if measure.key in known else text
+            text.format(language=language) if measure.key in known else text
             for text in (measure.label, measure.short, measure.meaning)
         )
         yield Row(
             measure,
             label[:1].upper() + label[1:],
-            short[:1].upper() + short[1:] if measure.key in known and short.startswith(names) else short,
+            short[:1].upper() + short[1:] if measure.key in known and short.startswith(language) else short,
             meaning,
             {point: number(values.get(point)) for point in where},
         )
 
 
 def clean(text: object) -> str:
-    """Text of a model without control characters, which neither a page nor a terminal should be given."""
+    """Text without control characters, which must not reach a page or a terminal."""
     return "".join(
         letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else "\ufffd"
         for letter in str(text if text is not None else "")

@@ -1,7 +1,7 @@
-"""Small plots as inline SVG that takes its colours and its font from the page around it, and one as a file.
+"""Small plots as inline SVG that takes its colours and font from the page around it, and one plot as a file.
 
-For the page, matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables: one drawing
-serves light mode, dark mode and print. Text stays text. matplotlib is imported when the first plot is drawn.
+For the page, matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables: one
+drawing serves light mode, dark mode and print. Text stays text. matplotlib is imported when the first plot is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-in colour -> CSS variable of the page. They only have to differ from each other.
+# Placeholder colour -> CSS variable of the page. The colours only have to differ from each other.
 _INK, _MUTED, _LINE, _ACCENT, _SOFT, _BEFORE = (
     "#010101",
     "#020202",
@@ -39,13 +39,13 @@ _VARIABLES = {
     _BEFORE: "var(--before)",
 }
 _MOST_POINTS = 400
-"""More points than this on a curve cannot be seen at its size; each costs bytes."""
+"""A curve has at most this many points: more cannot be seen at its size, and each costs bytes."""
 _MOST_DOTS = 25
-"""More measurements than this on a curve are not marked one by one."""
+"""Up to this many measurements on a curve are marked with dots."""
 
 
 def measure_plot(row: Row) -> Markup:
-    """A bar for each point, from zero, with its value written on it; gaps say "not measured"."""
+    """A bar chart from zero: one bar per point, labelled with its value; a missing value says "not measured"."""
     where = list(row.values)
     with _style():
         figure = _figure(400, 200)
@@ -78,14 +78,14 @@ def measure_plot(row: Row) -> Markup:
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_visible(False)
-        spoken = ", ".join(f"{point_label(point)} {row.text(point)}" for point in where)
-        return _svg(figure, f"{row.label}: {spoken}", f"measure-{row.measure.key}")
+        values = ", ".join(f"{point_label(point)} {row.text(point)}" for point in where)
+        return _svg(figure, f"{row.label}: {values}", f"measure-{row.measure.key}")
 
 
 def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """The loss over the steps of a stage, and its running mean where there are enough steps for one.
+    """The loss over the steps of a stage, and its running mean if there are enough steps.
 
-    records: dicts with `step` and `loss`; a record without a finite loss is left out. None without any left.
+    records: dicts with `step` and `loss`; records without a finite loss are left out. None if none is left.
     """
     drawn = _finite(records, "loss")
     if not drawn:
@@ -103,7 +103,7 @@ def loss_plot(stage: str, records: Sequence[Mapping[str, Any]]) -> Markup | None
             axes.plot(steps[::every], losses[::every], color=_SOFT, linewidth=1)
             axes.plot(steps[::every], mean[::every], color=_ACCENT, linewidth=2)
         axes.margins(x=0.02)
-        _mark_steps(axes)
+        _style_curve(axes)
         ends = [f"{losses[place]:.3f} at step {steps[place]:.0f}" for place in (0, -1)]
         label = f"Loss of {stage}: {', '.join(ends)}"
         return _svg(figure, label, f"loss-{stage}")
@@ -114,8 +114,8 @@ def validation_plot(
 ) -> Markup | None:
     """The bits per byte of held-out text over the steps of a stage, with a ring around the best step.
 
-    records: dicts with `step` and `bits_per_byte`; one without a finite number is left out. None without any left.
-    losses: those of `loss_plot`, whose steps this plot spans, so that both can be read one below the other.
+    records: dicts with `step` and `bits_per_byte`; those without a finite number are left out. None if none is left.
+    losses: the records of `loss_plot`; both plots span the same steps, so that they can be read one below the other.
     """
     drawn = _finite(records, "bits_per_byte")
     if not drawn:
@@ -134,14 +134,14 @@ def validation_plot(
         axes.set_xlim(min(span) - room, max(span) + room)
         # Room for the ring.
         axes.margins(y=0.2)
-        _mark_steps(axes)
-        said = f", best {chosen[0][1]:.3f} at step {chosen[0][0]:.0f}" if chosen else ""
-        label = f"Validation of {stage}: {drawn[-1][1]:.3f} bits per byte at step {drawn[-1][0]:.0f}{said}"
+        _style_curve(axes)
+        best_text = f", best {chosen[0][1]:.3f} at step {chosen[0][0]:.0f}" if chosen else ""
+        label = f"Validation of {stage}: {drawn[-1][1]:.3f} bits per byte at step {drawn[-1][0]:.0f}{best_text}"
         return _svg(figure, label, f"validation-{stage}")
 
 
 def _finite(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the records that have both as finite numbers."""
+    """The (step, value) of each record in which both are finite numbers."""
     pairs = [(number(record.get("step")), number(record.get(key))) for record in records]
     return [(step, value) for step, value in pairs if step is not None and value is not None]
 
@@ -150,8 +150,8 @@ def _curve_axes(figure: Figure, bottom: float = 0.15) -> Axes:
     return figure.add_axes((0.12, bottom, 0.86, 0.94 - bottom))
 
 
-def _mark_steps(axes: Axes) -> None:
-    """The look that the curves over steps share."""
+def _style_curve(axes: Axes) -> None:
+    """Apply the style that all curves over steps share."""
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.locator_params(axis="y", nbins=5)
@@ -163,9 +163,9 @@ def _mark_steps(axes: Axes) -> None:
 
 
 def cost_plot(path: Path, texts: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
-    """Write what texts cost against the size of the vocabulary, as a picture of its own (.png, .svg or .pdf).
+    """Write a plot of what texts cost against the size of the vocabulary, to a .png, .svg or .pdf file.
 
-    texts: name -> (tokens in the vocabulary, tokens per character, per UTF-8 byte, per word) of each vocabulary.
+    texts: name -> for each vocabulary, (tokens in the vocabulary, tokens per character, per UTF-8 byte, per word).
     """
     with _style():
         figure = _figure(760, 290)
@@ -196,7 +196,7 @@ def cost_plot(path: Path, texts: Mapping[str, Sequence[tuple[int, float, float, 
 
 
 def _running_mean(values: Sequence[float]) -> list[float] | None:
-    """Exponential mean over about a tenth of the values, unbiased at the start; None for a few values."""
+    """Exponential mean over about a tenth of the values, unbiased at the start; None for fewer than 20 values."""
     if len(values) < 20:
         return None
     keep = 1 - 1 / max(len(values) / 10, 4)
@@ -214,7 +214,7 @@ def _style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
-            # Ids inside the file are hashes: salted alike, the same results give the same bytes.
+            # Ids inside the file are salted hashes: with a fixed salt, the same results give the same bytes.
             "svg.hashsalt": "transllm",
             "text.parse_math": False,
             "axes.unicode_minus": False,
@@ -223,14 +223,14 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of width x height units, where 10 units are a font of size 10."""
+    """A figure of width x height points (a font of size 10 is 10 points high)."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72))
 
 
 def _svg(figure: Figure, label: str, name: str) -> Markup:
-    """The figure as an `<svg>` for the inside of an HTML page; `name` keeps its ids apart from others'."""
+    """The figure as an `<svg>` element for an HTML page. Its ids begin with `name`, to differ from other figures'."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -240,7 +240,7 @@ def _svg(figure: Figure, label: str, name: str) -> Markup:
     name = re.sub(r"[^\w-]", "-", name)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    # The style element would reach the whole page. The font is written as one property or as several.
+    # The style element would apply to the whole page. matplotlib writes the font as one property or as several.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     text = re.sub(r"font: ([^'\";]*px) [^;\"]*", r"font: \1 var(--font)", text)

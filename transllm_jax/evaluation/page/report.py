@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML file, made from the results and from nothing else.
+"""The report of a run: one self-contained HTML file, made from the results alone.
 
-What the results lack is called "not measured". The file needs no network, no script and no other file. For
-the terminal there are `summary_table` and `conversation_panel`.
+A value that the results lack is shown as "not measured". The file needs no network, no script and no other file. The
+terminal has `summary_table` and `conversation_panel`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transllm_jax.evaluation.page.measures import (
     clean,
     language_name,
     number,
-    part,
     percent,
     point_label,
     points,
     rows,
+    section,
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
@@ -40,8 +40,8 @@ from transllm_jax.words import duration, size
 __all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
 
 _CHAIN = ("question_en", "answer_en", "answer_target")
-# What the time of a run is shown as, in this order; the keys are those of transllm_jax.training.record.ledger.
-_SPENT = {
+# Labels of the kinds of time (keys of transllm_jax.training.record.ledger), in the order in which they are shown.
+_TIME_LABELS = {
     "step": "training steps",
     "compile": "compiling",
     "init": "starting",
@@ -49,10 +49,10 @@ _SPENT = {
     "save": "saving",
     "validate": "validation",
     "other": "other work",
-    "redone": "done, then begun anew",
+    "redone": "done, then redone",
     "lost": "lost to restarts",
 }
-# The most characters of the places of a row's texts.
+# The most characters shown of where a row's texts come from.
 _PLACE = 240
 _MODEL_LABELS = {
     "source": "Original model",
@@ -67,10 +67,9 @@ _MODEL_LABELS = {
 def write_report(results: Results, path: Path) -> None:
     """Write the report of `results` (the contents of evaluation/results.json) to `path`, atomically.
 
-    The file appears complete or not at all: a reader never sees half of it, and an earlier report stays where
-    this one fails.
+    A reader never sees a partial file, and an earlier report stays if this one fails.
     """
-    # Rendered before anything is opened; a lone surrogate, which UTF-8 has no bytes for, becomes "?".
+    # Rendered before the file is opened. A lone surrogate, which UTF-8 cannot encode, becomes "?".
     data = render_report(results).encode("utf-8", errors="replace")
     write_bytes(path, data)
 
@@ -87,13 +86,13 @@ def render_report(results: Results) -> str:
     environment.filters["clean"] = clean
     environment.filters["point"] = point_label
     environment.filters["count"] = _count
-    language = part(results, "language")
+    language = section(results, "language")
     measured = list(rows(results))
     return environment.get_template("report.html.j2").render(
         title=results.get("title") or "Report",
         created=_date(results.get("created")),
         language=language_name(results),
-        # The empty language tag is HTML's way to say that the language is not known.
+        # In HTML, an empty language tag means that the language is unknown.
         code=str(language.get("code") or ""),
         verdict=verdict(results),
         points=points(results),
@@ -109,19 +108,19 @@ def render_report(results: Results) -> str:
         stages=list(_stages(results)),
         skipped=list(_skipped(results)),
         curves=list(_curves(results)),
-        times=_times(part(results, "ledger")),
+        times=_times(section(results, "ledger")),
         model=[
             (_MODEL_LABELS.get(key, key.replace("_", " ")), _value(value))
-            for key, value in part(results, "model").items()
+            for key, value in section(results, "model").items()
         ],
-        versions=[(key, _value(value)) for key, value in part(results, "versions").items()],
+        versions=[(key, _value(value)) for key, value in section(results, "versions").items()],
         config=results.get("config") or "",
     )
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str]]:
-    """The details of the evaluation, each as a name and one line; unknown ones as they are."""
-    for key, value in part(results, "details").items():
+    """The details of the evaluation, each as a name and one line; an unknown one is shown unchanged."""
+    for key, value in section(results, "details").items():
         if key == "counts" and isinstance(value, Mapping):
             text = ", ".join(f"{_count(count)} {name.replace('_', ' ')}" for name, count in value.items())
             yield "Held-out material", text
@@ -133,7 +132,7 @@ def _notes(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _conversations(results: Results) -> Iterator[dict[str, Any]]:
-    code = str(part(results, "language").get("code") or "")
+    code = str(section(results, "language").get("code") or "")
     for talk in results.get("conversations") or []:
         base, chain = talk.get("base"), talk.get("chain")
         yield {
@@ -147,14 +146,14 @@ def _conversations(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _translations(results: Results) -> Iterator[dict[str, Any]]:
-    """Each sentence in both directions: source, reference, and what the model said at each point."""
+    """Each sentence in both directions: source, reference, and the model's translation at each point."""
     order = points(results)
     for pair in results.get("translations") or []:
-        outputs = part(pair, "outputs")
+        outputs = section(pair, "outputs")
         where = [point for point in order if point in outputs] + [point for point in outputs if point not in order]
         answers = {
-            direction: [(point, clean(part(outputs, point).get(direction)).strip()) for point in where]
-            if any(part(outputs, point).get(direction) is not None for point in where)
+            direction: [(point, clean(section(outputs, point).get(direction)).strip()) for point in where]
+            if any(section(outputs, point).get(direction) is not None for point in where)
             else []
             for direction in ("to_target", "to_english")
         }
@@ -178,26 +177,26 @@ def _stages(results: Results) -> Iterator[dict[str, str]]:
 
 
 def _sources(results: Results) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """By stage, what it was trained on: a row a source."""
-    trained = part(results, "trained")
+    """For each stage, a row per source that it was trained on."""
+    trained = section(results, "trained")
     for stage in trained:
-        sources = part(part(trained, stage), "sources")
+        sources = section(section(trained, stage), "sources")
         if sources:
-            yield stage, [_source(name, part(sources, name)) for name in sources]
+            yield stage, [_source(name, section(sources, name)) for name in sources]
 
 
 def _source(name: str, source: Mapping[str, Any]) -> dict[str, str]:
     padded, epochs = number(source.get("padded_fraction")), number(source.get("epochs"))
-    gone = None
+    left_out = None
     if isinstance(source.get("left_out"), Mapping):
-        # What was cut was not left out.
-        counts = [(str(reason), f"{_count(count)} {reason}") for reason, count in part(source, "left_out").items()]
-        kept = [text for reason, text in counts if reason.startswith("cut")]
+        # Items that were cut were not left out.
+        counts = [(str(reason), f"{_count(count)} {reason}") for reason, count in section(source, "left_out").items()]
+        cut = [text for reason, text in counts if reason.startswith("cut")]
         out = [text for reason, text in counts if not reason.startswith("cut")]
-        gone = "; ".join([f"left out: {', '.join(out)}" if out else "nothing left out", *kept])
+        left_out = "; ".join([f"left out: {', '.join(out)}" if out else "nothing left out", *cut])
     return {
         "name": clean(name),
-        "gone": clean(gone),
+        "left_out": clean(left_out),
         "items": _count(source.get("items")),
         "tokens": _count(source.get("tokens")),
         "rows": _count(source.get("rows")),
@@ -207,10 +206,10 @@ def _source(name: str, source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _skipped(results: Results) -> Iterator[dict[str, Any]]:
-    """The stages that skipped updates: how many, and where the texts of the first few stand."""
-    trained = part(results, "trained")
+    """The stages that skipped updates: how many, and where the texts of the first few come from."""
+    trained = section(results, "trained")
     for stage in trained:
-        found = part(trained, stage)
+        found = section(trained, stage)
         updates = [update for update in found.get("skipped_updates") or [] if isinstance(update, Mapping)]
         count = number(found.get("skipped")) or len(updates)
         if count:
@@ -231,7 +230,7 @@ def _skipped(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _curves(results: Results) -> Iterator[dict[str, Any]]:
-    losses, trained = part(results, "losses"), part(results, "trained")
+    losses, trained = section(results, "losses"), section(results, "trained")
     for stage in [*TRAININGS, *(name for name in losses if name not in TRAININGS)]:
         records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
         finite = [record for record in records if number(record.get("loss")) is not None]
@@ -246,7 +245,7 @@ def _curves(results: Results) -> Iterator[dict[str, Any]]:
             "stage": stage,
             "plot": loss_plot(stage, records),
             "caption": caption,
-            "validation": _validation(stage, part(trained, stage), records),
+            "validation": _validation(stage, section(trained, stage), records),
         }
 
 
@@ -257,23 +256,24 @@ def _validation(stage: str, trained: Mapping[str, Any], losses: list[Mapping[str
     if plot is None:
         return None
     finite = [record for record in records if number(record.get("bits_per_byte")) is not None]
-    told = [(record, record.get("step") == best) for record in finite if record is finite[-1] or record["step"] == best]
+    shown = [record for record in finite if record is finite[-1] or record["step"] == best]
     caption = ", ".join(
-        f"{'best ' if chosen else ''}{written(number(record['bits_per_byte']))} at step {_count(record.get('step'))}"
-        for record, chosen in told
+        f"{'best ' if record.get('step') == best else ''}{written(number(record['bits_per_byte']))} "
+        f"at step {_count(record.get('step'))}"
+        for record in shown
     )
     return {"plot": plot, "caption": caption}
 
 
 def time_sentence(ledger: Mapping[str, Any]) -> str:
-    """How much of the time trained, and what restarts cost, in one line.
+    """How much of the time was spent on training, and what restarts cost, in one line.
 
-    ledger: what transllm_jax.training.record.ledger.summarise gives. Empty where no time was counted.
+    ledger: the result of transllm_jax.training.record.ledger.summarise. Empty if no time was counted.
     """
     total, trained = number(ledger.get("total")), number(ledger.get("trained"))
     if not total or trained is None:
         return ""
-    # Whole shares are enough here, but a little is not nothing and most is not all.
+    # Whole percents are enough here, except near 0 and 1: a little is not nothing, and most is not all.
     share = percent(trained if trained < 0.01 or trained > 0.99 else round(trained, 2))
     text = f"trained {share} of {duration(total)}"
     restarts, lost = number(ledger.get("restarts")) or 0, number(ledger.get("lost")) or 0
@@ -284,16 +284,16 @@ def time_sentence(ledger: Mapping[str, Any]) -> str:
 
 
 def _times(ledger: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the time went: a sentence, the kinds of time that there were, and each stage's parts in this order."""
-    stages = part(ledger, "stages")
-    # The ledger calls what lies outside of all stages "run"; it is read last.
-    spent = {name: _spent(part(stages, name)) for name in sorted(stages, key=lambda name: name == "run")}
+    """Where the time went: a sentence, the kinds of time that occur, and each stage's time by kind in this order."""
+    stages = section(ledger, "stages")
+    # The ledger's name for time outside all stages is "run"; it is shown last.
+    spent = {name: _spent(section(stages, name)) for name in sorted(stages, key=lambda name: name == "run")}
     spent = {name: seconds for name, seconds in spent.items() if sum(seconds.values()) > 0}
-    kinds = [kind for kind in _SPENT if any(seconds[kind] > 0 for seconds in spent.values())]
+    kinds = [kind for kind in _TIME_LABELS if any(seconds[kind] > 0 for seconds in spent.values())]
     longest = max((sum(seconds.values()) for seconds in spent.values()), default=0.0)
     return {
         "sentence": time_sentence(ledger),
-        "kinds": [(kind, _SPENT[kind]) for kind in kinds],
+        "kinds": [(kind, _TIME_LABELS[kind]) for kind in kinds],
         "stages": [
             {
                 "name": "between stages" if name == "run" else name,
@@ -302,7 +302,7 @@ def _times(ledger: Mapping[str, Any]) -> dict[str, Any]:
                 "parts": [
                     {
                         "kind": kind,
-                        "label": _SPENT[kind],
+                        "label": _TIME_LABELS[kind],
                         "width": f"{100 * seconds[kind] / sum(seconds.values()):.2f}",
                         "text": duration(seconds[kind]) if seconds[kind] else "",
                     }
@@ -315,18 +315,18 @@ def _times(ledger: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spent(stage: Mapping[str, Any]) -> dict[str, float]:
-    seconds = {**part(stage, "seconds"), "lost": stage.get("lost"), "redone": stage.get("redone")}
-    return {kind: number(seconds.get(kind)) or 0.0 for kind in _SPENT}
+    seconds = {**section(stage, "seconds"), "lost": stage.get("lost"), "redone": stage.get("redone")}
+    return {kind: number(seconds.get(kind)) or 0.0 for kind in _TIME_LABELS}
 
 
 def _count(value: object) -> str:
-    """A count with thousands separated; empty where there is none."""
+    """A count with thousands separators; empty if there is none."""
     amount = number(value)
     return "" if amount is None else f"{amount:,.0f}" if amount.is_integer() else f"{amount:,}"
 
 
 def _any_number(value: object) -> str:
-    """What skipped.jsonl has as text, because it need not be finite."""
+    """A number that skipped.jsonl holds as text, because it may not be finite."""
     try:
         amount = float(str(value))
     except ValueError:
@@ -339,7 +339,7 @@ def _cut(text: str) -> str:
 
 
 def _value(value: object) -> str:
-    """A value of the settings or details as one line."""
+    """A value of the settings or details in one line."""
     if value is None:
         return NOT_MEASURED
     if isinstance(value, int) and not isinstance(value, bool):
@@ -350,7 +350,7 @@ def _value(value: object) -> str:
 
 
 def _date(created: object) -> str:
-    """An ISO 8601 time as a person writes it; anything else as it is."""
+    """An ISO 8601 time for people to read; anything else unchanged."""
     try:
         moment = datetime.fromisoformat(str(created))
     except ValueError:

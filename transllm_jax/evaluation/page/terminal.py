@@ -13,10 +13,10 @@ from transllm_jax.evaluation.page.measures import (
     NOT_MEASURED,
     Results,
     clean,
-    part,
     point_label,
     points,
     rows,
+    section,
 )
 
 _COLOURS = {"better": "green", "worse": "red"}
@@ -30,7 +30,7 @@ def summary_table(results: Results) -> Table:
         title=Text(clean(results.get("title") or "Before and after"), style="bold"),
         title_justify="left",
         caption_justify="left",
-        # Five points and the change fit in 80 columns without borders, and with them they do not.
+        # Five points and the change fit in 80 columns only without borders.
         box=None,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -64,17 +64,17 @@ def summary_table(results: Results) -> Table:
 def conversation_panel(results: Results, index: int = 0) -> RenderableType:
     """Conversation `index`: the question, the chain step by step, the answer, and the original's answer.
 
-    Where the results have no such conversation the panel says so.
+    If the results have no such conversation, the panel says so.
     """
     conversations = results.get("conversations") or []
-    name = str(part(results, "language").get("name") or "target language")
+    name = str(section(results, "language").get("name") or "target language")
     if not 0 <= index < len(conversations):
         return Panel(Text(f"Conversation: {NOT_MEASURED}"), title="Conversation", title_align="left")
     talk = conversations[index]
     lines: list[RenderableType] = []
 
     def step(label: str, text: object, style: str = "", heading: str = "dim") -> None:
-        # On a line of its own: terminals disagree about the width of many scripts.
+        # The text is on a line of its own, since terminals disagree about the width of many scripts.
         lines.extend([Text(label, style=heading), Text(clean(text).strip() or "(empty)", style=style), Text()])
 
     step(f"Question in {name}", talk.get("question"), "bold")

@@ -1,4 +1,4 @@
-"""The verdict of a run in a few sentences, computed from its numbers and from nothing else."""
+"""The verdict of a run in a few sentences, computed from its numbers alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first thing that a reader sees."""
+    """The headline of the report, its first sentences, and the goals by outcome."""
 
     headline: str
     sentences: list[str]
@@ -98,7 +98,7 @@ def _translation(to_target: Row, to_english: Row, name: str, where: list[str]) -
 
 
 def _after(row: Row, where: list[str]) -> str:
-    """Says which stage a number is from, where that is not the last one."""
+    """The stage that a number is from, in words; empty for the last stage."""
     assert row.last is not None
     return "" if row.last[0] == where[-1] else f" after {point_label(row.last[0])}"
 

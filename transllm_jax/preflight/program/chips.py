@@ -1,6 +1,6 @@
-"""TPU chips and the slices of them that can be rented: speeds, links, names, and devices to compile for without a TPU.
+"""TPU chips and the slices that can be rented: speeds, links, names, and devices to compile for without a TPU.
 
-Sources: the pages of Google Cloud, docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (peak FLOPs, HBM, shapes,
+Sources: Google Cloud's pages docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (peak FLOPs, HBM, shapes,
 accelerator types), and the tables of "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus (links, rings).
 """
 
@@ -24,11 +24,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation. Speeds are of a chip; JAX shows a chip as one device (two TensorCores work as one, "megacore").
+    """One TPU generation. Numbers are for one chip, which JAX shows as one device (two TensorCores form a "megacore").
 
-    `hbm_bytes`: what the data sheet says; `usable_hbm_bytes`: what the compiler
-    lets a program have. `hbm_bandwidth`: bytes/s. `link_bandwidth`: bytes/s of one link in one direction, as the book
-    has it, a tenth below the pages' round numbers. `torus`: dimensions of the network, two links each.
+    `hbm_bytes`: by the data sheet; `usable_hbm_bytes`: what the compiler lets a program use. `hbm_bandwidth`: bytes/s.
+    `link_bandwidth`: bytes/s of one link in one direction, from the book, a tenth below the pages' round numbers.
+    `torus`: dimensions of the network, with two links each.
     """
 
     name: str
@@ -118,7 +118,7 @@ CHIPS = {
     )
 }
 
-# The slices of v5e and v6e that are on offer; those of v4 and v5p follow a rule.
+# The shapes of v5e and v6e slices; those of v4 and v5p follow a rule, see `parse_topology`.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
@@ -139,12 +139,12 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Devices that JAX shows: one a chip, with all generations."""
+        """How many devices JAX shows: one for each chip, in all generations."""
         return self.chips
 
     @property
     def hosts(self) -> int:
-        """Machines: of 4 chips, except that up to 8 chips of v5e and v6e are one machine."""
+        """How many hosts: each has 4 chips, except that up to 8 chips of v5e and v6e are on one host."""
         return 1 if self.chip.torus == 2 and self.chips <= 8 else self.chips // 4
 
     @property
@@ -153,7 +153,7 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which dimensions are rings: those of 16 with v5e and v6e; all in v4 and v5p slices of whole 4x4x4 cubes."""
+        """Which dimensions are rings: those of 16 in v5e and v6e, all in v4 and v5p slices of whole 4x4x4 cubes."""
         if self.chip.torus == 2:
             return tuple(size == 16 for size in self.dims)
         return (all(size % 4 == 0 for size in self.dims),) * len(self.dims)
@@ -165,7 +165,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5e:4x4` as a slice. UserError for a chip or shape that cannot be rented."""
+    """The slice of a name such as `v5e:4x4`. Raises UserError for a chip or shape that cannot be rented."""
     form = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if form is None:
         raise UserError(f"--topology {name}: write CHIP:SHAPE, for example v5e:4x4, v4:2x2x4, v5p:2x2x1 or v6e:2x2")
@@ -191,17 +191,17 @@ def _is_cubic(dims: tuple[int, ...]) -> bool:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """Devices of a slice to compile for, with no TPU at hand: in the order of their ids, x fastest, with `coords`.
+    """Devices of a slice to compile for without a TPU, ordered by id (x varies fastest), with `coords`.
 
-    libtpu reads its environment once, when it is loaded; what it needs is set here where it is not set already. It then
-    gives every generation and shape in the same process, whatever TPU_ACCELERATOR_TYPE says. Where no platform is
-    chosen yet, JAX itself is put on the CPU, so that it does not look for TPUs. UserError where libtpu is absent.
+    libtpu reads its environment once, when it is loaded; variables that it needs are set here unless they are set
+    already. It then gives every generation and shape in the same process, whatever TPU_ACCELERATOR_TYPE says. Unless a
+    platform is chosen, JAX is set to the CPU, so that it does not look for TPUs. Raises UserError without libtpu.
     """
     topology = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology {name}: the TPU compiler is not installed: pip install 'transllm-jax[tpu]'")
     settings = {
-        "TPU_SKIP_MDS_QUERY": "1",  # the metadata server of a TPU machine
+        "TPU_SKIP_MDS_QUERY": "1",  # do not ask the metadata server, which only a TPU VM has
         "TPU_ACCELERATOR_TYPE": topology.accelerator_type,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so several processes may compile at once
@@ -215,7 +215,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         jax.config.update("jax_platforms", "cpu")
     options: dict[str, object] = {"chips_per_host_bounds": _host_shape(topology)}
     if topology.chip.name == "v4":
-        # Without it libtpu gives each core of a v4 chip as a device with half the memory, which JAX on a v4 does not.
+        # Otherwise libtpu gives each core of a v4 chip as a device with half the memory; JAX on a v4 does not.
         options["chip_config_name"] = "megacore"
     found: Any = topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     devices = sorted(found, key=lambda device: device.id)

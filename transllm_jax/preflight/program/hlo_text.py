@@ -1,7 +1,7 @@
-"""The text of a compiled HLO module (`compiled.as_text()`) as computations and instructions.
+"""Parses the text of a compiled HLO module (`compiled.as_text()`) into computations and instructions.
 
-Only what counting needs is parsed: names, shapes with their memory space, operands, and attributes on demand. Written
-for the text that XLA's CPU and TPU compilers print in jax 0.10 to 0.12; an instruction may go over several lines (the
+It parses only what counting needs: names, shapes with their memory space, operands, and attributes on demand. It is
+written for the text of XLA's CPU and TPU compilers in jax 0.10 to 0.12. An instruction may have several lines (the
 metadata of a Pallas kernel does).
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
 
-# Bytes of one element where they are not the number in the type's name.
+# Bytes of an element, for types whose name does not give its bits.
 _SIZES = {"pred": 1.0, "token": 0.0, "opaque": 0.0, "c64": 8.0, "c128": 16.0}
 _LEAF = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -40,7 +40,7 @@ _AXIS = re.compile(r"'?([^',=:]+?)'?(?::\((\d+)\)(\d+))?(?:,|$)")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array: its type, dimensions and memory space (0 is the device's main memory, 1 VMEM, others are smaller)."""
+    """An array: its type, dimensions and memory space (0 is main memory, 1 is VMEM, others are smaller)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -51,7 +51,7 @@ class Shape:
         return prod(self.dims)
 
     @cached_property
-    def item(self) -> float:
+    def item_bytes(self) -> float:
         """Bytes of one element: half a byte for the four-bit types."""
         if self.dtype in _SIZES:
             return _SIZES[self.dtype]
@@ -62,13 +62,13 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        return self.elements * self.item
+        return self.elements * self.item_bytes
 
     def hbm(self, elements: float | None = None) -> float:
-        """Bytes of `elements` of it (all) in main memory; 0 for what lies in VMEM or SMEM."""
+        """Bytes of `elements` (None: all) of its elements in main memory; 0 if the array is in VMEM or SMEM."""
         if self.space:
             return 0.0
-        return self.item * (self.elements if elements is None else min(elements, self.elements))
+        return self.item_bytes * (self.elements if elements is None else min(elements, self.elements))
 
 
 @cache
@@ -99,16 +99,16 @@ class Instruction:
         return tuple(part.rpartition(" ")[2].lstrip("%") for part in _split(_COMMENT.sub("", self.inside)))
 
     def value(self, key: str) -> str | None:
-        """The value of an attribute that has no comma outside quotes or braces in it: `key={..}`, `key=word`."""
+        """The value of an attribute such as `key={..}` or `key=word`, without commas outside quotes and braces."""
         match = re.search(rf"(?:^|[ ,]){key}=(\{{[^}}]*\}}|\"[^\"]*\"|[^,\s]+)", self.attributes)
         return match[1].strip('"') if match else None
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """The numbers of an attribute `key={1,2}`; () where it is absent."""
+        """The numbers of an attribute `key={1,2}`; () if it is absent."""
         return tuple(int(number) for number in re.findall(r"\d+", self.value(key) or ""))
 
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs: of a fusion, call, async wrapper, while or conditional. Not reducers."""
+        """The computations that a fusion, call, async wrapper, while or conditional runs. Reducers are not included."""
         keys = "calls|body|condition|true_computation|false_computation|branch_computations"
         if self.opcode == "call":
             keys += "|to_apply"
@@ -126,7 +126,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions by name in the order of the text, and the name of the root."""
+    """Instructions by name, in the order of the text, and the root's name."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -145,11 +145,11 @@ class Computation:
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
-        return {int(found.inside): found for found in self if found.opcode == "parameter"}
+        return {int(instruction.inside): instruction for instruction in self if instruction.opcode == "parameter"}
 
     @cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Who takes a value, as which operand."""
+        """For each value the instructions that use it, with the operand's position."""
         users: dict[str, list[tuple[Instruction, int]]] = defaultdict(list)
         for user in self:
             for position, name in enumerate(user.operands):
@@ -159,7 +159,7 @@ class Computation:
 
 @dataclass
 class Module:
-    """The computations by name, the entry, and how many devices run it."""
+    """The computations by name, the entry computation, and the number of devices that run the module."""
 
     computations: dict[str, Computation]
     entry: Computation
@@ -171,7 +171,7 @@ class Module:
 
 
 def parse_hlo(text: str) -> Module:
-    """Parses the text of a module. ValueError where it is not one."""
+    """Parses the text of a module. Raises ValueError if it is not one."""
     lines = text.splitlines()
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
@@ -220,7 +220,7 @@ def _add(computation: Computation, text: str) -> None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that is open before `start` closes."""
+    """Position of the parenthesis that closes the one opened just before `start`."""
     end = text.index(")", start)
     seen, opened = start, 0
     while True:
@@ -232,7 +232,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that stand outside all brackets."""
+    """The parts between commas that are outside all brackets."""
     if "{" not in text and "(" not in text and "[" not in text:
         return [part.strip() for part in text.split(",") if part.strip()]
     parts, depth, start = [], 0, 0
@@ -245,12 +245,12 @@ def _split(text: str) -> list[str]:
 
 
 def parse_groups(text: str, devices: int) -> Groups:
-    """The groups of devices of a collective's attributes, as places in the program's device order.
+    """The groups of devices in a collective's attributes, as positions in the program's device order.
 
-    `replica_groups` as a list `{{0,1},{2,3}}` (`{}` is all devices), as an iota `[2,2]<=[2,2]T(1,0)`, or by axes of
-    a mesh `mesh['data'=2,'fsdp'=4] {'fsdp'}`, where a part of an axis is `'fsdp':(1)2` (what stands left of it, and
-    its size), and whose devices may be in another order, `device_ids=([2,1,0])` or `device_ids=([4,2]T(1,0))`. Else
-    `source_target_pairs`: the devices that pairs connect. ValueError where there is none of these.
+    `replica_groups` is a list `{{0,1},{2,3}}` (`{}` is all devices), an iota `[2,2]<=[2,2]T(1,0)`, or names axes of a
+    mesh `mesh['data'=2,'fsdp'=4] {'fsdp'}`. A part of an axis is `'fsdp':(1)2` (the size to its left, its own size).
+    The mesh may give the order of its devices: `device_ids=([2,1,0])` or `device_ids=([4,2]T(1,0))`. Without groups,
+    devices that `source_target_pairs` connect are a group. Raises ValueError if there is neither.
     """
     match = _GROUPS.search(text)
     if match is None:
@@ -271,7 +271,7 @@ def parse_groups(text: str, devices: int) -> Groups:
 
 
 def parse_pairs(text: str) -> Groups:
-    """The (source, target) pairs of a collective-permute's attributes; () where there are none."""
+    """The (source, target) pairs in a collective-permute's attributes; () if there are none."""
     match = _PAIRS.search(text)
     return _ints(re.findall(r"\{(\d+),(\d+)\}", match[1])) if match else ()
 
@@ -293,10 +293,10 @@ def _mesh_groups(value: str) -> Groups:
         sizes[name.strip("'")] = int(size)
     count = prod(sizes.values())
     ids = [int(place) for place in re.findall(r"\d+", match[2])] if match[2] else list(range(count))
-    # With T the numbers are a shape, whose places are counted and turned; without, the devices themselves.
-    turned = tuple(map(int, match[3].split(","))) if match[3] else None
-    order = np.arange(count).reshape(ids).transpose(turned).reshape(-1) if turned else np.array(ids)
-    # Every axis that is used in part is cut into (left, size, right), so that whole dimensions remain.
+    # With T(...) the numbers are the shape of an iota that is transposed; without it, they are the devices.
+    permutation = tuple(map(int, match[3].split(","))) if match[3] else None
+    order = np.arange(count).reshape(ids).transpose(permutation).reshape(-1) if permutation else np.array(ids)
+    # Split every axis into (left, size, right), so that a part of an axis is a dimension too.
     chosen: dict[str, tuple[int, int]] = {}
     names = []
     for axis in _AXIS.finditer(match[4]):
@@ -315,7 +315,7 @@ def _mesh_groups(value: str) -> Groups:
 
 
 def _connected(pairs: Groups) -> Groups:
-    """The devices that pairs connect, each set in rising order."""
+    """The connected components of the pairs, each in ascending order."""
     leader: dict[int, int] = {}
 
     def find(device: int) -> int:

@@ -1,8 +1,8 @@
-"""Seconds of a step from what its program does: a roofline, with every assumption spelled out.
+"""A roofline estimate of a step's seconds from the counts of its program, with every assumption spelled out.
 
-A chip computes at a share of its peak, moves HBM at its published bandwidth, and sends over links of its torus.
-Instructions run one after the other, each as long as its products or its bytes take, whichever is longer; collectives
-that the program starts and later awaits run beside them, the others stop everything.
+A chip computes at a share of its peak, moves HBM at its published bandwidth, and sends over the links of its torus.
+Instructions run in sequence, each for the longer of its products and its bytes; collectives that the program starts and
+awaits later overlap with them, and other collectives with nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from math import prod
 from transllm_jax.preflight.program.chips import Chip, Topology
 from transllm_jax.preflight.program.hlo import Collective, Counts
 
-# Share of the peak that products reach while they run. It is set by the fastest run on v5e that is published: MaxText's
-# 32B on v5e-256 with full rematerialisation, 4 x 2,048 tokens a chip, at 66.9 % MFU (MaxText/configs/v5e). A model of
-# its size and batch, compiled for that slice, executes 1.26 times the model's FLOPs, and this estimate of it comes to
-# 66.8 % at a share of 0.92 and to 67.4 % at 0.93: with less a run that happened would be called impossible. The 16B of
-# the same table, 61.1 %, would need 0.83 only, so the estimate of an ordinary run is up to a tenth too good.
+# Share of the peak that products reach while they run, from the fastest published run on v5e: MaxText's 32B on v5e-256
+# with full rematerialisation, 4 x 2,048 tokens a chip, at 66.9 % MFU (MaxText/configs/v5e). A model of that size and
+# batch, compiled for that slice, executes 1.26 times the model's FLOPs, and this estimate gives it 66.8 % at a share of
+# 0.92 and 67.4 % at 0.93: with less, the estimate would call that run impossible. The 16B of the same table, 61.1 %,
+# needs only 0.83, so the estimate of an ordinary run is up to a tenth too good.
 EFFICIENCY = 0.93
 EFFICIENCY_SOURCE = (
     "what this estimate needs to reach the 66.9 % MFU that MaxText measured with 32B on v5e-256; "
@@ -32,12 +32,12 @@ Coordinates = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one run of a program, and where they go.
+    """Estimated seconds of one execution of a program, and their parts.
 
-    `compute`, `memory`: all products, all HBM bytes, each as if alone. `network`: by the mesh axes that a collective
-    runs over ("fsdp", "data+fsdp"). `exposed`: the part of the network's time that nothing overlaps with.
-    `bound`: which of compute, memory and network takes most of `seconds`. `mfu`, `hfu`: model FLOPs and executed FLOPs
-    over peak times `seconds`.
+    `compute`, `memory`: of all products and of all HBM bytes, each as if alone. `network`: of collectives, by the mesh
+    axes that they run over ("fsdp", "data+fsdp"). `exposed`: network time that overlaps with nothing. `bound`: which of
+    compute, memory and network takes most of `seconds`. `mfu`, `hfu`: model FLOPs and executed FLOPs divided by peak
+    times `seconds`.
     """
 
     seconds: float
@@ -60,11 +60,11 @@ def estimate_step(
     *,
     efficiency: float = EFFICIENCY,
 ) -> Estimate:
-    """Seconds of one run of a program that was counted on one device.
+    """Estimate one execution of a program from its counts on one device.
 
-    `mesh`: sizes of the axes, outermost first. `coordinates`: of the devices in the mesh's order, each place in the
-    torus (`[device.coords for device in mesh.devices.flat]`). `model_flops`: of the whole step on all devices;
-    rematerialisation is not in them.
+    `mesh`: sizes of the axes, outermost first. `coordinates`: of the devices in the torus, in the mesh's order
+    (`[device.coords for device in mesh.devices.flat]`). `model_flops`: of the whole step on all devices, without
+    rematerialisation.
     """
     if len(coordinates) != prod(mesh.values()):
         raise ValueError(f"{len(coordinates)} coordinates for a mesh of {prod(mesh.values())} devices")
@@ -73,10 +73,10 @@ def estimate_step(
     compute, memory = counts.flops / rate, counts.hbm_bytes / chip.hbm_bandwidth
     products, moving = _sequence(counts, rate, chip.hbm_bandwidth)
     blocking = _network(counts, topology, mesh, coordinates, asynchronous=False)
-    beside = _network(counts, topology, mesh, coordinates, asynchronous=True)
-    network = {axes: blocking.get(axes, 0.0) + beside.get(axes, 0.0) for axes in {**blocking, **beside}}
-    # Axes are different links, so what runs beside the computation runs on all of them at once.
-    hidden = max(beside.values(), default=0.0)
+    overlapped = _network(counts, topology, mesh, coordinates, asynchronous=True)
+    network = {axes: blocking.get(axes, 0.0) + overlapped.get(axes, 0.0) for axes in {**blocking, **overlapped}}
+    # Different axes use different links, so overlapped collectives run on all axes at once.
+    hidden = max(overlapped.values(), default=0.0)
     overhang = max(0.0, hidden - products - moving)
     exposed = sum(blocking.values()) + overhang
     seconds = products + moving + exposed
@@ -95,7 +95,7 @@ def estimate_step(
 
 
 def _sequence(counts: Counts, rate: float, bandwidth: float) -> tuple[float, float]:
-    """Seconds of instructions that products bound, and of those that bytes bound, one after the other."""
+    """Seconds of the instructions that are bound by products, and of those bound by bytes, run in sequence."""
     products = moving = 0.0
     for work in counts.work.values():
         if work.kind != "compute":
@@ -111,28 +111,28 @@ def _sequence(counts: Counts, rate: float, bandwidth: float) -> tuple[float, flo
 def _network(
     counts: Counts, topology: Topology, mesh: Mapping[str, int], coordinates: Coordinates, *, asynchronous: bool
 ) -> dict[str, float]:
-    """Seconds of the collectives by the mesh axes they run over.
+    """Seconds of the collectives, by the mesh axes that they run over.
 
-    Permutes use a ring's links in one direction, and those of the two directions run at once.
+    A permute uses a ring's links in one direction; permutes in opposite directions run at the same time.
     """
     seconds: dict[str, float] = defaultdict(float)
-    ways: dict[str, dict[bool, float]] = defaultdict(lambda: {True: 0.0, False: 0.0})
-    for found in counts.collectives.values():
-        if found.asynchronous is not asynchronous or not found.link_bytes:
+    permutes: dict[str, dict[bool, float]] = defaultdict(lambda: {True: 0.0, False: 0.0})
+    for collective in counts.collectives.values():
+        if collective.asynchronous is not asynchronous or not collective.link_bytes:
             continue
-        axes = "+".join(axes_of(max(found.groups, key=len), mesh)) or "none"
-        taken = found.executions * collective_seconds(found, topology, coordinates)
-        if found.pairs:
-            ways[axes][_forward(found)] += taken
+        axes = "+".join(axes_of(max(collective.groups, key=len), mesh)) or "none"
+        taken = collective.executions * collective_seconds(collective, topology, coordinates)
+        if collective.pairs:
+            permutes[axes][_goes_forward(collective)] += taken
         else:
             seconds[axes] += taken
-    for axes, both in ways.items():
+    for axes, both in permutes.items():
         seconds[axes] += max(both.values())
     return dict(seconds)
 
 
 def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ; a group is places in the mesh's order."""
+    """The mesh axes along which the devices of a group differ. The group holds positions in the mesh's order."""
     places = [_place(device, mesh) for device in group]
     return tuple(name for index, name in enumerate(mesh) if len({place[index] for place in places}) > 1)
 
@@ -145,41 +145,41 @@ def _place(device: int, mesh: Mapping[str, int]) -> list[int]:
     return place
 
 
-def _forward(found: Collective) -> bool:
-    """Whether a permute goes up its ring by the shorter way."""
-    source, target = next(pair for pair in found.pairs if pair[0] != pair[1])
-    group = next(group for group in found.groups if source in group)
+def _goes_forward(collective: Collective) -> bool:
+    """Whether the shorter way of a permute goes up its ring."""
+    source, target = next(pair for pair in collective.pairs if pair[0] != pair[1])
+    group = next(group for group in collective.groups if source in group)
     return (group.index(target) - group.index(source)) % len(group) * 2 <= len(group)
 
 
-def collective_seconds(found: Collective, topology: Topology, coordinates: Coordinates) -> float:
-    """Seconds of one execution, on the slowest of its groups.
+def collective_seconds(collective: Collective, topology: Topology, coordinates: Coordinates) -> float:
+    """Seconds of one execution, in the slowest of its groups.
 
-    Gathers and reductions: a device's bytes over all the links that its group can use (`group_bandwidth`). An
-    all-to-all: bytes that cross the middle of the longest dimension. A permute: its bytes over one link in one
-    direction, times the hops of the longest route.
+    Gathers and reductions: a device's bytes divided by the bandwidth of its group (`group_bandwidth`). All-to-alls: the
+    bytes that cross the middle of the longest dimension. Permutes: the bytes over one link in one direction, times the
+    hops of the longest route.
     """
     link = topology.chip.link_bandwidth
-    if found.pairs:
-        hops = max(_hops(coordinates[source], coordinates[target], topology) for source, target in found.pairs)
-        return found.link_bytes * hops / link
+    if collective.pairs:
+        hops = max(_hops(coordinates[source], coordinates[target], topology) for source, target in collective.pairs)
+        return collective.link_bytes * hops / link
     worst = 0.0
-    for group in found.groups:
+    for group in collective.groups:
         if len(group) < 2:
             continue
         where = [coordinates[device] for device in group]
-        if found.kind in ("all-to-all", "ragged-all-to-all"):
-            worst = max(worst, _crossing(found.operand_bytes, where, topology))
+        if collective.kind in ("all-to-all", "ragged-all-to-all"):
+            worst = max(worst, _crossing(collective.operand_bytes, where, topology))
         else:
-            worst = max(worst, found.link_bytes / group_bandwidth(where, topology))
+            worst = max(worst, collective.link_bytes / group_bandwidth(where, topology))
     return worst
 
 
 def group_bandwidth(where: Coordinates, topology: Topology) -> float:
-    """Bytes/s that every device of a group at these places can receive while all groups of its kind run.
+    """Bytes/s that each device of a group at these coordinates can receive while all such groups communicate.
 
-    A dimension along which the group extends gives two links where it is a ring, else one: the end of a line has no
-    more. A group with gaps shares its links with those in the gaps.
+    A dimension that the group spans gives two links if it is a ring, else one: the end of a line has no more. A group
+    with gaps shares its links with the groups in the gaps.
     """
     links, room = 0, 1
     for dim, size in enumerate(topology.dims):
@@ -194,8 +194,8 @@ def group_bandwidth(where: Coordinates, topology: Topology) -> float:
 
 
 def _crossing(operand: float, where: Coordinates, topology: Topology) -> float:
-    """Seconds of an all-to-all: in a line of n devices half the bytes of n / 2 cross the middle link, n / 4 operands; a
-    ring has two links there."""
+    """Seconds of an all-to-all. In a line of n devices, half the bytes of n / 2 devices cross the middle link: n / 4
+    operands. A ring has two links there."""
     seconds = 0.0
     for dim, size in enumerate(topology.dims):
         places = {place[dim] for place in where}
@@ -225,6 +225,6 @@ def _assumptions(topology: Topology, efficiency: float) -> list[str]:
         f"A link moves {chip.link_bandwidth / 1e9:.0f} GB/s each way ({chip.sources}); {shape}.",
         "A collective uses the links of every dimension that its devices span, a ring's in both directions.",
         "Instructions run one after the other; each takes the longer of its products and its bytes.",
-        "Collectives that the program starts and awaits later run beside that, on all axes at once; others stop it.",
+        "Collectives that the program starts and awaits later overlap with that, on all axes at once; others stop it.",
         "Latency, start-up, input and the hosts cost 0 s.",
     ]

@@ -1,9 +1,9 @@
-"""Text as a byte-level base tokenizer cuts it, regrouped at character boundaries.
+"""Text as a byte-level base tokenizer splits it, regrouped at character boundaries.
 
-The base cuts a target-script character into pieces that are parts of characters, or that begin in one
-character and end in another. An atom is the shortest stretch of pieces that begins and ends between
-characters: mostly one character. A joiner (U+200C, U+200D) that the base writes as several pieces is part of the atom
-before it: merges that made it alone would change the emoji that hold one.
+The base splits a target-script character into pieces that are parts of characters, or that begin in one character and
+end in another. An atom is the shortest sequence of pieces that begins and ends between characters: mostly one
+character. A joiner (U+200C, U+200D) that the base encodes as several pieces is part of the atom before it: merges that
+build a joiner alone would change emoji that contain one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from transllm_jax.tokenizer.growing.encoded import Encoded
 
-Atom = tuple[str, ...]  # the base's pieces of it, written as in tokenizer.json
+Atom = tuple[str, ...]  # its pieces, written as in tokenizer.json
 
 
 def _byte_characters() -> dict[str, int]:
@@ -35,37 +35,42 @@ def token_bytes(token: str) -> bytes:
 def ends_between_characters(token: str) -> bool:
     """Whether the token's last byte is the last byte of a UTF-8 character that begins in the token."""
     for back, byte in enumerate(reversed(token_bytes(token)), start=1):
-        if byte & 0xC0 != 0x80:  # the first byte of the last character, which tells its length
+        if byte & 0xC0 != 0x80:  # the first byte of the last character, which gives its length
             return back == (1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
     return False
 
 
 class _JoinerParts:
-    """Finds joiners that are several pieces: one or two first bytes, and what follows them."""
+    """Finds joiners that are encoded as several pieces: their first one or two bytes, and the rest."""
 
     def __init__(self, vocabulary: dict[str, int], size: int) -> None:
         texts = {number: bytes(_BYTES.get(c, 0) for c in token) for token, number in vocabulary.items()}
 
-        def such(test: Callable[[bytes], bool]) -> np.ndarray:
+        def tokens_where(test: Callable[[bytes], bool]) -> np.ndarray:
             found = np.zeros(size, bool)
             found[[number for number, text in texts.items() if test(text)]] = True
             return found
 
-        self._first, self._middle = such(lambda text: text == b"\xe2"), such(lambda text: text == b"\x80")
-        self._two = such(lambda text: text == b"\xe2\x80")
-        self._last = such(lambda text: text[:1] in (b"\x8c", b"\x8d"))
-        self._both = such(lambda text: text[:2] in (b"\x80\x8c", b"\x80\x8d"))
+        # A joiner's bytes are e2 80 8c or e2 80 8d. Tokens that are, or begin with, some of them:
+        self._byte_1, self._byte_2 = (
+            tokens_where(lambda text: text == b"\xe2"),
+            tokens_where(lambda text: text == b"\x80"),
+        )
+        self._bytes_12 = tokens_where(lambda text: text == b"\xe2\x80")
+        self._byte_3 = tokens_where(lambda text: text[:1] in (b"\x8c", b"\x8d"))
+        self._bytes_23 = tokens_where(lambda text: text[:2] in (b"\x80\x8c", b"\x80\x8d"))
 
     def begin(self, ids: np.ndarray) -> np.ndarray:
-        """Where in a row of ids such a joiner begins: bool, as `ids`."""
+        """Whether such a joiner begins at each id: bool [len(ids)]."""
         found = np.zeros(len(ids), bool)
-        found[:-1] = (self._two[ids[:-1]] & self._last[ids[1:]]) | (self._first[ids[:-1]] & self._both[ids[1:]])
-        found[:-2] |= self._first[ids[:-2]] & self._middle[ids[1:-1]] & self._last[ids[2:]]
+        found[:-1] = self._bytes_12[ids[:-1]] & self._byte_3[ids[1:]]
+        found[:-1] |= self._byte_1[ids[:-1]] & self._bytes_23[ids[1:]]
+        found[:-2] |= self._byte_1[ids[:-2]] & self._byte_2[ids[1:-1]] & self._byte_3[ids[2:]]
         return found
 
 
 class AtomCoder:
-    """Gives every distinct atom a number, the same in every batch of runs."""
+    """Numbers the distinct atoms, with the same number in every batch of runs."""
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
         """`vocabulary`: the base's tokens as in tokenizer.json with their ids."""
@@ -75,13 +80,13 @@ class AtomCoder:
             self._inside[number] = bool(token) and _BYTES.get(token[0], 0) & 0xC0 == 0x80
         self._parts = _JoinerParts(vocabulary, self._size)
         self._tokens = {number: token for token, number in vocabulary.items()}
-        # An atom of one token has the token's id. (atom, token) -> the atom that is longer by this token.
+        # An atom of one token has the token's id. Key of (atom, token) -> the atom that is longer by this token.
         self._longer: dict[int, int] = {}
         self._made_of: list[tuple[int, int]] = []
 
     @property
     def size(self) -> int:
-        """Numbers so far: those of atoms are below."""
+        """All numbers given so far are below this."""
         return self._size + len(self._made_of)
 
     def regroup(self, encoded: Encoded) -> Encoded:
@@ -89,12 +94,12 @@ class AtomCoder:
         ids = encoded.ids.astype(np.int64)
         begins = ~self._inside[encoded.ids] & ~self._parts.begin(encoded.ids)
         begins[encoded.starts[:-1][encoded.lengths > 0]] = True
-        at = np.flatnonzero(begins)
-        lengths = np.diff(np.append(at, len(ids)))
-        atoms = ids[at]
+        first = np.flatnonzero(begins)
+        lengths = np.diff(np.append(first, len(ids)))
+        atoms = ids[first]
         for place in range(1, int(lengths.max(initial=1))):
             longer = np.flatnonzero(lengths > place)
-            keys, which = np.unique(atoms[longer] * self._size + ids[at[longer] + place], return_inverse=True)
+            keys, which = np.unique(atoms[longer] * self._size + ids[first[longer] + place], return_inverse=True)
             atoms[longer] = np.array([self._number(int(key)) for key in keys], np.int64)[which]
         starts = np.concatenate([[0], np.cumsum(begins)])[encoded.starts]
         return Encoded(atoms.astype(np.int32), starts)

@@ -1,7 +1,7 @@
-"""Many short texts as ids in one flat array, and how often each id occurs as the merges change.
+"""Many short texts as ids in one flat array, and counts of each id as the merges change.
 
-A BPE text depends on a merge only if the merge is applied in it. So after a change of merges only those texts
-are encoded again that hold a token made by a merge that went, or neighbours that a merge which came joins.
+The encoding of a text depends on a merge only if the merge applies in it. So after a change of merges only those texts
+are encoded again that contain a token made by a removed merge, or two neighbours that a new merge joins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK = 20_000  # texts that are encoded at a time
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: int32 [n], those of all texts in a row. starts: int64 [texts + 1], where each text's ids begin."""
+    """ids: int32 [n], the ids of all texts, concatenated. starts: int64 [texts + 1], where each text's ids begin."""
 
     ids: npt.NDArray[np.int32]
     starts: Ids
@@ -35,7 +35,7 @@ class Encoded:
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
-    """The texts of all parts in a row."""
+    """The texts of all parts, concatenated."""
     lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
     return Encoded(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), np.cumsum(lengths))
 
@@ -43,7 +43,7 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
 def batches(
     backend: tokenizers.Tokenizer, texts: Sequence[str], on_progress: Progress | None = None
 ) -> Iterable[Encoded]:
-    """The texts as ids, some thousands at a time."""
+    """The texts as ids, in batches of some thousands."""
     for first in range(0, len(texts), _CHUNK):
         encodings = backend.encode_batch_fast(list(texts[first : first + _CHUNK]), add_special_tokens=False)
         starts = np.cumsum(np.fromiter(chain([0], map(len, encodings)), np.int64, len(encodings) + 1))
@@ -79,12 +79,12 @@ def counts(encoded: Encoded, weights: Ids, size: int) -> Ids:
 class Recount:
     """The counts of ids in weighted texts under merges that change a little from call to call."""
 
-    def __init__(self, texts: Sequence[str], weights: Ids, ids: dict[str, int], *, whole: bool) -> None:
-        """`ids`: every token that may ever be produced. `whole`: a text that is a token is never cut
-        (tokenizer.json's `ignore_merges`)."""
+    def __init__(self, texts: Sequence[str], weights: Ids, ids: dict[str, int], *, ignore_merges: bool) -> None:
+        """`ids`: every token that any merges may produce. `ignore_merges`: as in tokenizer.json: a text that is a
+        token is never cut."""
         self._texts, self._weights, self._ids = texts, weights, ids
         self._size = max(ids.values()) + 1
-        self._places = {text: place for place, text in enumerate(texts)} if whole else None
+        self._places = {text: place for place, text in enumerate(texts)} if ignore_merges else None
         self._encoded: Encoded | None = None
         self._merges: list[Merge] = []
 
@@ -95,8 +95,11 @@ class Recount:
         spell: Callable[[str], str] = str,
         on_progress: Progress | None = None,
     ) -> Ids:
-        """int64 [size]. `merges`: those of `backend` that may differ from the last call's; those that are new since
-        then apply after all others. `spell` gives the text of a token."""
+        """The counts with the merges of `backend`, int64 [size].
+
+        `merges`: those that may differ from the last call's; new ones apply after all others. `spell` returns the text
+        of a token.
+        """
         if self._encoded is None:
             self._encoded = encode(backend, self._texts, on_progress)
         else:
@@ -107,35 +110,35 @@ class Recount:
         return counts(self._encoded, self._weights, self._size)
 
     def _touched(self, encoded: Encoded, merges: list[Merge], spell: Callable[[str], str]) -> npt.NDArray[np.bool_]:
-        """Which texts the change of merges can concern, bool [texts]."""
-        gone, come = set(self._merges).difference(merges), set(merges).difference(self._merges)
-        made = {left + right for left, right in gone}
+        """Which texts the change of merges may affect, bool [texts]."""
+        removed, new = set(self._merges).difference(merges), set(merges).difference(self._merges)
+        made = {left + right for left, right in removed}
         size = 0
-        while size != len(made):  # and all that is made of it
+        while size != len(made):  # and all tokens made of these
             size = len(made)
             made |= {left + right for left, right in self._merges if left in made or right in made}
-        here = np.zeros(self._size, bool)
-        here[[self._ids[token] for token in made]] = True
-        hit = here[encoded.ids]
+        is_made = np.zeros(self._size, bool)
+        is_made[[self._ids[token] for token in made]] = True
+        hit = is_made[encoded.ids]
         left, right = np.zeros(self._size, bool), np.zeros(self._size, bool)
-        pairs = {(self._ids[one], self._ids[other]) for one, other in come}
+        pairs = {(self._ids[one], self._ids[other]) for one, other in new}
         left[[one for one, _ in pairs]] = True
         right[[other for _, other in pairs]] = True
-        maybe = np.flatnonzero(left[encoded.ids[:-1]] & right[encoded.ids[1:]])
-        found = encoded.ids[maybe].astype(np.int64) * self._size + encoded.ids[maybe + 1]
+        candidates = np.flatnonzero(left[encoded.ids[:-1]] & right[encoded.ids[1:]])
+        found = encoded.ids[candidates].astype(np.int64) * self._size + encoded.ids[candidates + 1]
         wanted = np.array(sorted(one * self._size + other for one, other in pairs), np.int64)
-        hit[maybe[np.isin(found, wanted)]] = True  # a pair across two texts costs one encoding too many
+        hit[candidates[np.isin(found, wanted)]] = True  # a pair across two texts only costs a needless encoding
         touched = np.zeros(len(self._texts), bool)
         touched[np.searchsorted(encoded.starts, np.flatnonzero(hit), side="right") - 1] = True
         if self._places is not None:
-            for token in {one + other for one, other in come}:
+            for token in {one + other for one, other in new}:
                 if (place := self._places.get(spell(token))) is not None:
                     touched[place] = True
         return touched
 
 
 def _replaced(encoded: Encoded, places: Ids, by: Encoded) -> Encoded:
-    """The texts, those at `places` (ascending) replaced by the texts of `by`."""
+    """The texts, with those at `places` (ascending) replaced by the texts of `by`."""
     lengths = encoded.lengths
     replaced = np.zeros(len(lengths), bool)
     replaced[places] = True

@@ -1,8 +1,8 @@
 """Stage 1's tokenizer: a base tokenizer with new tokens for the target language and the chain's markers.
 
-What holds, and is tested: ids of the base never move; text without characters of the target script keeps its
-ids; decoding gives the text back; a marker is one id; the same corpus gives the same files.
-(Of a Latin-script language only the first: its letters are English's too. The report counts what changes.)
+Guaranteed, and tested: ids of the base never change; text without characters of the target script keeps its ids;
+decoding gives the text back; a marker is one id; the same corpus gives the same files. (English has the letters of a
+language in Latin script, so there its ids may change. The report counts the texts that change.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import tokenizers
 from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.growth import (
+    base_ids_of_token,
     byte_level_growth,
     check_markers,
-    made_of_text,
     piece_growth,
     with_base_tokens,
 )
@@ -32,21 +32,21 @@ from transllm_jax.tokenizer.scripts import language_name, script_of
 from transllm_jax.tokenizer.sentencepiece_model import unused, write_model
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_REPORTED_CHARACTERS = 2_000_000  # tokens per character is measured on about so much of the corpus
+_REPORTED_CHARACTERS = 2_000_000  # about this much of the corpus is used to measure tokens per character
 _BATCH = 200  # documents that are encoded at a time
 _RUNS = 1_000_000  # runs that are counted at a time
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """An expanded tokenizer and what initialising its new rows needs.
+    """An expanded tokenizer, and what is needed to initialise its new rows.
 
     tokenizer   ids of the base unchanged, then `new_tokens`
     new_tokens  the new pieces as readable text, then the markers, in the order of their ids
-    pieces      for each of them, in the same order, the base's ids of the text that it replaces (for a marker:
-                of a word that describes it); never empty
+    pieces      for each new token, in the same order, the base's ids of the text that it replaces (for a marker: of a
+                word that describes it); never empty
     report      numbers for people and for report.json
-    build       the tokenizer of the first n new pieces; see `at`
+    build       makes the tokenizer of the first n new pieces; see `at`
     """
 
     tokenizer: Tokenizer
@@ -56,9 +56,9 @@ class Expansion:
     build: Callable[[int], Tokenizer] = field(repr=False, compare=False)
 
     def at(self, size: int) -> Tokenizer:
-        """The tokenizer with only the first `size` new pieces by rank, and the markers behind them.
+        """The tokenizer with only the first `size` new pieces by rank, followed by the markers.
 
-        Raises UserError unless there are so many.
+        Raises UserError if there are fewer.
         """
         if not 0 <= size <= self.report["new_tokens"]:
             raise UserError(f"size {size} is not one of 0 to {self.report['new_tokens']}, the new tokens there are")
@@ -79,17 +79,17 @@ def expand(
     scripts: list[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Expansion:
-    """Adds exactly `size` tokens learned from `documents` and the markers to a BPE tokenizer of either kind.
+    """Adds the markers and exactly `size` tokens learned from `documents` to a BPE tokenizer of either kind.
 
-    size: new pieces, markers not counted. min_count: the encoded corpus contains each new piece at least
-    so often (parts of characters excepted). `documents` is read once; what is kept of it are the distinct
-    runs of the script with their counts. first_id: where the new ids begin, behind the rows of an embedding that is
-    larger than the tokenizer; the ids between stand for nothing. cuts: by default the base's where the script is Latin,
-    and where transformers would make them whatever tokenizer.json says (`llama_cpp.REBUILT`); whole runs elsewhere; a
-    SentencePiece base cuts nothing. english: texts of which the report says whether their
-    ids change. scripts: names of scripts in place of the language's usual ones. on_progress is called with a phase and
-    the share of it that is done. Raises UserError for a base of another kind, an unknown language, a corpus without the
-    script or one that supports fewer tokens, and a marker that the base has.
+    size: new pieces, without markers. min_count: each new piece occurs at least this often in the encoded corpus
+    (except parts of characters). `documents` is read once; only the distinct runs of the script and their counts are
+    kept. first_id: where the new ids begin, after the rows of an embedding that is larger than the tokenizer; ids in
+    between are unused. cuts: by default "base" for a Latin script and for models for which transformers makes the
+    base's cuts whatever tokenizer.json says (`llama_cpp.REBUILT`), else "whole"; a SentencePiece base has no cuts.
+    english: the report says how many of these texts change their ids. scripts: names of scripts to use instead of the
+    language's usual ones. on_progress: called with a phase and the share of it that is done. Raises UserError for a
+    base of another kind, an unknown language, a corpus without the script or one that supports fewer tokens, and a
+    marker that the base has already.
     """
     script = script_of(language, scripts or ())
     state: dict[str, Any] = json.loads(base.backend.to_str())
@@ -97,18 +97,18 @@ def expand(
     check_markers(base, markers)
     if size < 1 or min_count < 1:
         raise UserError(f"size={size} and min_count={min_count}: both must be at least 1")
-    tell = on_progress or (lambda _phase, _share: None)
-    words = script.latin if kind == "sentencepiece" else cuts == "base"
+    progress = on_progress or (lambda _phase, _share: None)
+    whole_words = script.latin if kind == "sentencepiece" else cuts == "base"
     if cuts is None and kind == "byte-level":
-        words = script.latin or base.model_type in REBUILT
-    whole_state = with_base_tokens(state, base.source, first_id)
-    make = byte_level_growth if kind == "byte-level" else piece_growth
-    growth = make(state, whole_state, script, words, markers)
+        whole_words = script.latin or base.model_type in REBUILT
+    full_state = with_base_tokens(state, base.source, first_id)
+    make_growth = byte_level_growth if kind == "byte-level" else piece_growth
+    growth = make_growth(state, full_state, script, whole_words, markers)
 
-    runs, sample, sampled = _count_runs(documents, growth.find, tell)
+    runs, sample, sampled = _count_runs(documents, growth.find, progress)
     if not runs:
         raise UserError(f"the corpus has no {script.language} characters: give {script.language} text")
-    learned = growth.learn(runs, size, min_count, tell)
+    learned = growth.learn(runs, size, min_count, progress)
 
     def build(n: int) -> Tokenizer:
         grown = growth.state(learned.choice, n)
@@ -119,9 +119,9 @@ def expand(
 
     tokenizer = build(size)
     expanded: dict[str, Any] = json.loads(tokenizer.backend.to_str())
-    tell("report", 0.0)
+    progress("report", 0.0)
     names = [growth.name(token) for token in learned.choice.tokens]
-    often = sorted(range(size), key=lambda i: -learned.counts[i])
+    by_count = sorted(range(size), key=lambda i: -learned.counts[i])
     report = {
         "language": language,
         "kind": kind,
@@ -131,8 +131,8 @@ def expand(
         "first_new_id": tokenizer.vocab_size - size - len(markers),
         "new_tokens": size,
         "min_count": min_count,
-        "cuts": "none" if kind == "sentencepiece" else "base" if words else "whole",
-        "parts_of_characters": growth.parts(learned.choice),
+        "cuts": "none" if kind == "sentencepiece" else "base" if whole_words else "whole",
+        "parts_of_characters": growth.character_parts(learned.choice),
         "model_type": base.model_type,
         "readers": readers(expanded, base.model_type),
         "llama_cpp_stand_in": stand_in(expanded),
@@ -143,27 +143,27 @@ def expand(
         "tokens_per_character_after": tokens_per_character(tokenizer, sample),
         "measured_on_characters": sampled,
         "english_changed": None if english is None else changed(base, tokenizer, english),
-        "most_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[:50]],
-        "least_frequent": [{"token": names[i], "count": learned.counts[i]} for i in often[-20:]],
+        "most_frequent": [{"token": names[i], "count": learned.counts[i]} for i in by_count[:50]],
+        "least_frequent": [{"token": names[i], "count": learned.counts[i]} for i in by_count[-20:]],
         "longest": sorted(names, key=lambda name: (-len(name), name))[:20],
     }
-    pieces = growth.made_of(base, learned.choice) + [_described(base, kind, m) for m in markers]
-    tell("report", 1.0)
+    pieces = growth.base_ids(base, learned.choice) + [_described(base, kind, m) for m in markers]
+    progress("report", 1.0)
     return Expansion(tokenizer, names + list(markers), pieces, report, build)
 
 
 def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *, first_id: int) -> Expansion:
-    """The expansion that an expanded tokenizer is, one that `expand` made before; markers that it lacks are added.
+    """The expansion for a tokenizer that `expand` has expanded before; markers that it lacks are added.
 
-    first_id: where its new ids have to begin. Its `pieces` are the base's ids of each new token's text, and of a part
-    of a character of its bytes. Raises UserError for a tokenizer that was not expanded from this base, or whose new
-    ids are not all from `first_id` on.
+    first_id: where its new ids must begin. `pieces` has the base's ids of each new token's text; for a part of a
+    character, of its bytes. Raises UserError if the tokenizer was not expanded from this base, or if its new ids are
+    not all from `first_id` on.
     """
     for number in sorted(base.backend.get_vocab(with_added_tokens=True).values()):
         if base.token(number) != expanded.token(number):
             raise UserError(
                 f"{expanded.source} was not expanded from {base.source}: token {number} is {expanded.token(number)!r}, "
-                f"of the base {base.token(number)!r}"
+                f"but {base.token(number)!r} in the base"
             )
     vocabulary = expanded.backend.get_vocab(with_added_tokens=True)
     last = max(vocabulary.values())
@@ -172,7 +172,7 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
     if any(expanded.token(number) != unused(number) for number in early):
         raise UserError(
             f"{expanded.source} has new ids from {min(early)} on, and the model's embedding has {first_id} rows: "
-            "expand the tokenizer from the model's directory, which says how many rows there are"
+            "expand the tokenizer from the model's directory, whose config says how many rows there are"
         )
     missing = [number for number in numbers if expanded.token(number) is None]
     if missing or not numbers:
@@ -182,14 +182,14 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
     specials = {number for number in numbers if tokens[number] in expanded.special_tokens}
     kind = kind_of(json.loads(base.backend.to_str()), base.source)
     pieces = [
-        _described(base, kind, tokens[number]) if number in specials else made_of_text(base, kind, tokens[number])
+        _described(base, kind, tokens[number]) if number in specials else base_ids_of_token(base, kind, tokens[number])
         for number in numbers
     ]
     names = list(tokens.values())
-    tokenizer, lacking = expanded, [marker for marker in markers if expanded.token_id(marker) is None]
-    if lacking:
-        tokenizer, words = with_markers(expanded, lacking)
-        names, pieces = names + lacking, pieces + words
+    tokenizer, missing_markers = expanded, [marker for marker in markers if expanded.token_id(marker) is None]
+    if missing_markers:
+        tokenizer, marker_pieces = with_markers(expanded, missing_markers)
+        names, pieces = names + missing_markers, pieces + marker_pieces
     report = {
         "kind": kind,
         "markers": markers,
@@ -202,7 +202,7 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
     }
 
     def build(size: int) -> Tokenizer:
-        raise ValueError(f"{expanded.source} is there in one size only, not with {size} tokens")
+        raise ValueError(f"{expanded.source} exists in one size only, not with {size} tokens")
 
     return Expansion(tokenizer, names, pieces, report, build)
 
@@ -210,10 +210,10 @@ def expansion_of(base: Tokenizer, expanded: Tokenizer, markers: Iterable[str], *
 def with_markers(
     tokenizer: Tokenizer, markers: Iterable[str], *, first_id: int | None = None
 ) -> tuple[Tokenizer, list[list[int]]]:
-    """A tokenizer with markers added behind its last id, and for each of them the ids of a word that describes it.
+    """A tokenizer with markers added after its last id, and for each marker the ids of a word that describes it.
 
-    first_id: the first marker's id where that is not the next one; the ids between stand for nothing.
-    Raises UserError for a marker that the tokenizer has already, and for ids with gaps.
+    first_id: the first marker's id, if that is not the next one; ids in between are unused. Raises UserError for a
+    marker that the tokenizer has already, and for ids with gaps.
     """
     markers = list(markers)
     check_markers(tokenizer, markers)
@@ -226,13 +226,13 @@ def with_markers(
 
 
 def save_expanded(tokenizer: Tokenizer, base: str | Path, directory: str | Path) -> list[str]:
-    """Writes an expanded tokenizer's files to `directory`, and says which of tokenizer.json and tokenizer.model.
+    """Writes an expanded tokenizer's files to `directory`; returns which of tokenizer.json and tokenizer.model.
 
-    base: the directory of the tokenizer that was expanded. Where it holds a tokenizer.model, the new one agrees with
-    the new tokenizer.json on all texts on which the base's two files agree (transformers 5 writes a tokenizer.json that
-    puts no "▁" before a text that begins with a space; SentencePiece puts one). Special tokens aside: SentencePiece
-    takes none from a text, as `Tokenizer.encode(text, specials=False)`. A base of tokenizer.json alone gives no other.
-    Raises UserError where the two files of the base disagree, or without the extra `transllm-jax[sentencepiece]`.
+    base: the directory of the tokenizer that was expanded. If it has a tokenizer.model, one is written too. It agrees
+    with the new tokenizer.json on all texts on which the base's two files agree (transformers 5 writes a tokenizer.json
+    that puts no "▁" before a text that begins with a space; SentencePiece puts one). SentencePiece parses no special
+    tokens, like `Tokenizer.encode(text, specials=False)`. Raises UserError if the base's two files disagree, or without
+    the extra `transllm-jax[sentencepiece]`.
     """
     tokenizer.save(directory)
     model = Path(base) / "tokenizer.model"
@@ -243,7 +243,7 @@ def save_expanded(tokenizer: Tokenizer, base: str | Path, directory: str | Path)
 
 
 def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
-    """Tokens per Unicode character over all documents. Raises UserError where they have no character."""
+    """Tokens per Unicode character over all documents. Raises UserError if they have no characters."""
     texts = list(documents)
     characters = sum(map(len, texts))
     if not characters:
@@ -253,8 +253,11 @@ def tokens_per_character(tokenizer: Tokenizer, documents: Iterable[str]) -> floa
 
 
 def changed(base: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """How many of the texts have other ids than before, and by how many tokens all of them are longer (or, negative,
-    shorter) together: `{"changed", "texts", "more_tokens"}`. What spells a special token counts as ordinary text."""
+    """How many of the texts have other ids in `tokenizer` than in `base`, as {"changed", "texts", "more_tokens"}.
+
+    more_tokens: by how many tokens all texts together became longer, or shorter if negative. Special tokens that a text
+    spells are ordinary text.
+    """
     texts = list(texts)
     different = more = 0
     for first in range(0, len(texts), _BATCH):
@@ -266,9 +269,9 @@ def changed(base: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> dict
 
 
 def _count_runs(
-    documents: Iterable[str], find: Callable[[str], list[str]], tell: OnProgress
+    documents: Iterable[str], find: Callable[[str], list[str]], on_progress: OnProgress
 ) -> tuple[Counter[str], list[str], int]:
-    """The distinct runs with their counts, and a sample of the documents with its number of characters."""
+    """The distinct runs with their counts, a sample of the documents, and the characters in the sample."""
     total = len(documents) if isinstance(documents, Sized) else 0
     runs: Counter[str] = Counter()
     sample: list[str] = []
@@ -283,9 +286,9 @@ def _count_runs(
             runs.update(found)
             found.clear()
         if number % _BATCH == 0:
-            tell("read", number / total if total else 0.0)
+            on_progress("read", number / total if total else 0.0)
     runs.update(found)
-    tell("read", 1.0)
+    on_progress("read", 1.0)
     return runs, sample, sampled
 
 
@@ -295,7 +298,7 @@ def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer
 
 
 def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:
-    # Nothing is stripped: decoding gives back what was encoded, and a newline before a marker is not swallowed.
+    # No white space is stripped: decoding gives back the text, with a newline before a marker.
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     vocabulary = state["model"]["vocab"]
     for marker in markers:
@@ -304,7 +307,7 @@ def _add_markers(state: dict[str, Any], markers: Iterable[str]) -> None:
 
 
 def _check_apart(tokenizer: Tokenizer, markers: list[str]) -> None:
-    """Raises UserError for a marker that ordinary text can make."""
+    """Raises UserError for a marker that ordinary text produces."""
     wrong = [
         m
         for m in markers
@@ -315,7 +318,7 @@ def _check_apart(tokenizer: Tokenizer, markers: list[str]) -> None:
 
 
 def _described(base: Tokenizer, kind: str, marker: str) -> list[int]:
-    """The ids of a word whose rows a marker's row starts from."""
+    """The ids of a word that describes the marker, from whose rows its row is initialised."""
     word = "".join(c for c in marker if c.isalnum())
     word = (language_name(word) if len(word) == 2 else None) or word.capitalize()
     return base.encode(word if kind == "sentencepiece" else f" {word}")

@@ -1,4 +1,4 @@
-"""How a base of either kind grows: its runs of text, what is learned from them, and the tokenizer.json that follows."""
+"""How a base of either kind is expanded: its runs of text, the tokens learned from them, and the new tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,68 +22,73 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Growth:
-    """What expansion needs to know of a base.
+    """The parts of expansion that depend on the kind of base.
 
-    find     the runs of a text, normalised
-    learn    (runs, size, min_count, on_progress) -> new tokens
-    state    (choice, n) -> tokenizer.json with its first n tokens
-    name     a new token as readable text
-    made_of  for each new token the base's ids of its text
-    parts    how many new tokens end inside a character: steps that a text only makes on the way to the character
+    find             the runs of a text, normalised
+    learn            (runs, size, min_count, on_progress) -> new tokens
+    state            (choice, n) -> tokenizer.json with its first n tokens
+    name             a new token as readable text
+    base_ids         the base's ids of the text of each new token
+    character_parts  how many new tokens end inside a character: intermediate steps of merging a character
     """
 
     find: Callable[[str], list[str]]
     learn: Callable[[Counter[str], int, int, OnProgress], Learned]
     state: Callable[[Choice, int], dict[str, Any]]
     name: Callable[[str], str]
-    made_of: Callable[[Tokenizer, Choice], list[list[int]]]
-    parts: Callable[[Choice], int]
+    base_ids: Callable[[Tokenizer, Choice], list[list[int]]]
+    character_parts: Callable[[Choice], int]
 
 
 def byte_level_growth(
-    state: dict[str, Any], whole: dict[str, Any], script: Script, whole_words: bool, markers: list[str]
+    state: dict[str, Any], full_state: dict[str, Any], script: Script, whole_words: bool, markers: list[str]
 ) -> Growth:
-    """Growth of a byte-level BPE base. `whole`: `state` with every token in its vocabulary."""
-    del markers  # no piece is written like one: expand checks it
+    """Growth of a byte-level BPE base. `full_state`: `state` with every token in its vocabulary."""
+    del markers  # `expand` checks that no new token spells one
     finder: RunFinder | WordFinder = (WordFinder if whole_words else RunFinder)(state, script)
     if not whole_words:
-        whole = {**whole, "pre_tokenizer": keep_runs_whole(state, script)}
+        full_state = {**full_state, "pre_tokenizer": keep_runs_whole(state, script)}
+    vocabulary: dict[str, int] = full_state["model"]["vocab"]
 
-    def first(choice: Choice, n: int) -> dict[str, Any]:
-        kept = set(choice.tokens[:n]) | whole["model"]["vocab"].keys()
+    def with_first_tokens(choice: Choice, n: int) -> dict[str, Any]:
+        kept = set(choice.tokens[:n]) | vocabulary.keys()
         merges = [(a, b) for a, b in choice.merges if {a, b, a + b} <= kept]
-        return extended(whole, merges, choice.tokens[:n])
+        return extended(full_state, merges, choice.tokens[:n])
 
     return Growth(
-        finder.find,
-        lambda runs, size, min_count, tell: learn_merges(whole, runs, size, min_count, tell, finder.learnable),
-        first,
-        lambda token: token_bytes(token).decode("utf-8", errors="replace"),
-        lambda base, choice: _bytes_made_of(base, whole["model"]["vocab"], choice),
-        lambda choice: sum(not ends_between_characters(token) for token in choice.tokens),
+        find=finder.find,
+        learn=lambda runs, size, min_count, on_progress: learn_merges(
+            full_state, runs, size, min_count, on_progress, finder.learnable
+        ),
+        state=with_first_tokens,
+        name=lambda token: token_bytes(token).decode("utf-8", errors="replace"),
+        base_ids=lambda base, choice: _base_ids_of_bytes(base, vocabulary, choice),
+        character_parts=lambda choice: sum(not ends_between_characters(token) for token in choice.tokens),
     )
 
 
 def piece_growth(
-    state: dict[str, Any], whole: dict[str, Any], script: Script, whole_words: bool, markers: list[str]
+    state: dict[str, Any], full_state: dict[str, Any], script: Script, whole_words: bool, markers: list[str]
 ) -> Growth:
-    """Growth of a SentencePiece-BPE base. `whole`: `state` with every token in its vocabulary."""
-    table = PieceTable(whole)
+    """Growth of a SentencePiece-BPE base. `full_state`: `state` with every token in its vocabulary."""
+    table = PieceTable(full_state)
     finder = PieceRuns(state, script, table.known, whole_words=whole_words)
-    plain = table.backend({}, merges_of(whole))
+    base_backend = table.backend({}, merges_of(full_state))
 
-    def first(choice: Choice, n: int) -> dict[str, Any]:
-        grown = extended(whole, [], choice.tokens[:n])
+    def with_first_tokens(choice: Choice, n: int) -> dict[str, Any]:
+        grown = extended(full_state, [], choice.tokens[:n])
         grown["model"]["merges"] = [list(merge) for merge in table.with_pieces(choice.tokens[:n])[0]]
         return grown
 
     return Growth(
-        finder.find,
-        lambda runs, size, min_count, tell: learn_pieces(table, finder, runs, size, min_count, set(markers), tell),
-        first,
-        lambda token: token.replace(SPACE, " "),
-        lambda _base, choice: [list(plain.encode(token).ids) for token in choice.tokens],
-        lambda _choice: 0,
+        find=finder.find,
+        learn=lambda runs, size, min_count, on_progress: learn_pieces(
+            table, finder, runs, size, min_count, set(markers), on_progress
+        ),
+        state=with_first_tokens,
+        name=lambda token: token.replace(SPACE, " "),
+        base_ids=lambda _base, choice: [list(base_backend.encode(token).ids) for token in choice.tokens],
+        character_parts=lambda _choice: 0,
     )
 
 
@@ -101,11 +106,11 @@ def check_markers(base: Tokenizer, markers: list[str]) -> None:
 def with_base_tokens(state: dict[str, Any], source: str, first_id: int | None = None) -> dict[str, Any]:
     """A copy of `state`, a parsed tokenizer.json, in which every id below the first new one is in the vocabulary.
 
-    Added tokens of LLaMA-3 and Qwen stand apart, after the vocabulary, where they would be renumbered as it grows.
-    Ids up to `first_id` that stand for nothing get a token that no text makes: the `tokenizers` library numbers what is
-    added by how many tokens there are, and so would give a gap's ids away; SentencePiece's ids are places in a list;
-    and whoever resizes a model to `len(tokenizer)` rows would cut off the new ones.
-    Raises UserError for a vocabulary with gaps where `first_id` is not given, and for one that reaches beyond it.
+    Added tokens of LLaMA-3 and Qwen are in a list of their own, after the vocabulary, and would be renumbered as it
+    grows. Unused ids up to `first_id` get a token that no text produces, because the `tokenizers` library numbers added
+    tokens by the number of tokens and so would fill a gap, because SentencePiece's ids are indices in a list, and
+    because a model that is resized to `len(tokenizer)` rows would lose the new ones. Raises UserError for a vocabulary
+    with gaps if `first_id` is not given, and for one that reaches beyond `first_id`.
     """
     state = copy.deepcopy(state)
     vocabulary = state["model"]["vocab"]
@@ -122,13 +127,13 @@ def with_base_tokens(state: dict[str, Any], source: str, first_id: int | None = 
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise UserError(
             f"the {len(vocabulary)} ids of {source} are not 0 to {len(vocabulary) - 1}: new ids cannot "
-            f"follow ids with gaps; use a tokenizer.json without"
+            f"follow ids with gaps; use a tokenizer.json without gaps"
         )
     return state
 
 
-def made_of_text(base: Tokenizer, kind: str, token: str) -> list[int]:
-    """The base's ids of a new token's text, wherever in a text it stands; of a part of a character, of its bytes."""
+def base_ids_of_token(base: Tokenizer, kind: str, token: str) -> list[int]:
+    """The base's ids of a new token's text, as within a text; for a part of a character, the ids of its bytes."""
     if kind == "sentencepiece":
         return base.encode(token.replace(SPACE, " "), specials=False, continuing=True)
     try:
@@ -137,16 +142,16 @@ def made_of_text(base: Tokenizer, kind: str, token: str) -> list[int]:
         return [piece.id for piece in base.backend.model.tokenize(token)]
 
 
-def _bytes_made_of(base: Tokenizer, vocabulary: dict[str, int], choice: Choice) -> list[list[int]]:
-    """For each new token the base's ids of its text; a part of a character has the ids it is made of."""
-    made_of: dict[str, list[int]] = {}
+def _base_ids_of_bytes(base: Tokenizer, vocabulary: dict[str, int], choice: Choice) -> list[list[int]]:
+    """The base's ids of each new token's text; for a part of a character, the ids that its merges join."""
+    joined: dict[str, list[int]] = {}
     for left, right in choice.merges:
-        ids = [i for part in (left, right) for i in made_of.get(part) or [vocabulary[part]]]
-        made_of.setdefault(left + right, ids)
+        ids = [i for part in (left, right) for i in joined.get(part) or [vocabulary[part]]]
+        joined.setdefault(left + right, ids)
     pieces = []
     for token in choice.tokens:
         try:
             pieces.append(base.encode(token_bytes(token).decode("utf-8")))
         except UnicodeDecodeError:
-            pieces.append(made_of[token])
+            pieces.append(joined[token])
     return pieces

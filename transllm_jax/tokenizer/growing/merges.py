@@ -1,15 +1,14 @@
-"""New BPE merges that continue a byte-level base's own.
+"""New BPE merges that continue those of a byte-level base.
 
-Training starts from text as the base cuts it, so the parts of every merge exist when it applies:
+Training starts from text as the base encodes it, so the parts of every merge exist when it applies:
 
 1. Merges from left to right build every atom (see atoms.py) that is frequent enough.
 2. BPE is trained on the runs with each atom as one symbol (see symbols.py). So every new token begins and ends
    between characters, except the parts of an atom that takes more than one merge.
 3. Merges whose tokens the corpus does not contain are left out (see prune.py).
 
-A left-to-right part of an atom always continues in the same atom, whose other pieces no other merge
-touches (all merges of step 1 begin where an atom begins), so atoms are complete before a merge of step 2
-can apply.
+A left-to-right part of an atom always continues in the same atom, and no other merge uses that atom's remaining pieces,
+as all merges of step 1 begin where an atom begins. So atoms are complete before a merge of step 2 can apply.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from transllm_jax.tokenizer.growing.encoded import Merge, batches, counts, joine
 from transllm_jax.tokenizer.growing.prune import Choice, Learned, OnProgress, choose
 from transllm_jax.tokenizer.growing.symbols import BARRIER, train_merges
 
-SPARE = 1.25  # trained in place of the wanted size at first, as some are left out
+SPARE = 1.25  # tokens trained at first, times the wanted size, as some are left out
 
 
 def merges_of(state: dict[str, Any]) -> list[Merge]:
-    """The merges of a parsed tokenizer.json in rank order (older files write a pair as one string)."""
+    """The merges of a parsed tokenizer.json in rank order (older files store a pair as one string)."""
     pairs = (m.split(" ") if isinstance(m, str) else m for m in state["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -58,23 +57,22 @@ def learn_merges(
 ) -> Learned:
     """Exactly `size` new tokens from runs of target-script text with their counts.
 
-    state: the base's tokenizer.json, parsed, with every token in its vocabulary; runs: texts that the new
-    pre-tokenizer leaves whole, normalised. learnable: of a stretch of their text, whether new tokens may hold it; those
-    that it refuses stand between tokens. Every new token occurs at least `min_count` times in the encoded runs,
-    except the parts of characters that take several merges. Raises UserError where the runs support fewer tokens, or
-    where the characters alone need more.
+    state: the base's parsed tokenizer.json, with every token in its vocabulary. runs: texts that the new pre-tokenizer
+    leaves whole, normalised. learnable: whether new tokens may hold a stretch of text; no token crosses one that it
+    refuses. Every new token occurs at least `min_count` times in the encoded runs, except the parts of characters that
+    take several merges. Raises UserError if the runs support fewer tokens, or if their characters alone need more.
     """
     texts = sorted(runs)
     weights = np.array([runs[text] for text in texts], np.int64)
     coder = AtomCoder(state["model"]["vocab"])
-    cutter = MergeOptions(state, [], 0).backend(Choice([], []))
-    words = joined([coder.regroup(b) for b in batches(cutter, texts, lambda share: on_progress("cut", share))])
-    found = counts(words, weights, coder.size)
-    named = [(coder.atom(int(i)), int(i)) for i in np.flatnonzero(found)]
-    named.sort(key=lambda item: (-int(found[item[1]]), item[0]))
-    frequent = [(atom, i) for atom, i in named if found[i] >= min_count and learnable(_text(atom))]
+    base = MergeCandidates(state, [], 0).backend(Choice([], []))
+    encoded = joined([coder.regroup(b) for b in batches(base, texts, lambda share: on_progress("cut", share))])
+    found = counts(encoded, weights, coder.size)
+    atoms = [(coder.atom(int(i)), int(i)) for i in np.flatnonzero(found)]
+    atoms.sort(key=lambda item: (-int(found[item[1]]), item[0]))
+    frequent = [(atom, i) for atom, i in atoms if found[i] >= min_count and learnable(_text(atom))]
     building = [("".join(a[:i]), a[i]) for a, _ in frequent for i in range(1, len(a))]
-    characters = len(MergeOptions(state, building, len(building)).select(len(building), set()).tokens)
+    characters = len(MergeCandidates(state, building, len(building)).select(len(building), set()).tokens)
     if characters > size:
         raise UserError(
             f"{size} new tokens are too few: the {len(frequent)} characters of the corpus that occur at "
@@ -89,11 +87,11 @@ def learn_merges(
     trained_size = int(size * SPARE) + 1
     while True:
         merges = train_merges(
-            words, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+            encoded, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
         )
-        options = MergeOptions(state, building + merges, len(building))
+        candidates = MergeCandidates(state, building + merges, len(building))
         more = len({left + right for left, right in merges}) >= trained_size
-        if (learned := choose(options, texts, weights, size, min_count, on_progress, more)) is not None:
+        if (learned := choose(candidates, texts, weights, size, min_count, on_progress, more)) is not None:
             return learned
         trained_size *= 2
 
@@ -102,8 +100,8 @@ def _text(atom: Atom) -> str:
     return token_bytes("".join(atom)).decode("utf-8", errors="replace")
 
 
-class MergeOptions:
-    """Merges to choose from, in rank order, for the base tokenizer.json `state`.
+class MergeCandidates:
+    """Merges as `prune.Candidates`, in rank order, for the base's tokenizer.json `state`.
 
     The first `fixed` ones build characters and are always taken.
     """
@@ -112,16 +110,16 @@ class MergeOptions:
         self._merges, self._state, self._fixed = merges, state, set(merges[:fixed])
         self._base: dict[str, int] = state["model"]["vocab"]
         self._base_merges = merges_of(state)
-        self._old = set(self._base_merges)
+        self._base_merge_set = set(self._base_merges)
         self.vocabulary = dict(self._base)
         for left, right in merges:
             self.vocabulary.setdefault(left + right, len(self.vocabulary))
-        self.whole = bool(state["model"].get("ignore_merges"))
+        self.ignore_merges = bool(state["model"].get("ignore_merges"))
 
     def select(self, size: int, without: set[Any]) -> Choice:
-        """The first merges that make `size` tokens which the base lacks; fewer where there are no more.
+        """The first merges that make `size` tokens which the base lacks; fewer if there are no more.
 
-        Left out are the merges in `without`, and so those of tokens that nothing makes then.
+        Left out are the merges in `without`, and those whose parts cannot be made without them.
         """
         chosen: dict[Merge, None] = {}
         tokens: dict[str, None] = {}
@@ -132,7 +130,7 @@ class MergeOptions:
             new = made not in self._base and made not in tokens
             if new and len(tokens) == size:
                 break
-            if (left, right) not in self._old:  # the base's own merge keeps its rank
+            if (left, right) not in self._base_merge_set:  # the base's own merge keeps its rank
                 chosen[left, right] = None
             if new:
                 tokens[made] = None
@@ -153,8 +151,8 @@ class MergeOptions:
     def backend(self, choice: Choice) -> tokenizers.Tokenizer:
         vocabulary = self._base | {token: self.vocabulary[token] for token in choice.tokens}
         backend = tokenizers.Tokenizer(
-            models.BPE(vocab=vocabulary, merges=[*self._base_merges, *choice.merges], ignore_merges=self.whole)
+            models.BPE(vocab=vocabulary, merges=[*self._base_merges, *choice.merges], ignore_merges=self.ignore_merges)
         )
-        # The runs stand alone already.
+        # The runs are isolated already.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return backend

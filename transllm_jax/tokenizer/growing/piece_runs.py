@@ -1,7 +1,7 @@
 """Text as a SentencePiece tokenizer sees it, and the stretches of it that new pieces are learned from.
 
-Such a tokenizer cuts nothing before it merges: the whole text is one word. Stretches are found so that no piece
-crosses their ends, hence each is encoded alone as it is within its text.
+Such a tokenizer does not split text before merging: the whole text is one word. No piece crosses the ends of a stretch,
+so it is encoded alone in the same way as within its text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SPACE = "▁"
 
 
 def prefixes(state: dict[str, Any]) -> str:
-    """When "▁" is put before a text: "always" (SentencePiece's own way), "unless" one stands there, or "never"."""
+    """When "▁" is put before a text: "always" (as in SentencePiece), "unless" it begins with one, or "never"."""
     if (step := state["pre_tokenizer"]) is not None:  # Metaspace
         return "never" if step["prepend_scheme"] == "never" else "unless"
     normalizer = state["normalizer"]
@@ -30,23 +30,23 @@ class PieceRuns:
     def __init__(self, state: dict[str, Any], script: Script, known: Iterable[str], *, whole_words: bool) -> None:
         """`state`: the base's parsed tokenizer.json; `known`: the pieces that its merges use and make.
 
-        whole_words: for a script that the base writes itself, whose pieces hold other characters too. The stretches
-        then go from space to space.
+        whole_words: stretches go from space to space. This is for a script that the base has pieces for, which hold
+        other characters too.
         """
         self._prefix = prefixes(state)
         inside = script.character_class
         joiner = f"[{JOINERS}]?"
         self._learnable = re.compile(f"(?:{SPACE}?|{joiner})[{inside}](?:{joiner}[{inside}])*{joiner}")
-        # A piece that holds a character of the script and another, or a space behind something.
-        touching = re.compile(f"[{inside}][^{inside}]|[^{SPACE}{inside}][{inside}]|[^{SPACE}]{SPACE}")
-        if whole_words or any(touching.search(piece) for piece in known):
+        # A piece with a character of the script next to another one, or with a space after something.
+        crossing = re.compile(f"[{inside}][^{inside}]|[^{SPACE}{inside}][{inside}]|[^{SPACE}]{SPACE}")
+        if whole_words or any(crossing.search(piece) for piece in known):
             self._stretch = re.compile(f"{SPACE}*[^{SPACE}{inside}]*[{inside}][^{SPACE}]*")
         else:
-            # A new piece may begin or end with a joiner, wherever that stands.
+            # A new piece may begin or end with any joiner.
             self._stretch = re.compile(f"{SPACE}*[{JOINERS}]*[{inside}][{inside}{JOINERS}]*")
 
     def normalised(self, text: str) -> str:
-        """The text with "▁" for spaces, and before it where the tokenizer puts one."""
+        """The text with "▁" for each space, and before the text if the tokenizer puts one there."""
         text = text.replace(" ", SPACE)
         if not text or self._prefix == "never" or (self._prefix == "unless" and text.startswith(SPACE)):
             return text
@@ -57,6 +57,8 @@ class PieceRuns:
         return self._stretch.findall(self.normalised(text))
 
     def learnable(self, piece: str) -> bool:
-        """Whether this may become a new piece: characters of the script, with at most a "▁" before them, and joiners
-        beside them, never two in a row: text without the script cannot make it."""
+        """Whether this may become a new piece: at most one "▁", then characters of the script and single joiners.
+
+        Text without the script cannot contain such a piece.
+        """
         return self._learnable.fullmatch(piece) is not None

@@ -1,11 +1,10 @@
-"""New pieces that continue a SentencePiece-BPE base's own (LLaMA-2, Mistral).
+"""New pieces that continue those of a SentencePiece-BPE base (LLaMA-2, Mistral).
 
-SentencePiece joins whichever neighbours make a known piece, the piece of the best score first. So there is no list of
-merges to choose: a set of pieces in rank order says everything, and each way of making a piece of two known ones is
-a merge. New pieces rank below every piece of the base. Text without the target script cannot make one, and keeps
-its ids.
+SentencePiece joins any two neighbours that make a known piece, the piece of the best score first. So merges are not
+chosen: a set of pieces in rank order determines them, as each split of a piece into two known ones is a merge. New
+pieces rank below every piece of the base. Text without the target script contains none of them, and keeps its ids.
 
-1. Characters that the base lacks, and writes as bytes, become pieces.
+1. Characters that the base lacks, and encodes as bytes, become pieces.
 2. BPE is trained on runs of the script with each base piece as one symbol (see symbols.py).
 3. Pieces that the corpus, encoded with exactly the new tokenizer, does not contain are left out (see prune.py).
 """
@@ -30,22 +29,22 @@ from transllm_jax.tokenizer.scripts import JOINERS
 
 
 def split_priority(piece: str, size: int) -> int:
-    """The larger, the earlier is this split (after `size` characters) taken among those of the same score.
+    """Priority of splitting a piece after `size` characters: among splits of one piece the highest is merged first.
 
-    Splits of one piece compete where they share the middle of a text: `er e re` can become `ere re` or `er ere`, and
+    Splits of one piece compete if they share the middle of a text: `er e re` can become `ere re` or `er ere`, and
     SentencePiece takes the left one. There, `x y` with `x y = y z` comes before `y z`: the one with the longer left
     part or, if `y` begins with `x`, the shorter.
     """
     other = len(piece) - size
-    left_first = piece[size:] == piece[:other]  # this split can be the left one of the two
-    right_first = piece[other:] == piece[:size]
-    if left_first == right_first:
+    can_be_left = piece[size:] == piece[:other]  # this split can be the left one of the two
+    can_be_right = piece[other:] == piece[:size]
+    if can_be_left == can_be_right:
         return size
-    return max(size, other) if left_first else min(size, other)
+    return max(size, other) if can_be_left else min(size, other)
 
 
 class PieceTable:
-    """A base's pieces and merges, and all merges when pieces are added."""
+    """A base's pieces and merges, and the merges that follow when pieces are added."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         """`state`: the base's parsed tokenizer.json, with every token in its vocabulary."""
@@ -54,39 +53,42 @@ class PieceTable:
         self._options = {
             name: state["model"].get(name) for name in ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
         }
-        self._place: dict[str, int] = {}  # of the last merge that makes a piece
+        self._place: dict[str, int] = {}  # piece -> index of the last merge that makes it
         for i, (left, right) in enumerate(self.merges):
             self._place[left + right] = i
-        # What a text can be made of: never the name of a special token, of a byte, or of an id that stands for nothing.
+        # The pieces that text can produce: not the names of special tokens, bytes and unused ids.
         self.known = {piece for piece in self.vocabulary if len(piece) == 1} | self._place.keys()
         self.known -= {token["content"] for token in state["added_tokens"]}
         self._pieces = sorted(self.known, key=self.vocabulary.__getitem__)
 
     @property
-    def whole(self) -> bool:
+    def ignore_merges(self) -> bool:
         """Whether a text that is a token is never cut."""
         return bool(self._options["ignore_merges"])
 
     def with_pieces(self, pieces: Sequence[str]) -> tuple[list[Merge], list[Merge]]:
-        """(all merges, those of them that are new), each in rank order, with new pieces that are given in rank order.
+        """(all merges, only the new ones), each in rank order, when new `pieces`, in rank order, are added.
 
-        A new part can also make a piece of the base: such a merge takes the rank of that piece's own.
+        A new piece can also be part of a base's piece: the merge that makes that piece ranks after the piece's own.
         """
         new = set(pieces)
         known = self.known | new
-        behind = [(place, merge) for piece in self._concerned(new) for place, merge in self._splits(piece, known, new)]
-        last = [merge for piece in pieces for _, merge in self._splits(piece, known, None)]
-        behind.sort(key=lambda item: item[0])
-        whole: list[Merge] = []
+        inserted = [(place, merge) for piece in self._affected(new) for place, merge in self._splits(piece, known, new)]
+        appended = [merge for piece in pieces for _, merge in self._splits(piece, known, None)]
+        inserted.sort(key=lambda item: item[0])
+        merges: list[Merge] = []
         done = 0
-        for place, merge in behind:
-            whole += self.merges[done : place + 1]
-            whole.append(merge)
+        for place, merge in inserted:
+            merges += self.merges[done : place + 1]
+            merges.append(merge)
             done = place + 1
-        return [*whole, *self.merges[done:], *last], [*(merge for _, merge in behind), *last]
+        return [*merges, *self.merges[done:], *appended], [*(merge for _, merge in inserted), *appended]
 
     def _splits(self, piece: str, known: set[str], new: set[str] | None) -> list[tuple[int, Merge]]:
-        """The merges that make a piece, those with a part in `new` if that is given, with the place of its own."""
+        """The merges that make a piece, each with the index of the base's last merge that makes it.
+
+        new: only merges with a part in it; None for all.
+        """
         sizes = sorted(range(1, len(piece)), key=lambda size: -split_priority(piece, size))
         pairs = [(piece[:size], piece[size:]) for size in sizes]
         place = self._place.get(piece, len(self.merges) - 1)
@@ -96,13 +98,13 @@ class PieceTable:
             if left in known and right in known and (new is None or left in new or right in new)
         ]
 
-    def _concerned(self, new: set[str]) -> Iterable[str]:
+    def _affected(self, new: set[str]) -> Iterable[str]:
         """The base's pieces that may have a new piece as a part."""
         letters = {letter for piece in new for letter in piece} - {"▁"}
         return [piece for piece in self._pieces if len(piece) > 1 and not letters.isdisjoint(piece)]
 
     def backend(self, pieces: dict[str, int], merges: list[Merge]) -> tokenizers.Tokenizer:
-        """What encodes stretches of normalised text, with pieces added at the given ids; nothing is put before them."""
+        """A tokenizer of stretches of normalised text, with pieces added at the given ids; it puts no "▁" in front."""
         options = {name: value for name, value in self._options.items() if value is not None}
         return tokenizers.Tokenizer(models.BPE(vocab=self.vocabulary | pieces, merges=merges, **options))
 
@@ -118,9 +120,8 @@ def learn_pieces(
 ) -> Learned:
     """Exactly `size` new pieces from stretches of normalised text with their counts.
 
-    Every new piece occurs at least `min_count` times in the encoded runs, where they suffice for that. `taken`: what
-    may not become a piece. Raises UserError where the runs support fewer pieces, or where the characters that the base
-    lacks alone need more.
+    Every new piece occurs at least `min_count` times in the encoded runs. `taken`: texts that may not become a piece.
+    Raises UserError if the runs support fewer pieces, or if the characters that the base lacks alone need more.
     """
     texts = sorted(runs)
     weights = np.array([runs[text] for text in texts], np.int64)
@@ -137,10 +138,10 @@ def learn_pieces(
         )
     first = len(table.vocabulary)
     characters = {letter: first + i for i, letter in enumerate(missing)}
-    cutter = table.backend(characters, table.with_pieces(missing)[0])
-    words = encode(cutter, texts, lambda share: on_progress("cut", share))
+    with_characters = table.backend(characters, table.with_pieces(missing)[0])
+    encoded = encode(with_characters, texts, lambda share: on_progress("cut", share))
     unit = {number: piece for piece, number in (table.vocabulary | characters).items()}
-    found = counts(words, weights, first + len(missing))
+    found = counts(encoded, weights, first + len(missing))
     used = [int(i) for i in np.flatnonzero(found >= min_count)]
     symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] in ("▁", *JOINERS)})
     place = {symbol: i for i, symbol in enumerate(symbols)}
@@ -150,12 +151,12 @@ def learn_pieces(
     trained_size = int(size * SPARE) + 1
     while True:
         merges = train_merges(
-            words, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+            encoded, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
         )
         more = len({left + right for left, right in merges}) >= trained_size
         kept = [(a, b) for a, b in merges if a + b not in taken and finder.learnable(a + b)]
-        options = PieceOptions(table, missing, kept)
-        if (learned := choose(options, texts, weights, size, min_count, on_progress, more)) is not None:
+        candidates = PieceCandidates(table, missing, kept)
+        if (learned := choose(candidates, texts, weights, size, min_count, on_progress, more)) is not None:
             return learned
         trained_size *= 2
 
@@ -171,8 +172,8 @@ def _letters(texts: list[str], weights: Ids) -> dict[str, int]:
     return {chr(point): int(found[point]) for point in np.flatnonzero(found)}
 
 
-class PieceOptions:
-    """Pieces to choose from: characters, which are always taken, and those that training merged, in rank order."""
+class PieceCandidates:
+    """Pieces as `prune.Candidates`: characters, which are always taken, and trained pieces, in rank order."""
 
     def __init__(self, table: PieceTable, characters: list[str], merges: list[Merge]) -> None:
         self._table, self._characters = table, characters
@@ -184,10 +185,10 @@ class PieceOptions:
         self.vocabulary = dict(table.vocabulary)
         for piece in [*characters, *self._keys]:
             self.vocabulary[piece] = len(self.vocabulary)
-        self.whole = table.whole
+        self.ignore_merges = table.ignore_merges
 
     def select(self, size: int, without: set[Any]) -> Choice:
-        """The first `size` pieces, each of which two known ones make; fewer where there are no more."""
+        """The first `size` pieces, each of which two known ones make; fewer if there are no more."""
         tokens: dict[str, None] = dict.fromkeys(self._characters[:size])
         known = self._table.known
         for piece in self._keys:

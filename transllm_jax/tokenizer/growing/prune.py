@@ -1,8 +1,8 @@
-"""Choosing merges so that no new token is dead: each occurs in the training text as the tokenizer encodes it.
+"""Chooses merges so that no new token is dead: each occurs in the training text as the tokenizer encodes it.
 
-A token that the encoded corpus hardly contains is a step on the way to longer ones that use it up. The rarest of the
-merges that do so is left out and a further merge takes its place, until every token is used. A rare token that no other
-uses is left out itself. Where the corpus has no further merges, it supports fewer tokens than were asked for.
+A token that the encoded corpus hardly contains is an intermediate step to longer tokens, which absorb it. The last of
+the merges that do so is left out and a further merge takes its place, until every token is used. A rare token that no
+other uses is left out itself. If the corpus has no further merges, it supports fewer tokens than requested.
 """
 
 from __future__ import annotations
@@ -21,77 +21,85 @@ OnProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Choice:
-    """New merges in rank order, and the tokens that they make and the base lacks, in the order of their ids."""
+    """The chosen merges in rank order, and the tokens that they make and the base lacks, in the order of their ids."""
 
     merges: list[Merge]
     tokens: list[str]
 
 
-class Options(Protocol):
-    """Candidates to choose from, in rank order. What can be left out are keys: a merge, or a token."""
+class Candidates(Protocol):
+    """Candidates for new tokens, in rank order. Each has a key by which it can be left out: a merge, or a token."""
 
-    vocabulary: dict[str, int]  # the base's tokens and every candidate's, with numbers of their own
-    whole: bool  # a text that is a token is never cut
+    vocabulary: dict[str, int]  # the base's tokens and all candidates' -> ids, which are not the final ones
+    ignore_merges: bool  # a text that is a token is never cut
 
     def select(self, size: int, without: set[Any]) -> Choice:
-        """The first candidates that make `size` new tokens; fewer where there are no more. Left out are those in
-        `without`, and those that cannot be made without them."""
+        """The first candidates that make `size` new tokens; fewer if there are no more.
+
+        Left out are those in `without`, and those that cannot be made without them.
+        """
 
     def users(self, choice: Choice) -> Iterable[tuple[str, Hashable]]:
-        """(token, key) in rank order: the key makes something of the token."""
+        """(token, key) in rank order, for each key that makes another token of the token."""
 
     def makers(self, token: str, choice: Choice) -> Iterable[Hashable]:
         """The keys that make the token; none for one that is always taken."""
 
     def backend(self, choice: Choice) -> tokenizers.Tokenizer:
-        """What encodes runs with the chosen merges, with `vocabulary`'s numbers."""
+        """A tokenizer that encodes runs with the chosen merges, as ids in `vocabulary`."""
 
     def spell(self, token: str) -> str:
-        """The text of a token, as it stands in a run."""
+        """The text of a token in a run."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What was chosen, and how often the training runs, encoded with it, contain each of its tokens."""
+    """The choice, and how often each of its tokens occurs in the training runs when they are encoded with it."""
 
     choice: Choice
     counts: list[int]
 
 
 def choose(
-    options: Options, texts: list[str], weights: Ids, size: int, min_count: int, on_progress: OnProgress, more: bool
+    candidates: Candidates,
+    texts: list[str],
+    weights: Ids,
+    size: int,
+    min_count: int,
+    on_progress: OnProgress,
+    more: bool,
 ) -> Learned | None:
-    """Exactly `size` tokens, each `min_count` times in the weighted texts; None where `more` candidates could help.
+    """Exactly `size` tokens, each of which occurs at least `min_count` times in the weighted texts.
 
-    Raises UserError that says how many there are where that is fewer.
+    If there are fewer: None if training could give `more` candidates, else raises UserError with their number.
     """
     useless: set[Any] = set()
-    recount = Recount(texts, weights, options.vocabulary, whole=options.whole)
+    recount = Recount(texts, weights, candidates.vocabulary, ignore_merges=candidates.ignore_merges)
     rounds = 0
     while True:
-        choice = options.select(size, useless)
+        choice = candidates.select(size, useless)
         found = recount.count(
-            options.backend(choice), choice.merges, options.spell, lambda share: on_progress("prune", share / 2)
+            candidates.backend(choice), choice.merges, candidates.spell, lambda share: on_progress("prune", share / 2)
         )
-        rare = {token for token in choice.tokens if found[options.vocabulary[token]] < min_count}
-        last = dict(options.users(choice))
-        out = {last[token] for token in rare if token in last}
-        if not out:
-            out = {key for token in rare for key in options.makers(token, choice)}
+        rare = {token for token in choice.tokens if found[candidates.vocabulary[token]] < min_count}
+        last_user = dict(candidates.users(choice))
+        to_drop = {last_user[token] for token in rare if token in last_user}
+        if not to_drop:
+            to_drop = {key for token in rare for key in candidates.makers(token, choice)}
         rounds += 1
         on_progress("prune", 1 - 0.5**rounds)
-        if not out:
+        if not to_drop:
             break
-        useless |= out
+        useless |= to_drop
     if len(choice.tokens) < size:
         if more:
             return None
         supported = len(choice.tokens)
         raise UserError(
-            f"the corpus supports {supported:,} new tokens, not {size:,}: so many occur {min_count} times in it; "
+            f"the corpus supports {supported:,} new tokens, not {size:,}: this many occur {min_count} times in it; "
             f"{'ask for at most that many, ' if supported else ''}give more text, or lower the minimal count"
         )
-    # Counted afresh: what is said of the tokens does not rest on the bookkeeping above.
-    counted, found = found, count(options.backend(choice), texts, weights, len(found))
-    assert (counted == found).all(), "counting what changed must give what counting all gives"
-    return Learned(choice, [int(found[options.vocabulary[token]]) for token in choice.tokens])
+    # Counted again from scratch, so that the result does not depend on the incremental counts.
+    incremental, found = found, count(candidates.backend(choice), texts, weights, len(found))
+    assert (incremental == found).all(), "incremental counts must equal a full count"
+    return Learned(choice, [int(found[candidates.vocabulary[token]]) for token in choice.tokens])

@@ -1,12 +1,10 @@
-"""Which bases can be expanded, and runs of the target script in the text of a byte-level one.
+"""Which bases can be expanded, and runs of the target script in the text of a byte-level base.
 
-Keeping runs whole is the pre-tokenizer of an expanded byte-level BPE tokenizer.
-
-The usual patterns cut a Thai word at every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and
-a merge cannot cross a cut. So runs of the script, with a space before, are isolated first; every stretch
-between them is then cut exactly as the base cuts it when it stands alone. Text without the script has no
-runs and keeps its cuts, hence its ids. A joiner (U+200C, U+200D), which also stands in emoji, is part of a run
-between two of the script's characters alone.
+The pre-tokenizer of an expanded byte-level BPE tokenizer keeps these runs whole. The usual patterns cut a Thai word at
+every vowel sign and tone mark (`\\p{L}+` does not match `\\p{M}`), and a merge cannot cross a cut. So runs of the
+script, with a space before, are isolated first; the text between them is then cut exactly as the base cuts it alone.
+Text without the script has no runs and keeps its cuts, and so its ids. A joiner (U+200C, U+200D), which also occurs in
+emoji, is part of a run only between two of the script's characters.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import tokenizers
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script
 
-# What `ByteLevel(use_regex=True)` splits by (GPT-2's pattern).
+# The pattern of `ByteLevel(use_regex=True)`, GPT-2's.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -39,14 +37,14 @@ def check_supported(state: dict[str, Any], source: str) -> None:
 def kind_of(state: dict[str, Any], source: str) -> str:
     """Which kind of BPE tokenizer `state`, a parsed tokenizer.json, is: "byte-level" or "sentencepiece".
 
-    Raises UserError for any that cannot be expanded.
+    Raises UserError if it cannot be expanded.
     """
     model, steps = state["model"], _steps(state)
     if model["type"] != "BPE":
         raise UserError(f"{source} is a {model['type']} tokenizer: only BPE bases can be expanded; choose one")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not know it")
+            raise UserError(f"{source} uses the BPE option {option}={model[option]!r}: expansion does not support it")
     if steps and steps[-1]["type"] == "ByteLevel":
         _check_byte_level(state, source)
         return "byte-level"
@@ -57,7 +55,7 @@ def kind_of(state: dict[str, Any], source: str) -> str:
 def _check_byte_level(state: dict[str, Any], source: str) -> None:
     steps = _steps(state)
     if steps[-1].get("add_prefix_space"):
-        raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not know it")
+        raise UserError(f"{source} uses ByteLevel with add_prefix_space=true: expansion does not support it")
     for step in steps[:-1]:
         known = step["type"] == "Digits" or (
             step["type"] == "Split"
@@ -66,7 +64,7 @@ def _check_byte_level(state: dict[str, Any], source: str) -> None:
             and not step["invert"]
         )
         if not known:
-            raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not know it")
+            raise UserError(f"{source} has the pre-tokenizer step {json.dumps(step)}: expansion does not support it")
 
 
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -74,29 +72,30 @@ _PREFIX = {"type": "Prepend", "prepend": "▁"}
 
 
 def _check_sentencepiece(state: dict[str, Any], source: str) -> None:
-    """As SentencePiece's files are converted: "▁" for spaces by a normaliser or by Metaspace, and nothing else."""
+    """Raises UserError unless a normalizer or Metaspace writes "▁" for spaces, and nothing else changes the text."""
     if not state["model"].get("byte_fallback"):
         raise UserError(
             f"{source} is neither a byte-level BPE tokenizer nor a SentencePiece one with byte_fallback: "
-            f"expansion does not know it; choose another base"
+            f"expansion does not support it; choose another base"
         )
     normalizer, pre = state["normalizer"], state["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     if pre is not None and (pre["type"] != "Metaspace" or pre.get("split", True) or pre["replacement"] != "▁"):
         raise UserError(
-            f"{source}, a SentencePiece tokenizer, has the pre-tokenizer {json.dumps(pre)}: expansion does not know it"
+            f"{source}, a SentencePiece tokenizer, has the pre-tokenizer {json.dumps(pre)}: "
+            "expansion does not support it"
         )
     if steps not in ([], [_SPACES], [_PREFIX, _SPACES]) or (pre is None) == (not steps):
         raise UserError(
             f"{source}, a SentencePiece tokenizer, has the normalizer {json.dumps(normalizer, ensure_ascii=False)} "
-            f"and the pre-tokenizer {json.dumps(pre)}: expansion does not know them"
+            f"and the pre-tokenizer {json.dumps(pre)}: expansion does not support them"
         )
 
 
 def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
     """The pre-tokenizer of `state`, a parsed tokenizer.json, changed so that runs of `script` stay whole.
 
-    A `Digits` step stays in front: the script's own digits stay single where the base's digits do.
+    A `Digits` step stays in front: if it splits the base's digits one by one, it does so with the script's own digits.
     """
     run = f" ?{script.stretch()}"
 
@@ -110,7 +109,7 @@ def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
         if step["type"] != "Digits" and not isolated:
             steps.append(split(run))
             isolated = True
-        if cuts:  # the runs stand alone already; as the first alternative each is matched whole and so not cut
+        if cuts:  # the runs are isolated already; as the first alternative each is matched whole and so not cut
             steps.append(split(f"{run}|{step['pattern']['Regex'] if step['type'] == 'Split' else GPT2_PATTERN}"))
         if step["type"] == "ByteLevel":
             steps.append({**step, "use_regex": False})
@@ -120,7 +119,7 @@ def keep_runs_whole(state: dict[str, Any], script: Script) -> dict[str, Any]:
 
 
 class RunFinder:
-    """Finds the runs of the target script in a text as the expanded tokenizer sees them, with their space."""
+    """Finds the runs of the target script in a text as the expanded tokenizer isolates them, with a space before."""
 
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
@@ -141,7 +140,7 @@ class RunFinder:
         return self._pattern.findall(text)
 
     def learnable(self, text: str) -> bool:
-        """Whether new tokens may hold this: a run has nothing else."""
+        """Whether new tokens may hold this: always, as a run has only the script's characters."""
         return True
 
 
@@ -151,7 +150,7 @@ class WordFinder:
     def __init__(self, state: dict[str, Any], script: Script) -> None:
         """`state` is the base's parsed tokenizer.json."""
         self._letter = re.compile(f"[{script.character_class}]")
-        # Of English's own script anything may be learned; of another, nothing that text without it could hold.
+        # For English's own script anything may be learned; for another, nothing that occurs in text without it.
         self._learnable = None if script.latin else re.compile(f" | ?[{script.character_class}]+")
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer

@@ -1,6 +1,6 @@
-"""BPE training over symbols: each unit of a text is one private-use character, the `tokenizers` library counts.
+"""BPE training over symbols: each unit of a text becomes one private-use character, and `tokenizers` trains on those.
 
-So merges begin and end between units, whatever a unit is: a character, or a piece of the base.
+So merges begin and end between units, whether a unit is a character or a piece of the base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, Progress
 BARRIER = -1  # a unit that no merge may contain
 _FIRST, _LAST = 0x10000, 0x10FFFF  # no white space among them
 _LONGEST = 24  # units in a token: longer ones are boilerplate of the corpus, not words
-_CHUNK = 100_000  # units that the library is given at a time
+_CHUNK = 100_000  # units that are passed to the library at a time
 
 
 def train_merges(
@@ -30,11 +30,11 @@ def train_merges(
     min_count: int,
     on_progress: Progress | None = None,
 ) -> list[Merge]:
-    """Merges in rank order, of at most `size` distinct tokens, each frequent enough when it is learned.
+    """Merges, as pairs of texts in rank order, of at most `size` distinct tokens, each frequent enough when learned.
 
-    runs: texts as numbers of units; weights int64 [texts]: how often each text occurs; numbers int64 [units]: of each
-    unit the place of its text in `symbols`, or BARRIER. Merges are pairs of texts. The more frequent pair comes first,
-    of equally frequent ones that with the earlier symbols.
+    runs: texts as numbers of units. weights: int64 [texts], how often each text occurs. numbers: int64 [units], the
+    index in `symbols` of each unit's text, or BARRIER. The most frequent pair comes first; among equally frequent ones,
+    that with the earlier symbols.
     """
     if len(symbols) > _LAST - _FIRST:
         raise UserError(f"the corpus has {len(symbols)} different characters or pieces: raise min_count, or clean it")
@@ -61,7 +61,7 @@ def _read(written: str, symbols: Sequence[str]) -> str:
 def _lines(runs: Encoded, weights: Ids, characters: np.ndarray, on_progress: Progress | None = None) -> Iterator[str]:
     """Every run as often as its weight says, separated by spaces, many in one string.
 
-    A run of weight 5 = 4 + 1 stands in a string that comes four times and in one that comes once.
+    A run of weight 5 = 4 + 1 is in a string that is yielded four times and in one that is yielded once.
     """
     lengths, done, total = runs.lengths, 0, int(weights.sum())
     for bit in range(int(weights.max(initial=0)).bit_length()):
@@ -69,8 +69,8 @@ def _lines(runs: Encoded, weights: Ids, characters: np.ndarray, on_progress: Pro
         ends = np.cumsum(lengths[chosen] + 1)
         first = 0
         while first < len(chosen):
-            begun = ends[first - 1] if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, begun + _CHUNK)))
+            before = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + _CHUNK)))
             text = _text(runs, chosen[first:last], characters)
             for _ in range(1 << bit):
                 yield text

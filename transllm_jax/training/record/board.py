@@ -1,4 +1,4 @@
-"""TensorBoard's one door: a training stage's numbers as event files."""
+"""Writes a training stage's numbers as TensorBoard event files. The only module that imports tensorboardX."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """Writes numbers that TensorBoard shows, each row flushed at once.
+    """Writes numbers for TensorBoard; each row is flushed at once.
 
-    directory: made where it does not exist; one event file a session. step: the step that the session goes on from.
-    TensorBoard then drops what earlier sessions wrote of later steps, so that no step stands twice.
-    Raises UserError where the files cannot be written.
+    directory: made if it does not exist; it gets one event file per session. step: the step from which the session
+    goes on. TensorBoard then drops the later steps of earlier sessions, so that no step is shown twice.
+    Raises UserError if the files cannot be written.
     """
 
     def __init__(self, directory: Path, *, step: int) -> None:
@@ -29,9 +29,9 @@ class Board:
         writer, self._events, self._summaries = _tensorboardx()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads the files by name, and a name has whole seconds only: two sessions may share one.
+            # TensorBoard reads the files in order of name. A name has whole seconds only, which two sessions may share.
             number = sum(1 for _ in directory.glob("events.out.tfevents.*"))
-            # A whole path: the library takes "s3:" at the start of one for a bucket.
+            # An absolute path: the library takes a path that begins with "s3:" for a bucket.
             prefix = directory.resolve() / "events"
             self._writer: EventsWriter = writer.EventsWriter(str(prefix), f".{number:06d}")
         except OSError as error:
@@ -40,7 +40,7 @@ class Board:
         self._write(self._events.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of a step, each under its name. Raises UserError where they cannot be written."""
+        """Write the numbers of a step by name. Raises UserError if they cannot be written."""
         summary = self._summaries.Summary(
             value=[self._summaries.Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
         )
@@ -62,15 +62,15 @@ class Board:
 
     def _refusal(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._directory}: TensorBoard's events cannot be written ({error.strerror}); free space or mend its "
-            "rights, then run again to go on from the last checkpoint"
+            f"{self._directory}: TensorBoard's events cannot be written ({error.strerror}); free space or correct its "
+            "permissions, then run again to go on from the last checkpoint"
         )
 
 
 def _tensorboardx() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """tensorboardX's writer of event files, and the two kinds of message in them."""
-    # It loads torch where that is installed, only to know its tensors: seconds, and memory that a run has better uses
-    # for. A module that is None counts as not installed.
+    """tensorboardX's writer of event files, and the modules of the two kinds of message in them."""
+    # tensorboardX imports torch if it is installed, only to recognise its tensors. That costs seconds and memory. A
+    # module that is None in sys.modules counts as not installed.
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""ledger.jsonl: where every second of a run's processes went, and what of it was lost to restarts.
+"""ledger.jsonl: where every second of a run's processes went, and how much was lost to restarts.
 
-Each process is one session. A line holds the seconds that a session has spent in a stage so far, by category, and the
-steps that it came from and to; the last line of a session and stage counts. A killed process loses at most the seconds
+Each process is one session. A line holds the seconds that a session has spent in a stage so far, by category, and its
+first and last step there; only the last line of a session and stage counts. A killed process loses at most the seconds
 since its last line. Time is counted in whole microseconds, so that the categories add up exactly to the clock.
 """
 
@@ -25,9 +25,9 @@ from transllm_jax.errors import UserError
 
 LEDGER = "ledger.jsonl"
 CATEGORIES = ("init", "compile", "step", "save", "data", "validate", "other")
-# The stage of what lies outside of any stage.
+# The stage name for time outside all stages.
 OUTSIDE = "run"
-# Seconds between two lines, and lines after which a file is written anew with the last line of each only.
+# Seconds between two lines; and lines after which the file is compacted to the last line of each session and stage.
 FLUSH_EVERY = 5.0
 COMPACT_AFTER = 5_000
 
@@ -48,11 +48,12 @@ class _Account:
 
 
 class Ledger:
-    """Keeps account of one process's time; used from one thread, in the process that holds the work directory's lock.
+    """Records how one process spends its time. Use it from one thread, in the process that holds the work directory's
+    lock.
 
-    path: WORKDIR/ledger.jsonl, which earlier sessions may have begun. clock: seconds, never going back. since: the
-    clock's reading when the process began, if that was earlier than now; what lies between counts as "init".
-    Raises UserError where the file cannot be written, or has a line that is not a ledger's.
+    path: WORKDIR/ledger.jsonl; earlier sessions may have begun it. clock: seconds, never going back. since: the clock
+    when the process began (default: now); the time from then until now counts as "init".
+    Raises UserError if the file cannot be written, or has a line that is not a ledger's.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic, since: float | None = None) -> None:
@@ -68,9 +69,9 @@ class Ledger:
             self._file = self._compacted()
         self._count()
         self._stack = [(self._accounts[OUTSIDE], "other")]
-        # A stage may be at one piece of work for an hour: what it has spent is written all the same.
+        # One piece of work may take an hour; a thread writes the time spent so far all the same.
         self._closed = threading.Event()
-        threading.Thread(target=self._beat, name="ledger", daemon=True).start()
+        threading.Thread(target=self._flush_regularly, name="ledger", daemon=True).start()
 
     def __enter__(self) -> Ledger:
         return self
@@ -83,7 +84,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def stage(self, name: str, *, anew: bool = False) -> Iterator[None]:
-        """All time inside belongs to this stage. anew: it keeps nothing of what earlier sessions did in it."""
+        """All time inside belongs to this stage. anew: the stage uses nothing that earlier sessions did in it."""
         account = self._accounts.setdefault(name, _Account())
         account.anew = account.anew or anew
         self._enter(account, "other")
@@ -92,7 +93,7 @@ class Ledger:
             yield
         except BaseException as error:
             self._leave()
-            # Why the stage ended matters more than that its time could not be noted.
+            # The error that ended the stage matters more than one from writing its time.
             with self._unless(error):
                 self._flush()
             raise
@@ -102,7 +103,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def spend(self, category: str) -> Iterator[None]:
-        """Time inside goes to this category of the current stage, but for what is spent on another one within it."""
+        """Time inside goes to this category of the current stage, except the time of a `spend` nested in it."""
         if category not in CATEGORIES:
             raise ValueError(f"no such category: {category!r}; the categories are {', '.join(CATEGORIES)}")
         self._enter(self._stack[-1][0], category)
@@ -113,15 +114,15 @@ class Ledger:
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
-        """All that is known is written, and nothing more while this lasts, so that the file can be copied."""
+        """Write all time so far, and nothing inside the context, so that the file can be copied."""
         with self._lock:
             self._flush()
             yield
 
     def mark(self, step: int) -> None:
-        """The current stage has reached this step. To be called with the step that it goes on from, before the first.
+        """Record that the current stage has reached this step. Call it first with the step that the stage starts from.
 
-        Raises UserError where a line is due and cannot be written.
+        Raises UserError if a line is due and cannot be written.
         """
         with self._lock:
             account = self._stack[-1][0]
@@ -133,7 +134,7 @@ class Ledger:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left. Nothing is counted any more. Raises UserError where it cannot be written."""
+        """Write the rest and stop counting. Raises UserError if it cannot be written."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -153,7 +154,7 @@ class Ledger:
             self._stack.pop()
 
     def _count(self) -> None:
-        """Book the time since the last call."""
+        """Add the time since the last call to the current account."""
         now = round((self._clock() - self._began) * _MICRO)
         account, category = self._stack[-1]
         account.spent[category] += now - self._counted
@@ -166,14 +167,14 @@ class Ledger:
             self._flushed = self._counted
             changed = [(name, account) for name, account in self._accounts.items() if account.changed]
             data = "".join(json.dumps(self._row(name, account)) + "\n" for name, account in changed).encode()
-            # Unbuffered: a child process that is forked from this one has nothing to write a second time.
+            # The file is unbuffered, so a forked child process has no buffer to write a second time.
             while data:
                 data = data[self._file.write(data) :]
             for _, account in changed:
                 account.changed = False
             self._lines += len(changed)
             if self._lines >= COMPACT_AFTER:
-                # Where this fails, the old file is still the one in use.
+                # If this fails, the old file stays in use.
                 old, self._file = self._file, self._compacted()
                 old.close()
 
@@ -183,14 +184,14 @@ class Ledger:
         return dict(zip(_KEYS, values, strict=True))
 
     def _compacted(self) -> FileIO:
-        """Leave the last line of each session and stage; the file, open for more."""
+        """Compact the file to the last line of each session and stage; return it, open for appending."""
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in _rows(self._path)))
         self._lines = 0
         return self._path.open("ab", buffering=0)
 
-    def _beat(self) -> None:
+    def _flush_regularly(self) -> None:
         while not self._closed.wait(FLUSH_EVERY):
-            # A failure is for the thread that can end the run: its next line fails likewise.
+            # A failure is ignored here: the main thread, which can end the run, fails in the same way at its next line.
             with contextlib.suppress(UserError), self._lock:
                 if not self._closed.is_set():
                     self._flush()
@@ -201,8 +202,8 @@ class Ledger:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}); free space or mend its rights, then run again to "
-                "go on from the last checkpoint"
+                f"{self._path} cannot be written ({error.strerror}); free space or correct its permissions, then run "
+                "again to go on from the last checkpoint"
             ) from None
 
     @staticmethod
@@ -211,16 +212,16 @@ class Ledger:
 
 
 def summarise(path: Path) -> dict[str, Any]:
-    """Where the time of a run went, from its ledger; of no ledger, no time.
+    """Where the time of a run went, from its ledger; no time if there is no ledger.
 
-    Of the whole run, and under "stages" of each one in their order, in seconds:
+    For the whole run, and under "stages" for each stage in order, in seconds:
 
-    - "total": the time of all sessions. "seconds" by category, "lost" and "redone" add up to it.
-    - "lost" to restarts: training steps that a later session did again, and all of a stage that was cut off and
-      begun anew. "restarts" counts the times that a stage was cut off and taken up by another session.
-    - "redone": all of a stage that was done and then begun anew.
-    - "trained": the share of training steps that stand; None of no time.
-    - "sessions": the processes that had a part in it.
+    - "total": the time of all sessions: the sum of "seconds" (by category), "lost" and "redone".
+    - "lost" to restarts: training steps that a later session repeated, and all the time of a stage that was interrupted
+      and started from scratch. "restarts": how often a stage was interrupted and continued by another session.
+    - "redone": all the time of a stage that was finished and then started from scratch.
+    - "trained": the share of the total in training steps that were kept; None if the total is 0.
+    - "sessions": the number of processes.
 
     Raises UserError that names a line which is not a ledger's.
     """
@@ -228,9 +229,9 @@ def summarise(path: Path) -> dict[str, Any]:
     rows = _rows(path)
     for row in rows:
         stages.setdefault(row["stage"], []).append(row)
-    counted = {name: _stage(sessions) for name, sessions in stages.items()}
+    counted = {name: _summarise_stage(sessions) for name, sessions in stages.items()}
     if OUTSIDE in counted:
-        # What lies outside of all stages is never taken up again.
+        # Work outside all stages is never continued by another session.
         counted[OUTSIDE].restarts = 0
     whole = _Summary(sessions=len({row["session"] for row in rows}))
     for summary in counted.values():
@@ -240,7 +241,7 @@ def summarise(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Summary:
-    """What `summarise` says of a stage or of all, in microseconds."""
+    """The summary of a stage or of the whole run, in microseconds."""
 
     sessions: int
     spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
@@ -268,11 +269,11 @@ class _Summary:
         }
 
 
-def _stage(sessions: Sequence[Mapping[str, Any]]) -> _Summary:
+def _summarise_stage(sessions: Sequence[Mapping[str, Any]]) -> _Summary:
     summary = _Summary(sessions=len(sessions))
-    # Until here, all of it was thrown away.
+    # The work of all sessions before this one was thrown away.
     begun = max((place for place, row in enumerate(sessions) if row["anew"]), default=0)
-    # The lowest step that a later session went on from: what was done beyond it was done again.
+    # The lowest step from which a later session went on: steps beyond it were done again.
     redone_from: int | None = None
     finished = True
     for place in reversed(range(len(sessions))):
@@ -290,9 +291,10 @@ def _stage(sessions: Sequence[Mapping[str, Any]]) -> _Summary:
             continue
         first, step = row["first"], row["step"]
         if redone_from is not None and first is not None:
-            did, in_vain = max(step - first, 0), min(max(step - redone_from, 0), max(step - first, 0))
-            # A session that finished no step spent the time of its first one in vain.
-            lost = round(spent.get("step", 0) * in_vain / did) if did else spent.get("step", 0)
+            steps = max(step - first, 0)
+            repeated = min(max(step - redone_from, 0), steps)
+            # If a session finished no step, the time of its first one is lost.
+            lost = round(spent.get("step", 0) * repeated / steps) if steps else spent.get("step", 0)
             spent["step"] = spent.get("step", 0) - lost
             summary.lost += lost
         for category, value in spent.items():
@@ -303,7 +305,7 @@ def _stage(sessions: Sequence[Mapping[str, Any]]) -> _Summary:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The last row of each session and stage, by first appearance. What a killed process left unfinished is no row."""
+    """The last row of each session and stage, in order of first appearance. Unfinished lines are skipped."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -313,9 +315,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            # Cut off by a kill or a full disk. Lines are sums: the next one of the session says it all again.
+            # Cut off by a kill or a full disk. Lines hold totals, so the session's next line makes up for it.
             continue
         if not isinstance(row, dict) or row.keys() != set(_KEYS) or not row["seconds"].keys() <= set(CATEGORIES):
-            raise UserError(f"{path}, line {number} is no line of a ledger; move the file away (it holds times only)")
+            raise UserError(f"{path}, line {number} is not a ledger's line; move the file away (it holds times only)")
         rows[row["session"], row["stage"]] = row
     return list(rows.values())

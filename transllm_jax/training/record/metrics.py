@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a logged step. A resumed run first drops the lines past its checkpoint: no step twice."""
+"""metrics.jsonl: one line per logged step. A resumed run first drops lines past its checkpoint, so no step is twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MetricsLog:
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; the first makes the file."""
+        """Append one row; the first row creates the file."""
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(row) + "\n")
@@ -34,7 +34,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file that a run appends to; an unfinished last line (of a killed process) is left out."""
+    """The rows of a jsonl file that a run appends to. An unfinished last line, left by a killed process, is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -47,6 +47,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_validations(path: Path) -> list[dict[str, Any]]:
-    """The rows of validation.jsonl that are compared with the last one: those of the same text."""
+    """The rows of validation.jsonl that are comparable with the last one: those on the same text."""
     rows = read_rows(path)
     return [row for row in rows if row.get("of") == rows[-1].get("of")]

@@ -1,7 +1,7 @@
-"""What a training stage tells while it trains: metrics.jsonl, speed.jsonl, skipped.jsonl, TensorBoard, the bar.
+"""What a stage reports while it trains: metrics, speed, skipped and validation .jsonl files, TensorBoard and a bar.
 
-metrics.jsonl holds what follows from config and data alone, so that it is the same, byte for byte, for a run that was
-killed and for one that was not. What the clock says is in speed.jsonl.
+metrics.jsonl holds only what config and data determine, so that a run that was killed and one that was not write the
+same bytes. Times and speeds are in speed.jsonl.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transllm_jax.training.step import Metrics
 
 @dataclass(frozen=True)
 class Speed:
-    """What speeds are worked out by: model FLOPs a token, and the peak of all devices together where it is known."""
+    """For model FLOPs utilisation: model FLOPs per token, and the peak FLOP/s of all devices together, if known."""
 
     flops_per_token: float | None = None
     peak_flops: float | None = None
 
 
 class Reporter:
-    """Takes each step's metrics and tells of the step before, so that the device never waits for the host."""
+    """Takes each step's metrics and reports those of the step before, so that the device never waits for the host."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Reporter:
         memory: Callable[[], int],
         bar: Bar,
     ) -> None:
-        """first: the step that the run goes on from. places: where batch k comes from, for a batch that is skipped."""
+        """first: the step that the run goes on from. places: where batch k's texts come from, for skipped.jsonl."""
         self._name, self._steps, self._log_every = directory.name, steps, log_every
         self._max_skipped, self._in_a_row = max_skipped, skipped_in_a_row
         self._sources, self._speed, self._rate = sources, speed, rate
@@ -61,30 +61,31 @@ class Reporter:
         self._board = Board(directory / "tensorboard", step=first)
         self._waiting: tuple[int, Metrics, int] | None = None
         self._first, self._began = first, 0.0
-        # Since the last line of speed.jsonl; and in all, for the bar and the summary.
+        # Since the last line of speed.jsonl.
         self._since, self._tokens, self._waited = 0.0, 0, 0.0
+        # In total, for the bar and the summary.
         self._all_tokens = 0
         self.loss = math.nan
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this process's steps, the first aside: it compiles."""
+        """Mean speed of this process, without its first step, which compiles."""
         elapsed = time.perf_counter() - self._began
         return self._all_tokens / elapsed if self._all_tokens else 0.0
 
     def add(self, number: int, metrics: Metrics, size: int, waited: float) -> None:
-        """Step `number`, counted from 0, was begun; tells of the one before.
+        """Take the metrics of step `number`, counted from 0, which was dispatched; report the step before.
 
-        size: places for tokens in the batch, of all processes. waited: seconds for it.
+        size: tokens in the batch, padding included, of all processes. waited: seconds that the batch was waited for.
 
-        Raises Diverged where too many updates in a row were skipped.
+        Raises Diverged if too many updates in a row were skipped.
         """
         self.flush()
         self._waiting = (number, metrics, size)
         self._waited += waited
 
     def flush(self) -> None:
-        """Wait for the last step, and tell of it. Raises as `add` does."""
+        """Wait for the last step and report it. Raises as `add` does."""
         if self._waiting is None:
             return
         (number, metrics, size), self._waiting = self._waiting, None
@@ -112,7 +113,7 @@ class Reporter:
             )
 
     def validated(self, step: int, bits_per_byte: float, of: str = "") -> None:
-        """A validation after this many steps. of: says what was measured."""
+        """Record a validation after this many steps. of: identifies the text that was measured."""
         finite = math.isfinite(bits_per_byte)
         row = {"step": step, "bits_per_byte": bits_per_byte if finite else None}
         self._validations.write({**row, "of": of} if of else row)
@@ -155,6 +156,6 @@ class Reporter:
         self._board.scalars(done, numbers)
 
     def _skip(self, done: int, loss: float, norm: float) -> None:
-        # As text: JSON has no name for what is not finite.
+        # As text: JSON cannot write numbers that are not finite.
         row = {"step": done, "loss": str(loss), "gradient_norm": str(norm), "rows": self._places(done - 1)}
         self._skipped.write(row)
