@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+from transllm_jax.choices import Content
 from transllm_jax.data.read.files import Collector
-from transllm_jax.data.read.shards import Content, Item, Reading, Shard, shards
+from transllm_jax.data.read.shards import Item, Reading, Shard, shards
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.examples import pair_texts
 from transllm_jax.data.rows.packing import plan

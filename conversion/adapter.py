@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from conversion.directories import read_json, write_json
 from conversion.names import EMBEDDING, tensors
 from conversion.opened import OpenedModel
+from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import TARGETS, LoraConfig
 
@@ -62,7 +62,7 @@ def write_adapter(directory: Path, adapter: AdapterDescription) -> None:
 def read_adapter(directory: str | Path) -> AdapterDescription:
     """Read adapter.json. Raises UserError if it is missing, damaged, or of another version."""
     path = Path(directory) / ADAPTER
-    raw: dict[str, Any] = read_json(path)
+    raw: dict[str, Any] = read_model_json(path)
     if raw.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not of the format {FORMAT}; make it again with transllm convert from-peft")
     try:

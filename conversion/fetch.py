@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from conversion.directories import sha256_of
+from transllm_jax.disk import cache_directory, sha256_of
 from transllm_jax.errors import UserError
 from transllm_jax.hub_name import hub_name_problem
 
@@ -37,15 +37,6 @@ class Fetched:
     kind: Kind
     revision: str | None = None
     sha256: str | None = None
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: `$TRANSLLM_CACHE`, or the user's cache directory."""
-    if chosen := os.environ.get("TRANSLLM_CACHE"):
-        return Path(chosen).expanduser()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("transllm-jax"))
 
 
 def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] | None = None) -> Fetched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from conversion.directories import fingerprint_of, new_directory, read_json, sha256_of, write_json
 from conversion.fetch import Fetched, fetch
 from conversion.gguf.tokenizer import end_ids, special_ids, write_tokenizer
 from conversion.gguf.weights import open_gguf
@@ -25,7 +25,9 @@ from conversion.names import Tensor, collapse, tensors
 from conversion.open_directory import open_directory
 from conversion.opened import OpenedModel, size_of
 from conversion.store import write_store
+from transllm_jax.disk import read_model_json, sha256_of, write_json
 from transllm_jax.errors import UserError
+from transllm_jax.new_directory import new_directory
 
 Format = Literal["hf", "store"]
 SOURCE = "source.json"
@@ -93,7 +95,7 @@ def import_base(
 def base_fingerprint(directory: str | Path) -> str:
     """The SHA-256 that identifies the weights of an imported base, from its `source.json`."""
     path = Path(directory) / SOURCE
-    fingerprint = read_json(path).get("fingerprint")
+    fingerprint = read_model_json(path).get("fingerprint")
     if not isinstance(fingerprint, str):
         raise UserError(f"{path} has no fingerprint; import the base model again")
     return fingerprint
@@ -105,7 +107,7 @@ def padding_rows(directory: Path, source: str | None = None) -> int:
     An embedding is often padded to a round number of rows. Raises UserError if the tokenizer has ids for which the
     embedding has no row.
     """
-    vocab_size = parse_config(read_json(directory / "config.json"), directory).vocab_size
+    vocab_size = parse_config(read_model_json(directory / "config.json"), directory).vocab_size
     highest = max(token_ids(directory, source), default=-1)
     if highest >= vocab_size:
         raise UserError(
@@ -167,7 +169,7 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
         options.say(f"{src} has no tokenizer; the weights alone are converted")
     else:
         copy_or_make_tokenizer(src, directory)  # before the weights, so that its errors are reported at once
-    raw = read_json(src / "config.json")
+    raw = read_model_json(src / "config.json")
     if isinstance(model, HFModel) and options.layout == "hf":
         _copy_weights(fetched, model, directory, options)
     else:
@@ -179,7 +181,7 @@ def _import_directory(fetched: Fetched, directory: Path, options: _Options) -> d
     shutil.copyfile(src / "config.json", directory / "config.json")
     # Read from the source and not from the copy, so that an error names a file that the user has.
     source_generation = src / "generation_config.json"
-    configs = (read_json(source_generation) if source_generation.is_file() else {}, raw)
+    configs = (read_model_json(source_generation) if source_generation.is_file() else {}, raw)
     copy_generation_config(src, directory)
     if options.layout == "hf" and all(fields.get("eos_token_id") is None for fields in configs):
         raise UserError(f"{src}: neither generation_config.json nor config.json has eos_token_id; add it")
@@ -207,6 +209,18 @@ def _write(model: OpenedModel, directory: Path, options: _Options) -> None:
     write_tensors(
         directory, tensors(model.config), model.read, model.dtype, max_shard_bytes=MAX_SHARD_BYTES, advance=advance
     )
+
+
+def fingerprint_of(files: dict[str, str]) -> str:
+    """One SHA-256 for a set of files, given `{name: sha256}`.
+
+    A single file's own; of several, that of the lines `sha256  name` in name order, which is what
+    `sha256sum *.safetensors | sha256sum` prints.
+    """
+    if len(files) == 1:
+        return next(iter(files.values()))
+    lines = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def require_sha256(where: Path, files: list[Path], sha256: str) -> None:

@@ -25,12 +25,11 @@ import numpy as np
 import tensorstore
 from numpy.typing import DTypeLike
 
-from conversion.directories import read_json, write_json
 from conversion.hf.directory import not_finite, read_config
 from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
 from conversion.names import Tensor, tensors, weight_shapes
 from conversion.opened import OpenedModel
-from transllm_jax.disk import is_utf8
+from transllm_jax.disk import is_utf8, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import AXES, partition
@@ -299,7 +298,7 @@ def open_store(directory: str | Path) -> Store:
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         raise UserError(f"{directory} has no {MANIFEST}: it is not a checkpoint of ours, or was not finished; convert")
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_model_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{directory / MANIFEST}: format is {manifest.get('format')!r}, not {FORMAT!r}; {_DAMAGED}")
     if manifest.get("version") != VERSION:

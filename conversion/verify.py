@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from conversion.hf.safetensors_io import DTYPES
+from conversion.hf.safetensors_io import CODES
 from conversion.logits import logits_of
 from conversion.names import Tensor, collapse, tensors
 from conversion.opened import OpenedModel
@@ -15,7 +15,6 @@ from transllm_jax.model.config import LlamaConfig
 
 # Fields that are not compared, because a difference shows in the names and shapes of the tensors.
 _IMPLIED = {"model_type", "attention_bias", "mlp_bias", "tie_word_embeddings", "vocab_size"}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 # How many values are compared at once: float32 copies of a whole vocabulary table would take gigabytes.
 _BLOCK = 1 << 22
 
@@ -107,7 +106,7 @@ def _compare(
     x, y = a.read(left), b.read(right)
     advance(x.nbytes + y.nbytes)
     group.tensors += 1
-    group.types.add(_CODES[x.dtype] if x.dtype == y.dtype else f"{_CODES[x.dtype]}/{_CODES[y.dtype]}")
+    group.types.add(CODES[x.dtype] if x.dtype == y.dtype else f"{CODES[x.dtype]}/{CODES[y.dtype]}")
     if x.shape != y.shape:
         group.faults.append(f"{left.name}: shape {list(x.shape)} and {list(y.shape)}")
         if x.shape[1:] != y.shape[1:]:

@@ -29,13 +29,13 @@ def old(path: Path, text: str, age: float = 60) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read for their hash, in order."""
     found: list[Path] = []
-    hash_of = disk.file_hash
+    hash_of = disk.sha256_of
 
     def noted(path: Path) -> str:
         found.append(path)
         return hash_of(path)
 
-    monkeypatch.setattr(disk, "file_hash", noted)
+    monkeypatch.setattr(disk, "sha256_of", noted)
     return found
 
 

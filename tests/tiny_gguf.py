@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import pre_tokenizers
 
-from conversion.gguf.weights import gguf_name, permute
+from conversion.gguf.weights import gguf_name
 from conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 
@@ -37,6 +37,12 @@ TEXTS = [
 
 # What alters a file's fields and tensors before it is written.
 Change = Callable[[gguf.GGUFWriter, dict[str, Any]], None]
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face's q or k `[heads * H, D]`, or a bias `[heads * H]`, in GGUF's row order, which interleaves the two
+    halves of each head."""
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def tokens() -> list[str]:

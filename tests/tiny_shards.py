@@ -6,9 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import Item
 from transllm_jax.data.read.files import Collector
-from transllm_jax.data.read.shards import Content, Reading, Shard, shards
+from transllm_jax.data.read.shards import Reading, Shard, shards
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox " * (n % 5) + "สวัสดี " * (n % 3) for n in range(40)]
 PAIRS = [(f"number {n}, " + "again " * (n % 4), f"ภาษาไทย {n} " + "สวัสดี" * (n % 3)) for n in range(40)]

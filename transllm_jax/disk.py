@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; their hashes and sizes, and the lock of a directory."""
+"""Files that are there whole or not at all; their hashes and sizes, the lock of a directory, and where caches are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +23,125 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+@contextmanager
+def whole(
+    path: Path, *, shared: bool = False, errors: Callable[[Path], AbstractContextManager[object]] = nullcontext
+) -> Iterator[Path]:
+    """Yield a name beside `path` to write a file to, which takes the place of `path` when the block ends well.
+
+    So `path` is the old file or the new one, whatever stops: the process or the machine. On an exception the new file
+    is removed. shared: other processes may write `path` at the same time; each has a name of its own, and `sweep`
+    removes what a killed one left. Otherwise the name is `NAME.part`, which the next writer uses again. errors: given
+    `path`, the context in which the disk is written to here, to report its errors; the block is outside of it.
+    """
+    if shared:
+        # Short, as names are limited to 255 bytes. The process alone does not tell: hosts may share the directory.
+        owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+        partial = path.with_name(f".{path.stem[-40:]}.{owner}.partial")
+    else:
+        partial = path.with_name(path.name + ".part")
+    with errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        with errors(path):
+            # A name may reach the disk before what it names does: after a loss of power the file would be empty.
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+_STALE = 86400  # seconds after which nobody writes a file any more that was not touched
+_PARTIAL = re.compile(r"\..*\.([^.]*)-(\d+)-[0-9a-f]+\.partial")
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed writers of shared files left in a directory, but nothing that may still be written."""
+    for partial in directory.glob(".*.partial"):
+        found = _PARTIAL.fullmatch(partial.name)
+        if found is None:
+            continue
+        with suppress(OSError):
+            left = found[1] == _host() and not is_alive(int(found[2]))
+            if left or time.time() - partial.stat().st_mtime > _STALE:
+                partial.unlink()
+
+
+def _host() -> str:
+    """This machine's name, as a part of a file's name."""
+    return re.sub(r"[^\w-]", "_", socket.gethostname(), flags=re.ASCII)[:40]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's, or no number that we know anything about
+    return True
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, as `whole` explains."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, whole, whatever stops: the process or the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        # A name may reach the disk before what it names does: after a loss of power the file would be empty.
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write UTF-8 text as `write_bytes` does."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `write_text` does."""
+    """Write JSON as `write_text` does: indented, with a newline at the end."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON that a step wrote. Raises UserError when it is not there or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a stage wrote. Raises UserError if it is missing, unreadable or damaged."""
+    return _read_json(
+        path, missing="does not exist; run the stage that writes it", fix="run its stage again with --force"
+    )
+
+
+def read_model_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file of a model's or tokenizer's directory. Raises UserError as `read_json` does.
+
+    missing: what to say if the file is missing, after its path.
+    """
+    missing = missing or f"is missing; is {path.parent} a complete model directory?"
+    return _read_json(path, missing=missing, fix="fetch the file again", damaged="is not valid JSON")
+
+
+def _read_json(path: Path, *, missing: str, fix: str, damaged: str = "is damaged") -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the stage that writes it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run its stage again with --force") from None
+        raise UserError(f"{path} {missing}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} {damaged} ({error}); {fix}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__} where an object belongs; {fix}")
+    return value
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal."""
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The SHA-256 of a value as JSON, in hexadecimal; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class FileHashes:
@@ -73,7 +163,7 @@ class FileHashes:
         known = self._known.get(name)
         if known is not None and known[:-1] == mark:
             return str(known[-1])
-        found = file_hash(file)
+        found = sha256_of(file)
         # What was written a moment ago may be written again within the clock's grain.
         if time.time_ns() - stat.st_mtime_ns > _GRAIN and file.stat().st_mtime_ns == stat.st_mtime_ns:
             self._known[name] = [*mark, found]
@@ -97,10 +187,9 @@ _WRITE_EVERY = 10.0  # seconds
 def _known(path: Path) -> dict[str, list[Any]]:
     """What is kept; nothing where it is damaged, as files can be read anew."""
     try:
-        found = read_json(path)
+        return read_json(path)
     except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -133,3 +222,17 @@ def parse_size(text: str) -> int:
     if not match or (size := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
         raise UserError(f"the size {text!r} is not of the form 5GB, 500MB or 2GiB; correct it")
     return size
+
+
+def cache_directory() -> Path:
+    """Where downloads, samples and compiled programs are kept: `$TRANSLLM_CACHE`, or the user's cache directory."""
+    if own := os.environ.get("TRANSLLM_CACHE"):
+        return Path(own).expanduser()
+    return user_cache()
+
+
+def user_cache() -> Path:
+    """The user's cache directory for this program."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("transllm-jax"))

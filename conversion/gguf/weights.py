@@ -95,14 +95,9 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_IN_LAYER[module]}.{kind}"
 
 
-def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's q or k `[heads * H, D]`, or a bias `[heads * H]`, in GGUF's row order, which interleaves the two
-    halves of each head."""
-    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """The reverse of `permute`."""
+    """GGUF's q or k `[heads * H, D]`, or a bias `[heads * H]`, in Hugging Face's row order: GGUF interleaves the two
+    halves of each head."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

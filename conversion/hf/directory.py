@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from conversion.directories import new_directory, read_json, write_json
 from conversion.hf.safetensors_io import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -25,8 +24,10 @@ from conversion.hf.safetensors_io import (
 from conversion.hf.tokenizer_files import copy_tokenizer
 from conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
 from conversion.opened import OpenedModel
+from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
+from transllm_jax.new_directory import new_directory
 
 # Fields of config.json that mean the model would be read wrongly -> why it is refused and how to fix it.
 _REFUSED = {
@@ -37,7 +38,7 @@ _REFUSED = {
 
 def read_config(directory: str | Path) -> LlamaConfig:
     """The model's shape from `config.json`. Raises UserError if it is missing or not a supported LLaMA."""
-    return parse_config(read_json(Path(directory) / "config.json"), directory)
+    return parse_config(read_model_json(Path(directory) / "config.json"), directory)
 
 
 def parse_config(raw: dict[str, Any], where: str | Path) -> LlamaConfig:
@@ -123,7 +124,7 @@ def open_hf(directory: str | Path) -> HFModel:
     extra, of the wrong shape or not F32, F16 or BF16 (all are listed).
     """
     directory = Path(directory)
-    raw = read_json(directory / "config.json")
+    raw = read_model_json(directory / "config.json")
     config = parse_config(raw, directory)
     found, notes = open_checkpoint(directory)
     entries = _match(directory, config, found)

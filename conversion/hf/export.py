@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from conversion.directories import new_directory, read_json, write_json
 from conversion.hf.directory import generation_of, parse_config, write_config
 from conversion.hf.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
 from conversion.hf.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
 from conversion.merged import Merged
 from conversion.names import Tensor, tensors
 from conversion.opened import OpenedModel
+from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
+from transllm_jax.new_directory import new_directory
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def export_hf(
     files, dst = Path(files), Path(dst)
     tokenizer_dir = files if tokenizer_dir is None else Path(tokenizer_dir)
     single_dtype = None if dtype is None else dtype_of(dtype)
-    raw = read_json(files / "config.json")
+    raw = read_model_json(files / "config.json")
     base_rows = parse_config(raw, files).vocab_size
     without_tokenizer = not isinstance(model, Merged) and not has_tokenizer(tokenizer_dir)
     padding = model.padding if isinstance(model, Merged) else 0
@@ -112,7 +113,7 @@ def export_hf(
         advance = None if begin is None else begin(total)
         write_tensors(directory, table, get, target, max_shard_bytes=max_shard_bytes, advance=advance)
         copy_generation_config(files, directory)
-        generation = read_json(directory / "generation_config.json")
+        generation = read_model_json(directory / "generation_config.json")
         ends = _ends(generation, tokenizer_dir, files) if isinstance(model, Merged) and not without_tokenizer else {}
         if single_dtype is None and model.config.vocab_size == base_rows:
             shutil.copyfile(files / "config.json", directory / "config.json")
@@ -136,7 +137,7 @@ def copy_generation_config(src: Path, dst: Path) -> None:
     if (src / "generation_config.json").is_file():
         shutil.copyfile(src / "generation_config.json", dst / "generation_config.json")
         return
-    write_json(dst / "generation_config.json", generation_of(read_json(src / "config.json")))
+    write_json(dst / "generation_config.json", generation_of(read_model_json(src / "config.json")))
 
 
 def _ends(generation: dict[str, Any], tokenizer_dir: Path, files: Path) -> dict[str, list[int]]:
@@ -153,7 +154,7 @@ def _ends(generation: dict[str, Any], tokenizer_dir: Path, files: Path) -> dict[
 
 def _suppressed(generation: dict[str, Any], tokenizer_dir: Path, rows: int) -> dict[str, list[int]]:
     """The suppress_tokens that keep transformers from producing ids without a token; {} if every row has one."""
-    vocabulary = read_json(tokenizer_dir / "tokenizer.json")["model"]["vocab"]
+    vocabulary = read_model_json(tokenizer_dir / "tokenizer.json")["model"]["vocab"]
     named = vocabulary.items() if isinstance(vocabulary, dict) else ()
     # Names that only fill a gap before new ids are not tokens.
     filling = {number for token, number in named if token == unused(number)}

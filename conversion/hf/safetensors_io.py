@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion.directories import read_json, write_json
 from conversion.names import Tensor, collapse
+from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -31,7 +31,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 _EXPONENTS = {
     DTYPES["F32"]: np.uint32(0x7F800000),
     DTYPES["F16"]: np.uint16(0x7C00),
@@ -96,7 +96,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    mapping = read_json(directory / INDEX).get("weight_map")
+    mapping = read_model_json(directory / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise UserError(f"{directory / INDEX} has no weight_map from tensor to file; fetch it again")
     return mapping
@@ -266,7 +266,7 @@ def _write_file(
     end = 0
     for part in parts:
         header[part.tensor.name] = {
-            "dtype": _CODES[part.dtype],
+            "dtype": CODES[part.dtype],
             "shape": list(part.tensor.shape),
             "data_offsets": [end, end + part.size],
         }

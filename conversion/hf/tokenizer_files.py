@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conversion.directories import read_json
 from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
 
@@ -42,7 +42,7 @@ def copy_or_make_tokenizer(src: Path, dst: Path) -> None:
     fix = "load it once with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json"
     refuse_other_format(src / "tokenizer.model")
     path = src / "tokenizer_config.json"
-    config = read_json(path)
+    config = read_model_json(path)
     if (src / "added_tokens.json").is_file():
         raise UserError(f"{src} has no tokenizer.json, and added_tokens.json beside tokenizer.model; {fix}")
     if config.get("legacy") is False:
@@ -72,7 +72,7 @@ def has_tokenizer(directory: Path) -> bool:
 def token_ids(directory: Path, where: str | Path | None = None) -> set[int]:
     """All token ids of `tokenizer.json`, with those of added tokens. `where` names the directory in messages."""
     path = directory / "tokenizer.json"
-    raw = read_json(path)
+    raw = read_model_json(path)
     path = Path(where or directory) / "tokenizer.json"
     try:
         vocabulary = raw["model"]["vocab"]

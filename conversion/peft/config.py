@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.directories import read_json
 from conversion.names import EMBEDDING, KERNELS, OUTPUT
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 
@@ -111,7 +111,7 @@ class PeftConfig:
 
 def read_peft_config(directory: Path) -> PeftConfig:
     """Read and check adapter_config.json. Raises UserError, which lists every option that is not supported."""
-    raw = read_json(directory / CONFIG)
+    raw = read_model_json(directory / CONFIG)
     where = directory / CONFIG
     kind = raw.get("peft_type")
     if kind != "LORA":

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from conversion.directories import new_directory, write_json
 from conversion.hf.export import check_tokenizer
 from conversion.hf.safetensors_io import SINGLE, dtype_of, write_tensors
 from conversion.hf.tokenizer_files import copy_tokenizer, require_tokenizer
@@ -16,9 +15,11 @@ from conversion.merged import Merged
 from conversion.names import EMBEDDING, KERNELS, OUTPUT, Tensor, kernel_shapes, to_hf
 from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG, PREFIX, WEIGHTS, make_peft_config
+from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS
+from transllm_jax.new_directory import new_directory
 
 Rows = Literal["tokens", "tables"]
 

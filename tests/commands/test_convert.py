@@ -20,15 +20,14 @@ from conftest import Command, random_weights, write_tiny_model
 from converted import LLAMA, bits, write_source
 from tiny_families import FAMILIES
 
-from conversion.directories import read_json, write_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.hf.safetensors_io import DTYPES, write_tensors
 from conversion.import_base import import_base
 from conversion.names import EMBEDDING, OUTPUT, tensors
 from conversion.verify import compare
-from transllm_jax.commands import convert
 from transllm_jax.commands.chat import open_session
-from transllm_jax.disk import parse_size
+from transllm_jax.disk import parse_size, read_json, write_json
+from transllm_jax.model.mesh import parse_mesh
 from transllm_jax.progress import Progress
 
 
@@ -276,7 +275,7 @@ def test_a_signal_still_stops_when_a_callback_swallows_it(
 
 def test_sizes_and_meshes() -> None:
     assert [parse_size(text) for text in ("5GB", "1.5 MB", "2GiB", "7")] == [5 * 10**9, 1500000, 2**31, 7]
-    assert convert.parse_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
+    assert parse_mesh("fsdp=8, tensor=2") == {"fsdp": 8, "tensor": 2}
 
 
 def test_progress_counts_bytes(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from conftest import EXAMPLES, Command, call, tiny_run
 
-from conversion.directories import sha256_of
 from transllm_jax.commands.dry_run import CHARACTERS, measure
 from transllm_jax.config import load_config
+from transllm_jax.disk import sha256_of
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import pipeline, pretrain, steps, transfer, translate

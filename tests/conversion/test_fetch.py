@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tiny_directories import write_directory
 
-from conversion.directories import sha256_of
 from conversion.fetch import fetch
 from conversion.import_base import import_base
+from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 
 CONTENT = b"GGUF" + bytes(range(200))

@@ -13,15 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from tiny_gguf import SCALES, TEMPLATE, TEXTS, field, hf_weights, tiny_config, write_gguf
+from tiny_gguf import SCALES, TEMPLATE, TEXTS, field, hf_weights, permute, tiny_config, write_gguf
 
-from conversion.fetch import cache_directory
 from conversion.gguf import weights as gguf_weights
 from conversion.gguf.tokenizer import write_tokenizer
-from conversion.gguf.weights import gguf_name, open_gguf, permute, unpermute
+from conversion.gguf.weights import gguf_name, open_gguf, unpermute
 from conversion.hf.directory import read_config, read_weights
 from conversion.import_base import base_fingerprint, import_base
 from conversion.names import tensors, to_hf
+from transllm_jax.disk import cache_directory
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.rope import RopeScaling
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conversion.directories import check_destination, new_directory
 from transllm_jax.errors import UserError
+from transllm_jax.new_directory import check_destination, new_directory
 
 
 def test_a_directory_is_complete_or_unchanged(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_two_processes_do_not_mix_in_one_destination(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made by another process meanwhile"), new_directory(tmp_path / "dst") as one:
         (one / "config.json").write_text("one")
         code = (
-            "import sys; from pathlib import Path; from conversion.directories import new_directory\n"
+            "import sys; from pathlib import Path; from transllm_jax.new_directory import new_directory\n"
             "with new_directory(Path(sys.argv[1])) as d: (d / 'config.json').write_text('two')"
         )
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "dst")], check=True, cwd=Path(__file__).parents[2])

@@ -29,10 +29,10 @@ from tiny_store import (
 )
 
 from conversion import store
-from conversion.directories import read_json
 from conversion.hf.directory import open_hf, read_weights, write_model
 from conversion.names import EMBEDDING, tensors, weight_shapes
 from conversion.store import MANIFEST, MAX_CHUNK_BYTES, open_store, transposed
+from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 

@@ -13,9 +13,9 @@ import tensorstore
 from tiny_store import BF16, CONFIG, edited, finish, refused, source_of, written
 
 from conversion import store
-from conversion.directories import read_json, write_json
 from conversion.names import tensors, weight_shapes
 from conversion.store import MANIFEST, Store, open_store
+from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import UserError
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from conversion.directories import read_json, write_json
 from conversion.hf.directory import write_config
 from conversion.names import Tensor, tensors
 from conversion.opened import OpenedModel
 from conversion.store import MANIFEST, open_store, write_store
+from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 

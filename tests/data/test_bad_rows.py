@@ -11,11 +11,12 @@ import pytest
 from tiny_shards import hash_of
 from tiny_tokenizer import build_tiny_tokenizer
 
+from transllm_jax.choices import Container, Content
 from transllm_jax.config import Source
 from transllm_jax.data.read.bad_rows import check_share
 from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.headers import is_header
-from transllm_jax.data.read.shards import Container, Content, Item, Reading, shards
+from transllm_jax.data.read.shards import Item, Reading, shards
 from transllm_jax.data.read.sources import read_pairs
 from transllm_jax.data.rows import token_cache
 from transllm_jax.data.rows.planned import PlannedRows, Selection

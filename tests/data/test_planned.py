@@ -13,10 +13,11 @@ import pytest
 from tiny_shards import DOCUMENTS, conversation, items_of, shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
+from transllm_jax.choices import Content
 from transllm_jax.config import Source
 from transllm_jax.data.clean.cleaning import Rules
 from transllm_jax.data.clean.near_duplicates import Deduplicated
-from transllm_jax.data.read.shards import Content, Shard
+from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows import planned as module
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.examples import (

@@ -21,15 +21,17 @@ import pytest
 from tiny_shards import DOCUMENTS, items_of, shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
+from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import Rules
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.clean.near_duplicates import signature
-from transllm_jax.data.read.shards import Content, Shard
+from transllm_jax.data.read.shards import Shard
 from transllm_jax.data.rows import token_cache
-from transllm_jax.data.rows.array_file import read_arrays, sweep, write_arrays
+from transllm_jax.data.rows.array_file import read_arrays, write_arrays
 from transllm_jax.data.rows.examples import Example
 from transllm_jax.data.rows.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.rows.transform import Transform
+from transllm_jax.disk import sweep
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message, encode_conversation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 from report_sample import QUESTION, Page, sample, section, terminal, text_of, trained
 
-from transllm_jax.evaluation.page import report
 from transllm_jax.evaluation.page.measures import rows, written
 from transllm_jax.evaluation.page.plots import validation_plot
 from transllm_jax.evaluation.page.report import (
@@ -227,7 +227,7 @@ def test_the_page_is_written_atomically(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write_report(results, path)
     assert path.read_bytes() == first

@@ -173,7 +173,7 @@ def test_a_stage_shows_its_speed_memory_and_use_of_the_device() -> None:
     results = sample()
     text = text_of(section(render_report(results), "training"))
     assert "Stage time steps tokens tokens/s peak memory MFU " in text
-    assert "3 min 30 s 120 122,880 590.1 3.2 GiB 41.4 % translate 2 min 1 s 80 81,920 677.0 – – " in text
+    assert "3 min 30 s 120 122,880 590.1 3.25 GiB 41.4 % translate 2 min 1 s 80 81,920 677.0 – – " in text
     assert "MFU, model FLOPs utilisation" in text and "Peak memory is" in text
     del results["stages"][1]["memory_bytes"], results["stages"][1]["model_flops_utilisation"]
     older = text_of(section(render_report(results), "training"))

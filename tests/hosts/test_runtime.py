@@ -16,7 +16,7 @@ from multi_process import ROOT, Ended, Kill, free_port, run_processes
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.connection import Connection, ConnectionOptions, connection_from
-from transllm_jax.hosts.runtime import Peers, connect
+from transllm_jax.hosts.runtime import Peers, join
 from transllm_jax.hosts.wire import IDLE, INTERVAL, PROBES, with_keepalive
 
 HOST = socket.gethostname()
@@ -47,7 +47,9 @@ WORK
 
 try:
     began = time.monotonic()
-    with runtime.connect(connection_from(ConnectionOptions(), os.environ), SETTINGS) as peers:
+    with runtime.join(connection_from(ConnectionOptions(), os.environ), patience=PATIENCE) as peers:
+        peers.require_equal(SAME)
+        peers.start_jax(PATIENCE)
         print("connected", time.monotonic() - began)
         work(peers)
     print("closed")
@@ -63,9 +65,9 @@ except Preempted as stop:
 """
 
 
-def program(work: str, settings: str = "patience=20") -> str:
+def program(work: str, *, same: str = "{}", patience: int = 20) -> str:
     body = "\n".join("    " + line for line in work.strip("\n").splitlines())
-    return PROGRAM.replace("WORK", body).replace("SETTINGS", settings)
+    return PROGRAM.replace("WORK", body).replace("SAME", same).replace("PATIENCE", str(patience))
 
 
 def all_said(ended: list[Ended]) -> str:
@@ -152,7 +154,8 @@ def test_slurm_places_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_waits_for_nobody() -> None:
     for place in (None, Connection("127.0.0.1", 1, 1, 0)):
-        with connect(place, same={"jax": "1"}) as peers:
+        with join(place) as peers:
+            peers.start_jax()
             assert (peers.count, peers.number, peers.primary) == (1, 0, True)
             peers.barrier("here", timeout=0)
             peers.require_equal({"jax": "1"})
@@ -197,7 +200,7 @@ peers.run_on_primary("data", lambda: fail(UserError("data.txt: no such file; giv
 
 
 def test_four_processes_agree() -> None:
-    ended = run_processes(4, program(TOGETHER, "same={'a': '1'}"), devices=2)
+    ended = run_processes(4, program(TOGETHER, same="{'a': '1'}"), devices=2)
     check(ended, 2, "error: data.txt: no such file; give another", within=60)
     for one in ended:
         # The flag of process 2 in step 2 is known to all in step 3, and in no other.
@@ -227,7 +230,7 @@ def test_an_end_without_an_error_takes_all_with_it() -> None:
 
 def test_processes_that_differ_end_at_once() -> None:
     def code(number: int) -> str:
-        return program("", f"same={{'jax': '{'0.12.0' if number == 2 else '0.10.2'}', 'config': 'abc'}}")
+        return program("", same=f"{{'jax': '{'0.12.0' if number == 2 else '0.10.2'}', 'config': 'abc'}}")
 
     line = (
         f"error: the processes of this run differ: jax is 0.12.0 in process 2 (host {HOST}) and 0.10.2 in process 0; "
@@ -309,7 +312,7 @@ def absent(who: str, here: str) -> str:
 
 
 def test_processes_that_never_come() -> None:
-    code = program("", "patience=2")
+    code = program("", patience=2)
     check(run_processes(3, code, start=[0, 1]), 1, absent("2", f"0 (host {HOST}), 1 (host {HOST})"), within=15)
     check(run_processes(3, code, start=[0]), 1, absent("1, 2", f"0 (host {HOST})"), within=15)
     (alone,) = run_processes(3, code, start=[1])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from meshes import GROUPED, LORA, NEW, PLAIN, Case, Shape, Trained, factorisations, layout_of, train
 
+from transllm_jax.choices import Remat
 from transllm_jax.model.layout import AXES, SINGLE, partition
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS
 

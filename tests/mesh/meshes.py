@@ -15,9 +15,9 @@ import numpy as np
 from conftest import random_weights
 from jax.sharding import Mesh
 
+from transllm_jax.choices import Attention, Remat
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.layout import AXES, Attention, Layout
-from transllm_jax.model.llama import Remat
+from transllm_jax.model.layout import AXES, Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule

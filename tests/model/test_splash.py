@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from splash_work import splash_flops
 
 from transllm_jax.model.attention import ATTENDED, attend_causally
 from transllm_jax.model.splash import (
@@ -25,7 +26,6 @@ from transllm_jax.model.splash import (
     block_sizes,
     kernel_bytes,
     kernel_flops,
-    splash_flops,
     splash_kernel,
     splash_supports,
     visited_blocks,
@@ -215,7 +215,7 @@ def run(code: str, environment: dict[str, str]) -> str:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from splash_work import splash_flops
 
-from conversion.directories import read_json
 from transllm_jax.config import Config, load_config
+from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE
 from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import abstract, count_parameters
-from transllm_jax.model.splash import kernel_bytes, splash_flops
+from transllm_jax.model.splash import kernel_bytes
 from transllm_jax.preflight.measure import BEST, Measured, _explain, measure
 from transllm_jax.preflight.program.chips import parse_topology, topology_devices
 from transllm_jax.preflight.program.hlo import CustomCall

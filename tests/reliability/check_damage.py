@@ -15,7 +15,7 @@ from transllm_jax.data.read.shards import Reading, shards
 from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
-from transllm_jax.disk import file_hash
+from transllm_jax.disk import sha256_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.reliability
@@ -46,7 +46,7 @@ def test_every_file_of_the_token_cache(tiny_model: Path, tmp_path: Path) -> None
     tokenizer, transform = Tokenizer.load(tiny_model), Transform(content="text", length=64)
 
     def make() -> PlannedRows:
-        found = shards(Reading(path=str(text)), file_hash)
+        found = shards(Reading(path=str(text)), sha256_of)
         return PlannedRows(tokenise(found, transform, tokenizer, "refuse", cache), Selection(row_length=64), cache)
 
     check_damaged_cache(make, cache, 300, print)

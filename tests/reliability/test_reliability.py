@@ -27,7 +27,7 @@ from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.planned import PlannedRows, Selection
 from transllm_jax.data.rows.tokenise import tokenise
 from transllm_jax.data.rows.transform import Transform
-from transllm_jax.disk import file_hash
+from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -134,7 +134,7 @@ def rows(tiny_model: Path, tmp_path: Path) -> Callable[[], PlannedRows]:
     transform = Transform(content="text", length=64)
 
     def make() -> PlannedRows:
-        found = shards(Reading(path=str(text)), file_hash)
+        found = shards(Reading(path=str(text)), sha256_of)
         tokens = tokenise(found, transform, tokenizer, "refuse", tmp_path / "tokens")
         return PlannedRows(tokens, Selection(row_length=64), tmp_path / "tokens")
 

@@ -16,7 +16,6 @@ import yaml
 from conftest import random_weights, tiny_config, tiny_run
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.directories import read_json
 from conversion.hf.directory import open_hf, read_config, read_weights, write_model
 from conversion.logits import logits_of
 from conversion.merged import Merged
@@ -25,6 +24,7 @@ from transllm_jax.commands import convert
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.config import load_config
+from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling

@@ -19,23 +19,22 @@ import pytest
 import yaml
 from conftest import copy_run, tiny_run, write_config
 
-from conversion.directories import sha256_of
 from conversion.hf.directory import read_weights
+from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.data.read.sources import read_jsonl
+from transllm_jax.disk import sha256_of
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, count_parameters, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages import pipeline, steps
-from transllm_jax.stages.points import POINTS
 from transllm_jax.stages.run import Run
 from transllm_jax.training.arrays import load_arrays
-from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, moments_size
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from transllm_jax.training.record.metrics import read_rows
 
-TRAINED = ("pretrain", "translate", "transfer")
 # What must be the same, byte for byte, however often a run was cut off.
 FILES = (
     *(f"recover/{name}.jsonl" for name in ("answers", "translations", "chains")),
@@ -116,7 +115,7 @@ def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
 
 def test_a_trace_of_each_training_is_left_where_asked_for(finished_run: Path) -> None:
     workdir = finished_run
-    for point in TRAINED:
+    for point in TRAININGS:
         (trace,) = (workdir / point / "profile").glob("plugins/profile/*/*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         events = [event for plane in planes for line in plane.lines for event in line.events]
@@ -128,7 +127,7 @@ def test_a_trace_of_each_training_is_left_where_asked_for(finished_run: Path) ->
 def test_each_stage_trains_and_hands_on(finished_run: Path) -> None:
     workdir = finished_run
     before = adapters(workdir, "vocabulary")
-    for point in TRAINED:
+    for point in TRAININGS:
         after = adapters(workdir, point)
         moved = [path for path in after if not np.array_equal(before[path], after[path])]
         assert set(moved) == set(after), point  # adapters of all seven projections, and the new rows
@@ -149,7 +148,7 @@ def test_the_optimizer_knows_trainable_arrays_only(again: Run) -> None:
     split = run.models.split("transfer")
     assert not set(split.trainable) & set(split.frozen)
     state = make_optimizer(OptimizerConfig(1e-3, 4, 1)).init(split.trainable)
-    assert moments_size(state) == 2 * count_parameters(split.trainable)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * count_parameters(split.trainable)
     saved = json.loads(
         (run.workdir / "transfer" / "checkpoints" / "4" / "state" / "_METADATA").read_text(encoding="utf-8")
     )
@@ -196,7 +195,7 @@ def test_the_second_run_has_nothing_to_do(
 
 
 def test_the_same_seed_gives_the_same_bytes(finished_run: Path, again: Run, tmp_path: Path) -> None:
-    for point in ("vocabulary", *TRAINED):
+    for point in ("vocabulary", *TRAININGS):
         assert same(adapters(finished_run, point), adapters(again.workdir, point)), point
     for name in FILES:
         assert (finished_run / name).read_bytes() == (again.workdir / name).read_bytes(), name
@@ -242,7 +241,7 @@ def test_stopped_on_request_it_goes_on(finished_run: Path, tmp_path: Path) -> No
             looks = looks + 1 if stops[-2:-1] == stops[-1:] else 1
     for piece in ("of 5 parts", "answers:", "translations:", "stopped at step"):
         assert any(piece in line for line in stops), piece
-    for point in TRAINED:
+    for point in TRAININGS:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         # The losses, too, and no step twice.
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
@@ -283,7 +282,7 @@ def test_killed_at_any_moment_it_goes_on(finished_run: Path, tmp_path: Path, sig
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
     # A short piece of work may be over before the kill.
     assert kills >= max(1, len(signs) // 3)
-    for point in TRAINED:
+    for point in TRAININGS:
         assert same(adapters(workdir, point), adapters(tmp_path / "run", point)), point
         assert read_rows(workdir / point / "metrics.jsonl") == read_rows(tmp_path / "run" / point / "metrics.jsonl")
     for name in FILES:

@@ -16,9 +16,10 @@ from test_expand import _byte_level as byte_level
 from tokenizers import Regex, models, pre_tokenizers
 
 from conversion.gguf.tokenizer import write_tokenizer
+from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import ends_between_characters
-from transllm_jax.tokenizer.growing.expand import Cuts, Expansion, expand, expansion_of
+from transllm_jax.tokenizer.growing.expand import Expansion, expand, expansion_of
 from transllm_jax.tokenizer.llama_cpp import REBUILT, has_own_cuts, misread_message, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -290,8 +290,9 @@ def test_a_full_disk_is_said_and_does_not_hide_a_greater_trouble(path: Path, mon
             pass
         with pytest.raises(UserError, match=refused):
             ledger.close()
+    (path.parent / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        Ledger(path.parent / "nowhere" / "ledger.jsonl")
+        Ledger(path.parent / "file" / "ledger.jsonl")
 
 
 def test_a_category_that_is_none_is_a_defect(path: Path) -> None:

@@ -28,9 +28,9 @@ from tiny_steps import (
 )
 from tiny_training import LORA, NEW, VOCAB, adapted_split, tree_bytes
 
+from transllm_jax.choices import Remat
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, load_frozen, merge
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.step import TrainState, hidden_states, initial_state, make_step

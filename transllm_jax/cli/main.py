@@ -242,7 +242,7 @@ def _prepare_jax() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from conversion.fetch import cache_directory
+        from transllm_jax.disk import cache_directory
 
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

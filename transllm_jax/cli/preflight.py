@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from transllm_jax.choices import Remat
 from transllm_jax.errors import UserError
 
 DOES_NOT_FIT = 3
-# As in transllm_jax.model.llama, which costs seconds to import.
-_REMATS = ("none", "projections", "queries", "feed_forward", "attention", "full")
+_REMATS = get_args(Remat)
 
 
 def preflight(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from conversion.open_directory import open_directory
+from transllm_jax.choices import POINTS
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
 from transllm_jax.disk import is_utf8, read_json
@@ -21,7 +22,7 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import assemble, load_frozen
 from transllm_jax.progress import Progress
 from transllm_jax.stages.manifest import Artifact
-from transllm_jax.stages.points import POINTS, ids_without_token, newest_point
+from transllm_jax.stages.points import ids_without_token, newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 from rich.table import Table
 
 from conversion.adapter import AdapterDescription, write_adapter
-from conversion.directories import check_destination, new_directory, read_json
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel
 from conversion.hf.directory import open_hf
@@ -28,9 +26,11 @@ from conversion.peft.read import read_peft
 from conversion.peft.write import Rows, write_peft
 from conversion.verify import Comparison, compare
 from transllm_jax.commands.open_model import open_source, tokenizer_of
-from transllm_jax.disk import parse_size, write_json
+from transllm_jax.disk import parse_size, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.mesh import parse_mesh
+from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Progress
 from transllm_jax.tokenizer.llama_cpp import misread_message, readers_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -185,7 +185,7 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     _check_destination(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
-    named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    named = read_model_json(adapter / CONFIG).get("base_model_name_or_path")
     if named and _lasting_name(str(named)) != _lasting_name(base):
         progress.say(f"the adapter names {named} as its base; it is read on {base}, whose shapes fit")
     if found.new_rows and found.tokenizer_dir is None:
@@ -339,14 +339,3 @@ def _byte_bar(progress: Progress, name: str) -> Iterator[Callable[[int], Callabl
     finally:
         for bar in bars:
             bar.close()
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Parse a mesh such as `fsdp=8,tensor=2`. Raises UserError if the text is not of that form."""
-    mesh: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if not match or match[1] in mesh:
-            raise UserError(f"the mesh {text!r} is not of the form fsdp=8,tensor=2; correct {part.strip()!r}")
-        mesh[match[1]] = int(match[2])
-    return mesh

@@ -29,6 +29,7 @@ from transllm_jax.training.loop import step_of
 from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
 from transllm_jax.training.step import initial_state
+from transllm_jax.words import duration, size
 
 STAGES = {"pretrain": pretrain, "translate": translate, "transfer": transfer}
 # Rows shown of each stage, characters shown of each row, and steps that are timed.
@@ -105,8 +106,8 @@ def _say_steps(say: Callable[..., None], job: Job, name: str, cost: Cost) -> Non
         f"warm-up over {config.optimizer.warmup_steps:,}, then {config.optimizer.schedule}"
     )
     say(
-        f"  memory {_size(cost.memory)} a device: frozen {_size(cost.frozen)}, trained {_size(cost.trainable)}, "
-        f"optimizer {_size(cost.optimizer)},\n    in a step {_size(cost.temporary)} (rematerialisation: {config.remat})"
+        f"  memory {size(cost.memory)} a device: frozen {size(cost.frozen)}, trained {size(cost.trainable)}, "
+        f"optimizer {size(cost.optimizer)},\n    in a step {size(cost.temporary)} (rematerialisation: {config.remat})"
     )
     if cost.seconds is None:
         lower = f"lower {name}.batch_size or use remat"
@@ -116,7 +117,7 @@ def _say_steps(say: Callable[..., None], job: Job, name: str, cost: Cost) -> Non
     step = f"{cost.seconds:.2f} s" if cost.seconds >= 0.1 else f"{1000 * cost.seconds:.1f} ms"
     apart = "compiling, saving and validation" if job.watch is not None else "compiling and saving"
     say(
-        f"  {step} a step measured here, {speed:,.0f} tokens/s: {_clock(steps * cost.seconds)} in all,\n"
+        f"  {step} a step measured here, {speed:,.0f} tokens/s: {duration(steps * cost.seconds)} in all,\n"
         f"    without {apart}"
     )
 
@@ -183,22 +184,3 @@ def shown(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> Text:
             text.append(f"… ({tokens} tokens)", "dim")
             break
     return text
-
-
-def _size(size: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if size >= 2**power / 8:
-            return f"{size / 2**power:.2f} {unit}"
-    return f"{size / 2**10:.0f} KiB"
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 1:
-        return "less than a second"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

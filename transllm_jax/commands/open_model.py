@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
-from conversion.directories import read_json
 from conversion.fetch import fetch
-from conversion.gguf.tokenizer import write_tokenizer
 from conversion.gguf.weights import GGUFModel, open_gguf
 from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer
+from conversion.hf.tokenizer_files import has_tokenizer
 from conversion.merged import Merged
 from conversion.open_directory import open_directory
 from conversion.opened import OpenedModel
 from conversion.peft.config import CONFIG
 from conversion.peft.read import open_peft, read_peft
+from transllm_jax.choices import POINTS
+from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.config import load_config
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.progress import Progress
-from transllm_jax.stages.points import POINTS, chat_metadata, newest_point
+from transllm_jax.stages.points import chat_metadata, newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
@@ -107,7 +108,7 @@ def _open_run(workdir: Path, stage: str | None) -> Source:
 
 def peft_base(directory: Path) -> str:
     """The base that a PEFT adapter names. Raises UserError if it names none."""
-    base = read_json(directory / CONFIG).get("base_model_name_or_path")
+    base = read_model_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{directory / CONFIG} names no base_model_name_or_path; give the base with --base")
     return base
@@ -121,11 +122,6 @@ def check_base(adapter: AdapterDescription, base: Source, where: Path) -> None:
 
 def tokenizer_of(found: Source) -> Tokenizer:
     """The tokenizer of an opened model; one in a GGUF file, or in a tokenizer.model alone, is converted first."""
-    if found.tokenizer is not None and (found.tokenizer / "tokenizer.json").is_file():
-        return Tokenizer.load(found.tokenizer)
+    where = found.model.where if isinstance(found.model, GGUFModel) else found.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(found.model, GGUFModel):
-            write_tokenizer(found.model.fields, scratch, found.model.where)
-        elif found.tokenizer is not None:
-            copy_or_make_tokenizer(found.tokenizer, Path(scratch))
-        return Tokenizer.load(scratch)
+        return open_tokenizer(str(where), Path(scratch)).tokenizer

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.directories import read_json
 from conversion.fetch import fetch
 from conversion.gguf.header import read_header
 from conversion.gguf.tokenizer import write_tokenizer
 from conversion.hf.tokenizer_files import copy_or_make_tokenizer
+from transllm_jax.disk import read_model_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -47,7 +47,7 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
     directory = fetched.path
     rows = None
     if (directory / "config.json").is_file():
-        rows = read_json(directory / "config.json").get("vocab_size")
+        rows = read_model_json(directory / "config.json").get("vocab_size")
     if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
         scratch.mkdir(parents=True, exist_ok=True)
         copy_or_make_tokenizer(directory, scratch)

@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.directories import check_destination, new_directory, read_json
-from conversion.fetch import cache_directory
+from transllm_jax.choices import Controls, Cuts, Separator
 from transllm_jax.commands.open_tokenizer import OpenedTokenizer, open_tokenizer
-from transllm_jax.data.read.files import Controls, Separator, resolve
+from transllm_jax.data.read.files import resolve
 from transllm_jax.data.read.sample import Sample, sample_documents
 from transllm_jax.data.read.shards import text_files
-from transllm_jax.disk import write_json
+from transllm_jax.disk import cache_directory, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.plots import cost_plot
 from transllm_jax.evaluation.token_cost import WORDS, cost_table, costs, cut, example_table, example_words, texts_of
+from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Phases, Progress
-from transllm_jax.tokenizer.growing.expand import Cuts, Expansion, changed, expand, save_expanded
+from transllm_jax.tokenizer.growing.expand import Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growing.growth import check_markers
 from transllm_jax.tokenizer.growing.runs import check_supported
 from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override_message, rebuilt_message
@@ -361,7 +361,7 @@ def _sum(counted: dict[str, dict[str, int]]) -> dict[str, int]:
 def _base_of(opened: OpenedTokenizer, progress: Progress) -> str | None:
     """What a tokenizer was expanded from, if its report names it and it exists; for a run, its own base."""
     path = opened.directory / "report.json"
-    found = read_json(path).get("base") if path.is_file() else None
+    found = read_model_json(path).get("base") if path.is_file() else None
     for workdir in (opened.directory, opened.directory.parent):
         if found is None and (workdir / "run.yaml").is_file():
             found = str(workdir / "base")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
+from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
 
 
@@ -40,9 +41,9 @@ class Source(Section):
     # `tfds`, NAME, NAME/CONFIG or NAME:VERSION.
     path: Location
     # What the items are. pairs: English and the target language.
-    format: Literal["text", "pairs", "conversations"] = "text"
+    format: Content = "text"
     # How the items are stored; by default by the file's suffix: .jsonl (or .ndjson, .json), .parquet, else lines.
-    container: Literal["lines", "jsonl", "parquet", "datasets", "tfds"] | None = None
+    container: Container | None = None
     # For records: the field of a text (`text` by default), or the two fields of a pair, English first. `a.b` is b
     # inside a. Other fields are not read. Conversations are recognised by their form: `conversations`, `messages`, or
     # `instruction`, `input` and `output`; other fields are read, refused or, if they do not affect training, counted by
@@ -54,12 +55,12 @@ class Source(Section):
     split: str = "train"
     data_dir: str | None = None
     # For text in lines: what separates two documents.
-    separator: Literal["blank line", "line"] = "blank line"
+    separator: Separator = "blank line"
     # Control characters: refuse them, with their position, or remove and count them.
-    controls: Literal["refuse", "remove"] = "refuse"
+    controls: Controls = "refuse"
     # A bad row (an empty side, a third column, two questions in a row, a special token) either stops the run or is
     # skipped: left out, counted and written to bad_rows.jsonl in the stage's directory.
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    on_bad_rows: OnBadRows = "refuse"
     # At most this share of a source's rows may be skipped, or ten rows if that is more.
     max_bad_share: Share = 0.01
     # Share of the rows in the mixture, relative to the other sources; give all sources a weight or none. Without

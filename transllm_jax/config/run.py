@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from transllm_jax.choices import Attention
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
     ChatModel,
@@ -53,7 +54,7 @@ class Config(Section):
     mesh: Mesh = Mesh()
     # The attention kernel in training: splash (TPU only; lengths that are multiples of 128), plain (our own), or auto
     # (splash where possible).
-    attention: Literal["auto", "plain", "splash"] = "auto"
+    attention: Attention = "auto"
     # A directory for tokenised text, which several runs can share; by default in the work directory.
     token_cache: Location | None = None
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
@@ -53,7 +54,7 @@ class Vocabulary(Section):
     # the language's script; tokenizer.json gets a pre-tokenizer for this. `base`: where the base cuts, which takes more
     # tokens but which llama.cpp also does (a GGUF file cannot hold a pre-tokenizer). Default: `base` if the script is
     # Latin, or for a qwen2 model, for which transformers 5 ignores the pre-tokenizer in tokenizer.json; else `whole`.
-    cuts: Literal["whole", "base"] | None = None
+    cuts: Cuts | None = None
     # What new rows start from. `mean`: the mean of the rows of the pieces that the token replaces. `weighted`: that
     # mean with rare pieces weighted more. `calibrated`: the mean, with each token's frequency as a prior; it needs
     # English text, to tell the languages apart. `random`: a normal distribution with the base rows' mean and standard

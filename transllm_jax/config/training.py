@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from transllm_jax.choices import Remat, Schedule
 from transllm_jax.config.data import PairSource, Source, WholeSource
 from transllm_jax.config.section import Positive, Section, Share
 
@@ -41,7 +42,7 @@ class Training(Section):
     new_rows_multiplier: float = Field(default=1.0, gt=0)
     # After warm-up, the rate falls to final_fraction of the peak: as a cosine, linearly, or (wsd) linearly over the
     # last decay_ratio of the steps. constant: it stays at the peak.
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     # Warm-up as a share of the steps (0.01 by default), or in steps.
     warmup_ratio: Share | None = None
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -66,7 +67,7 @@ class Training(Section):
     #   feed_forward: as projections, without q, k and v.
     #   attention: as projections, without the feed-forward part (gate and up).
     #   full: only the layer's input.
-    remat: Literal["none", "projections", "queries", "feed_forward", "attention", "full"] = "none"
+    remat: Remat = "none"
     # Stop after this many updates in a row were skipped, because a loss or gradient was not finite.
     max_skipped: Positive = 5
     validation: Validation | None = None

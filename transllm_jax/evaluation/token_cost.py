@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transllm_jax.data.read.files import Collector, Controls
+from transllm_jax.choices import Controls
+from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import iter_texts, text_files
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.scripts import Script

@@ -1,9 +1,9 @@
-"""Translation behind one interface: from a file that another system made, or by the model itself."""
+"""Translation: from a file that another system made, or by the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
@@ -15,32 +15,24 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 Direction = Literal["to_target", "to_english"]
 
 
-class Translator(Protocol):
-    """Gives translations in the order of the texts; None for a text that it cannot translate."""
-
-    def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]: ...
-
-
 class FileTranslator:
-    """Looks up translations in a jsonl file of English texts and their translations, in both directions.
+    """Looks up the translations of English texts in a jsonl file.
 
     Raises UserError for a broken line, and for a text that has two different translations.
     """
 
     def __init__(self, path: str, fields: tuple[str, str] = ("source", "target")) -> None:
         english, target = fields
-        self._tables: dict[Direction, dict[str, str]] = {"to_target": {}, "to_english": {}}
+        self._table: dict[str, str] = {}
         rows = read_jsonl(path, required=fields)
         for row, place in zip(rows, rows.places, strict=True):
-            known = self._tables["to_target"].setdefault(row[english].strip(), row[target].strip())
+            known = self._table.setdefault(row[english].strip(), row[target].strip())
             if known != row[target].strip():
                 raise UserError(f"{place}: {row[english][:60]!r} has another translation above; remove one of them")
-            self._tables["to_english"].setdefault(row[target].strip(), row[english].strip())
 
-    def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
-        """Look up each text, ignoring white space at its ends."""
-        table = self._tables[direction]
-        return [table.get(text.strip()) for text in texts]
+    def translate(self, texts: Sequence[str]) -> list[str | None]:
+        """Look up each text, ignoring white space at its ends; None if the file does not have it."""
+        return [self._table.get(text.strip()) for text in texts]
 
 
 def translation_prompt(tokenizer: Tokenizer, markers: Markers, text: str, direction: Direction) -> list[int]:

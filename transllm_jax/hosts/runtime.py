@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -43,22 +43,11 @@ LOSS_MESSAGES = ("Gloo", "Connection closed by peer", "Connection reset by peer"
 SHARED = {"UserError": UserError, "Preempted": Preempted, "Diverged": Diverged}
 
 
-def connect(given: Connection | None, *, same: Mapping[str, str] | None = None, patience: float = PATIENCE) -> Peers:
-    """Connect this process to the others of its run. Call it before any other use of jax.
-
-    `same`: checked by `Peers.require_equal` before jax connects. `patience`: seconds within which all have to connect.
-    Raises PeerLost with the absent ones' numbers, and UserError if the processes do not belong to one run.
-    """
-    peers = join(given, patience=patience)
-    with peers.ends_together():
-        if same is not None:
-            peers.require_equal(same)
-        peers.start_jax(patience)
-    return peers
-
-
 def join(given: Connection | None, *, patience: float = PATIENCE) -> Peers:
-    """As `connect`, but leaves it to the caller to connect jax with `Peers.start_jax`."""
+    """Connect this process to the others of its run. The caller connects jax afterwards, with `Peers.start_jax`.
+
+    `patience`: seconds within which all have to connect. Raises PeerLost with the absent ones' numbers.
+    """
     if given is None or given.count == 1:
         return Peers()
     hub, host = None, given.host
@@ -235,15 +224,6 @@ class Peers:
         found = self._member.meet(name, value, timeout)
         assert found is not None
         return found
-
-    @contextlib.contextmanager
-    def ends_together(self) -> Iterator[None]:
-        """Handle an error in this block as the context of `Peers` does, and raise it."""
-        try:
-            yield
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
 
     def start_jax(self, patience: float = PATIENCE) -> None:
         """Start jax.distributed, with the primary's service reached through the relay. Does nothing for one process."""

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from transllm_jax.choices import Attention
 from transllm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# plain: our own, on any device. splash: the TPU's (transllm_jax.model.splash). auto: splash where it can be.
-Attention = Literal["auto", "plain", "splash"]
 # A part of an array: one slice for each dimension.
 Index = tuple[slice, ...]
 # Takes the path of an array and indices of its parts; gives these parts.

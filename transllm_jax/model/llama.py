@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from transllm_jax.choices import Remat
 from transllm_jax.model.attention import ATTENDED, attend_causally
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import LINEAR, SINGLE, Layout
@@ -27,7 +28,6 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 # What of a layer the backward pass does not compute again: all of it; nothing; the outputs of its linear layers and of
 # attention (the rest costs little beside them); the same without q; without q, k and v; without the feed-forward part.
-Remat = Literal["none", "full", "projections", "queries", "feed_forward", "attention"]
 _KEPT: dict[Remat, tuple[str, ...]] = {
     "projections": (*LINEAR, ATTENDED, DOWN_PROJECTED),
     "queries": ("k", "v", "o", "gate", "up", ATTENDED, DOWN_PROJECTED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -9,8 +10,23 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
+from transllm_jax.choices import Attention
 from transllm_jax.errors import UserError
-from transllm_jax.model.layout import AXES, Attention, Layout
+from transllm_jax.model.layout import AXES, Layout
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Parse a mesh such as `fsdp=8,tensor=2`. Raises UserError if the text is not of that form."""
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*([1-9]\d*)\s*", part)
+        if not match or match[1] in mesh:
+            raise UserError(
+                f"the mesh {text!r} is not of the form fsdp=8,tensor=2; correct {part.strip()!r} (write AXIS=NUMBER "
+                f"with commas, each axis once; axes: {', '.join(AXES)})"
+            )
+        mesh[match[1]] = int(match[2])
+    return mesh
 
 
 def mesh_shape(devices: int, data: int | None, fsdp: int | None, tensor: int) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 The kernels go through [T, T] in blocks, skip those that the causal mask or the window leaves empty, and never write
 scores to memory. `block_sizes` alone chooses the blocks, and they determine what the kernels compute and move:
-`splash_flops` counts it from shapes, `kernel_flops` and `kernel_bytes` from a compiled program.
+`kernel_flops` and `kernel_bytes` count it from a compiled program.
 
 What a call looks like in `compiled.as_text()` for a TPU: an attention layer is the forward kernel and, in the backward
 pass, one fused kernel, or two if the row is so long that fusing does not pay:
@@ -128,19 +128,6 @@ def attend_splash(
 
     out: jax.Array = jax.vmap(attend)(q, k, v, segment_ids)
     return out.astype(v.dtype)
-
-
-def splash_flops(
-    batch: int, heads: int, length: int, head_dim: int, window: int | None = None, itemsize: int = 2
-) -> tuple[int, int]:
-    """FLOPs of the matrix products of a call with q [B, N, T, H]: (the forward kernel, the backward kernels).
-
-    They compute whole blocks, so more than half of the square; the number of key heads makes no difference. `itemsize`
-    is that of q, in bytes.
-    """
-    shape = _Shape(batch, heads, heads, length, head_dim, itemsize)
-    backward = ("dkv",) if block_sizes(length, head_dim, itemsize).fused else ("dkv", "dq")
-    return _cost("fwd", shape, window).flops, sum(_cost(phase, shape, window).flops for phase in backward)
 
 
 def kernel_flops(

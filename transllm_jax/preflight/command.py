@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
+from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
 from transllm_jax.errors import UserError
-from transllm_jax.model.layout import AXES
-from transllm_jax.model.llama import Remat
-from transllm_jax.model.mesh import make_layout, mesh_shape
+from transllm_jax.model.mesh import make_layout, mesh_shape, parse_mesh
 from transllm_jax.preflight.measure import Measured, measure
 from transllm_jax.preflight.program.chips import Topology, parse_topology, topology_devices
 from transllm_jax.preflight.programs import (
     STAGES,
-    TRAININGS,
     ModelShapes,
     Program,
     generation_programs,
@@ -113,13 +110,7 @@ def _programs(model: ModelShapes, stage: str, devices: list[Any], options: Prefl
 def _mesh(given: str | None, config: Config, devices: int) -> tuple[int, int, int]:
     mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
     if given is not None:
-        mesh = {"data": None, "fsdp": None, "tensor": 1}
-        for part in given.split(","):
-            if not (form := re.fullmatch(rf"({'|'.join(AXES)})=([1-9]\d*)", part.strip())):
-                raise UserError(
-                    f"--mesh {given}: write AXIS=NUMBER with commas, such as data=2,fsdp=8; axes: {', '.join(AXES)}"
-                )
-            mesh[form[1]] = int(form[2])
+        mesh = {"data": None, "fsdp": None, "tensor": 1, **parse_mesh(given)}
     return mesh_shape(devices, mesh["data"], mesh["fsdp"], mesh["tensor"] or 1)
 
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conversion.directories import read_json
 from conversion.hf.directory import parse_config
+from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, abstract
 from transllm_jax.stages.points import lora_of, trains
@@ -30,7 +30,6 @@ from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
 from transllm_jax.training.step import batch_losses, initial_state
 
-TRAININGS = ("pretrain", "translate", "transfer")
 STAGES = (*TRAININGS, "generation")
 # The arrays [B, T] of a batch; a training step also takes `sources` [B].
 _FIELDS = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "labels": jnp.int32}
@@ -119,7 +118,7 @@ def model_shapes(config: Config, workdir: Path, *, full: bool = False) -> ModelS
             f"the shape of {config.model.source} is not known here: name its config.json with "
             "model.shape=FILE, or import it with `transllm run CONFIG --until base`"
         )
-    shape = parse_config(read_json(path), path.parent)
+    shape = parse_config(read_model_json(path), path.parent)
     return ModelShapes(config, shape, _new_rows(config, shape, workdir), full or config.lora is None)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transllm_jax.choices import Remat
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.mesh import make_layout
 from transllm_jax.preflight.measure import BEST
 from transllm_jax.preflight.program.chips import Topology

@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from transllm_jax.preflight.measure import BEST, ORDINARY, Measured
-from transllm_jax.preflight.program.chips import Topology
-
-GIB = 2**30
+from transllm_jax.preflight.program.chips import GIB, Topology
+from transllm_jax.words import size
 
 
 def mesh_of(found: Measured) -> str:
@@ -82,17 +81,17 @@ def _say(console: Console, *parts: str | tuple[str, str]) -> None:
 
 
 def _show_memory(say: Callable[..., None], found: Measured) -> None:
-    kinds = {kind: size for kind, size in found.program.arguments.items() if size}
+    kinds = {kind: amount for kind, amount in found.program.arguments.items() if amount}
     if found.kept:
         kinds["kept for the backward pass"] = found.kept
     # The compiler counts residuals as temporary, and may keep fewer of them.
     kinds["temporary" if not found.kept else "other temporary"] = max(0, round(found.temporary) - found.kept)
-    parts = ", ".join(f"{kind} {_size(size)}" for kind, size in kinds.items())
+    parts = ", ".join(f"{kind} {size(amount)}" for kind, amount in kinds.items())
     room = f"{found.needed / GIB:.2f} of {found.topology.chip.usable_hbm_bytes / GIB:.2f} GiB"
     say("  memory a chip  ", room if found.fits else (f"{room}: it does not fit", "red"), f": {parts}")
     if not found.fits:
-        for name, size in found.buffers():
-            say(f"    {_size(size):>10}  {name}")
+        for name, amount in found.buffers():
+            say(f"    {size(amount):>10}  {name}")
 
 
 def _show_work(say: Callable[..., None], found: Measured) -> None:
@@ -181,10 +180,6 @@ def as_json(found: Measured) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second if best else None,
         "compile_seconds": found.seconds,
     }
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
 
 
 def _seconds(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.import_base import base_fingerprint
+from transllm_jax.choices import TRAININGS
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import Preempted, UserError
@@ -73,7 +74,7 @@ def _held_out_hashes(run: Run) -> dict[str, dict[str, str]]:
         "evaluation.instructions": run.inputs.hashes([section.instructions]),
         "evaluation.others": run.inputs.source_hashes(section.others),
     }
-    for name in ("pretrain", "translate", "transfer"):
+    for name in TRAININGS:
         validation = getattr(run.config, name).validation
         held_out[f"{name}.validation"] = {} if validation is None else run.inputs.source_hashes([validation.source])
     return held_out

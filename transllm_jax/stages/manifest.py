@@ -6,14 +6,13 @@ read, the hashes of the files that it read, and the fingerprints of the steps be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transllm_jax.disk import read_json, write_json
+from transllm_jax.disk import read_json, sha256_of_json, write_json
 from transllm_jax.errors import UserError
 
 State = Literal["absent", "running", "done"]
@@ -24,7 +23,7 @@ SECTION = "a section"
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A hash of a step's inputs."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(inputs)
 
 
 def flatten(prefix: str, value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import POINTS
 from transllm_jax.config import Config
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
@@ -17,8 +18,6 @@ from transllm_jax.stages.manifest import Artifact
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.sentencepiece_model import unused
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-
-POINTS = ("base", "vocabulary", "pretrain", "translate", "transfer")
 
 
 def newest_point(workdir: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transllm_jax.config import Translation
+from transllm_jax.data.read.conversations import SYSTEM_FIELDS
 from transllm_jax.data.read.files import Place
 from transllm_jax.data.read.sources import check_no_special, read_jsonl
 from transllm_jax.disk import write_text
@@ -27,12 +28,11 @@ from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 
 # Fields that other data sets have, which would change the answer and are not supported, each with how to fix it.
-_SYSTEM = ("system", "system_prompt", "system_message")
 _TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
 _INPUT = ("context", "inputs")
 _OTHER = ("tools", "functions", "image", "images")
 _UNSUPPORTED = {
-    **dict.fromkeys(_SYSTEM, "put its text into 'instruction', or remove it"),
+    **dict.fromkeys(SYSTEM_FIELDS, "put its text into 'instruction', or remove it"),
     **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
     **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
     **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
@@ -207,7 +207,7 @@ def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str
     """Each text's translation in the file, or None. Raises UserError if one is missing that must not be."""
     if config.file is None:
         return [None] * len(texts)
-    found = FileTranslator(config.file, config.fields).translate(texts, "to_target")
+    found = FileTranslator(config.file, config.fields).translate(texts)
     missing = [text for text, translation in zip(texts, found, strict=True) if translation is None]
     if missing and config.missing == "error":
         raise UserError(

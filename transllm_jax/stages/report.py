@@ -9,16 +9,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.data.read.sources import read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
-from transllm_jax.stages.points import POINTS
 from transllm_jax.stages.run import Run
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
 
-TRAINED = ("pretrain", "translate", "transfer")
 STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
 VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 # How many conversations and translations the page shows.
@@ -72,9 +71,9 @@ def collect(run: Run) -> dict[str, Any]:
         },
         "goals": goals(metrics, config.language.name, _variety(measured["transfer"]["answers"])),
         "stages": [_stage(name, run.workdir / name, summary) for name, summary in summaries.items()],
-        "trained": {name: _trained(run.workdir / name, summaries[name]) for name in TRAINED},
+        "trained": {name: _trained(run.workdir / name, summaries[name]) for name in TRAININGS},
         "ledger": summarise(run.workdir / LEDGER),
-        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAINED},
+        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAININGS},
         "translations": _translations(run, measured),
         "conversations": _conversations(run, measured),
         "config": config.to_yaml(),

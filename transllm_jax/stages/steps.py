@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import POINTS
 from transllm_jax.errors import UserError
 from transllm_jax.stages import base, evaluate, export, pretrain, recover, report, transfer, translate, vocabulary
 from transllm_jax.stages.manifest import Artifact, fingerprint, flatten
@@ -91,7 +92,7 @@ STEPS = (
         "report",
         report.inputs,
         report.run_stage,
-        (*(f"evaluation/{point}" for point in report.POINTS), "recover", "export"),
+        (*(f"evaluation/{point}" for point in POINTS), "recover", "export"),
         alone=True,
         other_files=("evaluation/results.json", "report.html"),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transllm_jax.config import Cleaning, Source
 from transllm_jax.data.clean.cleaning import Rules
-from transllm_jax.data.read.shards import Shard
+from transllm_jax.data.read.shards import PLURAL, Shard
 from transllm_jax.data.rows.instructions import Instructions
 from transllm_jax.data.rows.planned import IGNORED as _IGNORED
 from transllm_jax.data.rows.planned import SKIPPED as _SKIPPED
@@ -119,7 +119,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
     ):
 
         def tell(done: int, items: int) -> None:
-            bar.update(done, f"{items:,} {_UNITS[source.format]}")
+            bar.update(done, f"{items:,} {PLURAL[source.format]}")
             # A small source is finished in seconds, so that it need not be done again.
             if interruptible:
                 run.interrupt.check(f"{stage}: tokenising")
@@ -138,7 +138,7 @@ def _rows(run: Run, stage: str, source: Source, transform: Transform) -> Planned
     if not len(rows):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out(rows).items())
         raise UserError(
-            f"{stage}: nothing of {source.path} is left to train on ({rows.counts['items']:,} {_UNITS[source.format]}: "
+            f"{stage}: nothing of {source.path} is left to train on ({rows.counts['items']:,} {PLURAL[source.format]}: "
             f"{reasons or 'none'}): give it more text, or loosen cleaning, tokens or length"
         )
     return rows

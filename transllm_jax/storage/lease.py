@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from transllm_jax.disk import is_alive
 from transllm_jax.errors import UserError
 from transllm_jax.storage.store import Store
 
@@ -113,7 +114,7 @@ class Lease:
     def _is_free(self, held: dict[str, Any]) -> bool:
         """Whether the lease was given back, or its holder died on this machine."""
         here = all(self._me[key] and self._me[key] == held.get(key) for key in _SYSTEM)
-        return held["released"] or (here and _dead(held["pid"]))
+        return held["released"] or (here and not is_alive(held["pid"]))
 
     def _renewed(self, number: int) -> float:
         """The latest time, by `_now`, at which a lease can have been renewed; now if the store gives no age."""
@@ -182,16 +183,6 @@ def _system() -> dict[str, str | None]:
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         found["space"] = os.readlink("/proc/self/ns/pid")
     return found
-
-
-def _dead(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # the process of another user
-    return False
 
 
 def _described(held: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transllm_jax.disk import FileHashes, file_hash, read_json, write_json
+from transllm_jax.disk import FileHashes, read_json, sha256_of, whole, write_bytes, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.storage.store import Entry, Store
 
@@ -222,7 +222,7 @@ class Mirror:
                 lambda file: self._download(f"{name}/{file}", place / file, files[file]),
             )
             if manifest is not None:
-                _write(place / MANIFEST, manifest)
+                write_bytes(place / MANIFEST, manifest)
         self._set_state(name, {"state": _SAME})
         return True
 
@@ -261,18 +261,14 @@ class Mirror:
         return False
 
     def _download(self, name: str, path: Path, digest: str | None) -> str:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         try:
-            self.store.download(name, part)
-            found = file_hash(part)
-            if digest is not None and found != digest:
-                raise _Changed(name)
-            os.replace(part, path)
+            with whole(path) as part:
+                self.store.download(name, part)
+                found = sha256_of(part)
+                if digest is not None and found != digest:
+                    raise _Changed(name)
         except FileNotFoundError:
             raise _Changed(name) from None
-        finally:
-            part.unlink(missing_ok=True)
         return found
 
     # -- both
@@ -324,10 +320,3 @@ def _is_running(manifest: bytes | None) -> bool:
 
 def _digest(content: bytes | None) -> str | None:
     return None if content is None else hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

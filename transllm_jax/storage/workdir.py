@@ -12,7 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
-from transllm_jax.disk import is_utf8
+from transllm_jax.disk import is_utf8, user_cache
 from transllm_jax.errors import UserError
 from transllm_jax.storage.lease import Lease
 from transllm_jax.storage.mirror import CHECKPOINTS, Mirror, check_name
@@ -130,6 +130,4 @@ def open_workdir(given: str, mirror: Path | None = None) -> Workdir:
 def _mirror_of(url: str) -> Path:
     if given := os.environ.get("TRANSLLM_MIRROR"):
         return Path(given).expanduser()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("transllm-jax")) / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return user_cache() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16]

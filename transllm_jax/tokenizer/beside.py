@@ -12,8 +12,8 @@ from typing import Any
 
 import tokenizers
 
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.metadata import read_json
 
 _MAP, _ADDED, _CONFIG = "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"
 _FIX = (
@@ -62,4 +62,4 @@ def _text(token: Any) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_model_json(path) if path.is_file() else {}

@@ -98,11 +98,6 @@ def parse(text: str, markers: Markers = MARKERS) -> Chain | None:
     return Chain(*parts)
 
 
-def well_formed(text: str, markers: Markers = MARKERS) -> bool:
-    """Whether `parse` accepts the text."""
-    return parse(text, markers) is not None
-
-
 def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
     """The marker to append so that generation continues a chain that stopped early.
 

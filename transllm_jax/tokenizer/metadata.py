@@ -8,13 +8,12 @@ file's post-processor. So do we (`Tokenizer.bos_ids`).
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from transllm_jax.errors import UserError
+from transllm_jax.disk import read_model_json
 
 # A class that uses tokenizer.json unchanged.
 _GENERIC = "PreTrainedTokenizerFast"
@@ -31,9 +30,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     As in transformers, the second is used if the config does not list all added tokens. Raises UserError for a missing
     or unreadable file.
     """
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_model_json(
+        directory / "tokenizer_config.json",
+        missing="is missing: it names the end token and the chat template; copy it from the model",
+    )
     if "added_tokens_decoder" not in config and (directory / "special_tokens_map.json").is_file():
-        tokens = read_json(directory / "special_tokens_map.json")
+        tokens = read_model_json(directory / "special_tokens_map.json")
         config |= {key: value if key == "extra_special_tokens" else _typed(value) for key, value in tokens.items()}
     if (directory / "chat_template.jinja").is_file():  # it overrides the templates in the config
         config.pop("chat_template", None)
@@ -110,16 +112,3 @@ def _is_filled(value: Any) -> bool:
 def _pre_tokenizer(backend: tokenizers.Tokenizer) -> str:
     step = backend.pre_tokenizer
     return "" if step is None else step.__getstate__().decode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in one of a tokenizer's files. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: it names the end token and the chat template; copy it from the model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return value

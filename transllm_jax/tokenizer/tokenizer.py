@@ -18,16 +18,11 @@ from typing import Any
 
 import tokenizers
 
+from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.beside import check_tokens
 from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format
-from transllm_jax.tokenizer.metadata import (
-    config_to_write,
-    extended_config,
-    read_config,
-    read_json,
-    with_implied_settings,
-)
+from transllm_jax.tokenizer.metadata import config_to_write, extended_config, read_config, with_implied_settings
 
 # Roles of tokens that a chat template may name; the rare ones are used by nothing else.
 RARE_ROLES = ("cls_token", "sep_token", "mask_token")
@@ -251,12 +246,6 @@ class Tokenizer:
         return found
 
     @cached_property
-    def pad_id(self) -> int:
-        """The padding token, or eos if there is none."""
-        found = self._role_id("pad_token")
-        return self.eos_id if found is None else found
-
-    @cached_property
     def document_end_id(self) -> int:
         """The token that ends a document of plain text: `<|endoftext|>` or `<|end_of_text|>`, else eos."""
         found = next((token for name in _DOCUMENT_ENDS if (token := self.token_id(name)) is not None), None)
@@ -314,7 +303,7 @@ class Tokenizer:
 def model_type_of(directory: Path) -> str | None:
     """The `model_type` in a directory's config.json; None if there is none."""
     path = directory / "config.json"
-    found = read_json(path).get("model_type") if path.is_file() else None
+    found = read_model_json(path).get("model_type") if path.is_file() else None
     return found if isinstance(found, str) else None
 
 
@@ -322,7 +311,7 @@ def _model_ends(directory: Path) -> list[int]:
     """The ids that a model's generation_config.json and config.json name as eos, in order; empty if neither does."""
     found: list[int] = []
     for path in (directory / "generation_config.json", directory / "config.json"):
-        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        named = read_model_json(path).get("eos_token_id") if path.is_file() else None
         for token in named if isinstance(named, list) else [named]:
             if token is None or token in found:
                 continue
@@ -338,7 +327,7 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     value: Any = config.get("chat_template")
     if (directory / "chat_template.json").is_file():
-        value = read_json(directory / "chat_template.json").get("chat_template")
+        value = read_model_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):  # several named templates
         value = {t["name"]: t["template"] for t in value}
     if isinstance(value, dict):

@@ -11,8 +11,6 @@ directory, or a path on an object store.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.training.step import TrainState
@@ -125,7 +124,7 @@ class Checkpoints:
         if score is not None:
             self._scores[step] = score
         record: dict[str, Any] = {"arrays": arrays, "score": score}
-        record["sha256"] = _digest(record)
+        record["sha256"] = sha256_of_json(record)
         items = {_STATE: ocp.args.StandardSave(plain), _RECORD: ocp.args.JsonSave(record)}
         with _disk_full(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -232,7 +231,7 @@ class Checkpoints:
             return _reason(error)
         # Checked before any use, so that a damaged shape or score is not taken for another configuration or a better
         # step.
-        return record if written == _digest(record) else "its record differs from what was saved"
+        return record if written == sha256_of_json(record) else "its record differs from what was saved"
 
     def _put_aside(self, step: int) -> None:
         if self._peers.primary:
@@ -316,10 +315,6 @@ def _sum(leaf: jax.Array) -> jax.Array:
     first = (place * np.uint32(2654435761)) | np.uint32(1)
     second = ((place ^ (place >> 15)) * np.uint32(2246822519) + np.uint32(0x9E3779B9)) | np.uint32(1)
     return jnp.stack([jnp.sum(bits * first, dtype=jnp.uint32), jnp.sum(bits * second, dtype=jnp.uint32)])
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _shape(found: list[Any] | None) -> str:

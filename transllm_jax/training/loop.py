@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from transllm_jax.choices import Remat
 from transllm_jax.data.rows.batches import Batch, Prefetcher
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.hosts.agreement import Agreement
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.hosts.runtime import Peers
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import Flat, Split
 from transllm_jax.progress import Progress
 from transllm_jax.training.checkpoint import Checkpoints

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from transllm_jax.choices import Schedule
 from transllm_jax.model.parameters import BASE_ROWS
 
-Schedule = Literal["cosine", "linear", "wsd", "constant"]
 # Optimizer steps done so far -> the learning rate of the next, float32; usable inside a JAX transform.
 Rate = Callable[[jax.Array | int], jax.Array]
 
@@ -123,8 +123,3 @@ def _adam(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
-
-
-def moments_size(optimizer_state: Any) -> int:
-    """The number of values in the optimizer's state, without its scalars (step counts)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(optimizer_state) if leaf.ndim)

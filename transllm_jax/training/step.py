@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transllm_jax.choices import Remat
 from transllm_jax.model.layout import Layout
-from transllm_jax.model.llama import Remat
 from transllm_jax.model.parameters import BASE_ROWS, Flat, merge
 from transllm_jax.model.vocabulary import zero_padding
 from transllm_jax.training.loss import cross_entropy

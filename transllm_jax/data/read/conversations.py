@@ -34,7 +34,7 @@ _ROLES = {
     "messages": {"user": "user", "assistant": "assistant", "system": "system"},
 }
 # Fields that hold a system message, next to the list of messages.
-_SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 # Fields that change what a conversation says or what is learned from it, and that are not supported.
 _UNSUPPORTED = (
     *("history", "tools", "functions", "documents", "chosen", "rejected"),
@@ -48,7 +48,7 @@ _UNSUPPORTED_IN_MESSAGE = (
 # Other programs' counterparts of `weight` and `train`: each has a meaning of its own.
 _FLAGS = ("training", "trainable", "loss", "loss_weight", "mask", "masked", "train_detail", "train_offsets")
 # All fields of a record that are read.
-FIELDS = (*_FORMS, "input", "output", *_SYSTEM, *_UNSUPPORTED)
+FIELDS = (*_FORMS, "input", "output", *SYSTEM_FIELDS, *_UNSUPPORTED)
 
 
 def form_of(record: Record, place: Place) -> Form:
@@ -87,7 +87,7 @@ def conversation(record: Record, form: Form, place: Place, collector: Collector)
     messages = _alpaca(record, place, collector) if form == "instruction" else _turns(record, form, place, collector)
     messages = _with_system(messages, record, place, collector)
     _check_order(messages, place)
-    read = {form, *_SYSTEM, *_UNSUPPORTED, *(("input", "output") if form == "instruction" else ())}
+    read = {form, *SYSTEM_FIELDS, *_UNSUPPORTED, *(("input", "output") if form == "instruction" else ())}
     collector.ignored.update(name for name, value in record.items() if name not in read and value is not None)
     return messages
 
@@ -104,7 +104,7 @@ def _refuse(record: Record, names: tuple[str, ...], what: str) -> None:
 
 def _with_system(messages: list[Message], record: Record, place: Place, collector: Collector) -> list[Message]:
     """The messages, after the system message that the record has in a field of its own, if there is one."""
-    given = {name: record.get(name) for name in _SYSTEM}
+    given = {name: record.get(name) for name in SYSTEM_FIELDS}
     found = {
         name: require_text(value, name, place, collector)
         for name, value in given.items()

@@ -20,12 +20,10 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import zstandard
 
+from transllm_jax.choices import Controls, OnBadRows
 from transllm_jax.errors import UserError
 
 T = TypeVar("T")
-Controls = Literal["refuse", "remove"]
-OnBadRows = Literal["refuse", "skip"]
-Separator = Literal["blank line", "line"]
 
 # Category Cc without tab and line feed. Zero-width and other format characters (Cf) are text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -23,9 +23,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import Controls, Separator
 from transllm_jax.data.pool import add_progress, cores, run_in_processes
-from transllm_jax.data.read.files import Collector, Controls, Separator
+from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import Reading, iter_texts, text_files
+from transllm_jax.disk import sha256_of_json, whole
 from transllm_jax.errors import UserError
 
 _FORMAT = 2  # of the files in the cache
@@ -76,8 +78,7 @@ class _Job:
 
     @property
     def key(self) -> str:
-        content = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return sha256_of_json([_FORMAT, asdict(self)])[:32]
 
 
 def sample_documents(
@@ -226,15 +227,10 @@ def _read_file(job: _Job, part: Path, on_read: Callable[[int], None]) -> None:
 
 
 def _write(path: Path, report: SampleReport, cut: int | None, items: Iterable[tuple[int, int, str]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"report": asdict(report), "cut": cut}) + "\n")
-            for priority, size, text in items:
-                file.write(f"{priority} {size} {json.dumps(text, ensure_ascii=False)}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path, shared=True) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"report": asdict(report), "cut": cut}) + "\n")
+        for priority, size, text in items:
+            file.write(f"{priority} {size} {json.dumps(text, ensure_ascii=False)}\n")
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.data.read import catalog, hub
 from transllm_jax.data.read.conversations import FIELDS, Form, conversation, form_of
 from transllm_jax.data.read.files import (
     COMPRESSED,
     BadRow,
     Collector,
-    Controls,
-    OnBadRows,
     Place,
-    Separator,
     catch_bad_row,
     no_items,
     raise_bad_rows,
@@ -35,8 +33,6 @@ from transllm_jax.data.read.sources import aligned_rows, document_rows, pair_row
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import Message
 
-Content = Literal["text", "pairs", "conversations"]
-Container = Literal["lines", "jsonl", "parquet", "datasets", "tfds"]
 Item = str | tuple[str, str] | list[Message]
 
 _FORMAT = 2  # of the items: raised when a change of the code makes other items of the same files
@@ -47,7 +43,7 @@ _CONTAINERS: dict[str, Container] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
-_PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
+PLURAL = {"text": "documents", "pairs": "pairs", "conversations": "conversations"}
 
 
 @dataclass(frozen=True)
@@ -220,7 +216,7 @@ class _Shard:
             first = collector.bad_rows[before]["fault"]
             raise UserError(f"{self.name} has no row that can be read, the first: {first}")
         if empty and not self.may_be_empty:
-            raise no_items(self.name, _PLURAL[self.reading.content])
+            raise no_items(self.name, PLURAL[self.reading.content])
 
     def _good(self, collector: Collector) -> Iterator[tuple[Item, Place]]:
         """The good items, not yet in NFC. The only place where bad rows are given to the collector."""

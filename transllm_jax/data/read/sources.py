@@ -12,13 +12,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import Controls, Separator
 from transllm_jax.data.read.files import (
     BadRow,
     Collector,
-    Controls,
     Loaded,
     Place,
-    Separator,
     catch_bad_row,
     is_blank,
     map_texts,

@@ -6,7 +6,6 @@ shards, and keeps to a token budget.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from transllm_jax.data.clean.near_duplicates import SIZE, keep_first
 from transllm_jax.data.rows.array_file import read_arrays, write_arrays
 from transllm_jax.data.rows.packing import fill, plan
 from transllm_jax.data.rows.token_cache import ShardTokens
+from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
 
 _FORMAT = 3  # of a stored plan
@@ -46,8 +46,8 @@ class Selection:
 
 def plan_path(shards: Sequence[ShardTokens], selection: Selection, directory: Path) -> Path:
     """The path of the plan of these shards, which need not exist yet."""
-    key = json.dumps([_FORMAT, asdict(selection), [shard.path.name for shard in shards]], sort_keys=True)
-    return directory / f"plan-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    key = [_FORMAT, asdict(selection), [shard.path.name for shard in shards]]
+    return directory / f"plan-{sha256_of_json(key)[:24]}.npz"
 
 
 class PlannedRows:

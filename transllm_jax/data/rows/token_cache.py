@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from transllm_jax.choices import Controls, OnBadRows
 from transllm_jax.data.clean.cleaning import text_of
 from transllm_jax.data.clean.near_duplicates import SIZE
-from transllm_jax.data.read.files import Collector, Controls, OnBadRows, Place, catch_bad_row
+from transllm_jax.data.read.files import Collector, Place, catch_bad_row
 from transllm_jax.data.read.shards import Item, Shard
-from transllm_jax.data.rows.array_file import read_arrays, whole, write_arrays, writing
+from transllm_jax.data.rows.array_file import read_arrays, write_arrays, writing
 from transllm_jax.data.rows.examples import Example
 from transllm_jax.data.rows.transform import Prepared, Transform, refuse_specials
+from transllm_jax.disk import whole
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -76,7 +78,8 @@ def write_shard(
     """
     collector, counts = Collector(controls, on_bad_rows), Counter[str]()
     id_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    with whole(records_path(path)) as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
+    file = whole(records_path(path), shared=True, errors=writing)
+    with file as partial, ThreadPoolExecutor(1, thread_name_prefix="tokens") as encoder:
         with writing(path):
             writer = ArrayRecordWriter(str(partial), _OPTIONS)
         columns = _Columns(transform)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transllm_jax.choices import Controls, OnBadRows
 from transllm_jax.data.pool import add_progress, cores, run_in_processes
-from transllm_jax.data.read.files import Controls, OnBadRows
 from transllm_jax.data.read.shards import Shard
-from transllm_jax.data.rows.array_file import sweep
 from transllm_jax.data.rows.token_cache import ShardTokens, shard_path, write_shard
 from transllm_jax.data.rows.transform import Transform
+from transllm_jax.disk import sweep
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _WORTH = 32 << 20  # bytes of shards below which starting processes takes longer than tokenising

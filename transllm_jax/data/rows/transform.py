@@ -5,8 +5,6 @@ A `Transform` is sent to worker processes, and its key is part of a cached shard
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import Rules, reason, text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.clean.near_duplicates import exact_key, signature
 from transllm_jax.data.read.files import Place
-from transllm_jax.data.read.shards import Content, Item
+from transllm_jax.data.read.shards import Item
 from transllm_jax.data.read.sources import refuse_special
 from transllm_jax.data.rows.examples import (
     Example,
@@ -29,6 +28,7 @@ from transllm_jax.data.rows.examples import (
     text_example,
 )
 from transllm_jax.data.rows.instructions import Instructions
+from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -82,8 +82,7 @@ class Transform:
             parts.append(asdict(self.instructions))
         if self.holds_markers:
             parts.append("markers")
-        known = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        return sha256_of_json(parts)
 
     def make_examples(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[ItemExamples]:
         """The examples of each item; none for an item that is left out. counts: gets the number left out, by reason."""

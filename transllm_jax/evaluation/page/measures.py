@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transllm_jax.choices import POINTS
+
 Results = Mapping[str, Any]
 Better = Literal["lower", "higher"]
 
 NOT_MEASURED = "not measured"
 BASE = "base"
-POINTS = (BASE, "vocabulary", "pretrain", "translate", "transfer")
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
@@ -220,27 +221,6 @@ def rows(results: Results) -> Iterator[Row]:
             meaning,
             {point: number(values.get(point)) for point in where},
         )
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "48 s", "3 min 30 s" or "2 h 5 min"."""
-    if seconds is None:
-        return NOT_MEASURED
-    whole = round(seconds)
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(amount: float | None) -> str:
-    """Bytes as "1.5 GiB" or "340 MiB"; empty if there is no number."""
-    if amount is None:
-        return ""
-    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"
 
 
 def clean(text: object) -> str:

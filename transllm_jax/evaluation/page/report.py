@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 
 import jinja2
 
+from transllm_jax.choices import TRAININGS
+from transllm_jax.disk import write_bytes
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
     NOT_MEASURED,
     Results,
     clean,
-    duration,
     language_name,
     number,
     percent,
@@ -30,16 +30,15 @@ from transllm_jax.evaluation.page.measures import (
     points,
     rows,
     section,
-    size,
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
 from transllm_jax.evaluation.page.terminal import conversation_panel, summary_table
 from transllm_jax.evaluation.page.verdict import verdict
+from transllm_jax.words import duration, size
 
 __all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
 
-_EXPECTED_CURVES = ("pretrain", "translate", "transfer")
 _CHAIN = ("question_en", "answer_en", "answer_target")
 # Labels of the kinds of time (keys of transllm_jax.training.record.ledger), in the order in which they are shown.
 _TIME_LABELS = {
@@ -72,17 +71,7 @@ def write_report(results: Results, path: Path) -> None:
     """
     # Rendered before the file is opened. A lone surrogate, which UTF-8 cannot encode, becomes "?".
     data = render_report(results).encode("utf-8", errors="replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_bytes(path, data)
 
 
 def render_report(results: Results) -> str:
@@ -173,14 +162,15 @@ def _translations(results: Results) -> Iterator[dict[str, Any]]:
 
 def _stages(results: Results) -> Iterator[dict[str, str]]:
     for stage in results.get("stages") or []:
-        speed, flops = number(stage.get("tokens_per_second")), number(stage.get("model_flops_utilisation"))
+        keys = ("seconds", "tokens_per_second", "memory_bytes", "model_flops_utilisation")
+        seconds, speed, memory, flops = (number(stage.get(key)) for key in keys)
         yield {
             "name": str(stage.get("name") or ""),
-            "time": duration(number(stage.get("seconds"))),
+            "time": NOT_MEASURED if seconds is None else duration(seconds),
             "steps": _count(stage.get("steps")),
             "tokens": _count(stage.get("tokens")),
             "speed": "" if speed is None else f"{speed:,.1f}",
-            "memory": size(number(stage.get("memory_bytes"))),
+            "memory": "" if memory is None else size(memory),
             "flops": "" if flops is None else percent(flops),
             "summary": clean(stage.get("summary")),
         }
@@ -241,7 +231,7 @@ def _skipped(results: Results) -> Iterator[dict[str, Any]]:
 
 def _curves(results: Results) -> Iterator[dict[str, Any]]:
     losses, trained = section(results, "losses"), section(results, "trained")
-    for stage in [*_EXPECTED_CURVES, *(name for name in losses if name not in _EXPECTED_CURVES)]:
+    for stage in [*TRAININGS, *(name for name in losses if name not in TRAININGS)]:
         records = [record for record in losses.get(stage) or [] if isinstance(record, Mapping)]
         finite = [record for record in records if number(record.get("loss")) is not None]
         caption = NOT_MEASURED

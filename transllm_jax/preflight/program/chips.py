@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from transllm_jax.errors import UserError
+from transllm_jax.training.flops import PEAK
 
 if TYPE_CHECKING:
     import jax
@@ -25,14 +26,13 @@ GIB = 2**30
 class Chip:
     """One TPU generation. Numbers are for one chip, which JAX shows as one device (two TensorCores form a "megacore").
 
-    `peak_flops`: dense bfloat16 FLOP/s. `hbm_bytes`: by the data sheet; `usable_hbm_bytes`: what the compiler lets a
-    program use. `hbm_bandwidth`: bytes/s. `link_bandwidth`: bytes/s of one link in one direction, from the book, a
-    tenth below the pages' round numbers. `torus`: dimensions of the network, with two links each.
+    `hbm_bytes`: by the data sheet; `usable_hbm_bytes`: what the compiler lets a program use. `hbm_bandwidth`: bytes/s.
+    `link_bandwidth`: bytes/s of one link in one direction, from the book, a tenth below the pages' round numbers.
+    `torus`: dimensions of the network, with two links each.
     """
 
     name: str
     device_kind: str
-    peak_flops: float
     hbm_bytes: float
     usable_hbm_bytes: float
     hbm_bandwidth: float
@@ -46,6 +46,11 @@ class Chip:
     largest: int
     sources: str
 
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return PEAK[self.device_kind]
+
 
 _BOOK = "How to Scale Your Model, part 2"
 CHIPS = {
@@ -54,7 +59,6 @@ CHIPS = {
         Chip(
             name="v4",
             device_kind="TPU v4",
-            peak_flops=275e12,
             hbm_bytes=32 * GIB,
             usable_hbm_bytes=30.75 * GIB,
             hbm_bandwidth=1.2e12,
@@ -69,7 +73,6 @@ CHIPS = {
         Chip(
             name="v5e",
             device_kind="TPU v5 lite",
-            peak_flops=197e12,
             hbm_bytes=16 * GIB,
             usable_hbm_bytes=15.75 * GIB,
             hbm_bandwidth=8.19e11,
@@ -85,7 +88,6 @@ CHIPS = {
         Chip(
             name="v5p",
             device_kind="TPU v5",
-            peak_flops=459e12,
             hbm_bytes=95 * GIB,
             usable_hbm_bytes=95 * GIB,  # the compiler would allow 95.74 GiB
             hbm_bandwidth=2.765e12,
@@ -101,7 +103,6 @@ CHIPS = {
         Chip(
             name="v6e",
             device_kind="TPU v6 lite",
-            peak_flops=918e12,
             hbm_bytes=32 * GIB,
             usable_hbm_bytes=31.25 * GIB,
             hbm_bandwidth=1.638e12,

@@ -124,12 +124,6 @@ class Counts:
             )
         return sums
 
-    def largest(self, number: int = 10) -> list[Collective]:
-        """The collectives with the most bytes over links."""
-        return sorted(self.collectives.values(), key=lambda collective: -collective.executions * collective.link_bytes)[
-            :number
-        ]
-
     def add(self, other: Counts) -> None:
         self.work |= other.work
         self.collectives |= other.collectives

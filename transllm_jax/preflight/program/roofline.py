@@ -1,9 +1,8 @@
 """A roofline estimate of a step's seconds from the counts of its program, with every assumption spelled out.
 
 A chip computes at a share of its peak, moves HBM at its published bandwidth, and sends over the links of its torus.
-There are three estimates. `optimistic`: everything overlaps. `pessimistic`: nothing overlaps. `seconds` follows the
-program: instructions run in sequence, each for the longer of its products and its bytes; collectives that the program
-starts and awaits later overlap with them, and other collectives with nothing.
+Instructions run in sequence, each for the longer of its products and its bytes; collectives that the program starts and
+awaits later overlap with them, and other collectives with nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ class Estimate:
     """
 
     seconds: float
-    optimistic: float
-    pessimistic: float
     compute: float
     memory: float
     network: dict[str, float]
@@ -86,8 +83,6 @@ def estimate_step(
     shares = {"compute": products, "memory": moving, "network": exposed}
     return Estimate(
         seconds=seconds,
-        optimistic=max(compute, memory, *network.values()),
-        pessimistic=compute + memory + sum(network.values()),
         compute=compute,
         memory=memory,
         network=network,

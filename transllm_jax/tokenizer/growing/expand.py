@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 
+from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.growth import (
     base_ids_of_token,
@@ -34,11 +35,6 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 _REPORTED_CHARACTERS = 2_000_000  # about this much of the corpus is used to measure tokens per character
 _BATCH = 200  # documents that are encoded at a time
 _RUNS = 1_000_000  # runs that are counted at a time
-
-
-# Where the text of a byte-level base is cut before merging; no new token crosses a cut. "whole": nowhere in a run of
-# the target script; "base": where the base cuts.
-Cuts = Literal["whole", "base"]
 
 
 @dataclass(frozen=True)

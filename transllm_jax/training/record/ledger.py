@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 
 LEDGER = "ledger.jsonl"
@@ -185,9 +185,7 @@ class Ledger:
 
     def _compacted(self) -> FileIO:
         """Compact the file to the last line of each session and stage; return it, open for appending."""
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in _rows(self._path)), encoding="utf-8")
-        os.replace(part, self._path)
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in _rows(self._path)))
         self._lines = 0
         return self._path.open("ab", buffering=0)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from transllm_jax.disk import write_text
 
 
 class MetricsLog:
@@ -17,9 +18,7 @@ class MetricsLog:
         self._file: TextIO | None = None
         if path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(part, path)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; the first row creates the file."""

@@ -1,19 +1,17 @@
-"""Directories that are there whole or not at all, and files that are hashed."""
+"""A new directory that is there whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import glob
-import hashlib
-import json
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from transllm_jax.disk import is_alive
 from transllm_jax.errors import UserError
 
 # One of these is in every directory that we write, or that another program of the field does.
@@ -101,22 +99,14 @@ def _clear_away(dst: Path) -> None:
     for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*-*-*")):
         kind, _, owner = left.name.removeprefix(f".{dst.name}.").partition("-")
         host, _, number = owner.rpartition("-")
-        if kind not in ("partial", "replaced") or host != socket.gethostname() or _is_alive(number):
+        if kind not in ("partial", "replaced") or host != socket.gethostname() or not number.isdecimal():
+            continue
+        if int(number) != os.getpid() and is_alive(int(number)):
             continue
         if kind == "replaced" and not dst.exists():
             os.replace(left, dst)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(number: str) -> bool:
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, PermissionError):
-        return True
-    return int(number) != os.getpid()
 
 
 def _undo(dst: Path, partial: Path, replaced: Path, made: Path | None) -> None:
@@ -131,41 +121,3 @@ def _undo(dst: Path, partial: Path, replaced: Path, made: Path | None) -> None:
         except OSError:
             return  # something else is in it by now
         parent = parent.parent
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint_of(files: dict[str, str]) -> str:
-    """One SHA-256 for a set of files, given `{name: sha256}`.
-
-    A single file's own; of several, that of the lines `sha256  name` in name order, which is what
-    `sha256sum *.safetensors | sha256sum` prints.
-    """
-    if len(files) == 1:
-        return next(iter(files.values()))
-    lines = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError if it is missing, not JSON, or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; is {path.parent} a complete model directory?") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path} is not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object belongs; fetch the file again")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object for people and programs: indented, UTF-8, a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
