@@ -378,6 +378,7 @@ kill $far
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_loss_of_a_host_ends_the_others(tmp_path: Path) -> None:
     space = ["unshare", "--user", "--map-root-user", "--net"]
     try:

@@ -28,7 +28,7 @@ def write_config(path: Path, model: Path, workdir: Path, **changes: Any) -> Path
     return path
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.full)])
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     """A base and, beside it, an adapter as PEFT users train it: tokens added, whole tables saved; and its logits.
 

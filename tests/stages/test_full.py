@@ -32,7 +32,11 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=FROZEN)
+# One whole run in make test; test_full_start begins all of them.
+RUNS = [pytest.param(name, marks=[pytest.mark.full] if name != "new" else []) for name in FROZEN]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def finished(request: pytest.FixtureRequest, qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The value of `embeddings`, and the work directory of a whole run of full fine-tuning."""
     here = tmp_path_factory.mktemp(f"full-{request.param}")
