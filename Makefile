@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(BIN)/transllm run configs/demo.yaml
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
-QUICK := $(wildcard tests/test_*.py) tests/config tests/data tests/tokenizer tests/generation/test_session.py \
+QUICK := $(wildcard tests/test_*.py) tests/config tests/data tests/tokenizer tests/launch tests/generation/test_session.py \
   tests/commands/test_chat.py tests/hosts/test_cluster.py tests/hosts/test_strangers.py tests/training/test_flops.py
 
 quick: $(VENV)/.installed-test

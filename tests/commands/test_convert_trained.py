@@ -29,7 +29,7 @@ def command(transllm: Command) -> Command:
     return partial(transllm, "convert")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.full)], ids=["tied", "untied"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a run on a bfloat16 base, after stage `pretrain`."""
     here = tmp_path_factory.mktemp("run")
