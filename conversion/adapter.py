@@ -1,6 +1,6 @@
 """adapter.json, which describes an adapter without its base: the adapter's shape, and the base that it was made for.
 
-The arrays are in `trainable/` next to it, written by `transllm_jax.training.checkpoint`, and so is the tokenizer.
+The arrays are in `trainable/` next to it, written by `transllm_jax.training.arrays`, and so is the tokenizer.
 """
 
 from __future__ import annotations

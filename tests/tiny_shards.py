@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import Item
 from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import Reading, Shard, shards
+from transllm_jax.data.rows.transform import ItemExamples, Transform
+from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox " * (n % 5) + "สวัสดี " * (n % 3) for n in range(40)]
 PAIRS = [(f"number {n}, " + "again " * (n % 4), f"ภาษาไทย {n} " + "สวัสดี" * (n % 3)) for n in range(40)]
@@ -61,3 +65,11 @@ def some_shards(directory: Path, content: Content = "text", files: int = 3) -> l
 
 def items_of(found: list[Shard]) -> list[Item]:
     return [item for shard in found for item, _ in shard.items(Collector("refuse"))]
+
+
+def examples_of(
+    transform: Transform, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]
+) -> list[ItemExamples]:
+    """The examples of each item; none for an item that is left out. counts: gets the number left out, by reason."""
+    prepared = transform.prepare(items, counts)
+    return transform.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)

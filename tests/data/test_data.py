@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_shards import examples_of
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.read.sources import check_no_special, read_documents, read_jsonl, read_pairs
@@ -259,7 +260,7 @@ def test_pairs_give_both_directions() -> None:
 def test_pairs_that_are_too_long_are_counted(tokenizer: Tokenizer) -> None:
     pairs = [("good day", "ดี"), ("a long text " * 30, "ยาว"), ("two", "สอง")]
     counts = Counter[str]()
-    made = Transform("pairs", 64).make_examples(tokenizer, pairs, counts)
+    made = examples_of(Transform("pairs", 64), tokenizer, pairs, counts)
     assert [len(one.examples) for one in made] == [2, 0, 2] and counts["longer than a row"] == 1
     for text, example in zip(pair_texts(*pairs[0]), made[0].examples, strict=True):
         assert example.ids.tolist() == [*tokenizer.encode(text), tokenizer.document_end_id] and example.mask.all()
@@ -285,7 +286,7 @@ def test_long_conversations_are_cut_at_a_turn_and_counted(tokenizer: Tokenizer) 
     hopeless = conversation("one " * 200, "first.")
     unanswered = conversation("one", "first.", "two")
     counts = Counter[str]()
-    made = Transform("conversations", 120).make_examples(tokenizer, [short, long, hopeless, unanswered], counts)
+    made = examples_of(Transform("conversations", 120), tokenizer, [short, long, hopeless, unanswered], counts)
     assert [len(one.examples) for one in made] == [1, 1, 0, 1]
     assert (counts["cut at a turn"], counts["longer than a row"]) == (2, 1)
     examples = [example for one in made for example in one.examples]

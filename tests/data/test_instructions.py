@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tiny_shards import PAIRS, shards_of, write
+from tiny_shards import PAIRS, examples_of, shards_of, write
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.data.rows.instructions import Instructions
@@ -78,5 +78,5 @@ def test_pairs_with_evaluation_texts_give_no_instruction(tokenizer: Tokenizer) -
     held_out = "this very sentence is held out of the training text of every stage"
     transform = Transform("pairs", T, instructions=INSTRUCTIONS, evaluation=EvaluationTexts([("evaluation", held_out)]))
     counts = Counter[str]()
-    made = transform.make_examples(tokenizer, [("one", "หนึ่ง"), (held_out, "ประโยค"), ("two", "สอง")], counts)
+    made = examples_of(transform, tokenizer, [("one", "หนึ่ง"), (held_out, "ประโยค"), ("two", "สอง")], counts)
     assert [len(one.examples) for one in made] == [1, 0, 1] and counts["contaminated"] == 1

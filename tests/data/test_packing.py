@@ -290,7 +290,7 @@ def made(k: int) -> Batch:
     return {"tokens": np.full(1, k)}
 
 
-def test_ahead_gives_each_batch_and_makes_the_next_ones() -> None:
+def test_the_prefetcher_gives_each_batch_and_makes_the_next_ones() -> None:
     begun: list[int] = []
     third = threading.Event()
 
@@ -308,7 +308,7 @@ def test_ahead_gives_each_batch_and_makes_the_next_ones() -> None:
     assert begun == [3, 4, 5, 6, 7], "each once, in order, and none behind the last"
 
 
-def test_ahead_raises_an_error_with_the_batch_that_it_is_of() -> None:
+def test_the_prefetcher_raises_an_error_with_the_batch_that_it_is_of() -> None:
     def make(k: int) -> Batch:
         if k == 2:
             raise UserError("damaged")
@@ -322,7 +322,7 @@ def test_ahead_raises_an_error_with_the_batch_that_it_is_of() -> None:
     ahead.close()
 
 
-def test_ahead_closes_without_making_what_nobody_asked_for() -> None:
+def test_the_prefetcher_closes_without_making_what_nobody_asked_for() -> None:
     begun: list[int] = []
     asked, go = threading.Event(), threading.Event()
 

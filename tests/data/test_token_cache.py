@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_shards import DOCUMENTS, items_of, shards_of, some_shards, write
+from tiny_shards import DOCUMENTS, examples_of, items_of, shards_of, some_shards, write
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.choices import Content
@@ -80,7 +80,7 @@ def test_records_are_the_examples(
     tokens = written(tmp_path / "cache", shard, transform, tokenizer)
     counts = Counter[str]()
     items = items_of([shard])
-    made = transform.make_examples(tokenizer, items, counts)
+    made = examples_of(transform, tokenizer, items, counts)
     wanted = [example for found, _ in made for example in found]
     assert_same(tokens.examples(list(range(len(tokens)))), wanted)
     assert_same(tokens.examples([3, 0, 3]), [wanted[n] for n in (3, 0, 3)])
@@ -110,7 +110,7 @@ def test_bytes_of_a_conversation_are_those_of_the_answers_that_are_trained(token
         (two, [*first, *second, *third], 5),  # cut at a turn
     ):
         counts = Counter[str]()
-        ((examples, sizes),) = Transform("conversations", length).make_examples(tokenizer, [messages], counts)
+        ((examples, sizes),) = examples_of(Transform("conversations", length), tokenizer, [messages], counts)
         assert len(examples) == 1 and sizes == [size] and counts["cut at a turn"] == (length == two)
 
 
@@ -385,7 +385,7 @@ def test_two_writers_at_once(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: 
         thread.join()
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.array_record", "a.npz"]
     tokens = ShardTokens(path, "a")
-    made = TEXT.make_examples(tokenizer, items_of([shard]), Counter())
+    made = examples_of(TEXT, tokenizer, items_of([shard]), Counter())
     assert_same(tokens.examples(list(range(len(tokens)))), [example for found, _ in made for example in found])
 
 

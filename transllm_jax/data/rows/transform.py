@@ -84,13 +84,8 @@ class Transform:
             parts.append("markers")
         return sha256_of_json(parts)
 
-    def make_examples(self, tokenizer: Tokenizer, items: Sequence[Item], counts: Counter[str]) -> list[ItemExamples]:
-        """The examples of each item; none for an item that is left out. counts: gets the number left out, by reason."""
-        prepared = self.prepare(items, counts)
-        return self.finish(tokenizer, prepared, tokenizer.encode_batch(prepared.texts), counts)
-
     def prepare(self, items: Sequence[Item], counts: Counter[str], first: int = 0) -> Prepared:
-        """The first part of `make_examples`: decide which items are left out, and give the texts to encode of the rest.
+        """Decide which items are left out, and give the texts to encode of the rest; `finish` makes the examples.
 
         first: the number of the first item in its shard.
         """
@@ -124,7 +119,7 @@ class Transform:
         counts: Counter[str],
         places: Sequence[Place | None] | None = None,
     ) -> list[ItemExamples]:
-        """The last part of `make_examples`: the examples, from the ids of the prepared texts.
+        """The examples of each item, from the ids of the prepared texts; none for an item that is left out.
 
         places: the places of all items, for messages. Raises UserError with the place for a conversation that the chat
         template refuses.
