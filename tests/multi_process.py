@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from processes import virtual_devices
 
 ROOT = Path(__file__).parents[1]
 # The part of a core below which a process counts as one that waits. What waits in gloo, with the threads of jax and of
@@ -166,7 +167,7 @@ def place_of(number: int, count: int, port: int, devices: int) -> dict[str, str]
     flags = os.environ.get("XLA_FLAGS", "")
     return {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+        "XLA_FLAGS": f"{flags} {virtual_devices(devices)}".strip(),
         "TRANSLLM_COORDINATOR": f"127.0.0.1:{port}",
         "TRANSLLM_PROCESSES": str(count),
         "TRANSLLM_PROCESS": str(number),

@@ -20,3 +20,13 @@ def wait_for(done: Callable[[], bool], seconds: float = 60) -> None:
     while not done():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# A device waits for the others in a collective operation: on a busy machine longer than the 40 seconds after which XLA
+# aborts the process.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
+
+
+def virtual_devices(count: int) -> str:
+    """XLA_FLAGS for this many CPU devices."""
+    return f"--xla_force_host_platform_device_count={count} {PATIENT}"

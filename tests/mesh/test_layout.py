@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from processes import PATIENT
 
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import AXES, SINGLE, logical_axes, partition
@@ -96,7 +97,7 @@ def test_on_one_device_everything_is_what_it_was() -> None:
 def test_on_eight_devices(check: str) -> None:
     # Programs are small and run a few times: to optimise them takes longer. What is compared is made by the
     # partitioner, which comes before.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 {PATIENT}"
     line = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(CHECKS / f"{check}.py")]
     done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from processes import virtual_devices
 from splash_work import splash_flops
 
 from transllm_jax.model.attention import ATTENDED, attend_causally
@@ -223,7 +224,7 @@ def run(code: str, environment: dict[str, str]) -> str:
 
 
 def test_on_a_mesh_of_eight_devices() -> None:
-    assert run(MESHED, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}) == "the same\n"
+    assert run(MESHED, {"XLA_FLAGS": virtual_devices(8)}) == "the same\n"
 
 
 # --- what it costs --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 from conftest import EXAMPLES, tiny_run
+from processes import virtual_devices
 
 from transllm_jax.training.arrays import load_arrays
 
@@ -94,7 +95,7 @@ def command(config: Path, workdir: Path, *arguments: str, harm: Harm | None = No
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment of a run: the CPU as so many devices, a wide terminal."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
+    flags = {"XLA_FLAGS": virtual_devices(devices)} if devices > 1 else {}
     inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     # As conftest.py sets it for itself: what compiles in a tenth of a second is kept too.
     return inherited | {"COLUMNS": "300", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"} | flags
