@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,13 @@ from transllm_jax.training.step import initial_state
 
 # XLA gives this warning if a frozen array is donated with the state.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
+
+
+def test_a_save_that_is_given_up_says_nothing_of_itself(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        assert latest(tmp_path) is None
+        warnings.warn("coroutine 'async_serialize_from_host.<locals>.write' was never awaited", RuntimeWarning, 1)
+    assert not caught
 
 
 def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -54,7 +55,7 @@ class Checkpoints:
         peers: Peers | None = None,
     ) -> None:
         """directory: a Path that all processes see, or an epath.Path on a store."""
-        _ignore_closed_event_loop()
+        _ignore_abandoned_saves()
         self._directory: Any = directory if "://" in str(directory) else Path(directory).absolute()
         self._say, self._peers = say, peers or Peers()
         self._scores: dict[int, float] = {}
@@ -325,17 +326,21 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _ignore_closed_event_loop() -> None:
-    """Suppress an unraisable error: tensorstore finishes a save or read for which orbax no longer waits."""
+def _ignore_abandoned_saves() -> None:
+    """Suppress what is said of a save or read that orbax gave up, on a full disk for example: its error is raised.
+
+    That is an unraisable error of tensorstore, which finishes it, and a warning of Python, which never began a part.
+    """
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     others = sys.unraisablehook
-    if getattr(others, "__name__", "") == _ignore_closed_event_loop.__name__:
+    if getattr(others, "__name__", "") == _ignore_abandoned_saves.__name__:
         return
 
     def hook(unraisable: Any) -> None:
         if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
             others(unraisable)
 
-    hook.__name__ = _ignore_closed_event_loop.__name__
+    hook.__name__ = _ignore_abandoned_saves.__name__
     sys.unraisablehook = hook
 
 
