@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; their hashes and sizes, the lock of a directory, and where caches are."""
+"""Files that are complete or absent, never partial; hashes and sizes; a work directory's lock; cache directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transllm_jax.errors import UserError
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: what the system gives that is not holds halves of surrogate pairs."""
+    """Whether a text can be written as UTF-8. Text from the system that was not UTF-8 holds lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -27,15 +27,15 @@ def is_utf8(text: str) -> bool:
 def whole(
     path: Path, *, shared: bool = False, errors: Callable[[Path], AbstractContextManager[object]] = nullcontext
 ) -> Iterator[Path]:
-    """Yield a name beside `path` to write a file to, which takes the place of `path` when the block ends well.
+    """Yield a temporary name next to `path`. The file written there replaces `path` when the block ends without error.
 
-    So `path` is the old file or the new one, whatever stops: the process or the machine. On an exception the new file
-    is removed. shared: other processes may write `path` at the same time; each has a name of its own, and `sweep`
-    removes what a killed one left. Otherwise the name is `NAME.part`, which the next writer uses again. errors: given
-    `path`, the context in which the disk is written to here, to report its errors; the block is outside of it.
+    So `path` is always the old file or the new one, even if the process is killed or the machine loses power. On an
+    exception the new file is removed. shared: several processes may write `path` at the same time; each gets its own
+    temporary name, and `sweep` removes the files of killed ones. Otherwise the name is `NAME.part`, which the next
+    writer overwrites. errors: makes a context, from `path`, that reports errors of the disk; the block is outside it.
     """
     if shared:
-        # Short, as names are limited to 255 bytes. The process alone does not tell: hosts may share the directory.
+        # Short, because names are limited to 255 bytes. With the host's name, because hosts may share the directory.
         owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
         partial = path.with_name(f".{path.stem[-40:]}.{owner}.partial")
     else:
@@ -45,7 +45,7 @@ def whole(
     try:
         yield partial
         with errors(path):
-            # A name may reach the disk before what it names does: after a loss of power the file would be empty.
+            # Else the new name may reach the disk before the content: after a loss of power the file would be empty.
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -54,12 +54,12 @@ def whole(
             partial.unlink(missing_ok=True)
 
 
-_STALE = 86400  # seconds after which nobody writes a file any more that was not touched
+_STALE = 86400  # seconds without a change after which a temporary file is taken for abandoned
 _PARTIAL = re.compile(r"\..*\.([^.]*)-(\d+)-[0-9a-f]+\.partial")
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed writers of shared files left in a directory, but nothing that may still be written."""
+    """Remove the temporary files of killed writers in a directory, but none that may still be written."""
     for partial in directory.glob(".*.partial"):
         found = _PARTIAL.fullmatch(partial.name)
         if found is None:
@@ -71,23 +71,23 @@ def sweep(directory: Path) -> None:
 
 
 def _host() -> str:
-    """This machine's name, as a part of a file's name."""
+    """This machine's name, made safe for a file's name."""
     return re.sub(r"[^\w-]", "_", socket.gethostname(), flags=re.ASCII)[:40]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine, whoever's it is."""
+    """Whether a process with this id runs on this machine, under any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True  # somebody else's, or no number that we know anything about
+        return True  # another user's process, or an id that cannot be checked
     return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, as `whole` explains."""
+    """Write a file completely or not at all; see `whole`."""
     with whole(path) as partial:
         partial.write_bytes(content)
 
@@ -145,10 +145,10 @@ def sha256_of_json(value: Any) -> str:
 
 
 class FileHashes:
-    """The hashes of files, kept from run to run: a corpus is not read anew to know that it stayed the same.
+    """SHA-256 hashes of files, remembered between runs, so that an unchanged corpus is not read again.
 
-    A file is known by its path, size, inode and time of change. path: where they are kept; without `keep` they are
-    only read from there.
+    A file counts as unchanged if its path, size, inode and modification time are the same. path: the file that stores
+    the hashes. keep: whether to write it; otherwise it is only read.
     """
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
@@ -157,24 +157,24 @@ class FileHashes:
         self._new, self._written = False, time.monotonic()
 
     def __call__(self, file: Path) -> str:
-        """sha256 of a file's bytes, as hexadecimal."""
+        """The SHA-256 of a file's bytes, in hexadecimal."""
         stat = file.stat()
         name, mark = str(file.absolute()), [stat.st_size, stat.st_ino, stat.st_mtime_ns]
         known = self._known.get(name)
         if known is not None and known[:-1] == mark:
             return str(known[-1])
         found = sha256_of(file)
-        # What was written a moment ago may be written again within the clock's grain.
+        # A file written a moment ago may be written again without a visible change of its modification time.
         if time.time_ns() - stat.st_mtime_ns > _GRAIN and file.stat().st_mtime_ns == stat.st_mtime_ns:
             self._known[name] = [*mark, found]
             self._new = True
-            # Now and then, so that a run that is stopped among many files begins in their midst.
+            # From time to time, so that a run stopped among many files need not hash all of them again.
             if time.monotonic() - self._written > _WRITE_EVERY:
                 self.write()
         return found
 
     def write(self) -> None:
-        """Keep what is known."""
+        """Store the hashes."""
         if self._new and self._keep and self._path.parent.is_dir():
             write_json(self._path, self._known)
             self._new, self._written = False, time.monotonic()
@@ -185,7 +185,7 @@ _WRITE_EVERY = 10.0  # seconds
 
 
 def _known(path: Path) -> dict[str, list[Any]]:
-    """What is kept; nothing where it is damaged, as files can be read anew."""
+    """The stored hashes; none if the file is missing or damaged, because files can be hashed again."""
     try:
         return read_json(path)
     except UserError:
@@ -194,9 +194,9 @@ def _known(path: Path) -> dict[str, list[Any]]:
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Hold the work directory for this process. The kernel frees the lock of a process that died.
+    """Lock the work directory for this process. The kernel frees the lock of a process that died.
 
-    Raises UserError when another process runs on it.
+    Raises UserError if another process has the lock.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def parse_size(text: str) -> int:
 
 
 def cache_directory() -> Path:
-    """Where downloads, samples and compiled programs are kept: `$TRANSLLM_CACHE`, or the user's cache directory."""
+    """The directory of downloads, samples and compiled programs: `$TRANSLLM_CACHE`, or the user's cache directory."""
     if own := os.environ.get("TRANSLLM_CACHE"):
         return Path(own).expanduser()
     return user_cache()

@@ -1,4 +1,4 @@
-"""A new directory that is there whole or not at all."""
+"""A new directory that is complete or absent, never partial."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from transllm_jax.disk import is_alive
 from transllm_jax.errors import UserError
 
-# One of these is in every directory that we write, or that another program of the field does.
+# Every model or tokenizer directory, ours or of another program, has one of these files.
 _MARKS = ("config.json", "adapter_config.json", "adapter.json", "weights.json", "tokenizer.json")
 
 
 def check_destination(dst: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
-    """Raises UserError for a destination that may not be written, or whose replacement would take more than a model.
+    """Raises UserError if `dst` may not be written, or if replacing it would remove more than a model.
 
-    `reads`: what is read to make it. Nothing is written into one of them, and none is replaced.
+    reads: the directories and files that the new directory is made from. Nothing is written into them, and none is
+    replaced.
     """
     real = dst.resolve()
     for source in reads:
@@ -30,7 +31,7 @@ def check_destination(dst: Path, *, overwrite: bool = False, reads: Iterable[Pat
             raise UserError(f"{dst} lies in {source}, which is read; choose a destination outside")
         if source.is_relative_to(real):
             raise UserError(f"{dst} holds {source}, which is read; choose another destination")
-    # `absolute` and not `resolve`: a symbolic link as the last part is a name of its own.
+    # Not `resolve`: it would follow a symbolic link, which is refused.
     place = dst.absolute()
     if place.is_symlink() or (place.exists() and not place.is_dir()):
         raise UserError(f"{dst} exists and is not a directory; remove it or choose another destination")
@@ -47,11 +48,11 @@ def check_destination(dst: Path, *, overwrite: bool = False, reads: Iterable[Pat
 
 @contextmanager
 def new_directory(dst: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty directory beside `dst` that takes the name `dst` when the block ends well.
+    """Yield an empty directory next to `dst` that is renamed to `dst` when the block ends without error.
 
-    On an exception the partial directory is removed and `dst` is as it was. After a kill, the next call for the same
-    `dst` on the same machine removes the partial directory (`.NAME.partial-HOST-PID`), or puts back what was being
-    replaced. Two processes with one `dst` do not meet: the later one to finish is refused.
+    On an exception the partial directory is removed and `dst` is unchanged. After a kill, the next call for the same
+    `dst` on the same machine removes the partial directory (`.NAME.partial-HOST-PID`), or restores the directory that
+    was being replaced. If two processes write the same `dst`, the one that finishes later is refused.
 
     Raises UserError as `check_destination` does, or if the disk fills up or may not be written.
     """
@@ -95,7 +96,7 @@ _OWNER = f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _clear_away(dst: Path) -> None:
-    """Put back what a killed process was replacing, and remove what it was writing."""
+    """Restore the directory that a killed process was replacing, and remove the one that it was writing."""
     for left in sorted(dst.parent.glob(f".{glob.escape(dst.name)}.*-*-*")):
         kind, _, owner = left.name.removeprefix(f".{dst.name}.").partition("-")
         host, _, number = owner.rpartition("-")
@@ -110,7 +111,7 @@ def _clear_away(dst: Path) -> None:
 
 
 def _undo(dst: Path, partial: Path, replaced: Path, made: Path | None) -> None:
-    """As it was before: `made` is the first of the parents that had to be made."""
+    """Undo everything. made: the topmost parent directory that was created; None if all existed."""
     shutil.rmtree(partial, ignore_errors=True)
     if replaced.exists() and not dst.exists():
         os.replace(replaced, dst)
@@ -119,5 +120,5 @@ def _undo(dst: Path, partial: Path, replaced: Path, made: Path | None) -> None:
         try:
             parent.rmdir()
         except OSError:
-            return  # something else is in it by now
+            return  # it holds something else by now
         parent = parent.parent

@@ -241,7 +241,7 @@ def test_processes_that_differ_end_at_once() -> None:
 
 # The main thread of each is somewhere else when process 1 or 0 is lost.
 WAITING = """
-peers.last_saved = f"the checkpoint of step {10 * 2} stands"
+peers.last_saved = f"the checkpoint of step {10 * 2} is kept"
 peers.on_peer_loss(lambda: print("last call"))
 reduced()
 print("ready", flush=True)
@@ -264,7 +264,7 @@ def test_the_loss_of_a_process_ends_the_others(lost: int) -> None:
     ended = run_processes(4, program(WAITING.replace("LOST", str(lost))), kills=[kill])
     dead = ended.pop(lost)
     assert dead.code == -9
-    line = f"error: process {lost} of 4 (host {HOST}) was lost; the checkpoint of step 20 stands; {AGAIN}"
+    line = f"error: process {lost} of 4 (host {HOST}) was lost; the checkpoint of step 20 is kept; {AGAIN}"
     check(ended, 1, line, within=15)
     assert all(one.out.count("last call") == 1 for one in ended)
 
@@ -344,7 +344,7 @@ def test_processes_that_do_not_belong_together(env: dict[str, str], line: str) -
 def test_processes_that_do_not_meet() -> None:
     """A process that does not come in time, or comes elsewhere, is named."""
     work = "peers.barrier('save', timeout=1) if me == 0 else time.sleep(100)"
-    line = f"error: process 1 of 2 (host {HOST}) did not come to 'save'; what was saved stands; {AGAIN}"
+    line = f"error: process 1 of 2 (host {HOST}) did not come to 'save'; what was saved is kept; {AGAIN}"
     check(run_processes(2, program(work)), 1, line, within=15)
     line = f"error: process 0 of 2 (host {HOST}) is at 'a' and process 1 of 2 (host {HOST}) at 'b': this is a defect"
     check(run_processes(2, program("peers.barrier('ab'[me])")), 1, line, within=15)
@@ -400,7 +400,7 @@ def test_the_loss_of_a_host_ends_the_others(tmp_path: Path) -> None:
     # The probes take 20 seconds, the rest is for a busy machine.
     assert all(int(seconds) < 40 for _, seconds in ends)
     for number in range(2):
-        lost = f"error: process {1 - number} of 2 (host {HOST}) was lost; what was saved stands; {AGAIN}\n"
+        lost = f"error: process {1 - number} of 2 (host {HOST}) was lost; what was saved is kept; {AGAIN}\n"
         assert said[number] == lost
 
 

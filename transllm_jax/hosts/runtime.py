@@ -79,7 +79,7 @@ class Peers:
         self.number = given.number if given else 0
         self.hosts = member.hosts if member else [socket.gethostname()]
         # Printed when a process is lost: where the next attempt starts from.
-        self.last_saved = "what was saved stands"
+        self.last_saved = "what was saved is kept"
         self._given, self._member, self._hub = given, member, hub
         self._relay: subprocess.Popen[bytes] | None = None
         self._jax = False

@@ -30,9 +30,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def mesh_shape(devices: int, data: int | None, fsdp: int | None, tensor: int) -> tuple[int, int, int]:
-    """Sizes of the axes data, fsdp and tensor for so many devices; what is None takes what is left, fsdp first.
+    """Sizes of the axes data, fsdp and tensor for this number of devices.
 
-    Raises UserError for sizes whose product is not the number of devices.
+    An axis that is None gets the remaining devices, fsdp first. Raises UserError for sizes whose product is not the
+    number of devices.
     """
     left, rest = divmod(devices, (data or 1) * (fsdp or 1) * tensor)
     if fsdp is None:
