@@ -208,8 +208,12 @@ def copy_run(finished: Path, directory: Path, steps: Iterable[str] | None = None
     else:
         for step in steps:
             shutil.copytree(finished / step, directory / "run" / step)
-    tree = tiny_run(finished.parent / "model", directory / "run", **changes)
-    return write_config(directory / "config.yaml", tree)
+    return write_run_config(directory, finished.parent / "model", **changes)
+
+
+def write_run_config(directory: Path, model: Path, **changes: object) -> Path:
+    """The config file of a tiny run in `directory`/run."""
+    return write_config(directory / "config.yaml", tiny_run(model, directory / "run", **changes))
 
 
 def write_config(path: Path, tree: Mapping[str, object]) -> Path:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import yaml
-from conftest import random_weights, tiny_config, tiny_run
+from conftest import random_weights, tiny_config
 from tiny_tokenizer import build_tiny_tokenizer
 
 from conversion.hf.directory import write_model
@@ -36,14 +34,6 @@ def write_qwen(directory: Path, dtype: str) -> LlamaConfig:
     extra = {"eos_token_id": Tokenizer.load(tokenizer).eos_id}
     write_model(directory, config, random_weights(config), dtype=dtype, tokenizer_dir=tokenizer, extra_config=extra)
     return config
-
-
-def write_config(directory: Path, model: Path, **changes: Any) -> Path:
-    """The config file of a tiny run in `directory`/run."""
-    recipe: dict[str, Any] = tiny_run(model, directory / "run", **changes)
-    path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    return path
 
 
 def opened(workdir: Path) -> Run:

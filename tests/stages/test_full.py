@@ -9,8 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Command, call
-from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, POINTS, arrays, bfloat16, changed, opened, write_config, write_qwen
+from conftest import Command, call, write_run_config
+from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, POINTS, arrays, bfloat16, changed, opened, write_qwen
 
 from conversion.hf.directory import open_hf, read_weights
 from conversion.merged import Merged
@@ -40,7 +40,7 @@ RUNS = [pytest.param(name, marks=[pytest.mark.full] if name != "new" else []) fo
 def finished(request: pytest.FixtureRequest, qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The value of `embeddings`, and the work directory of a whole run of full fine-tuning."""
     here = tmp_path_factory.mktemp(f"full-{request.param}")
-    assert call("run", write_config(here, qwen, lora="none", embeddings=request.param)) == 0
+    assert call("run", write_run_config(here, qwen, lora="none", embeddings=request.param)) == 0
     return request.param, here / "run"
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Command, random_weights
-from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, arrays, bfloat16, write_config, write_qwen
+from conftest import Command, random_weights, write_run_config
+from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, arrays, bfloat16, write_qwen
 
 from conversion.hf.directory import open_hf, read_weights
 from conversion.merged import Merged
@@ -37,7 +37,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(directory: Path, model: Path, **changes: Any) -> Run:
     """A run after stages `base` and `vocabulary`, without evaluations."""
-    config = load_config(write_config(directory, model, **changes))
+    config = load_config(write_run_config(directory, model, **changes))
     run = Run(config, directory / "run", Progress(quiet=True), Interrupt())
     base.run_stage(run, run.models.base)
     vocabulary.run_stage(run, run.workdir / "vocabulary")
@@ -48,7 +48,7 @@ def begun(directory: Path, model: Path, **changes: Any) -> Run:
 def test_training_starts_from_the_float32_values_of_the_base(tmp_path: Path, lora: Any, embeddings: str) -> None:
     """Whatever the type of computation is; the frozen rows keep these values."""
     write_qwen(tmp_path / "model", "float32")
-    path = write_config(tmp_path, tmp_path / "model", lora=lora, embeddings=embeddings)
+    path = write_run_config(tmp_path, tmp_path / "model", lora=lora, embeddings=embeddings)
     run = Run(load_config(path, ["model.dtype=bfloat16"]), tmp_path / "run", Progress(quiet=True), Interrupt())
     base.run_stage(run, run.models.base)
     vocabulary.run_stage(run, run.workdir / "vocabulary")
@@ -76,9 +76,9 @@ def test_full_fine_tuning_and_adapters_do_not_share_a_directory(
 ) -> None:
     then, now = ("a section", "none") if after == "none" else ("none", "a section")
     before = {"rank": 4} if after == "none" else "none"
-    assert transllm("run", write_config(tmp_path, qwen, lora=before), "--until", "vocabulary")[0] == 0
+    assert transllm("run", write_run_config(tmp_path, qwen, lora=before), "--until", "vocabulary")[0] == 0
     kept = (tmp_path / "run" / "run.yaml").read_bytes()
-    code, printed = transllm("run", write_config(tmp_path, qwen, lora=after), "--until", "vocabulary")
+    code, printed = transllm("run", write_run_config(tmp_path, qwen, lora=after), "--until", "vocabulary")
     assert code == 2 and printed.count("\n") == 1
     assert f"vocabulary was made with other inputs: lora ({then} -> {now}); redo it with --force vocabulary" in printed
     assert (tmp_path / "run" / "run.yaml").read_bytes() == kept

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from conftest import call, random_weights, tiny_config, tiny_run, write_tiny_model
+from conftest import call, random_weights, tiny_config, write_run_config, write_tiny_model
 from tiny_sentencepiece import TEMPLATE, TEXT, build_tiny_sentencepiece
 
 from conversion.hf.directory import write_model
@@ -21,13 +20,6 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
 THAI = Path(__file__).parents[2] / "examples" / "thai" / "text.train.txt"
-
-
-def write_config(directory: Path, model: Path, **changes: Any) -> Path:
-    recipe: dict[str, Any] = tiny_run(model, directory / "run", **changes)
-    path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    return path
 
 
 def write_sentencepiece_model(directory: Path) -> None:
@@ -50,7 +42,7 @@ def test_a_run_on_a_sentencepiece_base(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     write_sentencepiece_model(tmp_path / "model")
-    assert call("run", write_config(tmp_path, tmp_path / "model")) == 0
+    assert call("run", write_run_config(tmp_path, tmp_path / "model")) == 0
     run, out = tmp_path / "run", tmp_path / "run" / "export"
     report = json.loads((run / "vocabulary" / "report.json").read_text(encoding="utf-8"))
     assert report["kind"] == "sentencepiece" and report["never_produced"] == 0
@@ -87,7 +79,9 @@ def test_a_tokenizer_that_was_expanded_before(tmp_path: Path, capfd: pytest.Capt
         (learned, {"size": 140, "corpus": [{"path": str(corpus)}]}),
     ):
         place.mkdir()
-        assert call("run", write_config(place, tmp_path / "model", vocabulary=section), "--until", "vocabulary") == 0
+        assert (
+            call("run", write_run_config(place, tmp_path / "model", vocabulary=section), "--until", "vocabulary") == 0
+        )
     rows = [load_arrays(place / "run/vocabulary/trainable") for place in (given, learned)]
     tokenizers = [Tokenizer.load(place / "run/vocabulary") for place in (given, learned)]
     assert tokenizers[0].encode(documents[3]) == tokenizers[1].encode(documents[3])
@@ -112,7 +106,7 @@ def test_a_tokenizer_that_was_expanded_before(tmp_path: Path, capfd: pytest.Capt
         place = tmp_path / f"with-{name}"
         place.mkdir()
         capfd.readouterr()
-        config = write_config(place, tmp_path / "model", vocabulary=section)
+        config = write_run_config(place, tmp_path / "model", vocabulary=section)
         assert call("run", config, "--until", "vocabulary") == 2
         errors = capfd.readouterr().err
         assert said in errors and errors.startswith("error: vocabulary.tokenizer:") and errors.count("\n") == 1

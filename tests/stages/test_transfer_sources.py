@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, call, tiny_run
-from full_runs import NEW_ROWS, POINTS, arrays, changed, write_config, write_qwen
+from conftest import Command, call, tiny_run, write_run_config
+from full_runs import NEW_ROWS, POINTS, arrays, changed, write_qwen
 
 from conversion.hf.directory import read_weights
 from transllm_jax.config import load_config
@@ -61,7 +61,7 @@ def adapted(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("adapted")
     section: dict[str, Any] = {**tiny_run(qwen, here)["transfer"]}  # type: ignore[dict-item]
     section |= {"chains": 0, "sources": write_conversations(here), "steps": 8}
-    assert call("run", write_config(here, qwen, embeddings="none", transfer=section)) == 0
+    assert call("run", write_run_config(here, qwen, embeddings="none", transfer=section)) == 0
     return here / "run"
 
 
@@ -116,6 +116,6 @@ def test_a_stage_with_nothing_to_train_on_is_refused(qwen: Path, tmp_path: Path,
             "each of the sources needs a weight",
         ),
     ):
-        config = write_config(tmp_path, qwen, transfer={**section, **changes})
+        config = write_run_config(tmp_path, qwen, transfer={**section, **changes})
         code, printed = transllm("run", config)
         assert code == 2 and said in printed and printed.count("\n") == 1
