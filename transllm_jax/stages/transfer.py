@@ -54,11 +54,12 @@ def check(run: Run) -> None:
 def parts(run: Run) -> list[Part]:
     """The parts of the stage's mixture: chains, English answers, translation instructions, and other sources."""
     section, found = run.config.transfer, []
-    sources = conversation_sources(run) if section.chains or section.english else ()
-    for name, source, weight in zip(("chains", "english"), sources, (section.chains, section.english), strict=False):
-        if weight:
-            rows = chain_rows(run, "transfer", source, section.length)
-            found.append(part_of(run, "transfer", name, source, rows, weight))
+    weights = {"chains": section.chains, "english": section.english}
+    if any(weights.values()):
+        for (name, weight), source in zip(weights.items(), conversation_sources(run), strict=True):
+            if weight:
+                rows = chain_rows(run, "transfer", source, section.length)
+                found.append(part_of(run, "transfer", name, source, rows, weight))
     return [*found, *known_parts(run)]
 
 
