@@ -29,12 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
-from conversion.adapter import AdapterDescription, write_adapter  # noqa: E402
-from conversion.hf.directory import open_hf, write_config  # noqa: E402
-from conversion.hf.safetensors_io import write_tensors  # noqa: E402
-from conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
-from conversion.names import Tensor, kernel_shapes, tensors  # noqa: E402
-from conversion.open_directory import open_directory  # noqa: E402
+from transllm_jax.conversion.adapter import AdapterDescription, write_adapter  # noqa: E402
+from transllm_jax.conversion.hf.directory import open_hf, write_config  # noqa: E402
+from transllm_jax.conversion.hf.safetensors_io import write_tensors  # noqa: E402
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
+from transllm_jax.conversion.names import Tensor, kernel_shapes, tensors  # noqa: E402
+from transllm_jax.conversion.open_directory import open_directory  # noqa: E402
 from transllm_jax.model.config import LlamaConfig  # noqa: E402
 from transllm_jax.model.lora import LoraConfig  # noqa: E402
 from transllm_jax.training.arrays import save_arrays  # noqa: E402

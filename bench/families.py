@@ -27,10 +27,10 @@ from conftest import random_weights  # noqa: E402
 from test_families import PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
 from tiny_families import FAMILIES  # noqa: E402
 
-from conversion.hf.directory import HFModel, open_hf, write_model  # noqa: E402
-from conversion.hf.export import export_hf  # noqa: E402
-from conversion.names import tensors  # noqa: E402
-from conversion.store import open_store, write_store  # noqa: E402
+from transllm_jax.conversion.hf.directory import HFModel, open_hf, write_model  # noqa: E402
+from transllm_jax.conversion.hf.export import export_hf  # noqa: E402
+from transllm_jax.conversion.names import tensors  # noqa: E402
+from transllm_jax.conversion.store import open_store, write_store  # noqa: E402
 
 
 def differing_bits(a: HFModel, b: HFModel) -> int:

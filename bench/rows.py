@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from conversion.import_base import import_base  # noqa: E402
 from transllm_jax.config import Config  # noqa: E402
+from transllm_jax.conversion.import_base import import_base  # noqa: E402
 from transllm_jax.data.read.sources import read_documents  # noqa: E402
 from transllm_jax.evaluation.likelihood import bits_per_byte  # noqa: E402
 from transllm_jax.hosts.interrupt import Interrupt  # noqa: E402

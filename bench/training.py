@@ -116,8 +116,8 @@ def write_weights(work: Work) -> None:
     """Write a Hugging Face directory of random weights, with the rows of the new tokens after the others."""
     import ml_dtypes
 
-    from conversion.hf.directory import write_model
-    from conversion.names import weight_shapes
+    from transllm_jax.conversion.hf.directory import write_model
+    from transllm_jax.conversion.names import weight_shapes
     from transllm_jax.model.config import LlamaConfig
 
     shape = SHAPES[work.shape]
@@ -148,7 +148,7 @@ def ours(work: Work, embeddings: str) -> Run:
     import jax
     import jax.numpy as jnp
 
-    from conversion.hf.directory import read_weights
+    from transllm_jax.conversion.hf.directory import read_weights
     from transllm_jax.model.config import LlamaConfig
     from transllm_jax.model.lora import LoraConfig
     from transllm_jax.model.parameters import assemble, load_frozen
@@ -201,7 +201,7 @@ def torch_peft(work: Work) -> Run:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from conversion.names import KERNELS
+    from transllm_jax.conversion.names import KERNELS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, work.dtype)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from conversion.names import EMBEDDING, tensors
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.names import EMBEDDING, tensors
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import TARGETS, LoraConfig

@@ -14,17 +14,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from conversion.fetch import Fetched, fetch
-from conversion.gguf.tokenizer import end_ids, special_ids, write_tokenizer
-from conversion.gguf.weights import open_gguf
-from conversion.hf.directory import HFModel, parse_config, require_all_finite, write_config
-from conversion.hf.export import copy_generation_config, copy_notices
-from conversion.hf.safetensors_io import INDEX, MAX_SHARD_BYTES, is_indexed, weight_files, widest, write_tensors
-from conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer, token_ids
-from conversion.names import Tensor, collapse, tensors
-from conversion.open_directory import open_directory
-from conversion.opened import OpenedModel, size_of
-from conversion.store import write_store
+from transllm_jax.conversion.fetch import Fetched, fetch
+from transllm_jax.conversion.gguf.tokenizer import end_ids, special_ids, write_tokenizer
+from transllm_jax.conversion.gguf.weights import open_gguf
+from transllm_jax.conversion.hf.directory import HFModel, parse_config, require_all_finite, write_config
+from transllm_jax.conversion.hf.export import copy_generation_config, copy_notices
+from transllm_jax.conversion.hf.safetensors_io import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    is_indexed,
+    weight_files,
+    widest,
+    write_tensors,
+)
+from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer, has_tokenizer, token_ids
+from transllm_jax.conversion.names import Tensor, collapse, tensors
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.conversion.opened import OpenedModel, size_of
+from transllm_jax.conversion.store import write_store
 from transllm_jax.disk import read_model_json, sha256_of, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.new_directory import new_directory
@@ -56,9 +63,9 @@ def import_base(
 ) -> None:
     """Fetch a model and write it to `dst`: weights, config, tokenizer, and `source.json`, which records the source.
 
-    `source`: see `conversion.fetch.fetch`. `layout` "hf" is a Hugging Face directory: the safetensors of a directory
+    `source`: see `conversion/fetch.py`. `layout` "hf" is a Hugging Face directory: the safetensors of a directory
     or repository are copied byte for byte, with their types and shards. "store" is our own checkpoint
-    (`conversion.store`), cut for `mesh`. A quantised tensor of a GGUF file becomes float32. `sha256` is the expected
+    (`conversion/store.py`), cut for `mesh`. A quantised tensor of a GGUF file becomes float32. `sha256` is the expected
     hash of the source's weights: of the GGUF file or the one safetensors file; of several files, it is what
     `sha256sum *.safetensors | sha256sum` prints.
 

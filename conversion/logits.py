@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from conversion.merged import Merged
-from conversion.names import EMBEDDING, OUTPUT, Tensor, tensors
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, Tensor, tensors
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.model.layerwise import logits_by_layer
 from transllm_jax.model.lora import LoraConfig
 

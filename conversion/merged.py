@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from conversion.hf.safetensors_io import require_finite
-from conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.safetensors_io import require_finite
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, Tensor, kernel_shapes, to_hf, weight_shapes
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
@@ -22,7 +22,7 @@ _ROWS = {
 
 
 class Merged:
-    """An opened model (`conversion.opened`): W + scale * (a @ b).T in float32, and new rows after the base's.
+    """An opened model (`conversion/opened.py`): W + scale * (a @ b).T in float32, and new rows after the base's.
 
     `trainable`: `PATH.a` [L, in, R] and `PATH.b` [L, R, out] for each adapted kernel; `vocabulary.new` [n, D];
     `vocabulary.base_trained` [V, D], which replaces the base's rows; for an untied model also `vocabulary.output_new`

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conversion.hf.directory import HFModel, open_hf
-from conversion.store import MANIFEST, Store, open_store
+from transllm_jax.conversion.hf.directory import HFModel, open_hf
+from transllm_jax.conversion.store import MANIFEST, Store, open_store
 
 
 def open_directory(directory: str | Path) -> HFModel | Store:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from conversion.names import Tensor, tensors
+from transllm_jax.conversion.names import Tensor, tensors
 from transllm_jax.model.config import LlamaConfig
 
 

@@ -25,10 +25,10 @@ import numpy as np
 import tensorstore
 from numpy.typing import DTypeLike
 
-from conversion.hf.directory import not_finite, read_config
-from conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
-from conversion.names import Tensor, tensors, weight_shapes
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.directory import not_finite, read_config
+from transllm_jax.conversion.hf.safetensors_io import DTYPES, count_not_finite, widest
+from transllm_jax.conversion.names import Tensor, tensors, weight_shapes
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.disk import is_utf8, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -225,7 +225,7 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Store:
-    """Our own checkpoint, opened (see `conversion.opened`). `mesh` is the one that its chunks were cut for."""
+    """Our own checkpoint, opened (see `conversion/opened.py`). `mesh` is the one that its chunks were cut for."""
 
     directory: Path
     config: LlamaConfig
@@ -272,7 +272,7 @@ class Store:
             raise UserError(f"{self.where}: {path} cannot be read ({_short(error)}); {_DAMAGED}") from error
 
     def weights(self, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
-        """All weights in our layout, path -> array, in `dtype`, like `conversion.hf.directory.read_weights`.
+        """All weights in our layout, path -> array, in `dtype`, like `hf.directory.read_weights`.
 
         Memory is one copy of the weights plus one tensor. Raises UserError for a damaged array, and for values that are
         NaN or infinite (all tensors are listed).

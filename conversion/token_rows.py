@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.hf.safetensors_io import require_finite
-from conversion.names import EMBEDDING, OUTPUT, tensors
-from conversion.open_directory import open_directory
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.safetensors_io import require_finite
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from conversion.hf.safetensors_io import CODES
-from conversion.logits import logits_of
-from conversion.names import Tensor, collapse, tensors
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.safetensors_io import CODES
+from transllm_jax.conversion.logits import logits_of
+from transllm_jax.conversion.names import Tensor, collapse, tensors
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.model.config import LlamaConfig
 
 # Fields that are not compared, because a difference shows in the names and shapes of the tensors.

@@ -21,9 +21,9 @@ from filelock import FileLock
 from gcs_emulator import gcs  # noqa: F401
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf.directory import write_model
-from conversion.names import weight_shapes
 from transllm_jax.cli import main as cli
+from transllm_jax.conversion.hf.directory import write_model
+from transllm_jax.conversion.names import weight_shapes
 from transllm_jax.model.config import LlamaConfig
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

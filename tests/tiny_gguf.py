@@ -14,8 +14,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import pre_tokenizers
 
-from conversion.gguf.weights import gguf_name
-from conversion.names import tensors
+from transllm_jax.conversion.gguf.weights import gguf_name
+from transllm_jax.conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 
 TEMPLATE = (

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
+from transllm_jax.conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
 
 # LLaMA-2's own.
 TEMPLATE = (

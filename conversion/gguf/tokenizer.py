@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from conversion.hf.sentencepiece_tokenizer import build_tokenizer
+from transllm_jax.conversion.hf.sentencepiece_tokenizer import build_tokenizer
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 

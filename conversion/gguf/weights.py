@@ -16,9 +16,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from conversion.gguf.config import ARCHITECTURES, ROPE_FACTORS, config_of
-from conversion.gguf.header import StoredTensor, read_header
-from conversion.names import Tensor, collapse, tensors
+from transllm_jax.conversion.gguf.config import ARCHITECTURES, ROPE_FACTORS, config_of
+from transllm_jax.conversion.gguf.header import StoredTensor, read_header
+from transllm_jax.conversion.names import Tensor, collapse, tensors
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 
@@ -51,7 +51,7 @@ _VALUES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """An opened GGUF file of a model of the LLaMA family (`conversion.opened.OpenedModel`).
+    """An opened GGUF file of a model of the LLaMA family (`transllm_jax.conversion.opened.OpenedModel`).
 
     `fields` are its metadata by name. No weights are kept in memory: every `read` reads the file.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from conversion.hf.safetensors_io import (
+from transllm_jax.conversion.hf.safetensors_io import (
     DTYPES,
     MAX_SHARD_BYTES,
     Entry,
@@ -21,9 +21,9 @@ from conversion.hf.safetensors_io import (
     same_values,
     write_tensors,
 )
-from conversion.hf.tokenizer_files import copy_tokenizer
-from conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer
+from transllm_jax.conversion.names import DERIVED, EMBEDDING, OUTPUT, Tensor, collapse, tensors, to_hf, weight_shapes
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -85,7 +85,7 @@ def _match(directory: Path, config: LlamaConfig, entries: dict[str, Entry]) -> d
 
 @dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face directory, opened (see `conversion.opened`). `raw` is its config.json.
+    """A Hugging Face directory, opened (see `transllm_jax.conversion.opened`). `raw` is its config.json.
 
     `dropped` are tensors in the files that others determine: the output rows of a tied model, RoPE's buffers.
     `notes` are lines about other weights in the directory, which are not read.

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from conversion.hf.directory import generation_of, parse_config, write_config
-from conversion.hf.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
-from conversion.hf.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
-from conversion.merged import Merged
-from conversion.names import Tensor, tensors
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.directory import generation_of, parse_config, write_config
+from transllm_jax.conversion.hf.safetensors_io import MAX_SHARD_BYTES, dtype_of, require_finite, widest, write_tensors
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer, has_tokenizer, require_tokenizer, token_ids
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import Tensor, tensors
+from transllm_jax.conversion.opened import OpenedModel
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.new_directory import new_directory

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from conversion.names import Tensor, collapse
+from transllm_jax.conversion.names import Tensor, collapse
 from transllm_jax.disk import read_model_json, write_json
 from transllm_jax.errors import UserError
 

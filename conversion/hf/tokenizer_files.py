@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
+from transllm_jax.conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.formats import no_tokenizer_json, refuse_other_format

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.names import EMBEDDING, KERNELS, OUTPUT
+from transllm_jax.conversion.names import EMBEDDING, KERNELS, OUTPUT
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig

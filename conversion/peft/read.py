@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.hf.safetensors_io import DTYPES, Entry, count_not_finite, read_header, read_tensor
-from conversion.merged import Merged
-from conversion.names import KERNELS, collapse, kernel_shapes
-from conversion.opened import OpenedModel
-from conversion.peft.config import PREFIX, WEIGHTS, PeftConfig, read_peft_config
-from conversion.peft.tables import Tables
+from transllm_jax.conversion.hf.safetensors_io import DTYPES, Entry, count_not_finite, read_header, read_tensor
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import KERNELS, collapse, kernel_shapes
+from transllm_jax.conversion.opened import OpenedModel
+from transllm_jax.conversion.peft.config import PREFIX, WEIGHTS, PeftConfig, read_peft_config
+from transllm_jax.conversion.peft.tables import Tables
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.lora import LoraConfig

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.hf.safetensors_io import Entry, read_tensor, require_finite
-from conversion.names import EMBEDDING, OUTPUT, tensors
-from conversion.opened import OpenedModel
-from conversion.peft.config import EMBED_MODULE, HEAD_MODULE, PREFIX, WEIGHTS, PeftConfig
+from transllm_jax.conversion.hf.safetensors_io import Entry, read_tensor, require_finite
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors
+from transllm_jax.conversion.opened import OpenedModel
+from transllm_jax.conversion.peft.config import EMBED_MODULE, HEAD_MODULE, PREFIX, WEIGHTS, PeftConfig
 from transllm_jax.errors import UserError
 
 _WHOLE = ".weight"

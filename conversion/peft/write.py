@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from conversion.hf.export import check_tokenizer
-from conversion.hf.safetensors_io import SINGLE, dtype_of, write_tensors
-from conversion.hf.tokenizer_files import copy_tokenizer, require_tokenizer
-from conversion.merged import Merged
-from conversion.names import EMBEDDING, KERNELS, OUTPUT, Tensor, kernel_shapes, to_hf
-from conversion.opened import OpenedModel
-from conversion.peft.config import CONFIG, PREFIX, WEIGHTS, make_peft_config
+from transllm_jax.conversion.hf.export import check_tokenizer
+from transllm_jax.conversion.hf.safetensors_io import SINGLE, dtype_of, write_tensors
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer, require_tokenizer
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import EMBEDDING, KERNELS, OUTPUT, Tensor, kernel_shapes, to_hf
+from transllm_jax.conversion.opened import OpenedModel
+from transllm_jax.conversion.peft.config import CONFIG, PREFIX, WEIGHTS, make_peft_config
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig

@@ -12,7 +12,7 @@ import pytest
 from conftest import random_weights, write_tiny_model
 from refusals import Refused, refusing, says, small_run, write
 
-from conversion.hf.directory import read_config, write_model
+from transllm_jax.conversion.hf.directory import read_config, write_model
 
 
 @pytest.fixture

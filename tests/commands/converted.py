@@ -11,9 +11,9 @@ from conftest import random_weights
 from tiny_families import FAMILIES
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf.directory import write_model
-from conversion.names import tensors
-from conversion.opened import OpenedModel
+from transllm_jax.conversion.hf.directory import write_model
+from transllm_jax.conversion.names import tensors
+from transllm_jax.conversion.opened import OpenedModel
 
 LLAMA = FAMILIES["llama2"]
 

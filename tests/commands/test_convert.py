@@ -20,12 +20,12 @@ from conftest import Command, random_weights, write_tiny_model
 from converted import LLAMA, bits, write_source
 from tiny_families import FAMILIES
 
-from conversion.hf.directory import open_hf, read_config, read_weights, write_model
-from conversion.hf.safetensors_io import DTYPES, write_tensors
-from conversion.import_base import import_base
-from conversion.names import EMBEDDING, OUTPUT, tensors
-from conversion.verify import compare
 from transllm_jax.commands.chat import open_session
+from transllm_jax.conversion.hf.directory import open_hf, read_config, read_weights, write_model
+from transllm_jax.conversion.hf.safetensors_io import DTYPES, write_tensors
+from transllm_jax.conversion.import_base import import_base
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors
+from transllm_jax.conversion.verify import compare
 from transllm_jax.disk import parse_size, read_json, write_json
 from transllm_jax.model.mesh import parse_mesh
 from transllm_jax.progress import Progress

@@ -14,11 +14,11 @@ import yaml
 from conftest import Command, call, random_weights, tiny_run, write_tiny_model
 from converted import bits
 
-from conversion.hf.directory import open_hf, read_config, write_model
-from conversion.logits import logits_of
-from conversion.merged import Merged
-from conversion.names import tensors
 from transllm_jax.commands.open_model import open_source
+from transllm_jax.conversion.hf.directory import open_hf, read_config, write_model
+from transllm_jax.conversion.logits import logits_of
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import tensors
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_directories import CONFIG, IDS, UNTIED, write_directory, write_tokenizer
 
-from conversion.hf.directory import open_hf, read_config, read_weights
-from conversion.hf.export import export_hf
-from conversion.import_base import import_base
-from conversion.merged import Merged
-from conversion.names import kernel_shapes
+from transllm_jax.conversion.hf.directory import open_hf, read_config, read_weights
+from transllm_jax.conversion.hf.export import export_hf
+from transllm_jax.conversion.import_base import import_base
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import kernel_shapes
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 

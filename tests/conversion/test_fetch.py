@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_directories import write_directory
 
-from conversion.fetch import fetch
-from conversion.import_base import import_base
+from transllm_jax.conversion.fetch import fetch
+from transllm_jax.conversion.import_base import import_base
 from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 

@@ -15,12 +15,12 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import SCALES, TEMPLATE, TEXTS, field, hf_weights, permute, tiny_config, write_gguf
 
-from conversion.gguf import weights as gguf_weights
-from conversion.gguf.tokenizer import write_tokenizer
-from conversion.gguf.weights import gguf_name, open_gguf, unpermute
-from conversion.hf.directory import read_config, read_weights
-from conversion.import_base import base_fingerprint, import_base
-from conversion.names import tensors, to_hf
+from transllm_jax.conversion.gguf import weights as gguf_weights
+from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
+from transllm_jax.conversion.gguf.weights import gguf_name, open_gguf, unpermute
+from transllm_jax.conversion.hf.directory import read_config, read_weights
+from transllm_jax.conversion.import_base import base_fingerprint, import_base
+from transllm_jax.conversion.names import tensors, to_hf
 from transllm_jax.disk import cache_directory
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.rope import RopeScaling

@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import add, drop, field, hf_weights, put, remove, replace, rope_factors, tiny_config, tokens, write_gguf
 
-from conversion.gguf.weights import open_gguf
-from conversion.import_base import import_base
+from transllm_jax.conversion.gguf.weights import open_gguf
+from transllm_jax.conversion.import_base import import_base
 from transllm_jax.errors import UserError
 from transllm_jax.model.rope import RopeScaling
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_gguf import CONTROL, MERGES, TEMPLATE, TEXTS, tokens
 from tokenizers import Tokenizer
 
-from conversion.gguf.tokenizer import write_tokenizer
+from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
 from transllm_jax.errors import UserError
 
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_directories import CONFIG, UNTIED, edit_json, write_directory
 
-from conversion.hf.directory import read_config, read_weights, write_model
-from conversion.import_base import import_base
-from conversion.names import collapse, tensors, weight_shapes
+from transllm_jax.conversion.hf.directory import read_config, read_weights, write_model
+from transllm_jax.conversion.import_base import import_base
+from transllm_jax.conversion.names import collapse, tensors, weight_shapes
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import pytest
 from tiny_directories import IDS, edit_json, write_directory, write_tokenizer
 
-from conversion.import_base import base_fingerprint, fingerprint_of, import_base
+from transllm_jax.conversion.import_base import base_fingerprint, fingerprint_of, import_base
 from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 

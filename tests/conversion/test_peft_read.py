@@ -27,9 +27,9 @@ from tiny_peft import (
     write_bases,
 )
 
-from conversion.hf.directory import HFModel
-from conversion.peft.read import read_peft
-from conversion.peft.write import write_peft
+from transllm_jax.conversion.hf.directory import HFModel
+from transllm_jax.conversion.peft.read import read_peft
+from transllm_jax.conversion.peft.write import write_peft
 from transllm_jax.errors import UserError
 
 

@@ -13,9 +13,9 @@ import pytest
 from conftest import random_weights
 from tiny_peft import EMBED, HEAD, IDS, NEW, Q0, SOME, TIED, VOCAB, base_table, change, random_trainable, write_bases
 
-from conversion.hf.directory import HFModel, open_hf, stacked, write_model
-from conversion.peft.read import open_peft, read_peft
-from conversion.peft.write import write_peft
+from transllm_jax.conversion.hf.directory import HFModel, open_hf, stacked, write_model
+from transllm_jax.conversion.peft.read import open_peft, read_peft
+from transllm_jax.conversion.peft.write import write_peft
 from transllm_jax.errors import UserError
 
 

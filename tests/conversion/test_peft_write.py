@@ -27,9 +27,9 @@ from tiny_peft import (
 )
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf.directory import HFModel, open_hf, stacked
-from conversion.peft.read import PeftAdapter, open_peft, read_peft
-from conversion.peft.write import Rows, write_peft
+from transllm_jax.conversion.hf.directory import HFModel, open_hf, stacked
+from transllm_jax.conversion.peft.read import PeftAdapter, open_peft, read_peft
+from transllm_jax.conversion.peft.write import Rows, write_peft
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
 

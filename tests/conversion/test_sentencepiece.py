@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from conversion.hf.sentencepiece_tokenizer import build_tokenizer, write_tokenizer_json
-from conversion.hf.tokenizer_files import copy_or_make_tokenizer
+from transllm_jax.conversion.hf.sentencepiece_tokenizer import build_tokenizer, write_tokenizer_json
+from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer
 from transllm_jax.errors import UserError
 
 spm = pytest.importorskip("sentencepiece")

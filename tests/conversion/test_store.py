@@ -28,10 +28,10 @@ from tiny_store import (
     written,
 )
 
-from conversion import store
-from conversion.hf.directory import open_hf, read_weights, write_model
-from conversion.names import EMBEDDING, tensors, weight_shapes
-from conversion.store import MANIFEST, MAX_CHUNK_BYTES, open_store, transposed
+from transllm_jax.conversion import store
+from transllm_jax.conversion.hf.directory import open_hf, read_weights, write_model
+from transllm_jax.conversion.names import EMBEDDING, tensors, weight_shapes
+from transllm_jax.conversion.store import MANIFEST, MAX_CHUNK_BYTES, open_store, transposed
 from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -206,7 +206,7 @@ ON_A_MESH = """
 import sys
 import jax, numpy as np
 from jax.sharding import Mesh
-from conversion.store import open_store
+from transllm_jax.conversion.store import open_store
 from transllm_jax.model.layout import Layout
 
 opened = open_store(sys.argv[1])

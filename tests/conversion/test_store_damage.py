@@ -12,9 +12,9 @@ import pytest
 import tensorstore
 from tiny_store import BF16, CONFIG, edited, finish, refused, source_of, written
 
-from conversion import store
-from conversion.names import tensors, weight_shapes
-from conversion.store import MANIFEST, Store, open_store
+from transllm_jax.conversion import store
+from transllm_jax.conversion.names import tensors, weight_shapes
+from transllm_jax.conversion.store import MANIFEST, Store, open_store
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import UserError
 

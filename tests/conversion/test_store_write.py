@@ -16,9 +16,9 @@ import pytest
 import tensorstore
 from tiny_store import BF16, CONFIG, F32, Source, finish, refused, source_of
 
-from conversion import store
-from conversion.names import EMBEDDING, OUTPUT, Tensor
-from conversion.store import MANIFEST, write_store
+from transllm_jax.conversion import store
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, Tensor
+from transllm_jax.conversion.store import MANIFEST, write_store
 from transllm_jax.errors import UserError
 from transllm_jax.new_directory import new_directory
 

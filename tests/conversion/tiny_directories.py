@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from conversion.names import tensors
+from transllm_jax.conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 
 CONFIG = LlamaConfig(

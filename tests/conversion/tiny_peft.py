@@ -17,7 +17,7 @@ import pytest
 from conftest import random_weights, tiny_config
 from safetensors.numpy import load_file, save_file
 
-from conversion.hf.directory import HFModel, open_hf, read_weights, write_model
+from transllm_jax.conversion.hf.directory import HFModel, open_hf, read_weights, write_model
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import abstract, assemble, load_frozen, merge
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from conversion.hf.directory import write_config
-from conversion.names import Tensor, tensors
-from conversion.opened import OpenedModel
-from conversion.store import MANIFEST, open_store, write_store
+from transllm_jax.conversion.hf.directory import write_config
+from transllm_jax.conversion.names import Tensor, tensors
+from transllm_jax.conversion.opened import OpenedModel
+from transllm_jax.conversion.store import MANIFEST, open_store, write_store
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig

@@ -14,7 +14,7 @@ import pytest
 from conftest import random_weights
 from tiny_families import BASE, FAMILIES, LLAMA3, VOCAB
 
-from conversion.hf.directory import read_config, read_weights, write_model
+from transllm_jax.conversion.hf.directory import read_config, read_weights, write_model
 from transllm_jax.errors import UserError
 from transllm_jax.model.cache import decode, prefill
 from transllm_jax.model.config import LlamaConfig

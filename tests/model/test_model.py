@@ -26,9 +26,9 @@ from tiny_splits import (
     whole_rows,
 )
 
-from conversion.hf.directory import write_model
-from conversion.names import tensors
 from transllm_jax.choices import Remat
+from transllm_jax.conversion.hf.directory import write_model
+from transllm_jax.conversion.names import tensors
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.parameters import BASE_ROWS, count_parameters
 from transllm_jax.training.step import summed_loss

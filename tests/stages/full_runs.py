@@ -10,8 +10,8 @@ import numpy as np
 from conftest import random_weights, tiny_config
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf.directory import write_model
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import write_model
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.progress import Progress

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import call, tiny_run, write_tiny_model
 
-from conversion.adapter import read_adapter
-from conversion.logits import logits_of
 from transllm_jax.commands.open_model import open_source
+from transllm_jax.conversion.adapter import read_adapter
+from transllm_jax.conversion.logits import logits_of
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays

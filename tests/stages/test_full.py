@@ -12,12 +12,12 @@ import pytest
 from conftest import Command, call, write_run_config
 from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, POINTS, arrays, bfloat16, changed, opened, write_qwen
 
-from conversion.hf.directory import open_hf, read_weights
-from conversion.merged import Merged
-from conversion.names import tensors
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import open_hf, read_weights
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import tensors
 from transllm_jax.errors import UserError
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.stages import steps

@@ -14,10 +14,10 @@ import pytest
 from conftest import Command, random_weights, write_run_config
 from full_runs import BASE_ROWS, FROZEN, NEW_ROWS, arrays, bfloat16, write_qwen
 
-from conversion.hf.directory import open_hf, read_weights
-from conversion.merged import Merged
-from conversion.names import tensors
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import open_hf, read_weights
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import tensors
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress

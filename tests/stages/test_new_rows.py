@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES, tiny_run, write_tiny_model
 
-from conversion.hf.directory import read_config, read_weights
-from conversion.token_rows import open_token_rows
 from transllm_jax.commands import convert
 from transllm_jax.config import Config
+from transllm_jax.conversion.hf.directory import read_config, read_weights
+from transllm_jax.conversion.token_rows import open_token_rows
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress

@@ -11,9 +11,9 @@ import pytest
 from conftest import call, random_weights, tiny_config, write_run_config, write_tiny_model
 from tiny_sentencepiece import TEMPLATE, TEXT, build_tiny_sentencepiece
 
-from conversion.hf.directory import write_model
-from conversion.logits import logits_of
 from transllm_jax.commands.open_model import open_source
+from transllm_jax.conversion.hf.directory import write_model
+from transllm_jax.conversion.logits import logits_of
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.growing.expand import expand, save_expanded
 from transllm_jax.tokenizer.tokenizer import Tokenizer

@@ -16,14 +16,14 @@ import yaml
 from conftest import random_weights, tiny_config, tiny_run
 from tiny_tokenizer import build_tiny_tokenizer
 
-from conversion.hf.directory import open_hf, read_config, read_weights, write_model
-from conversion.logits import logits_of
-from conversion.merged import Merged
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import convert
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.open_model import open_source
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import open_hf, read_config, read_weights, write_model
+from transllm_jax.conversion.logits import logits_of
+from transllm_jax.conversion.merged import Merged
 from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
@@ -278,7 +278,7 @@ def test_peft_and_back(run: Path, tmp_path: Path, rows: Any) -> None:
 
 @pytest.mark.full
 def test_rows_that_are_not_zero_need_tokens(run: Path, tmp_path: Path) -> None:
-    from conversion.hf.export import export_hf
+    from transllm_jax.conversion.hf.export import export_hf
 
     trainable = load_arrays(run / "transfer/trainable")
     for change, fits in ((1e-30, False), (0.0, True)):

@@ -20,10 +20,10 @@ import pytest
 import yaml
 from conftest import copy_run, tiny_run, write_config
 
-from conversion.hf.directory import read_weights
 from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import read_weights
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.disk import sha256_of
 from transllm_jax.errors import Preempted, UserError

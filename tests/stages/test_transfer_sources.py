@@ -11,8 +11,8 @@ import pytest
 from conftest import Command, call, tiny_run, write_run_config
 from full_runs import NEW_ROWS, POINTS, arrays, changed, write_qwen
 
-from conversion.hf.directory import read_weights
 from transllm_jax.config import load_config
+from transllm_jax.conversion.hf.directory import read_weights
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import transfer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_tokenizer import END, EOS, build_tiny_tokenizer, change
 
-from conversion.gguf.tokenizer import end_ids as gguf_ends
+from transllm_jax.conversion.gguf.tokenizer import end_ids as gguf_ends
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import encode_conversation
 from transllm_jax.tokenizer.ends import answer_end_id, end_ids, unnamed_end

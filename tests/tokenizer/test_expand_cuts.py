@@ -15,8 +15,8 @@ from test_expand import BASES, ENGLISH, LLAMA3_PATTERN, MARKERS, THAI, made, mix
 from test_expand import _byte_level as byte_level
 from tokenizers import Regex, models, pre_tokenizers
 
-from conversion.gguf.tokenizer import write_tokenizer
 from transllm_jax.choices import Cuts
+from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import ends_between_characters
 from transllm_jax.tokenizer.growing.expand import Expansion, expand, expansion_of

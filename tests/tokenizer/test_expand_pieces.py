@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_expand import ENGLISH, MARKERS, THAI, mixed, no_thai
 from tiny_sentencepiece import build_tiny_sentencepiece
 
-from conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
+from transllm_jax.conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.expand import Expansion, expand, save_expanded, with_markers
 from transllm_jax.tokenizer.growing.pieces import PieceTable, split_priority

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import tiny_run, write_tiny_model
 
-from conversion.hf.directory import read_weights
 from transllm_jax.config import Config
+from transllm_jax.conversion.hf.directory import read_weights
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.model.parameters import merge
 from transllm_jax.progress import Progress

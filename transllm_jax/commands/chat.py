@@ -9,10 +9,10 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from conversion.open_directory import open_directory
 from transllm_jax.choices import POINTS
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
+from transllm_jax.conversion.open_directory import open_directory
 from transllm_jax.disk import is_utf8, read_json
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer, ChainChat, remembered

@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from conversion.adapter import AdapterDescription, write_adapter
-from conversion.gguf.tokenizer import write_tokenizer
-from conversion.gguf.weights import GGUFModel
-from conversion.hf.directory import open_hf
-from conversion.hf.export import Rounding, check_tokenizer, export_hf
-from conversion.hf.tokenizer_files import copy_tokenizer, token_ids
-from conversion.import_base import import_base
-from conversion.logits import logits_of
-from conversion.merged import Merged
-from conversion.names import tensors
-from conversion.open_directory import open_directory
-from conversion.opened import OpenedModel, size_of
-from conversion.peft.config import CONFIG
-from conversion.peft.read import read_peft
-from conversion.peft.write import Rows, write_peft
-from conversion.verify import Comparison, compare
 from transllm_jax.commands.open_model import open_source, tokenizer_of
+from transllm_jax.conversion.adapter import AdapterDescription, write_adapter
+from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
+from transllm_jax.conversion.gguf.weights import GGUFModel
+from transllm_jax.conversion.hf.directory import open_hf
+from transllm_jax.conversion.hf.export import Rounding, check_tokenizer, export_hf
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer, token_ids
+from transllm_jax.conversion.import_base import import_base
+from transllm_jax.conversion.logits import logits_of
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import tensors
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.conversion.opened import OpenedModel, size_of
+from transllm_jax.conversion.peft.config import CONFIG
+from transllm_jax.conversion.peft.read import read_peft
+from transllm_jax.conversion.peft.write import Rows, write_peft
+from transllm_jax.conversion.verify import Comparison, compare
 from transllm_jax.disk import parse_size, read_model_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.lora import LoraConfig
@@ -42,7 +42,7 @@ PROMPT_TOKENS = 64
 
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
-    """Write a model as a checkpoint of ours (see `conversion.import_base`)."""
+    """Write a model as a checkpoint of ours (see `transllm_jax.conversion.import_base`)."""
     _check_destination(dst, force, source)
     with _byte_bar(progress, "converting") as begin:
         import_base(

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.adapter import ADAPTER, AdapterDescription, read_adapter
-from conversion.fetch import fetch
-from conversion.gguf.weights import GGUFModel, open_gguf
-from conversion.hf.directory import open_hf
-from conversion.hf.tokenizer_files import has_tokenizer
-from conversion.merged import Merged
-from conversion.open_directory import open_directory
-from conversion.opened import OpenedModel
-from conversion.peft.config import CONFIG
-from conversion.peft.read import open_peft, read_peft
 from transllm_jax.choices import POINTS
 from transllm_jax.commands.open_tokenizer import open_tokenizer
 from transllm_jax.config import load_config
+from transllm_jax.conversion.adapter import ADAPTER, AdapterDescription, read_adapter
+from transllm_jax.conversion.fetch import fetch
+from transllm_jax.conversion.gguf.weights import GGUFModel, open_gguf
+from transllm_jax.conversion.hf.directory import open_hf
+from transllm_jax.conversion.hf.tokenizer_files import has_tokenizer
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.conversion.opened import OpenedModel
+from transllm_jax.conversion.peft.config import CONFIG
+from transllm_jax.conversion.peft.read import open_peft, read_peft
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.fetch import fetch
-from conversion.gguf.header import read_header
-from conversion.gguf.tokenizer import write_tokenizer
-from conversion.hf.tokenizer_files import copy_or_make_tokenizer
+from transllm_jax.conversion.fetch import fetch
+from transllm_jax.conversion.gguf.header import read_header
+from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
+from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer
 from transllm_jax.disk import read_model_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

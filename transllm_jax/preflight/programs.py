@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conversion.hf.directory import parse_config
 from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
+from transllm_jax.conversion.hf.directory import parse_config
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.import_base import import_base
+from transllm_jax.conversion.import_base import import_base
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import check_template
 from transllm_jax.tokenizer.ends import unnamed_end

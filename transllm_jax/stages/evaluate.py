@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion.import_base import base_fingerprint
 from transllm_jax.choices import TRAININGS
+from transllm_jax.conversion.import_base import base_fingerprint
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import Preempted, UserError

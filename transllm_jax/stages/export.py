@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.hf.directory import open_hf
-from conversion.hf.export import export_hf
-from conversion.merged import Merged
+from transllm_jax.conversion.hf.directory import open_hf
+from transllm_jax.conversion.hf.export import export_hf
+from transllm_jax.conversion.merged import Merged
 from transllm_jax.disk import write_json
 from transllm_jax.stages.points import chat_metadata
 from transllm_jax.stages.run import Run

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from conversion.hf.directory import open_hf, read_parts
-from conversion.hf.safetensors_io import dtype_of
-from conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.config import Source
+from transllm_jax.conversion.hf.directory import open_hf, read_parts
+from transllm_jax.conversion.hf.safetensors_io import dtype_of
+from transllm_jax.conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble
 from transllm_jax.stages.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.hf.directory import open_hf, read_config, read_parts
 from transllm_jax.config import Config
+from transllm_jax.conversion.hf.directory import open_hf, read_config, read_parts
 from transllm_jax.data.read.files import Place
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from conversion.adapter import ADAPTER, read_adapter
-from conversion.hf.directory import open_hf, read_weights
-from conversion.names import tensors
-from conversion.store import MANIFEST
 from transllm_jax.config import Vocabulary
+from transllm_jax.conversion.adapter import ADAPTER, read_adapter
+from transllm_jax.conversion.hf.directory import open_hf, read_weights
+from transllm_jax.conversion.names import tensors
+from transllm_jax.conversion.store import MANIFEST
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count_parameters, initial_adapters
