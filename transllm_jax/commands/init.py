@@ -241,7 +241,7 @@ def _write(
         "text": sources,
         "pairs": pair_sources,
         "english": english.entry if english else (pair_sources[0] if pairs else None),
-        "english_text": english.entry if english else None,
+        "translated_from": _mixture(pairs, text, english, sizes.pair_tokens),
         "instructions": answers.instructions or MARK,
         "translated": translated,
         "sizes": sizes,
@@ -255,6 +255,29 @@ def _write(
             write_text(directory / name, content + "\n")
     write_text(path, rendered)
     return tree
+
+
+def _mixture(
+    pairs: Sequence[Looked], text: Sequence[Looked], english: Looked | None, pair_tokens: int
+) -> list[dict[str, Any]]:
+    """The sources of stage translate with their weights: pairs, and some text of both languages.
+
+    Text has a budget of tokens, a bit below its share: the pairs decide how long an epoch is.
+    """
+    shares = {0.7: pairs, 0.2 if english else 0.3: text, 0.1: [english] if english else []}
+    entries = []
+    for share, sources in shares.items():
+        total = sum(source.bytes for source in sources)
+        for source in sources:
+            part = share * source.bytes / max(1, total)
+            entry = source.entry | {"weight": max(0.01, round(part, 2))}
+            if share < 0.7:
+                entry["tokens"] = max(1000, int(0.8 * pair_tokens * part / 0.7))
+            entries.append(entry)
+        if not sources and share != 0.1:
+            mark = {"path": MARK, "format": "pairs"} if share == 0.7 else {"path": MARK, "tokens": pair_tokens // 4}
+            entries.append(mark | {"weight": share})
+    return entries
 
 
 def _render(values: Mapping[str, Any]) -> str:

@@ -59,8 +59,8 @@ class Sizes:
     max_chain_tokens: int
     evaluated_tokens: int
     generated_at_once: int
-    # Tokens of the text that is replayed in stage translate.
-    replay: int
+    # Tokens of all pairs in both directions.
+    pair_tokens: int
     # Pairs that become translation instructions.
     pairs: int
 
@@ -104,7 +104,7 @@ def sizes_for(given: Given) -> Sizes:
         max_chain_tokens=min(2 * answer, long // 2),
         evaluated_tokens=min(answer, 96),
         generated_at_once=64 if large else 32,
-        replay=max(1000, pair_tokens // 4),
+        pair_tokens=pair_tokens,
         pairs=max(100, 2 * instructions),
     )
 
