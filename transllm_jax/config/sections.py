@@ -50,10 +50,10 @@ class Vocabulary(Section):
     corpus: list[TextSource] = []
     """Text in the target language; in pairs, the target side is read."""
     tokenizer: Location | None = None
-    """In place of a size: a directory that `transllm tokenizer expand` wrote. A corpus is then only used to make rows.
-    """
+    """In place of `size`: a directory that `transllm tokenizer expand` wrote. A corpus then only makes rows."""
     adapter: Location | None = None
-    """In place of all of these: a directory that `transllm convert from-peft` wrote, to go on training PEFT's adapter.
+    """In place of `size`, `corpus` and `tokenizer`: a directory that `transllm convert from-peft` wrote, to go on
+    training PEFT's adapter.
     """
     min_count: Positive = 2
     """How often the corpus must contain each new token."""
