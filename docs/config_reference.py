@@ -5,20 +5,17 @@ python docs/config_reference.py
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from transllm_jax.config import Config, Section, Source, meanings  # noqa: E402
+from transllm_jax.config.describe import Key, doc, keys, schema, walk  # noqa: E402
 
 PAGE, SCHEMA = DOCS / "config.md", DOCS / "config.schema.json"
 WIDTH = 120
@@ -104,31 +101,6 @@ Below, each key has its type, its default or **required**, and its meaning.
 """
 
 
-def sections_in(annotation: Any) -> list[type[Section]]:
-    """The sections in a field's annotation: `Lora` in `Lora | None`, `Source` in `list[Annotated[Source, ...]]`."""
-    if inspect.isclass(annotation) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in sections_in(argument)]
-
-
-def walk(section: type[Section] = Config, path: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """(dotted key, section) of each place in the config that holds a section, in the order of the config."""
-    for name, field in section.model_fields.items():
-        for inner in sections_in(field.annotation):
-            yield f"{path}{name}", inner
-            yield from walk(inner, f"{path}{name}.")
-
-
-def schema() -> dict[str, Any]:
-    """The config's JSON schema, with the meaning of each key as its description."""
-    whole = Config.model_json_schema()
-    for section in dict.fromkeys([Config, *(section for _, section in walk())]):
-        node = whole if section is Config else whole["$defs"][section.__name__]
-        for name, meaning in meanings(section).items():
-            node["properties"][name]["description"] = meaning
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
-
-
 class Reference:
     """The page. Each section is described once: under its first key, or its heading in `ITEMS`."""
 
@@ -180,71 +152,22 @@ class Reference:
         return blocks
 
     def _keys(self, section: type[Section], names: list[str]) -> list[str]:
-        node = self._schema if section is Config else self._schema["$defs"][section.__name__]
-        return [self._key(section, name, node) for name in names]
+        def words(key: str, of: str) -> str:
+            found = next(found for _, found in self._places if found.__name__ == of)
+            heading = key if section is Config and found not in ITEMS else self._headings[found]
+            return f"[{ITEMS.get(found, 'section')}](#{slug(heading)})"
 
-    def _key(self, section: type[Section], name: str, parent: dict[str, Any]) -> str:
-        node = parent["properties"][name]
-        default = node.get("default")
-        if name in parent.get("required", ()):
-            given = "**required**"
-        elif default is None or isinstance(default, dict):
-            given = "optional"
-        else:
-            given = f"default `{inline(default)}`"
-        type_ = self._type(node, name if section is Config else None)
-        first = fill(f"- **`{name}`** · {type_} · {given}", subsequent_indent="  ")
-        return f"{first}\\\n" + textwrap.indent(node["description"], "  ")
+        known = {key.name: key for key in keys(section, self._schema, words)}
+        return [self._key(known[name]) for name in names]
 
-    def _type(self, node: dict[str, Any], heading: str | None = None) -> str:
-        """A JSON schema's type in words. heading: of a section, if it is not where the section is described.
-
-        Raises KeyError for a type that has no words yet.
-        """
-        if "$ref" in node:
-            section = next(found for _, found in self._places if found.__name__ == node["$ref"].rpartition("/")[2])
-            return f"[{ITEMS.get(section, 'section')}](#{slug(heading or self._headings[section])})"
-        if "anyOf" in node:
-            return " or ".join(self._type(one, heading) for one in node["anyOf"] if one.get("type") != "null")
-        if "const" in node:
-            return f"`{node['const']}`"
-        if "enum" in node:
-            return "one of " + ", ".join(f"`{value}`" for value in node["enum"])
-        if node["type"] == "array":
-            if "prefixItems" in node:
-                return {2: "list of two texts"}[node["maxItems"]]
-            some = "list of one or more" if node.get("minItems") else "list"
-            items = self._type(node["items"])
-            if "enum" in node["items"]:
-                return f"{some} {items.removeprefix('one ')}"
-            plural = items.replace("text", "texts").replace("[source]", "[sources]")
-            return f"{some} {plural}" if "more" in some else f"{some} of {plural}"
-        if node["type"] == "string":
-            return {None: "text", "path": "path", "date": "date (YYYY-MM-DD)"}[node.get("format")]
-        if node["type"] == "boolean":
-            return "`true` or `false`"
-        return {"integer": "whole number", "number": "number"}[node["type"]] + bounds(node)
+    def _key(self, key: Key) -> str:
+        given = f"**{key.given}**" if key.given == "required" else key.given
+        first = fill(f"- **`{key.name}`** · {key.kind} · {given}", subsequent_indent="  ")
+        return f"{first}\\\n" + textwrap.indent(key.meaning, "  ")
 
     def _link(self, section: type[Section]) -> str:
         heading = self._headings[section]
         return f"[`{heading}`](#{slug(heading)})"
-
-
-def bounds(node: dict[str, Any]) -> str:
-    if "minimum" in node and "maximum" in node:
-        return f" from {node['minimum']:g} to {node['maximum']:g}"
-    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    found = [f"{sign} {node[name]:,}" for name, sign in signs.items() if name in node]
-    return f" {' and '.join(found)}" if found else ""
-
-
-def inline(value: Any) -> str:
-    """A value in one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
-
-
-def doc(section: type[Section]) -> str:
-    return inspect.cleandoc(section.__doc__ or "")
 
 
 def fill(text: str, **options: Any) -> str:

@@ -194,6 +194,17 @@ def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs
     plain_console().print(status_table(workdir))
 
 
+@app.command("config")
+def explain_config(
+    key: Annotated[str | None, typer.Argument(help="A key of the config, such as pretrain or lora.rank.")] = None,
+) -> None:
+    """Say what the keys of a config mean: types, defaults, units."""
+    from transllm_jax.commands.config_keys import described
+    from transllm_jax.progress import plain_console
+
+    plain_console().print(described(key))
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A run's directory (or gs://...), or an exported model directory.")],

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from transllm_jax.config.marks import MARK
+from transllm_jax.config.marks import MARK, require_values
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Section
 from transllm_jax.errors import UserError
@@ -75,6 +75,8 @@ def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
+        if any(fault["input"] == MARK for fault in error.errors()):
+            require_values(tree, str(path))
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
@@ -126,8 +128,6 @@ def _explain(error: ValidationError) -> str:
             faults.append(f"{path}: unknown key; {hint}")
         elif fault["type"] == "missing":
             faults.append(f"{path}: missing; add it")
-        elif fault["input"] == MARK:
-            faults.append(f"{path}: still {MARK}; give it a value")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             given = repr(fault["input"])
