@@ -17,9 +17,9 @@ from transllm_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a section: its kind, which is its type in words, how it is given ("required", "optional", "default 64"), its meaning.
+    """A key of a section, in words.
 
-    section: the section that it holds, or holds a list of.
+    kind: its type. given: "required", "optional" or "default 64". section: the one that it holds, or holds a list of.
     """
 
     name: str
