@@ -203,6 +203,7 @@ DOORS = {
         "transllm_jax.commands.chat",
         "transllm_jax.commands.dry_run",
         "transllm_jax.cli.main",
+        "transllm_jax.cli.devices",
     },
     "matplotlib": {"transllm_jax.evaluation.page.plots"},
     "sacrebleu": {"transllm_jax.evaluation.point"},

@@ -231,8 +231,7 @@ def save_expanded(tokenizer: Tokenizer, base: str | Path, directory: str | Path)
     base: the directory of the tokenizer that was expanded. If it has a tokenizer.model, one is written too. It agrees
     with the new tokenizer.json on all texts on which the base's two files agree (transformers 5 writes a tokenizer.json
     that puts no "▁" before a text that begins with a space; SentencePiece puts one). SentencePiece parses no special
-    tokens, like `Tokenizer.encode(text, specials=False)`. Raises UserError if the base's two files disagree, or without
-    the extra `transllm-jax[sentencepiece]`.
+    tokens, like `Tokenizer.encode(text, specials=False)`. Raises UserError if the base's two files disagree.
     """
     tokenizer.save(directory)
     model = Path(base) / "tokenizer.model"
