@@ -274,10 +274,10 @@ def test_the_page_has_a_section_on_each() -> None:
 
 def test_noise_and_short_stages_are_no_finding() -> None:
     """What falls, however noisily, does not count as flat or rising, and neither do a few steps."""
-    for start, end, count, noise in ((7.3, 6.9, 50, 0.25), (5, 4.4, 90, 0.8), (3, 2.9, 1000, 0.1)):
+    for start, end, count, noise in ((7.3, 6.9, 50, 0.2), (5, 4.4, 90, 0.8), (3, 2.9, 1000, 0.1)):
         records = [Recorded(**stage(losses=losses(*noisy(start, end, count, noise, seed)))) for seed in range(100)]
-        # Noise may hide any fall now and then; in the first of these, it is as large as half of the fall.
-        assert sum(findings(record) != [] for record in records) <= 4, start
+        # Now and then, noise hides a fall: in the first of these it is half as large as the fall.
+        assert sum(findings(record) != [] for record in records) <= 3, start
     assert findings(Recorded(**stage(losses=losses(*[3.0] * 49)))) == []
     assert findings(Recorded(**stage(losses=losses(*noisy(3, 9, 49))))) == []
     # It fell within its first steps, and then stayed.

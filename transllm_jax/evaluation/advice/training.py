@@ -11,8 +11,8 @@ from transllm_jax.evaluation.page.measures import number, percent, section, writ
 
 # Fewer logged steps say nothing about a trend.
 LEAST_STEPS = 50
-# How many standard errors a difference between two medians must exceed to count: to have fallen; and to have risen, or
-# to be sure that no fall hides in the noise (more, because a false alarm costs a run).
+# How many standard errors a difference must exceed to count: to have fallen; and to have risen, or to be sure that no
+# fall hides in the noise (more, because a false alarm costs a run).
 FALLEN, SURE = 2.0, 3.0
 # "Does not fall": the fall is certainly below this share of the loss. "Rises": it rose by at least this share.
 FLAT, RISE = 0.05, 0.02
@@ -165,6 +165,14 @@ def _error(noise: float, before: Sequence[float], after: Sequence[float]) -> flo
     return math.sqrt(math.pi / 2) * noise * math.sqrt(1 / len(before) + 1 / len(after))
 
 
+def _trend(losses: Sequence[float]) -> float:
+    """By how many standard errors the losses rise with the steps, below 0 if they fall: Spearman's rank correlation."""
+    ranks = {place: rank for rank, place in enumerate(sorted(range(len(losses)), key=lambda place: losses[place]))}
+    count = len(losses)
+    apart = sum((place - rank) ** 2 for place, rank in ranks.items())
+    return (1 - 6 * apart / (count * (count**2 - 1))) * math.sqrt(count - 1)
+
+
 def _rise(losses: Sequence[float]) -> tuple[float, float] | None:
     """The median loss of the best quarter and of the last one, if the last is clearly higher."""
     if len(losses) < LEAST_STEPS:
@@ -186,7 +194,7 @@ def _is_flat(losses: Sequence[float]) -> bool:
     noise = _noise(parts)
     fell = median(first) - median(last)
     error = _error(noise, first, last)
-    has_fallen = fell > FALLEN * error or median(start) - median(last) > FALLEN * _error(noise, start, last)
+    has_fallen = -_trend(losses) > FALLEN or median(start) - median(last) > FALLEN * _error(noise, start, last)
     return not has_fallen and fell + SURE * error <= FLAT * abs(median(first))
 
 
