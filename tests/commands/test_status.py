@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 from conftest import Command, copy_run
+from etils import epath
 from rich.console import Console
 
+from transllm_jax.commands import status
 from transllm_jax.commands.status import status_table
 from transllm_jax.disk import locked, read_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.report import findings_lines
 from transllm_jax.stages.steps import STEPS, artifact
+from transllm_jax.storage import Workdir
 from transllm_jax.training.record.ledger import Ledger
 
 
@@ -80,7 +83,7 @@ def last_lines(printed: str) -> list[str]:
 
 def test_a_run_that_is_not_begun(tmp_path: Path) -> None:
     place = tmp_path / "my run"
-    with pytest.raises(UserError, match="it has no run.yaml.*transllm run CONFIG --workdir '.*my run'"):
+    with pytest.raises(UserError, match=r"it has no run\.yaml.*transllm run CONFIG --workdir '.*my run'"):
         status_table(place)
     place.mkdir()
     (place / "run.yaml").write_text("title: x\n")
@@ -152,3 +155,30 @@ def test_counts_of_an_evaluation_are_in_its_manifest(finished_run: Path) -> None
         # A random model hardly ever ends an answer by itself.
         assert summary["chains"]["answers"] == 3 and summary["chains"]["cut_off"] > 0
         assert summary["chains"]["cut_off"] == sum(answer["cut_off"] for answer in results["answers"])
+
+
+def test_a_run_on_a_store_pulls_only_small_files(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_run(finished_run, tmp_path)
+    store, pulled = epath.Path(tmp_path / "store"), []
+    there = Workdir(tmp_path / "run", store)
+    for name in ("run.yaml", "ledger.jsonl", *(step.directory for step in STEPS if step.name != "report")):
+        there.push(name)
+
+    class Elsewhere(Workdir):
+        name = "gs://bucket/run"
+
+        def pull(self, name: str) -> bool:
+            pulled.append(name)
+            return super().pull(name)
+
+    monkeypatch.setattr(status, "open_workdir", lambda _given, directory: Elsewhere(directory, store))
+    printed = terminal(status_table("gs://bucket/run"), width=300)
+    results = read_json(finished_run / "evaluation" / "results.json")
+    assert terminal(findings_lines(results["findings"]), width=300) in printed
+    assert "go on with report" in printed and "transllm run CONFIG --workdir gs://bucket/run" in printed
+    logs = ("metrics.jsonl", "validation.jsonl", "skipped.jsonl")
+    small = ("manifest.json", *logs)
+    others = {name for name in pulled if not name.endswith(small)}
+    assert others == {"run.yaml", "ledger.jsonl", "vocabulary/report.json"}

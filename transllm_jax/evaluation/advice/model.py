@@ -26,6 +26,26 @@ SAVES_LITTLE, SAVES_MUCH = 0.03, 0.2
 RARE = 0.5
 # Answers of the original model that were cut off, as a share.
 UNFINISHED = 0.1
+# Seconds; in a shorter stage, starting and compiling take their minutes whatever one does.
+LONG = 600.0
+# For each kind of time: the share of a stage that it may take, what it is, and what to turn.
+_LOST = {
+    "data": (0.1, "waiting for data", "Put tokenised text on a faster disk.", ("token_cache",)),
+    "save": (0.1, "saving checkpoints", "Save less often.", ("{stage}.checkpoint_every", "{stage}.keep_checkpoints")),
+    "validate": (
+        0.2,
+        "validation",
+        "Validate less often, or on fewer rows.",
+        ("{stage}.validation.every", "{stage}.validation.rows"),
+    ),
+    "lost": (0.1, "steps that restarts repeated", "Save more often.", ("{stage}.checkpoint_every",)),
+    "compile": (
+        0.2,
+        "compiling",
+        "Keep compiled programs: let JAX_COMPILATION_CACHE_DIR name a directory that outlives the machine.",
+        (),
+    ),
+}
 
 
 def chains(run: Recorded) -> Iterator[Finding]:
@@ -185,25 +205,3 @@ def time_spent(run: Recorded) -> Iterator[Finding]:
                 said = f"{percent(round(amount / total, 2))} of the stage's time went into {what}."
                 found.append((amount, Finding("Time goes elsewhere", stage, said, turn, named)))
     yield from (finding for _, finding in sorted(found, key=lambda item: -item[0]))
-
-
-# Shorter stages are not worth it: starting and compiling take minutes whatever one does. Seconds.
-LONG = 600.0
-# For each kind of time: the share of a stage that it may take, what it is, and what to turn.
-_LOST = {
-    "data": (0.1, "waiting for data", "Put tokenised text on a faster disk.", ("token_cache",)),
-    "save": (0.1, "saving checkpoints", "Save less often.", ("{stage}.checkpoint_every", "{stage}.keep_checkpoints")),
-    "validate": (
-        0.2,
-        "validation",
-        "Validate less often, or on fewer rows.",
-        ("{stage}.validation.every", "{stage}.validation.rows"),
-    ),
-    "lost": (0.1, "steps that restarts repeated", "Save more often.", ("{stage}.checkpoint_every",)),
-    "compile": (
-        0.2,
-        "compiling",
-        "Keep compiled programs: let JAX_COMPILATION_CACHE_DIR name a directory that outlives the machine.",
-        (),
-    ),
-}
