@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(VERSION).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-full newest lock lint docs check clean help
+.PHONY: demo quick test test-full newest lock dist lint docs check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -31,7 +31,8 @@ demo: $(VENV)/.installed
 	$(BIN)/transllm run configs/demo.yaml
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
-QUICK := $(wildcard tests/test_*.py) tests/docs tests/config tests/data tests/tokenizer tests/launch tests/generation/test_session.py \
+QUICK := $(filter-out tests/test_wheel.py, $(wildcard tests/test_*.py)) tests/docs/test_site.py tests/config tests/data \
+  tests/tokenizer tests/launch tests/generation/test_session.py \
   tests/commands/test_chat.py tests/hosts/test_cluster.py tests/hosts/test_strangers.py tests/training/test_flops.py
 
 quick: $(VENV)/.installed-test
@@ -63,6 +64,13 @@ lock: $(VENV)/.installed
 	  sed -i '/^torch==/d; /^nvidia-/d; /^cuda-/d; /^triton==/d' constraints/$$version.txt; \
 	done
 
+# The source distribution, and the wheel that is built from it, in dist/.
+dist: $(VENV)/.installed
+	$(PIP) 'build >=1.2' 'twine >=6'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +88,4 @@ docs: $(VENV)/.installed-docs
 check: lint docs test
 
 clean:
-	rm -rf $(VENV) .venv-newest .cache build *.egg-info
+	rm -rf $(VENV) .venv-newest .cache build dist *.egg-info

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from transllm_jax.conversion.hf.safetensors_io import require_finite
+from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
 from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors
 from transllm_jax.conversion.open_directory import open_directory
 from transllm_jax.conversion.opened import OpenedModel
@@ -71,4 +72,4 @@ def open_token_rows(directory: str | Path, config: LlamaConfig) -> TokenRows:
         raise UserError(
             f"{model.where} has separate input and output rows, but the base ties them; give a model that ties them"
         )
-    return TokenRows(model, Tokenizer.load(directory), config)
+    return TokenRows(model, load_tokenizer(directory), config)

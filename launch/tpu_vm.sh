@@ -134,7 +134,7 @@ need() {
       source)
         [[ -n $wheel || -n $git ]] || fail "--wheel or --git is missing; give what to install"
         [[ -z $wheel || -z $git ]] || fail "both --wheel and --git are given; give one"
-        [[ -z $wheel || -f $wheel ]] || fail "--wheel $wheel: no such file; build one: pip wheel --no-deps -w dist ."
+        [[ -z $wheel || -f $wheel ]] || fail "--wheel $wheel: no such file; build one: make dist"
         ;;
       config)
         [[ -n $config ]] || fail "--config is missing (or TRANSLLM_CONFIG)"

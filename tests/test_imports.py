@@ -137,7 +137,7 @@ def test_a_stage_never_imports_another_stage() -> None:
         f"transllm_jax.stages.{name}"
         for name in (
             *("bad_rows", "chains", "generated", "initial_rows", "inputs", "manifest", "models", "new_rows", "points"),
-            *("run", "token_rows", "training"),
+            *("recorded", "run", "token_rows", "training"),
         )
     )
     stages = [module for module in MODULES if within(module, ["transllm_jax.stages"])]
@@ -203,6 +203,7 @@ DOORS = {
         "transllm_jax.commands.chat",
         "transllm_jax.commands.dry_run",
         "transllm_jax.cli.main",
+        "transllm_jax.cli.devices",
     },
     "matplotlib": {"transllm_jax.evaluation.page.plots"},
     "sacrebleu": {"transllm_jax.evaluation.point"},

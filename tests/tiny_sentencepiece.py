@@ -1,4 +1,4 @@
-"""A tiny SentencePiece-BPE tokenizer of LLaMA-2's kind, built in a fraction of a second: for tests only."""
+"""A tiny SentencePiece-BPE tokenizer of LLaMA-2's kind, and a chat model with one: for tests only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conftest import random_weights, tiny_config
+from sentencepiece import SentencePieceTrainer
+
+from transllm_jax.conversion.hf.directory import write_model
 from transllm_jax.conversion.hf.sentencepiece_tokenizer import write_tokenizer_json
+from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # LLaMA-2's own.
 TEMPLATE = (
@@ -37,8 +42,6 @@ def build_tiny_sentencepiece(
     text: what it is trained on, in place of TEXT. metaspace: tokenizer.json as transformers 5 writes it. model: whether
     tokenizer.model stays beside it.
     """
-    from sentencepiece import SentencePieceTrainer
-
     directory.mkdir(parents=True, exist_ok=True)
     given: dict[str, Any] = {
         "model_type": "bpe",
@@ -76,3 +79,15 @@ def build_tiny_sentencepiece(
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
+
+
+def write_sentencepiece_model(directory: Path) -> None:
+    """A chat model with LLaMA-2's kind of tokenizer and template, untied."""
+    tokenizer = build_tiny_sentencepiece(directory.with_name("tokenizer"), text=[*TEXT, "[INST] [/INST]"])
+    path = tokenizer / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    shape = tiny_config(Tokenizer.load(tokenizer).vocab_size, tied=False)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    write_model(directory, shape, random_weights(shape), tokenizer_dir=tokenizer, extra_config=ids)

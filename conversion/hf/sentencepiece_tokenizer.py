@@ -98,8 +98,8 @@ def write_tokenizer_json(
     """Write `directory`/tokenizer.json from SentencePiece's `tokenizer.model`.
 
     `add_bos`, `add_eos`: whether the tokenizer puts the model's BOS piece before every text, and its EOS piece after
-    it. Needs the extra `transllm-jax[sentencepiece]`. Raises UserError without it, for a file that is not a
-    SentencePiece model, for a model that is not BPE, and for one whose text processing is not LLaMA's.
+    it. Raises UserError for a file that is not a SentencePiece model, for a model that is not BPE, and for one whose
+    text processing is not LLaMA's.
     """
     message, model = read_model(model_path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 from conftest import EXAMPLES, Command
 from tiny_sentencepiece import build_tiny_sentencepiece
@@ -242,7 +243,6 @@ def test_a_latin_script_says_what_happens_to_english(tmp_path: Path, command: Co
 
 
 def test_a_sentencepiece_base_gives_both_files(tmp_path: Path, command: Command, corpus: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
     build_tiny_sentencepiece(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
     (tmp_path / "base" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')

@@ -25,7 +25,7 @@ FILE = re.compile(r"[\w.{},*-]+(?:/[\w.{},*-]+)+\.(?:py|yaml|yml|json|sh|md|svg|
 # ... unless it is a file of the reader's: what an example makes up, and what a run writes.
 READERS = re.compile(
     r"(?:^|/)(?:runs|text|web|thai|mine-heldout|my-llama-chat|DST|WORKDIR|STAGE)/"
-    r"|^(?:base|vocabulary|tokens|pretrain|translate|transfer|recover|evaluation|export)/.*\.json"
+    r"|^(?:base|vocabulary|tokens|pretrain|translate|transfer|recover|evaluation|export|data|en)/.*\.json"
 )
 
 

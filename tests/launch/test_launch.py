@@ -103,7 +103,7 @@ def test_the_image_has_the_package_and_does_not_run_as_root() -> None:
     root = LAUNCH.parent
     assert all((root / name).exists() for name in wanted)
     # The package directories of setup.cfg, and the files that it reads.
-    assert wanted >= {"transllm_jax", "conversion", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "configs"}
+    assert wanted >= {"transllm_jax", "conversion", "setup.cfg", "pyproject.toml", "PYPI.md", "LICENSE", "configs"}
 
 
 def test_the_commands_in_the_docs_work(tools: FakeTools) -> None:

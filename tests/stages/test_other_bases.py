@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import call, random_weights, tiny_config, write_run_config, write_tiny_model
-from tiny_sentencepiece import TEMPLATE, TEXT, build_tiny_sentencepiece
+from conftest import call, write_run_config, write_tiny_model
+from tiny_sentencepiece import write_sentencepiece_model
 
 from transllm_jax.commands.open_model import open_source
-from transllm_jax.conversion.hf.directory import write_model
 from transllm_jax.conversion.logits import logits_of
 from transllm_jax.tokenizer.chat import render
 from transllm_jax.tokenizer.growing.expand import expand, save_expanded
@@ -20,18 +19,6 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
 THAI = Path(__file__).parents[2] / "examples" / "thai" / "text.train.txt"
-
-
-def write_sentencepiece_model(directory: Path) -> None:
-    """A chat model with LLaMA-2's kind of tokenizer and template, untied."""
-    tokenizer = build_tiny_sentencepiece(directory.with_name("tokenizer"), text=[*TEXT, "[INST] [/INST]"])
-    path = tokenizer / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
-    path.write_text(json.dumps(config), encoding="utf-8")
-    shape = tiny_config(Tokenizer.load(tokenizer).vocab_size, tied=False)
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    write_model(directory, shape, random_weights(shape), tokenizer_dir=tokenizer, extra_config=ids)
 
 
 @pytest.mark.full

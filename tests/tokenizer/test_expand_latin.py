@@ -29,7 +29,6 @@ SIZE = 40
 @pytest.fixture(scope="module", params=["smollm2", "llama3", "sentencepiece"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     if request.param == "sentencepiece":
-        pytest.importorskip("sentencepiece")
         return Tokenizer.load(build_tiny_sentencepiece(tmp_path_factory.mktemp("spm")))
     return made(str(request.param))[0]
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as pb2
 from test_expand import ENGLISH, MARKERS, THAI, mixed, no_thai
 from tiny_sentencepiece import build_tiny_sentencepiece
 
@@ -22,9 +24,6 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.expand import Expansion, expand, save_expanded, with_markers
 from transllm_jax.tokenizer.growing.pieces import PieceTable, split_priority
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-
-spm = pytest.importorskip("sentencepiece")
-pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
 
 SIZE = 120
 KINDS = ["prepend", "metaspace"]
@@ -308,13 +307,6 @@ def test_scores_go_on_below_a_score_that_no_longer_changes_by_one(tmp_path: Path
     theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "new" / "tokenizer.model"))
     scores = [theirs.get_score(i) for i in range(new.vocab_size - 3 - SIZE, new.vocab_size - 3)]
     assert scores == sorted(set(scores), reverse=True) and scores[0] < -1e9
-
-
-def test_the_extra_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, expanded = build_tiny_sentencepiece(tmp_path / "base"), made("prepend")[1].tokenizer
-    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"transllm-jax\[sentencepiece\]"):
-        save_expanded(expanded, base, tmp_path / "new")
 
 
 def test_pieces_that_join_the_script_with_other_characters(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from transllm_jax.cli.devices import prepare_jax
 from transllm_jax.cli.stopping import working
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ def from_hf(
 ) -> None:
     """Convert a model to our checkpoint format: the same bits, stacked by layer, sharded for the devices of a mesh."""
     with working() as progress:
+        prepare_jax()
         from transllm_jax.commands import convert
 
         convert.from_hf(source, dst, progress, mesh=mesh, sha256=sha256, force=force)
@@ -64,6 +66,7 @@ def to_hf(
     """Write a Hugging Face directory, adapters merged and new rows appended, for transformers, vLLM and, where text is
     cut as the base cuts it, llama.cpp."""
     with working() as progress:
+        prepare_jax()
         from transllm_jax.commands import convert
 
         convert.to_hf(
@@ -94,6 +97,7 @@ def to_peft(
 ) -> None:
     """Write an adapter directory for PEFT, new rows included."""
     with working() as progress:
+        prepare_jax()
         from transllm_jax.commands import convert
 
         convert.to_peft(
@@ -116,6 +120,7 @@ def from_peft(
 ) -> None:
     """Convert an adapter that PEFT trained, so that a run can go on from it (vocabulary.adapter)."""
     with working() as progress:
+        prepare_jax()
         from transllm_jax.commands import convert
 
         convert.from_peft(base, adapter, dst, progress, force=force)
@@ -137,6 +142,7 @@ def verify(
 ) -> None:
     """Compare two models, tensor by tensor and by the logits of a prompt; exit code 1 if they differ."""
     with working() as progress:
+        prepare_jax()
         from transllm_jax.commands import convert
 
         same = convert.verify(

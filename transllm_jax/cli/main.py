@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import logging
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from transllm_jax import __version__
 from transllm_jax.cli.convert import app as convert_app
+from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.init import init
 from transllm_jax.cli.preflight import preflight
 from transllm_jax.cli.tokenizer import app as tokenizer_app
@@ -125,9 +125,9 @@ def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Seq
             "the command's options": " ".join(str(option) for option in options),
         }
     )
-    _prepare_jax()
+    prepare_jax()
     peers.start_jax()
-    _require_devices()
+    require_devices()
     if peers.count > 1:
         import jax
 
@@ -170,7 +170,7 @@ def _show_results(console: Console, site: Site) -> None:
     path = workdir / "evaluation" / "results.json"
     if not (path.exists() and (workdir / "report.html").exists()):
         return
-    from transllm_jax.evaluation.page.report import conversation_panel, summary_table
+    from transllm_jax.evaluation.page.report import conversation_panel, findings_lines, summary_table
 
     results = read_json(path)
     console.print(summary_table(results))
@@ -178,6 +178,8 @@ def _show_results(console: Console, site: Site) -> None:
         mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
         measured = f" {goal['name']}: {goal['measured']} "
         console.print(Text.assemble(mark, measured, (f"(wanted: {goal['wanted']})", "dim")))
+    if (lines := findings_lines(results.get("findings") or [])) is not None:
+        console.print(lines)
     console.print(conversation_panel(results))
     name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
@@ -217,8 +219,8 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
-    _prepare_jax()
-    _require_devices()
+    prepare_jax()
+    require_devices()
     from transllm_jax.commands.chat import open_session, show
     from transllm_jax.generation.sampling import Sampling
     from transllm_jax.progress import plain_console
@@ -250,34 +252,6 @@ def chat(
                 console.print(str(error), style="red")
             except KeyboardInterrupt:
                 console.print(" stopped", style="dim")
-
-
-def _prepare_jax() -> None:
-    """Keep compiled programs between runs: compilation takes most of a short run."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from transllm_jax.disk import cache_directory
-
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    # Orbax logs the traceback of every error that it raises; the user gets one line instead.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-def _require_devices() -> None:
-    """Raises UserError if jax has no device: none is of the kind asked for, or another process holds it."""
-    import jax
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error) or "there is none of that kind").splitlines()[0]
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(
-            f"jax finds no device: {reason} (JAX_PLATFORMS={asked}); correct JAX_PLATFORMS, install the jax of this "
-            "hardware, or end the process that holds the device"
-        ) from error
 
 
 def main() -> None:

@@ -59,7 +59,11 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 @app.command("expand")
 def expand(
     base: Annotated[
-        str, typer.Argument(help="A model's or tokenizer's directory, a .gguf file, or org/name on the hub.")
+        str,
+        typer.Argument(
+            help="A model's or tokenizer's directory, a tokenizer.model or tokenizer.json alone (whatever its name), a "
+            ".gguf file, or org/name on the hub."
+        ),
     ],
     corpus: Annotated[
         list[str], typer.Argument(help="Text of the language: .txt, .jsonl, .parquet (.gz, .xz, .zst) or globs.")

@@ -12,6 +12,7 @@ from rich.console import Console
 from transllm_jax.choices import POINTS
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
+from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
 from transllm_jax.conversion.open_directory import open_directory
 from transllm_jax.disk import is_utf8, read_json
 from transllm_jax.errors import UserError
@@ -91,7 +92,7 @@ def open_session(
         known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
         markers = Markers(**known["markers"]) if known else Markers()
         model = open_directory(path)
-        tokenizer, name = Tokenizer.load(path), path.name
+        tokenizer, name = load_tokenizer(path), path.name
         frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
         padding = ids_without_token(tokenizer, model.config.vocab_size)
         engine = Engine(assemble(model.config, frozen, padding=padding), model.config)

@@ -15,7 +15,12 @@ from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
 from transllm_jax.conversion.gguf.weights import GGUFModel
 from transllm_jax.conversion.hf.directory import open_hf
 from transllm_jax.conversion.hf.export import Rounding, check_tokenizer, export_hf
-from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer, token_ids
+from transllm_jax.conversion.hf.tokenizer_files import (
+    copy_or_make_tokenizer,
+    copy_tokenizer,
+    readable_tokenizer,
+    token_ids,
+)
 from transllm_jax.conversion.import_base import import_base
 from transllm_jax.conversion.logits import logits_of
 from transllm_jax.conversion.merged import Merged
@@ -90,12 +95,12 @@ def to_hf(
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
 
-    with _byte_bar(progress, "writing") as begin:
+    with _byte_bar(progress, "writing") as begin, readable_tokenizer(found.tokenizer) as tokenizer:
         rounding = export_hf(
             model,
             found.files,
             dst,
-            tokenizer_dir=found.tokenizer,
+            tokenizer_dir=tokenizer,
             dtype=dtype,
             max_shard_bytes=size,
             overwrite=force,
@@ -159,16 +164,17 @@ def to_peft(
         if why := _why_no_adapters(found.model):
             raise UserError(f"{at} has no adapters{why}; write the whole model, with transllm convert to-hf")
         raise UserError(f"{at} has no adapters; give a run's work directory, after stage vocabulary or later")
-    write_peft(
-        dst,
-        found.model.base,
-        found.model.trainable,
-        found.lora,
-        base_model=base_model or str((found.files or Path()).resolve()),
-        tokenizer_dir=found.tokenizer,
-        rows=rows,
-        overwrite=force,
-    )
+    with readable_tokenizer(found.tokenizer) as tokenizer:
+        write_peft(
+            dst,
+            found.model.base,
+            found.model.trainable,
+            found.lora,
+            base_model=base_model or str((found.files or Path()).resolve()),
+            tokenizer_dir=tokenizer,
+            rows=rows,
+            overwrite=force,
+        )
     size = (dst / "adapter_model.safetensors").stat().st_size
     progress.say(f"{dst}: rank {found.lora.rank}, {found.model.new_rows} new tokens, {size / 1e6:,.1f} MB")
     if found.model.new_rows:
@@ -191,26 +197,27 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     if found.new_rows and found.tokenizer_dir is None:
         raise UserError(f"{adapter} has {found.new_rows} new rows but no tokenizer; save the tokenizer beside it")
     trainable, padding = dict(found.trainable), 0
-    if found.tokenizer_dir is not None and found.new_rows:
-        # A table is often padded to a round number of rows; rows after the last token have no meaning.
-        tokens = max(token_ids(found.tokenizer_dir), default=-1) + 1 - below.model.config.vocab_size
-        padding = max(found.new_rows - max(tokens, 0), 0)
-        for path in ("vocabulary.new", "vocabulary.output_new"):
-            if path in trainable:
-                trainable[path] = trainable[path][: found.new_rows - padding]
-        check_tokenizer(found.tokenizer_dir, below.model.config.vocab_size, found.new_rows - padding)
-    with new_directory(dst, overwrite=force) as directory:
-        save_arrays(directory / "trainable", trainable)
-        if found.tokenizer_dir is not None:
-            copy_tokenizer(found.tokenizer_dir, directory)
-        elif below.files is not None:
-            copy_tokenizer(below.files, directory)
-        elif isinstance(below.model, GGUFModel):
-            write_tokenizer(below.model.fields, directory, below.model.where)
-        write_adapter(
-            directory,
-            AdapterDescription.of(below.model, found.lora, base_name=_lasting_name(base), source=str(adapter)),
-        )
+    with readable_tokenizer(found.tokenizer_dir) as own:
+        if own is not None and found.new_rows:
+            # A table is often padded to a round number of rows; rows after the last token have no meaning.
+            tokens = max(token_ids(own), default=-1) + 1 - below.model.config.vocab_size
+            padding = max(found.new_rows - max(tokens, 0), 0)
+            for path in ("vocabulary.new", "vocabulary.output_new"):
+                if path in trainable:
+                    trainable[path] = trainable[path][: found.new_rows - padding]
+            check_tokenizer(own, below.model.config.vocab_size, found.new_rows - padding)
+        with new_directory(dst, overwrite=force) as directory:
+            save_arrays(directory / "trainable", trainable)
+            if own is not None:
+                copy_tokenizer(own, directory)
+            elif below.files is not None:
+                copy_or_make_tokenizer(below.files, directory)
+            elif isinstance(below.model, GGUFModel):
+                write_tokenizer(below.model.fields, directory, below.model.where)
+            write_adapter(
+                directory,
+                AdapterDescription.of(below.model, found.lora, base_name=_lasting_name(base), source=str(adapter)),
+            )
     lora = found.lora
     if padding:
         progress.say(f"{padding} new rows have no token: padding, left out")

@@ -1,4 +1,4 @@
-"""Open a tokenizer, whatever the path is: a model or tokenizer directory, a run, a GGUF file or a hub name."""
+"""Open a tokenizer, whatever it is: a model or tokenizer directory, a run, a GGUF file, its own file, or a hub name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from transllm_jax.conversion.fetch import fetch
 from transllm_jax.conversion.gguf.header import read_header
 from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
-from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer
+from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer, make_from_file
 from transllm_jax.disk import read_model_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -31,9 +31,17 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
     """Open a tokenizer. If there is no tokenizer.json, one is made in `scratch`, which must outlive the result.
 
     source: a directory with tokenizer.json or tokenizer.model, a run's work directory (its newest vocabulary), a
-    `.gguf` file, or org/name on the hub (the model is fetched, too). Raises UserError for anything else.
+    `.gguf` file, a tokenizer.json or a SentencePiece model, whatever its name, or org/name on the hub (the model is
+    fetched, too). Raises UserError for anything else.
     """
     path = Path(source).expanduser()
+    if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
+        path = path.parent  # the other file names the special tokens, and there may be more
+        source = str(path)
+    if path.is_file() and path.suffix != ".gguf":
+        scratch.mkdir(parents=True, exist_ok=True)
+        make_from_file(path, scratch)
+        return OpenedTokenizer(_named(Tokenizer.load(scratch), source), scratch)
     if (path / "run.yaml").is_file():
         base = path / "base"
         path = path / "vocabulary" if (path / "vocabulary" / "tokenizer.json").is_file() else base

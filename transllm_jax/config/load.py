@@ -95,6 +95,22 @@ def recorded_date(path: Path) -> date | None:
         ) from None
 
 
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The content of a run.yaml as it is, without a check of its keys, which may be those of another version.
+
+    Raises UserError if the file is damaged.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); `transllm run` with the run's config writes it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; `transllm run` with the run's config writes it again")
+    return found
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

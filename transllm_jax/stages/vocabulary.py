@@ -17,6 +17,7 @@ import numpy as np
 from transllm_jax.config import Vocabulary
 from transllm_jax.conversion.adapter import ADAPTER, read_adapter
 from transllm_jax.conversion.hf.directory import open_hf, read_weights
+from transllm_jax.conversion.hf.tokenizer_files import tokenizer_file
 from transllm_jax.conversion.names import tensors
 from transllm_jax.conversion.store import MANIFEST
 from transllm_jax.disk import write_json
@@ -77,7 +78,7 @@ def _files_of(directory: str | None) -> list[str]:
     # The manifest of one of our own checkpoints holds the checksums of its arrays.
     ours = (Path(directory) / MANIFEST).is_file()
     weights = f"{directory}/{MANIFEST}" if ours else f"{glob.escape(directory)}/*.safetensors"
-    return [f"{directory}/config.json", f"{directory}/tokenizer.json", weights]
+    return [f"{directory}/config.json", str(tokenizer_file(Path(directory))), weights]
 
 
 def require_language(run: Run) -> None:

@@ -35,7 +35,7 @@ def no_tokenizer_json(directory: Path) -> UserError:
 
 
 def refuse_other_format(path: Path) -> None:
-    """Raises UserError for a tokenizer.model or tokenizer.json that is intact, but not in the format of its name."""
+    """Raises UserError for a file of a tokenizer (.json, or SentencePiece's) that is intact, but in another format."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -43,7 +43,7 @@ def refuse_other_format(path: Path) -> None:
         return  # reading it will raise the error
     if head.startswith(_LFS):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it (git lfs pull)")
-    if path.suffix == ".model" and _TIKTOKEN.match(head):
+    if path.suffix != ".json" and _TIKTOKEN.match(head):
         raise UserError(
             f"{path} is a tiktoken file (LLaMA-3's own format), which does not say how text is cut or which tokens are "
             f"special: {_HUGGING_FACE}, such as the model's other edition"

@@ -1,4 +1,7 @@
-"""SentencePiece's own file, `tokenizer.model`, for an expanded tokenizer: the same ids as its tokenizer.json."""
+"""SentencePiece's own file, `tokenizer.model`: reads it, and writes that of an expanded tokenizer.
+
+The written file gives the same ids as the tokenizer.json beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as schema
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.formats import refuse_other_format
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED = 1, 2, 3, 5
 
 
 def read_model(path: str | Path) -> tuple[Any, Any]:
     """SentencePiece's protobuf schema, and the parsed model of a `tokenizer.model` file.
 
-    Raises UserError without the extra `transllm-jax[sentencepiece]`, and if the file is not a SentencePiece model.
+    Raises UserError if the file is not a SentencePiece model.
     """
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2 as schema
-    except ImportError:
-        raise UserError(
-            f"{path} is read with the sentencepiece package, which is not installed; "
-            "pip install 'transllm-jax[sentencepiece]'"
-        ) from None
     refuse_other_format(Path(path))
     message: Any = schema  # its classes are created on import, which mypy does not see
     model = message.ModelProto()
@@ -47,8 +44,7 @@ def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
     New pieces score below the base's, in the order of their ids. Added tokens, such as markers, are control pieces:
     SentencePiece never makes one from a text, even if the text spells it. Unused ids are unused pieces.
 
-    Raises UserError without the extra `transllm-jax[sentencepiece]`, if `base` is not a SentencePiece model, and if its
-    pieces are not the first tokens of `tokenizer`.
+    Raises UserError if `base` is not a SentencePiece model, and if its pieces are not the first tokens of `tokenizer`.
     """
     message, model = read_model(base)
     kinds = message.TrainerSpec.ModelType
@@ -74,6 +70,27 @@ def write_model(base: Path, tokenizer: Tokenizer, path: Path) -> None:
         model.pieces.add(piece=token, score=float(score) if kind == _NORMAL else 0.0, type=kind)
     model.trainer_spec.vocab_size = len(model.pieces)
     path.write_bytes(model.SerializeToString())
+
+
+def special_pieces(path: str | Path) -> dict[str, str]:
+    """The special pieces of a `tokenizer.model` file, named as in tokenizer_config.json: those of bos, eos, unk and pad
+    that the model has.
+
+    Raises UserError if the file is not a SentencePiece model.
+    """
+    _, model = read_model(path)
+    trainer = model.trainer_spec
+    wanted = {
+        "bos_token": (trainer.bos_id, _CONTROL),
+        "eos_token": (trainer.eos_id, _CONTROL),
+        "unk_token": (trainer.unk_id, _UNKNOWN),
+        "pad_token": (trainer.pad_id, _CONTROL),
+    }
+    return {
+        role: model.pieces[number].piece
+        for role, (number, kind) in wanted.items()
+        if 0 <= number < len(model.pieces) and model.pieces[number].type == kind
+    }
 
 
 def unused(number: int) -> str:
