@@ -75,7 +75,7 @@ evaluation:
 a section is given as a whole. Quote what the shell would read:
 
 ```sh
-transllm run configs/demo.yaml --dry-run pretrain.steps=500 'export={dtype: bfloat16}'
+transllm run configs/demo.yaml --workdir runs/longer --dry-run pretrain.steps=500 'export={dtype: bfloat16}'
 ```
 
 - **A value that is still to be given** is written `???`. `transllm run` names the marks that are left.
