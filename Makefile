@@ -1,4 +1,4 @@
-# make demo: the whole method on a real chat model.  make quick, make test, make test-full: the tests, in tiers.
+# make demo: the whole method on a real chat model.  make quick, make test, make test-full: tests.  make docs: the pages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(VERSION).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-full newest lock dist lint check clean help
+.PHONY: demo quick test test-full newest lock dist lint docs check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -31,7 +31,8 @@ demo: $(VENV)/.installed
 	$(BIN)/transllm run configs/demo.yaml
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
-QUICK := $(filter-out tests/test_wheel.py, $(wildcard tests/test_*.py)) tests/config tests/data tests/tokenizer tests/launch tests/generation/test_session.py \
+QUICK := $(filter-out tests/test_wheel.py, $(wildcard tests/test_*.py)) tests/docs/test_site.py tests/config tests/data \
+  tests/tokenizer tests/launch tests/generation/test_session.py \
   tests/commands/test_chat.py tests/hosts/test_cluster.py tests/hosts/test_strangers.py tests/training/test_flops.py
 
 quick: $(VENV)/.installed-test
@@ -75,7 +76,16 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --constraint $(CONSTRAINTS) --editable '.[docs]'
+	@touch $@
+
+# Every page is read anew and every warning is an error: a link that leads nowhere, a page that no list names.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -E -W --keep-going -n -q -b html docs build/docs
+	@echo 'the pages: build/docs/index.html'
+
+check: lint docs test
 
 clean:
 	rm -rf $(VENV) .venv-newest .cache build dist *.egg-info

@@ -213,6 +213,17 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(workdir: Path) -> bool:
+    """Whether a process of this machine has the work directory's lock. It is not taken here, not even for a moment."""
+    try:
+        inode = (workdir / ".lock").stat().st_ino
+        held = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return False  # no run was here, or no Linux
+    # Such as "1: FLOCK  ADVISORY  WRITE 4242 fd:01:1234 0 EOF". Not every file system gives stat the lock's device.
+    return any("FLOCK" in line and f":{inode} " in line for line in held)
+
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

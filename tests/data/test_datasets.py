@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_a_dataset_of_the_hub_is_pinned_to_its_revision(
     head[0] = "main"
     with pytest.raises(UserError, match="its revision on the hub cannot be found out"):
         shards(reading, hash_of)
+
+
+def test_without_a_network_one_line_says_so(datasets: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"^owner/name: .*Couldn't reach.*; check the network, or download") as caught:
+        shards(Reading("owner/name/thai", container="datasets"), hash_of)
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+    # The attempts of a machine that only has no network are not printed either.
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,22 @@ def sample() -> dict[str, Any]:
                 "met": True,
             },
         ],
+        "findings": [
+            {
+                "topic": "Chains do not end",
+                "stage": "transfer",
+                "what": "3 of 22 answers were cut off after 160 tokens.",
+                "turn": "If they were still making sense, raise the limit.",
+                "keys": {"evaluation.max_chain_tokens": 160, "transfer.sources": None},
+            },
+            {
+                "topic": "Time goes elsewhere",
+                "stage": "pretrain",
+                "what": "22 % of the stage's time went into compiling.",
+                "turn": "Keep compiled programs.",
+                "keys": {},
+            },
+        ],
         "stages": [
             {"name": "vocabulary", "seconds": 8.4, "summary": "2,000 Thai tokens and 3 markers added"},
             {

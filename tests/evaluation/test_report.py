@@ -16,6 +16,7 @@ from transllm_jax.evaluation.page.measures import rows, written
 from transllm_jax.evaluation.page.plots import validation_plot
 from transllm_jax.evaluation.page.report import (
     conversation_panel,
+    findings_lines,
     render_report,
     summary_table,
     time_sentence,
@@ -116,6 +117,29 @@ def test_unmet_goals_come_first(html: str) -> None:
     unmet = text.index("not met Well-formed chains at least 90 % 87.5 %")
     assert unmet < text.index("met Thai bits per byte at least 20 %") < text.index("Before and after")
     assert text.index("21.3 % fewer than with the original model (1.532)") < unmet
+
+
+def test_what_to_do_next_is_near_the_top(html: str) -> None:
+    text = text_of(section(html, "next"))
+    assert html.index('id="goals"') < html.index('id="next"') < html.index('id="measures"')
+    assert "docs/reading-a-run.md has a section on each" in text
+    assert "Chains do not end transfer 3 of 22 answers were cut off after 160 tokens. If they were still" in text
+    assert "evaluation.max_chain_tokens now 160 transfer.sources Time goes elsewhere pretrain 22 %" in text
+
+
+def test_findings_in_the_terminal() -> None:
+    printed = terminal(findings_lines(sample()["findings"]))
+    assert [line.rstrip() for line in printed.splitlines()] == [
+        "What to do next  docs/reading-a-run.md has a section on each",
+        "1 Chains do not end (transfer). 3 of 22 answers were cut off after 160 tokens.",
+        "  → If they were still making sense, raise the limit. evaluation.max_chain_tokens (160),",
+        "  transfer.sources",
+        "2 Time goes elsewhere (pretrain). 22 % of the stage's time went into compiling.",
+        "  → Keep compiled programs.",
+    ]
+    assert findings_lines([]) is None
+    odd = findings_lines([{"topic": "[red]x", "what": "\x1b[31m", "keys": {"a[b]": 0.001}}])
+    assert "[red]x" in terminal(odd) and "\x1b" not in terminal(odd) and "a[b] (0.001)" in terminal(odd)
 
 
 def test_the_same_results_give_the_same_bytes(html: str) -> None:

@@ -191,6 +191,17 @@ def test_the_validation_plot_spans_the_steps_of_the_loss() -> None:
     assert "400" not in ticks(validation_plot("x", one, 100, []))
 
 
+def test_a_run_without_findings(plots_drawn_once: None) -> None:
+    results = sample()
+    results["findings"] = []
+    assert "show nothing to turn" in text_of(section(render_report(results), "next"))
+    # Before there were any.
+    del results["findings"]
+    assert 'id="next"' not in render_report(results)
+    results["findings"] = [{}, {"topic": "Only this"}, None]
+    assert "Only this" in section(render_report(results), "next")
+
+
 def test_an_older_run_has_no_training_data(plots_drawn_once: None) -> None:
     for nothing in ({}, None, {"pretrain": None}, {"pretrain": {"sources": None, "validation": None, "skipped": None}}):
         html = render_report({**sample(), "trained": nothing})

@@ -120,7 +120,8 @@ def test_the_commands_in_the_docs_work(tools: FakeTools) -> None:
     )  # a link would lose the virtual environment
     (tools.bin / "python3").chmod(0o755)
     tools.fake("gcloud")
-    lines = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
     exports = [line for line in lines if line.startswith("export ")]
     scripts = [line[line.index("launch/") :] for line in lines if re.search(r"(^| )launch/\w+\.(sh|py)", line)]
     assert {line.split()[0] for line in scripts} == {

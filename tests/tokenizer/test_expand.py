@@ -171,6 +171,7 @@ def test_every_new_token_is_used(kind: str) -> None:
     parts = [i for i in ids if not ends_between_characters(str(expansion.tokenizer.token(i)))]
     assert [i for i in ids if counts[i] < 2 and i not in parts] == []
     assert expansion.report["never_produced"] == sum(counts[i] == 0 for i in ids)
+    assert expansion.report["produced_less_than_10"] == sum(counts[i] < 10 for i in ids) > 0
 
 
 def test_new_tokens_begin_and_end_between_characters(kind: str) -> None:
@@ -248,6 +249,9 @@ def test_report() -> None:
     assert report["tokens_per_character_before"] == pytest.approx(tokens_per_character(base, THAI))
     assert report["tokens_per_character_after"] == pytest.approx(tokens_per_character(expansion.tokenizer, THAI))
     assert report["tokens_per_character_after"] < 0.5 * report["tokens_per_character_before"]
+    half = tokens_per_character(expansion.at(report["new_tokens"] // 2), THAI)
+    assert report["tokens_per_character_half"] == pytest.approx(half)
+    assert report["tokens_per_character_after"] < half < report["tokens_per_character_before"]
     json.dumps(report)
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from transllm_jax import __version__
 from transllm_jax.cli.convert import app as convert_app
 from transllm_jax.cli.devices import prepare_jax, require_devices
+from transllm_jax.cli.init import init
 from transllm_jax.cli.preflight import preflight
 from transllm_jax.cli.tokenizer import app as tokenizer_app
 from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(init)
 app.command()(preflight)
 
 
@@ -112,8 +114,10 @@ def _settings(peers: Peers, config: Path, overrides: Sequence[str], options: Seq
     from importlib.metadata import version
 
     from transllm_jax.config import load_config
+    from transllm_jax.config.marks import require_values
 
     settings = load_config(config, overrides)
+    require_values(settings.model_dump(mode="json"), str(config))
     peers.require_equal(
         {
             **{f"the version of {name}": version(name) for name in ("transllm-jax", "jax", "jaxlib")},
@@ -166,7 +170,7 @@ def _show_results(console: Console, site: Site) -> None:
     path = workdir / "evaluation" / "results.json"
     if not (path.exists() and (workdir / "report.html").exists()):
         return
-    from transllm_jax.evaluation.page.report import conversation_panel, summary_table
+    from transllm_jax.evaluation.page.report import conversation_panel, findings_lines, summary_table
 
     results = read_json(path)
     console.print(summary_table(results))
@@ -174,6 +178,8 @@ def _show_results(console: Console, site: Site) -> None:
         mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
         measured = f" {goal['name']}: {goal['measured']} "
         console.print(Text.assemble(mark, measured, (f"(wanted: {goal['wanted']})", "dim")))
+    if (lines := findings_lines(results.get("findings") or [])) is not None:
+        console.print(lines)
     console.print(conversation_panel(results))
     name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)
@@ -188,6 +194,17 @@ def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs
     from transllm_jax.progress import plain_console
 
     plain_console().print(status_table(workdir))
+
+
+@app.command("config")
+def explain_config(
+    key: Annotated[str | None, typer.Argument(help="A key of the config, such as pretrain or lora.rank.")] = None,
+) -> None:
+    """Say what the keys of a config mean: types, defaults, units."""
+    from transllm_jax.commands.config_keys import described
+    from transllm_jax.progress import plain_console
+
+    plain_console().print(described(key))
 
 
 @app.command()

@@ -1,28 +1,33 @@
-"""Which steps of a work directory are done, interrupted or left, and how much of the time was spent on training."""
+"""Which steps of a work directory are done, interrupted or left; where its time went, what its numbers say to do, and
+which command comes next."""
 
 from __future__ import annotations
 
+import shlex
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from transllm_jax.disk import is_locked
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number
-from transllm_jax.evaluation.page.report import time_sentence
-from transllm_jax.stages.pipeline import RUN
+from transllm_jax.evaluation.page.report import findings_lines, time_sentence
+from transllm_jax.stages.recorded import METRICS, RUN, SKIPPED, VALIDATION, VOCABULARY, recorded
 from transllm_jax.stages.steps import NAMES, STEPS, artifact
 from transllm_jax.storage import open_workdir
-from transllm_jax.training.record.ledger import LEDGER, summarise
+from transllm_jax.training.record.ledger import LEDGER
 from transllm_jax.training.record.metrics import read_rows, read_validations
 
-MANIFEST, METRICS, VALIDATION, SKIPPED = "manifest.json", "metrics.jsonl", "validation.jsonl", "skipped.jsonl"
+MANIFEST = "manifest.json"
 
 
 def status_table(given: Path | str) -> RenderableType:
-    """A table with one row per step, and a line about the time.
+    """A table with one row per step, a line about the time, the findings, and the next command.
 
     given: a directory, or the URL of a run on an object store. Raises UserError if there is no run.
     """
@@ -37,18 +42,22 @@ def status_table(given: Path | str) -> RenderableType:
             if place.pull(f"{step}/{MANIFEST}"):
                 for log in (METRICS, VALIDATION, SKIPPED):
                     place.pull(f"{step}/{log}")
+        place.pull(VOCABULARY)
         return _table(place.local, place.name)
 
 
-def _table(workdir: Path, name: str) -> RenderableType:
+def _table(workdir: Path, given: str) -> RenderableType:
     if not (workdir / RUN).is_file():
-        raise UserError(f"{name} is not a run's work directory (it has no run.yaml)")
+        begin = f"begin one there with: transllm run CONFIG --workdir {shlex.quote(given)}"
+        raise UserError(f"{given} is not a run's work directory (it has no run.yaml); {begin}")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("step", "state", "time", "result"):
         table.add_column(heading, justify="right" if heading == "time" else "left", no_wrap=heading != "result")
+    states = {}
     for name in NAMES:
         place = artifact(workdir, name)
         manifest = place.manifest()
+        states[name] = "to do" if manifest is None else "done" if manifest["state"] == "done" else "begun"
         if manifest is None:
             table.add_row(name, Text("to do", "dim"), "", "")
         elif manifest["state"] == "done":
@@ -56,8 +65,38 @@ def _table(workdir: Path, name: str) -> RenderableType:
             table.add_row(name, Text("done", "green"), f"{summary['seconds']:.0f} s", Text(summary["text"]))
         else:
             table.add_row(name, Text("begun", "yellow"), "", Text(_so_far(place.directory)))
-    spent = time_sentence(summarise(workdir / LEDGER))
-    return Group(table, Text(f"\n{spent}")) if spent else table
+    parts: list[RenderableType] = [table]
+    record = recorded(workdir)
+    if spent := time_sentence(record.ledger):
+        parts.append(Text(f"\n{spent}"))
+    if (lines := findings_lines(finding.written(record) for finding in findings(record))) is not None:
+        parts += [Text(), lines]
+    return Group(*parts, Text(), *_next(workdir, given, states))
+
+
+def _next(workdir: Path, given: str, states: Mapping[str, str]) -> Iterator[Text]:
+    """The commands that come next: to begin or go on, or to use what is done."""
+    name = shlex.quote(given)
+    if all(state == "done" for state in states.values()):
+        yield _command("talk to it", f"transllm chat {name} --show-chain")
+        yield _command("the model", f"transllm convert to-hf {name} DST" if "://" in given else f"{name}/export")
+        yield _command("adapters for PEFT", f"transllm convert to-peft {name} DST")
+        yield _command("read", f"{name}/report.html")
+        return
+    step = next(step for step, state in states.items() if state != "done")
+    if is_locked(workdir):
+        yield _command("at work", f"a run is at work here now, on {step}")
+        return
+    # run.yaml is the whole config, overrides included. On an object store, no command can read it.
+    config = "CONFIG" if "://" in given else shlex.quote(str(Path(given) / RUN))
+    began = any(state != "to do" for state in states.values())
+    yield _command(f"go on with {step}" if began else "begin", f"transllm run {config} --workdir {name}")
+    if config == "CONFIG":
+        yield Text("         with the config and overrides that the run was begun with", "dim")
+
+
+def _command(what: str, command: str) -> Text:
+    return Text.assemble((f"{what:<17}  ", "dim"), command)
 
 
 def _so_far(directory: Path) -> str:

@@ -3,7 +3,7 @@
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
 from transllm_jax.config.load import load_config
 from transllm_jax.config.run import Config
-from transllm_jax.config.section import Positive, Section, Share
+from transllm_jax.config.section import Positive, Section, Share, meanings
 from transllm_jax.config.sections import (
     ChatModel,
     Evaluation,
@@ -42,4 +42,5 @@ __all__ = [
     "Vocabulary",
     "WholeSource",
     "load_config",
+    "meanings",
 ]

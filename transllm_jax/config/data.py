@@ -16,16 +16,22 @@ class Cleaning(Section):
     The stage's manifest counts each kind.
     """
 
-    # Items equal to an earlier one, apart from case and spaces.
     exact_duplicates: bool = True
-    # Items whose estimated Jaccard similarity with an earlier one is at least this, such as 0.8 (MinHash); null is off.
+    """Leave out items equal to an earlier one, apart from case and spaces."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
-    # Items that contain at least half of any text of the evaluation sets.
+    """Leave out items whose estimated Jaccard similarity with an earlier one is at least this, such as 0.8 (MinHash).
+    By default similarity is not estimated.
+    """
     contamination: bool = True
+    """Leave out items that contain at least half of any text of the evaluation sets."""
     min_characters: Annotated[int, Field(ge=0)] = 0
+    """Leave out items with fewer characters (in pairs: on either side)."""
     max_characters: Positive | None = None
-    # The least share of letters in the target language's script (in pairs: on the target side).
+    """Leave out items with more characters (in pairs: on either side). By default there is no limit."""
     min_script_share: Share = 0.0
+    """Leave out items in which the share of letters in the target language's script is below this (in pairs: on the
+    target side). Conversations are not judged by it.
+    """
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Cleaning:
@@ -35,44 +41,59 @@ class Cleaning(Section):
 
 
 class Source(Section):
-    """Text, translation pairs or conversations, in files or in a dataset of `datasets` or TFDS."""
+    """Text, translation pairs or conversations, in files or in a dataset of `datasets` or TFDS.
 
-    # A file or a glob (.gz, .xz and .zst are decompressed); for `datasets`, a local directory or a hub name; for
-    # `tfds`, NAME, NAME/CONFIG or NAME:VERSION.
+    `weight`, `tokens` and `cleaning` are for what is trained on: the `sources` of a training stage.
+    """
+
     path: Location
-    # What the items are. pairs: English and the target language.
+    """A file or a glob (.gz, .xz and .zst are decompressed). For `container: datasets`, a local directory or a hub
+    name; for `container: tfds`, NAME, NAME/CONFIG or NAME:VERSION.
+    """
     format: Content = "text"
-    # How the items are stored; by default by the file's suffix: .jsonl (or .ndjson, .json), .parquet, else lines.
+    """What the items are: documents (`text`), sentences in English and the target language (`pairs`), or
+    `conversations`.
+    """
     container: Container | None = None
-    # For records: the field of a text (`text` by default), or the two fields of a pair, English first. `a.b` is b
-    # inside a. Other fields are not read. Conversations are recognised by their form: `conversations`, `messages`, or
-    # `instruction`, `input` and `output`; other fields are read, refused or, if they do not affect training, counted by
-    # name.
+    """How the items are stored. By default by the file's suffix: .jsonl (or .ndjson, .json), .parquet, else lines."""
     fields: list[str] = []
-    # For pairs in two files, line by line: the file of the target language; `path` is then the English file.
+    """For records: the field of a text (`text` by default), or the two fields of a pair, English first. `a.b` is b
+    inside a. Other fields are not read. Conversations are recognised by their form: `conversations`, `messages`, or
+    `instruction`, `input` and `output`; other fields are read, refused or, if they do not affect training, counted by
+    name.
+    """
     target_path: Location | None = None
-    # For `datasets` and `tfds`.
+    """For pairs in two files, line by line: the file of the target language; `path` is then the English file."""
     split: str = "train"
+    """For `datasets` and `tfds`: the split that is read."""
     data_dir: str | None = None
-    # For text in lines: what separates two documents.
+    """For `datasets`: the directory inside the dataset. For `tfds`: where datasets are prepared, by default TFDS's own
+    directory.
+    """
     separator: Separator = "blank line"
-    # Control characters: refuse them, with their position, or remove and count them.
+    """For text in lines: what separates two documents."""
     controls: Controls = "refuse"
-    # A bad row (an empty side, a third column, two questions in a row, a special token) either stops the run or is
-    # skipped: left out, counted and written to bad_rows.jsonl in the stage's directory.
+    """Control characters: refuse them, with their position, or remove and count them."""
     on_bad_rows: OnBadRows = "refuse"
-    # At most this share of a source's rows may be skipped, or ten rows if that is more.
+    """A bad row (an empty side, a third column, two questions in a row, a special token) either stops the run or is
+    skipped: left out, counted and written to bad_rows.jsonl in the stage's directory.
+    """
     max_bad_share: Share = 0.01
-    # Share of the rows in the mixture, relative to the other sources; give all sources a weight or none. Without
-    # weights: by size.
+    """For `on_bad_rows: skip`: at most this share of the source's rows may be skipped, or ten rows if that is more."""
     weight: float | None = Field(default=None, gt=0)
-    # Read only the start of a source: at most this many UTF-8 bytes of a text's documents (the first line or record is
-    # always read), or this many documents, pairs or conversations.
+    """Share of the rows in the mixture, relative to the other sources. Give all sources a weight or none; without
+    weights the shares are those of the sources' sizes.
+    """
     max_bytes: Positive | None = None
+    """For text, read only the start of the source: at most this many UTF-8 bytes of its documents (the first line or
+    record is always read).
+    """
     max_items: Positive | None = None
-    # Train on at most this many tokens: items are chosen at random, by the run's seed.
+    """Read only the start of the source: at most this many documents, pairs or conversations."""
     tokens: Positive | None = None
+    """Train on at most this many tokens of the source: items are chosen at random, by the run's seed."""
     cleaning: Cleaning = Cleaning()
+    """Which items are left out of training."""
 
     @model_validator(mode="before")
     @classmethod

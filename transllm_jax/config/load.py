@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from transllm_jax.config.marks import MARK, require_values
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Section
 from transllm_jax.errors import UserError
@@ -50,13 +51,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError that names the file and the key path, and says how to fix it.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; see configs/ for examples")
+        raise UserError(f"{path}: no such config file; `transllm init {path}` writes one")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except UserError as error:
-        raise UserError(f"{path}: {error}; remove one of the two") from None
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    return parse_config(text, path, overrides)
+
+
+def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a text; `path` names it in messages. Raises UserError as `load_config`."""
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except UserError as error:
+        raise UserError(f"{path}: {error}; remove one of the two") from None
     except yaml.YAMLError as error:
         where = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
         raise UserError(f"{path}: not YAML: {where}; correct it") from None
@@ -67,6 +75,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
+        if any(fault["input"] == MARK for fault in error.errors()):
+            require_values(tree, str(path))
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
@@ -83,6 +93,22 @@ def recorded_date(path: Path) -> date | None:
             f"{path} is damaged ({' '.join(str(error).split())}); give date=YYYY-MM-DD, the day on which the run "
             "began, and remove the file"
         ) from None
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The content of a run.yaml as it is, without a check of its keys, which may be those of another version.
+
+    Raises UserError if the file is damaged.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); `transllm run` with the run's config writes it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; `transllm run` with the run's config writes it again")
+    return found
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

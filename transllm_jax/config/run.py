@@ -25,38 +25,65 @@ from transllm_jax.config.sections import (
 from transllm_jax.config.training import Pretraining, Transfer
 
 
+def _none_in_place_of_null(schema: dict[str, Any]) -> None:
+    """Say in a field's JSON schema that the word `none` is what a config writes for None."""
+    schema["anyOf"] = [
+        {"const": "none", "type": "string"} if kind == {"type": "null"} else kind for kind in schema["anyOf"]
+    ]
+
+
 class Config(Section):
     """The config of a run."""
 
     title: str
+    """A name for the run, for the reader: it heads the report."""
     workdir: Location
+    """The work directory: everything that the run writes is in it. A directory, or `gs://BUCKET/PATH`. `--workdir` on
+    the command line takes its place.
+    """
     seed: int = Field(default=0, ge=0, lt=2**31)
-    # The date (YYYY-MM-DD) for chat templates that write one. By default the day on which the run began, which is kept
-    # in run.yaml and used again when the run is resumed.
+    """What the run's random numbers follow from: initial rows and adapters, the order of the data, dropout."""
     date: datetime.date | None = None
+    """The date for chat templates that write one. By default the day on which the run began, which is kept in run.yaml
+    and used again when the run is resumed.
+    """
     language: Language = Language()
+    """The target language."""
     markers: MarkerNames = MarkerNames()
+    """The special tokens of the translation chain."""
     model: ChatModel
+    """The chat model that is moved."""
     vocabulary: Vocabulary
-    # The adapters; or `none` for full fine-tuning, to compare with: copies of all weights of the layers train.
-    lora: Lora | None = Lora()
-    # Which vocabulary rows train: those of new tokens, or also copies of the base model's (V x D more values, twice
-    # that for untied embeddings, and their moments), or none. All three keep the original chat model intact inside the
-    # new one. Base rows without a token never train.
+    """Stage 1: the new tokens and their rows."""
+    lora: Lora | None = Field(default=Lora(), json_schema_extra=_none_in_place_of_null)
+    """The adapters; or `none` for full fine-tuning, to compare with: copies of all weights of the layers train."""
     embeddings: Literal["new", "all", "none"] = "new"
+    """Which vocabulary rows train: those of new tokens, or also copies of the base model's (V x D more values, twice
+    that for untied embeddings, and their moments), or none. All three keep the original chat model intact inside the
+    new one. Base rows without a token never train.
+    """
     prompts: Prompts = Prompts()
+    """Translation instructions."""
     pretrain: Pretraining
+    """Stage 2: causal LM on text in the target language."""
     translate: Pretraining
+    """Stage 3: causal LM on translation pairs in both directions, mixed with text."""
     recover: Recover
+    """Stage 4, first half: the original chat model's answers, and their translations."""
     transfer: Transfer
+    """Stage 4, second half: fine-tuning on translation chains and what is mixed with them."""
     evaluation: Evaluation
+    """What each point of the run is measured on."""
     export: Export = Export()
+    """The Hugging Face directory that the run writes at its end."""
     mesh: Mesh = Mesh()
-    # The attention kernel in training: splash (TPU only; lengths that are multiples of 128), plain (our own), or auto
-    # (splash where possible).
+    """How the work is divided among devices."""
     attention: Attention = "auto"
-    # A directory for tokenised text, which several runs can share; by default in the work directory.
+    """The attention kernel in training: `splash` (TPU only; lengths that are multiples of 128), `plain` (our own), or
+    `auto` (splash where possible).
+    """
     token_cache: Location | None = None
+    """A directory for tokenised text, which several runs can share. By default it is in the work directory."""
 
     @field_validator("lora", mode="before")
     @classmethod

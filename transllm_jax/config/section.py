@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # A path in which `~` is the home directory, as in a shell.
-Location = Annotated[str, AfterValidator(os.path.expanduser)]
+Location = Annotated[str, AfterValidator(os.path.expanduser), Field(json_schema_extra={"format": "path"})]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,7 +29,10 @@ def without_limit(given: Any, successor: str) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the config; frozen, and strict about its keys."""
+    """A part of the config; frozen, and strict about its keys.
+
+    The string below a field is its meaning, in Markdown: see `meanings`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -39,3 +45,23 @@ class Section(BaseModel):
             if isinstance(value, bool) and field is not None and field.annotation is not bool:
                 raise ValueError(f"{name} cannot be {str(value).lower()} (yes, no, on and off mean that in YAML)")
         return given
+
+
+def meanings(section: type[Section]) -> dict[str, str]:
+    """The meaning of each key of a section, in Markdown: the string below the field, in the class that defines it.
+
+    docs/config.md and docs/config.schema.json are made from them. They are read from the source, when they are asked
+    for: pydantic's `use_attribute_docstrings` reads it at each import, which then takes twice as long.
+    Raises OSError if the source is not there.
+    """
+    found = {}
+    for base in reversed(section.__mro__):
+        if not issubclass(base, Section):
+            continue
+        (definition,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[name] = inspect.cleandoc(meaning).strip()
+    return found

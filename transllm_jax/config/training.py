@@ -18,59 +18,81 @@ class Validation(Section):
     """
 
     source: WholeSource
-    # Steps between two validations; a checkpoint is written at each.
+    """The held-out text, pairs or conversations."""
     every: Positive
-    # At most this many packed rows of the source, of `length` tokens each.
+    """Steps between two validations. A checkpoint is written at each."""
     rows: Positive = 64
-    # Stop after this many validations in a row that were no better than the best; null: never stop early.
+    """Measure on the first rows of the source, at most this many, packed as in training: `length` tokens each."""
     patience: Positive | None = None
+    """Stop the stage after this many validations in a row that were no better than the best. By default it never stops
+    early.
+    """
 
 
 class Training(Section):
     """How a stage trains."""
 
-    # Give one of the two: optimizer steps, or how often every source is read to its end at least.
     steps: Positive | None = None
+    """Optimizer steps. Give `steps` or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    # Rows of `length` tokens in a step, and the number of micro-batches that they are computed in, one after another.
-    # The result is that of the whole batch (LoRA dropout is drawn for each micro-batch).
+    """How often every source is read to its end at least. Give `steps` or `epochs`."""
     batch_size: Positive
+    """Rows in a step, of `length` tokens each."""
     accumulate: Positive = 1
+    """The number of micro-batches that a step's rows are computed in, one after another; it divides `batch_size`. More
+    take less memory. The result is that of the whole batch (LoRA dropout is drawn for each micro-batch).
+    """
     length: Annotated[int, Field(ge=16)]
+    """Tokens in a row. Examples are packed whole. Of what is longer than a row, a document is split, a conversation is
+    cut at a turn, and a translation is left out.
+    """
     learning_rate: float = Field(gt=0)
-    # The learning rate of vocabulary rows, as a multiple of the adapters'.
+    """The learning rate of the adapters at its peak, after warm-up (AdamW). With `lora: none`, that of the weights."""
     new_rows_multiplier: float = Field(default=1.0, gt=0)
-    # After warm-up, the rate falls to final_fraction of the peak: as a cosine, linearly, or (wsd) linearly over the
-    # last decay_ratio of the steps. constant: it stays at the peak.
+    """The learning rate of vocabulary rows, as a multiple of `learning_rate`."""
     schedule: Schedule = "cosine"
-    # Warm-up as a share of the steps (0.01 by default), or in steps.
+    """After warm-up, the rate falls to `final_fraction` of the peak: as a cosine (`cosine`), linearly (`linear`), or
+    linearly over the last `decay_ratio` of the steps (`wsd`). With `constant` it stays at the peak.
+    """
     warmup_ratio: Share | None = None
+    """Warm-up, in which the rate rises linearly, as a share of the steps: 0.01 if neither this nor `warmup_steps` is
+    given.
+    """
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in steps, in place of `warmup_ratio`."""
     decay_ratio: Share = 0.1
+    """For `schedule: wsd`: the share of the steps, at the end, in which the rate falls."""
     final_fraction: Share = 0.1
-    # AdamW's weight decay of all trained arrays but norm scales and biases.
+    """The rate at the last step, as a share of the peak; without effect for `schedule: constant`."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay of all trained arrays but norm scales and biases."""
     clip_norm: float = Field(default=1.0, gt=0)
-    # Factor of the squared log of the softmax's normaliser, which is added to the loss (PaLM, arXiv 2204.02311).
+    """Gradients are scaled down to this global norm if theirs is larger."""
     z_loss: float = Field(default=0.0, ge=0)
-    # Steps between two checkpoints.
+    """Factor of the squared log of the softmax's normaliser, which is added to the loss (PaLM, arXiv 2204.02311)."""
     checkpoint_every: Positive = 200
-    # How many of the newest checkpoints are kept, besides the best.
+    """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
-    # Steps between two log lines; each line is of its own step alone.
+    """How many of the newest checkpoints are kept, besides the best."""
     log_every: Positive = 1
-    # Rematerialisation: which values of a layer are kept for the backward pass; the others are computed again. Each
-    # takes less memory and more time than the one before.
-    #   none: all values.
-    #   projections: the outputs of linear layers and of attention.
-    #   queries: as projections, without q.
-    #   feed_forward: as projections, without q, k and v.
-    #   attention: as projections, without the feed-forward part (gate and up).
-    #   full: only the layer's input.
+    """Steps between two log lines. Each line is of its own step alone."""
     remat: Remat = "none"
-    # Stop after this many updates in a row were skipped, because a loss or gradient was not finite.
+    """Rematerialisation: which values of a layer are kept for the backward pass; the others are computed again. Each
+    takes less memory and more time than the one before.
+
+    - `none`: all values.
+    - `projections`: the outputs of linear layers and of attention.
+    - `queries`: as `projections`, without q.
+    - `feed_forward`: as `projections`, without q, k and v.
+    - `attention`: as `projections`, without the feed-forward part (gate and up).
+    - `full`: only the layer's input.
+    """
     max_skipped: Positive = 5
+    """Stop after this many updates in a row were skipped, because a loss or gradient was not finite."""
     validation: Validation | None = None
+    """Measure held-out text during training, and keep the best checkpoint. By default nothing is measured, and the
+    stage's result is its last step.
+    """
 
     @model_validator(mode="after")
     def _agrees(self) -> Training:
@@ -91,6 +113,7 @@ class Pretraining(Training):
     """Stages 2 and 3: causal LM on text and on pairs."""
 
     sources: list[Source] = Field(min_length=1)
+    """What the stage trains on: text, pairs or conversations, mixed by weight."""
 
     @model_validator(mode="after")
     def _has_all_weights_or_none(self) -> Pretraining:
@@ -102,16 +125,18 @@ class Pretraining(Training):
 class Transfer(Training):
     """Stage 4, second half: a mixture of chains, English answers, translation instructions and other sources."""
 
-    # The pairs from which translation instructions are made.
     pairs: PairSource
-    # Leave out pairs that contain at least half of any text of the evaluation sets.
+    """The pairs from which translation instructions are made."""
     contamination: bool = True
-    # Weights of the three parts in the mixture, as shares of the rows; 0 leaves a part out.
+    """Leave out pairs that contain at least half of any text of the evaluation sets."""
     chains: float = Field(default=0.5, ge=0)
+    """Share of the rows that are translation chains, relative to the other parts of the mixture; 0 leaves them out."""
     english: float = Field(default=0.25, ge=0)
+    """Share of the rows that are the original model's English answers, in the same way."""
     translations: float = Field(default=0.25, ge=0)
-    # Other sources, such as conversations, each with a weight relative to those above.
+    """Share of the rows that are translation instructions, in the same way."""
     sources: list[Source] = []
+    """Other sources, such as conversations, each with a `weight` relative to the three shares above."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> Transfer:

@@ -105,6 +105,7 @@ def evaluate(
                 "raw": answer.raw,
                 "visible": answer.visible,
                 "chain": None if answer.chain is None else vars(answer.chain),
+                "cut_off": answer.cut_off,
             }
             for answer in chat.answers(asked, fallback=False, between=between)
         ]

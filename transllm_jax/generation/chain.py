@@ -18,16 +18,18 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `raw`: the whole text. `continued`: whether the fallback was used."""
+    """One answer. `raw`: the whole text. `continued`: whether the fallback was used. `cut_off`: whether the limit of
+    new tokens ended it, and not the model."""
 
     raw: str
     chain: Chain | None
     visible: str
     continued: bool
+    cut_off: bool = False
 
 
-def _answer(raw: str, markers: Markers, continued: bool) -> Answer:
-    return Answer(raw.strip(), parse(raw, markers), visible(raw, markers), continued)
+def _answer(raw: str, markers: Markers, continued: bool, cut_off: bool) -> Answer:
+    return Answer(raw.strip(), parse(raw, markers), visible(raw, markers), continued, cut_off)
 
 
 class ChainChat:
@@ -56,14 +58,17 @@ class ChainChat:
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
         generated = self._generate(prompts, on_tokens, between)
         texts = [self._tokenizer.decode(ids) for ids in generated]
-        answers = [_answer(text, self._markers, False) for text in texts]
+        answers = [
+            _answer(text, self._markers, False, self._is_cut_off(ids))
+            for text, ids in zip(texts, generated, strict=True)
+        ]
         broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
         longer = {row: [*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken}
         longer = {row: prompt for row, prompt in longer.items() if self._has_room(prompt)}
         if longer:
             for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens, between), strict=True):
                 text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
-                answers[row] = _answer(text, self._markers, True)
+                answers[row] = _answer(text, self._markers, True, self._is_cut_off(ids))
         return answers
 
     def fits(self, messages: Sequence[Message]) -> bool:
@@ -81,12 +86,15 @@ class ChainChat:
         prompt = encode_prompt(self._tokenizer, messages, self._markers.in_order())
         ids: list[int] = []
         for ids in self._stream(prompt):
-            yield _answer(self._tokenizer.decode(ids), self._markers, False)
+            yield _answer(self._tokenizer.decode(ids), self._markers, False, self._is_cut_off(ids))
         text = self._tokenizer.decode(ids)
         begun = [*ids, *self._appended(text)]
         if self._breaks_off(text) and self._has_room([*prompt, *begun]):
             for more in self._stream([*prompt, *begun]):
-                yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True)
+                yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True, self._is_cut_off(more))
+
+    def _is_cut_off(self, ids: Sequence[int]) -> bool:
+        return len(ids) >= self._max_new_tokens
 
     def _breaks_off(self, text: str) -> bool:
         """Whether a chain was begun but lacks a marker. An English answer, or a translation, is complete as it is."""

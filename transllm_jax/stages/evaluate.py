@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,24 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})
         path.unlink(missing_ok=True)
-    return {"text": _summary_text(results["metrics"])}
+    return {
+        "text": _summary_text(results["metrics"]),
+        # In the manifest, because `transllm status` reads it and not all texts of the evaluation.
+        "metrics": results["metrics"],
+        "chains": counts_of_chains(results["answers"]),
+    }
+
+
+def counts_of_chains(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many answers there are, and how many are well-formed chains, how many different questions these have, and how
+    many answers the limit of new tokens cut off."""
+    questions = [answer["chain"]["question_en"] for answer in answers if answer["chain"] is not None]
+    return {
+        "answers": len(answers),
+        "well_formed": len(questions),
+        "different_questions": len(set(questions)),
+        "cut_off": sum(answer["cut_off"] for answer in answers),
+    }
 
 
 def _held_out(run: Run) -> HeldOut:

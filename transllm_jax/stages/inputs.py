@@ -191,11 +191,10 @@ class Inputs:
         section = self._config.evaluation
         if not wanted:
             return {}
-        files = self.hashes([section.text.path, section.pairs, section.instructions])
         return {
             "evaluation.others": [source.path for source in section.others],
-            **files,
-            **self.source_hashes(section.others),
+            **self.hashes([section.pairs, section.instructions]),
+            **self.source_hashes([section.text, *section.others]),
         }
 
     def check_clean(self, items: Iterable[Item], what: str, key: str) -> None:

@@ -26,6 +26,7 @@ from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Progress
 from transllm_jax.stages import base, evaluate, report, vocabulary
 from transllm_jax.stages.manifest import State
+from transllm_jax.stages.recorded import RUN
 from transllm_jax.stages.run import HASHES, Run
 from transllm_jax.stages.steps import (
     STEPS,
@@ -41,8 +42,8 @@ from transllm_jax.stages.steps import (
 from transllm_jax.training.arrays import check_checkpoint_path
 from transllm_jax.training.record.ledger import LEDGER
 
-# Files of a work directory that belong to no step.
-RUN, VERSIONS = "run.yaml", "versions.json"
+# A file of a work directory that belongs to no step, as run.yaml does.
+VERSIONS = "versions.json"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from typing import Any
 from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.data.read.sources import read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
+from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
+from transllm_jax.stages.recorded import recorded
 from transllm_jax.stages.run import Run
 from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
@@ -46,7 +48,7 @@ def collect(run: Run) -> dict[str, Any]:
     measured = {point: read_json(run.workdir / "evaluation" / point / "results.json") for point in POINTS}
     summaries = {name: read_json(run.workdir / name / "manifest.json")["summary"] for name in STAGES}
     metrics = _by_metric(measured)
-    vocabulary = summaries["vocabulary"]
+    vocabulary, record = summaries["vocabulary"], recorded(run.workdir)
     return {
         "title": config.title,
         "language": config.language.model_dump(),
@@ -70,6 +72,7 @@ def collect(run: Run) -> dict[str, Any]:
             ),
         },
         "goals": goals(metrics, config.language.name, _variety(measured["transfer"]["answers"])),
+        "findings": [finding.written(record) for finding in findings(record)],
         "stages": [_stage(name, run.workdir / name, summary) for name, summary in summaries.items()],
         "trained": {name: _trained(run.workdir / name, summaries[name]) for name in TRAININGS},
         "ledger": summarise(run.workdir / LEDGER),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,6 +164,8 @@ def _library(path: str) -> Any:
         import datasets
     except ImportError as error:
         raise UserError(f"{path}: container datasets needs `datasets`; pip install 'transllm-jax[data]'") from error
+    # Without a network, each of its attempts would print two lines before ours.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     return datasets
 
 
@@ -175,4 +178,7 @@ def _faults(where: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
         message = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{where}: {message}; fix the dataset, its name or its split") from error
+        fix = "fix the dataset, its name or its split"
+        if isinstance(error, ConnectionError):
+            fix = "check the network, or download the dataset and give its files or directory"
+        raise UserError(f"{where}: {message}; {fix}") from error

@@ -17,6 +17,7 @@ import jinja2
 
 from transllm_jax.choices import TRAININGS
 from transllm_jax.disk import write_bytes
+from transllm_jax.evaluation.advice.recorded import PAGE
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
@@ -33,11 +34,18 @@ from transllm_jax.evaluation.page.measures import (
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
-from transllm_jax.evaluation.page.terminal import conversation_panel, summary_table
+from transllm_jax.evaluation.page.terminal import conversation_panel, findings_lines, keys_of, summary_table
 from transllm_jax.evaluation.page.verdict import verdict
 from transllm_jax.words import duration, size
 
-__all__ = ["conversation_panel", "render_report", "summary_table", "time_sentence", "write_report"]
+__all__ = [
+    "conversation_panel",
+    "findings_lines",
+    "render_report",
+    "summary_table",
+    "time_sentence",
+    "write_report",
+]
 
 _CHAIN = ("question_en", "answer_en", "answer_target")
 # Labels of the kinds of time (keys of transllm_jax.training.record.ledger), in the order in which they are shown.
@@ -95,6 +103,8 @@ def render_report(results: Results) -> str:
         # In HTML, an empty language tag means that the language is unknown.
         code=str(language.get("code") or ""),
         verdict=verdict(results),
+        findings=_findings(results),
+        findings_page=PAGE,
         points=points(results),
         base=BASE,
         not_measured=NOT_MEASURED,
@@ -116,6 +126,20 @@ def render_report(results: Results) -> str:
         versions=[(key, _value(value)) for key, value in section(results, "versions").items()],
         config=results.get("config") or "",
     )
+
+
+def _findings(results: Results) -> list[dict[str, Any]] | None:
+    """The findings, each with its keys as (key, present value); None if the results are from before there were any."""
+    if results.get("findings") is None:
+        return None
+    return [
+        {
+            **{part: clean(finding.get(part)) for part in ("topic", "stage", "what", "turn")},
+            "keys": list(keys_of(finding)),
+        }
+        for finding in results["findings"]
+        if isinstance(finding, Mapping)
+    ]
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str]]:

@@ -1,12 +1,16 @@
-"""The results in the terminal: the before/after table and one conversation."""
+"""The results in the terminal: the before/after table, the findings, and one conversation."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from transllm_jax.evaluation.advice.recorded import PAGE
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
@@ -59,6 +63,31 @@ def summary_table(results: Results) -> Table:
         table.add_row(Text(f"{row.short} {ARROWS[row.measure.better]}".rstrip()), *cells, moved)
     table.caption = Text("\n".join(notes))
     return table
+
+
+def findings_lines(findings: Iterable[Mapping[str, Any]]) -> RenderableType | None:
+    """The findings, numbered: a line on what was found where, and one on what to do, with keys and present values.
+
+    findings: as `Finding.written` gives them. None if there are none.
+    """
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(justify="right", style="dim")
+    table.add_column()
+    for number, finding in enumerate(findings, 1):
+        what = Text.assemble((clean(finding.get("topic")), "bold"), f" ({clean(finding.get('stage'))}). ")
+        turn = Text(f"→ {clean(finding.get('turn'))} ")
+        keys = Text(", ".join(f"{key} ({now})" if now else key for key, now in keys_of(finding)), "cyan")
+        table.add_row(str(number), Text.assemble(what, clean(finding.get("what")), "\n", turn, keys))
+    if not table.row_count:
+        return None
+    return Group(Text.assemble(("What to do next", "bold"), (f"  {PAGE} has a section on each", "dim")), table)
+
+
+def keys_of(finding: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The config keys of a finding, each with its present value as text; empty if it is unset or not one value."""
+    for key, value in section(finding, "keys").items():
+        text = f"{value:g}" if isinstance(value, float) else "" if value is None else clean(value)
+        yield clean(key), text
 
 
 def conversation_panel(results: Results, index: int = 0) -> RenderableType:

@@ -139,8 +139,11 @@ def expand(
         "passes_for_base": passes_for(base, tokenizer) if kind == "byte-level" else None,
         "never_produced": sum(n == 0 for n in learned.counts),
         "produced_less_than_min_count": sum(n < min_count for n in learned.counts),
+        "produced_less_than_10": sum(n < 10 for n in learned.counts),
         "tokens_per_character_before": tokens_per_character(base, sample),
         "tokens_per_character_after": tokens_per_character(tokenizer, sample),
+        # With the first half of the new tokens: what the second half saves says what more tokens would.
+        "tokens_per_character_half": tokens_per_character(build(size // 2), sample),
         "measured_on_characters": sampled,
         "english_changed": None if english is None else changed(base, tokenizer, english),
         "most_frequent": [{"token": names[i], "count": learned.counts[i]} for i in by_count[:50]],

