@@ -16,7 +16,7 @@ from importlib.metadata import metadata, packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, write_run_config
+from conftest import EXAMPLES
 from test_imports import imports_of
 
 from transllm_jax import __version__
@@ -24,6 +24,12 @@ from transllm_jax import __version__
 ROOT = Path(__file__).parents[1]
 # What the build reads. It is copied, because a build leaves files behind, of which a later one would take old modules.
 READ = ("transllm_jax", "conversion", "setup.cfg", "pyproject.toml", "MANIFEST.in", "PYPI.md", "README.md", "LICENSE")
+# So that a run to the first stage takes seconds.
+SMALL = (
+    "vocabulary.size=200",
+    *(f"evaluation.max_{name}=2" for name in ("documents", "pairs", "chats")),
+    *("evaluation.max_new_tokens=4", "evaluation.max_chain_tokens=8", "evaluation.batch_size=2"),
+)
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
@@ -127,9 +133,11 @@ def test_the_commands_work_outside_of_the_checkout(transllm: Path, tiny_model: P
     assert run(transllm, "--version") == f"transllm-jax {__version__}\n"
     assert "100%" in run(transllm, "tokenizer", "report", tiny_model, EXAMPLES / "text.heldout.txt")
     run(transllm, "convert", "from-hf", tiny_model, "ours")
-    config = write_run_config(tmp_path, tmp_path / "ours")
-    run(transllm, "run", config, "--until", "vocabulary")
-    assert (tmp_path / "run" / "vocabulary" / "report.json").is_file()
+    files = {"text": "text.train.txt", "pairs": "pairs.train.tsv", "instructions": "instructions.train.jsonl"}
+    given = [part for name, file in files.items() for part in (f"--{name}", EXAMPLES / file)]
+    run(transllm, "init", "mine.yaml", "--model", "ours", "--language", "th", *given)
+    run(transllm, "run", "mine.yaml", *SMALL, "--until", "vocabulary")
+    assert (tmp_path / "runs" / "mine" / "vocabulary" / "report.json").is_file()
 
 
 def test_what_is_imported_is_required(built: tuple[Path, Path]) -> None:

@@ -29,6 +29,11 @@ from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.new_directory import new_directory
 
+# Of a directory as Meta's download script leaves it.
+_META = (
+    "is missing: params.json is Meta's own format, which is not read; give the model's Hugging Face edition, such as "
+    "meta-llama/Llama-2-7b-chat-hf"
+)
 # Fields of config.json that mean the model would be read wrongly -> why it is refused and how to fix it.
 _REFUSED = {
     "quantization_config": "quantised weights are not read; use the unquantised model",
@@ -124,7 +129,8 @@ def open_hf(directory: str | Path) -> HFModel:
     extra, of the wrong shape or not F32, F16 or BF16 (all are listed).
     """
     directory = Path(directory)
-    raw = read_model_json(directory / "config.json")
+    own_format = (directory / "params.json").is_file()
+    raw = read_model_json(directory / "config.json", missing=_META if own_format else None)
     config = parse_config(raw, directory)
     found, notes = open_checkpoint(directory)
     entries = _match(directory, config, found)

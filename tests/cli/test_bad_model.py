@@ -62,6 +62,10 @@ def no_config(model: Path) -> None:
     (model / "config.json").unlink()
 
 
+def metas_own_format(model: Path) -> None:
+    (model / "config.json").rename(model / "params.json")
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -72,6 +76,7 @@ def no_config(model: Path) -> None:
         (not_a_number, ("1 values are NaN or infinite, in model.norm.weight", "fetch the model again")),
         (no_tokenizer, ("has no tokenizer.json", "fetch the tokenizer's files")),
         (no_config, ("config.json is missing", "complete model directory?")),
+        (metas_own_format, ("params.json is Meta's own format", "Hugging Face edition")),
         (shutil.rmtree, ("does not exist", "give a directory, a .gguf file")),
     ],
 )

@@ -41,8 +41,8 @@ def test_a_file_of_sentencepiece_is_a_tokenizer(tmp_path: Path, name: str, trans
     assert [new.role(role) for role in ("bos_token", "eos_token", "unk_token")] == ["<s>", "</s>", "<unk>"]
     theirs = SentencePieceProcessor(model_file=str(tmp_path / "of-file" / "tokenizer.model"))
     assert [new.encode(text, specials=False) for text in TEXTS] == theirs.encode(TEXTS)
-    code, printed = transllm("tokenizer", "report", tmp_path / "of-file", HELD_OUT, "--base", file)
-    assert code == 0 and printed.count("100%") == 1
+    code, printed = transllm("tokenizer", "report", tmp_path / "of-file", HELD_OUT)
+    assert code == 0 and f"compared with {file}, which" in printed and printed.count("100%") == 1
 
 
 def test_the_special_tokens_are_those_of_the_file(tmp_path: Path) -> None:
@@ -129,3 +129,12 @@ def test_a_model_with_nothing_but_tokenizer_model(tmp_path: Path, transllm: Comm
     rows = open_token_rows(model, open_hf(whole).config)
     tokens = ["▁the", "<s>", "no such token"]
     assert rows.ids(tokens) == [wanted.token_id(token) for token in tokens]
+
+    # An adapter of PEFT with nothing but the expanded tokenizer.model.
+    assert transllm("convert", "to-peft", tmp_path / "run", tmp_path / "peft")[0] == 0
+    for path in [*(tmp_path / "peft").glob("*token*.json"), tmp_path / "peft" / "chat_template.jinja"]:
+        path.unlink()
+    assert transllm("convert", "from-peft", model, tmp_path / "peft", tmp_path / "adapter")[0] == 0
+    expanded, found = Tokenizer.load(tmp_path / "run/vocabulary"), Tokenizer.load(tmp_path / "adapter")
+    assert found.encode_batch(TEXTS, specials=False) == expanded.encode_batch(TEXTS, specials=False)
+    assert found.token_id("<TH>") == expanded.token_id("<TH>") is not None
