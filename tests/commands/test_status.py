@@ -28,7 +28,7 @@ from transllm_jax.training.record.ledger import Ledger
 
 def terminal(renderable: Any, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
+    console.print(renderable, crop=False)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -92,6 +92,8 @@ def test_a_run_that_is_not_begun(tmp_path: Path) -> None:
     assert last_lines(printed) == [f"transllm run '{place}/run.yaml' --workdir '{place}'"]
     artifact(place, "base").begin({})
     assert "go on with base " in terminal(status_table(place), width=300)
+    # A narrow terminal does not break a command, which is to be copied.
+    assert last_lines(terminal(status_table(place), width=40)) == last_lines(printed)
 
 
 def test_a_run_at_work(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs
     from transllm_jax.commands.status import status_table
     from transllm_jax.progress import plain_console
 
-    plain_console().print(status_table(workdir))
+    plain_console().print(status_table(workdir), crop=False)
 
 
 @app.command("config")

@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 def status_table(given: Path | str) -> RenderableType:
     """A table with one row per step, a line about the time, the findings, and the next command.
 
+    To be printed with `crop=False`: a command is one line, however long.
+
     given: a directory, or the URL of a run on an object store. Raises UserError if there is no run.
     """
     if "://" not in str(given):
@@ -71,16 +73,17 @@ def _table(workdir: Path, given: str) -> RenderableType:
         parts.append(Text(f"\n{spent}"))
     if (lines := findings_lines(finding.written(record) for finding in findings(record))) is not None:
         parts += [Text(), lines]
-    return Group(*parts, Text(), *_next(workdir, given, states))
+    return Group(*parts, Text(), *_next(workdir, given, states, adapters=record.setting("lora") != "none"))
 
 
-def _next(workdir: Path, given: str, states: Mapping[str, str]) -> Iterator[Text]:
-    """The commands that come next: to begin or go on, or to use what is done."""
+def _next(workdir: Path, given: str, states: Mapping[str, str], *, adapters: bool) -> Iterator[Text]:
+    """The commands that come next: to begin or go on, or to use what is done. adapters: whether the run trains any."""
     name = shlex.quote(given)
     if all(state == "done" for state in states.values()):
         yield _command("talk to it", f"transllm chat {name} --show-chain")
         yield _command("the model", f"transllm convert to-hf {name} DST" if "://" in given else f"{name}/export")
-        yield _command("adapters for PEFT", f"transllm convert to-peft {name} DST")
+        if adapters:
+            yield _command("adapters for PEFT", f"transllm convert to-peft {name} DST")
         yield _command("read", f"{name}/report.html")
         return
     step = next(step for step, state in states.items() if state != "done")
@@ -96,7 +99,8 @@ def _next(workdir: Path, given: str, states: Mapping[str, str]) -> Iterator[Text
 
 
 def _command(what: str, command: str) -> Text:
-    return Text.assemble((f"{what:<17}  ", "dim"), command)
+    # In one line however long it is, to be copied.
+    return Text.assemble((f"{what:<17}  ", "dim"), command, no_wrap=True, overflow="ignore")
 
 
 def _so_far(directory: Path) -> str:

@@ -98,7 +98,7 @@ def recorded_date(path: Path) -> date | None:
 def recorded_settings(path: Path) -> dict[str, Any]:
     """The content of a run.yaml as it is, without a check of its keys, which may be those of another version.
 
-    Raises UserError if the file is damaged.
+    Empty if the file is. Raises UserError if it is damaged.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -106,9 +106,9 @@ def recorded_settings(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())}); `transllm run` with the run's config writes it again"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | None):
         raise UserError(f"{path} is damaged; `transllm run` with the run's config writes it again")
-    return found
+    return found or {}
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
