@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import EXAMPLES, call, tiny_run, write_config, write_tiny_model
+from conftest import EXAMPLES, call, tiny_run, write_config
 from pages import ROOT, Block, Command, PageError, all_pages, blocks, commands, hidden_commands, read_page
 from tiny_sentencepiece import write_sentencepiece_model
 
@@ -27,22 +27,19 @@ from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
 from transllm_jax.errors import UserError
 
-# Commands that pages show before they exist. A name is removed when its command is there.
-NOT_THERE_YET = {"init"}
-# Pages whose commands are not all in ```sh blocks yet. A name is removed when its page is rewritten.
-OLD_PAGES = {"README.md", "docs/launch.md", "docs/scaling.md"}
-
 # Commands that are only parsed, and why.
 PARSED = {"preflight": "it compiles for minutes; tests/preflight runs it"}
 # A command's words as they are run: what a tiny model and a few hundred kilobytes of text allow.
 SMALLER = (
     (re.compile(r"^(\w+)\.(steps|epochs)=.*$"), r"\1.steps=2"),
     (re.compile(r"^vocabulary\.size=\d+$"), "vocabulary.size=140"),
-    (re.compile(r"^\d+(,\d+)+$"), "40,80"),
+    (re.compile(r"^\d+(,\d+)+$"), "160,200"),
 )
 # The same for the value of an option; and options that are added.
-SMALLER_OPTIONS = {"--size": "120", "--max-new-tokens": "8"}
+SMALLER_OPTIONS = {"--size": "160", "--max-new-tokens": "8"}
 ADDED = {"chat": ("--max-new-tokens", "8")}
+# A config of the reader's own, on all pages.
+MINE = "mine.yaml"
 # What is typed into a conversation.
 TYPED = "ผึ้งผลิตอะไร\n/quit\n"
 
@@ -55,8 +52,9 @@ def make_sandbox(directory: Path, finished: Path) -> None:
     configs/*.yaml           the tiny run of tests/conftest.py under the names of the repository's configs
     configs/models/*.json    as in the repository
     examples/                as in the repository
-    runs/demo                the finished run of configs/demo.yaml
-    my-llama-chat/           a tiny chat model with a byte-level tokenizer
+    mine.yaml                the tiny run, as a config of the reader's own
+    runs/demo runs/mine      the finished runs of configs/demo.yaml and mine.yaml
+    my-llama-chat/           the tiny chat model, with a byte-level tokenizer
     llama-2-chat/            another, with a SentencePiece tokenizer
     text/*.txt               Thai text, in two files
     thai/*.txt.gz            the same
@@ -64,12 +62,15 @@ def make_sandbox(directory: Path, finished: Path) -> None:
     pairs.tsv                translation pairs
     instructions.jsonl       instructions in English and Thai
     """
+    model = finished.parent / "model"
     for path in (ROOT / "configs").glob("*.yaml"):
-        write_config(directory / "configs" / path.name, tiny_run(finished.parent / "model", f"runs/{path.stem}"))
+        write_config(directory / "configs" / path.name, tiny_run(model, Path("runs") / path.stem))
+    write_config(directory / MINE, tiny_run(model, Path("runs/mine")))
     shutil.copytree(ROOT / "configs" / "models", directory / "configs" / "models")
     shutil.copytree(EXAMPLES, directory / "examples" / "thai")
     shutil.copytree(finished, directory / "runs" / "demo")
-    write_tiny_model(directory / "my-llama-chat", seed=1)
+    shutil.copytree(finished, directory / "runs" / "mine")
+    shutil.copytree(model, directory / "my-llama-chat")
     write_sentencepiece_model(directory / "llama-2-chat")
     documents = (EXAMPLES / "text.train.txt").read_text(encoding="utf-8").split("\n\n")
     for number, part in enumerate((documents[::2], documents[1::2]), 1):
@@ -153,8 +154,6 @@ def check(command: Command) -> None:
     """Raises PageError if what a command names is not there. Programs that are not ours are passed over."""
     words, program = command.words, command.program
     if program == "transllm":
-        if len(words) > 1 and words[1] in NOT_THERE_YET:
-            return
         name = parse(command)
         if name in ("run", "preflight"):
             check_config(command)
@@ -186,9 +185,7 @@ def check(command: Command) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_is_in_a_block_that_is_tested(page: str, request: pytest.FixtureRequest) -> None:
-    if page in OLD_PAGES:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="not rewritten yet"))
+def test_every_command_is_in_a_block_that_is_tested(page: str) -> None:
     problems = [str(problem) for block in read_page(page) for problem in hidden_commands(block)]
     assert not problems, "\n".join(problems)
 
@@ -206,10 +203,6 @@ def test_what_a_page_names_is_there(page: str) -> None:
         except PageError as error:
             problems.append(str(error))
     assert not problems, "\n".join(problems)
-
-
-def test_what_is_not_there_yet_is_not_there() -> None:
-    assert not NOT_THERE_YET & set(typer.main.get_command(cli.app).commands), "it is there: take it out of the table"
 
 
 # --- what runs ----------------------------------------------------------------------------------------------------
@@ -235,13 +228,37 @@ def made_smaller(words: tuple[str, ...]) -> list[str]:
     return found if added and added[0] in found else [*found, *added]
 
 
-def init(words: tuple[str, ...]) -> None:
-    """`transllm init`, and then the tiny run in place of the config that it writes, which is for a real model."""
-    path, options = Path(words[2]), dict(zip(words[3::2], words[4::2], strict=True))
-    if "init" not in NOT_THERE_YET:
-        assert call(*words[1:]) == 0
-        load_config(path)
-    write_config(path, tiny_run(Path(options["--model"]), Path("runs") / path.stem))
+class Reader:
+    """Does what a page says, in a copy of the sandbox's files.
+
+    `init` writes a config for a real model; the tiny one takes its place. Its run is there already, so it is not made
+    again for each page: it comes when the page runs its config.
+    """
+
+    def __init__(self, files: Path, here: Path) -> None:
+        self.files = files
+        shutil.copytree(files, here)
+
+    def does(self, command: Command) -> int:
+        """Runs a command in the current directory; gives its exit code."""
+        words = made_smaller(command.words)
+        if words[0] == "init":
+            return self._writes(Path(words[1]), words, command)
+        if words == ["run", words[1]] and Path(words[1]).name == MINE and not Path("runs/mine/export").exists():
+            shutil.rmtree("runs/mine", ignore_errors=True)
+            shutil.copytree(self.files / "runs" / "mine", "runs/mine")
+        return call(*words)
+
+    def _writes(self, config: Path, words: list[str], command: Command) -> int:
+        if config.name != MINE:
+            raise command.error(f"a config of the reader's own is called {MINE} on these pages")
+        config.unlink(missing_ok=True)
+        code = call(*words)
+        if code == 0:
+            load_config(config)
+            shutil.copy(self.files / MINE, config)
+            shutil.rmtree("runs/mine")
+        return code
 
 
 PAGES_THAT_RUN = [
@@ -254,26 +271,21 @@ PAGES_THAT_RUN = [
 def test_the_commands_of_a_page_run(
     page: str, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    here = tmp_path / "page"
-    shutil.copytree(sandbox, here)
-    monkeypatch.chdir(here)
+    reader = Reader(sandbox, tmp_path / "page")
+    monkeypatch.chdir(tmp_path / "page")
     monkeypatch.setenv("COLUMNS", "300")
-    for block in sh_blocks(page):
-        for command in commands(block):
-            for name, value in command.variables if block.needs is None else ():
-                monkeypatch.setenv(name, value)
-            if not runs(command):
-                continue
-            monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
-            capfd.readouterr()
-            if command.words[1] == "init":
-                init(command.words)
-                continue
-            code = call(*made_smaller(command.words))
-            printed = "".join(capfd.readouterr())
-            if code != 0:
-                raise command.error(f"it ends with {code}, and prints {printed[-2000:]}")
-            assert "Traceback" not in printed
+    for command in (command for block in sh_blocks(page) for command in commands(block)):
+        for name, value in command.variables if command.block.needs is None else ():
+            monkeypatch.setenv(name, value)
+        if not runs(command):
+            continue
+        monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
+        capfd.readouterr()
+        code = reader.does(command)
+        printed = "".join(capfd.readouterr())
+        if code != 0:
+            raise command.error(f"it ends with {code}, and prints {printed[-2000:]}")
+        assert "Traceback" not in printed
 
 
 # --- the tests of these tests -------------------------------------------------------------------------------------
@@ -373,6 +385,6 @@ def test_commands_are_made_smaller() -> None:
         "run c.yaml pretrain.steps=2 translate.steps=2"
     )
     assert smaller("transllm tokenizer expand a b c --size 4000 --language th") == (
-        "tokenizer expand a b c --size 120 --language th"
+        "tokenizer expand a b c --size 160 --language th"
     )
     assert smaller("transllm chat runs/demo") == "chat runs/demo --max-new-tokens 8"
