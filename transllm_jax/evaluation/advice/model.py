@@ -154,7 +154,7 @@ def vocabulary(run: Recorded) -> Iterator[Finding]:
             "vocabulary",
             f"{size:,.0f} new tokens take {written(whole)} tokens per character, half of them {written(half)}: the "
             f"second half saved {percent(round(1 - whole / half, 2))}, so more tokens would save more.",
-            "Look at the curve of `transllm tokenizer report --curve`, and choose a larger size.",
+            "Choose a larger size; transllm tokenizer report --curve shows what each size takes.",
             ("vocabulary.size",),
         )
     elif size and rare is not None and rare > RARE * size:
