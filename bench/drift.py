@@ -65,7 +65,7 @@ def main() -> None:
             }
             part = Split(split.structure, scaled, split.frozen)
             drift = teacher.divergence(part, prefix)
-            after = choices(part, teacher._states_of(part, prefix, adapters=True), original=False)
+            after = choices(part, teacher.states_of(part, prefix, adapters=True), original=False)
             print(f"| {point} | {strength} | {drift:.3f} | {np.mean(after != before):.1%} |", flush=True)
 
 

@@ -21,6 +21,7 @@ from transllm_jax.commands.status import status_table
 from transllm_jax.disk import locked, read_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.report import findings_lines
+from transllm_jax.stages.evaluate import counts_of_chains
 from transllm_jax.stages.steps import STEPS, artifact
 from transllm_jax.storage import Workdir
 from transllm_jax.training.record.ledger import Ledger
@@ -157,6 +158,17 @@ def test_counts_of_an_evaluation_are_in_its_manifest(finished_run: Path) -> None
         # A random model hardly ever ends an answer by itself.
         assert summary["chains"]["answers"] == 3 and summary["chains"]["cut_off"] > 0
         assert summary["chains"]["cut_off"] == sum(answer["cut_off"] for answer in results["answers"])
+
+
+def test_counts_of_chains() -> None:
+    chain = {"question_en": "What?", "answer_en": "A cat.", "answer_target": "แมว"}
+    other = {**chain, "question_en": "Why?"}
+    answers = [
+        {"chain": found, "cut_off": cut}
+        for found, cut in ((chain, False), (chain, True), (other, True), (None, True), (None, False))
+    ]
+    counts = {"answers": 5, "well_formed": 3, "different_questions": 2, "cut_off": 3, "broken_off": 1}
+    assert counts_of_chains(answers) == counts
 
 
 def test_a_run_on_a_store_pulls_only_small_files(

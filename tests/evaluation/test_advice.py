@@ -49,8 +49,9 @@ def spent(stage: str = "pretrain", lost: float = 0.0, **seconds: float) -> dict[
     return {"stages": {stage: {"total": sum(seconds.values()) + lost, "seconds": seconds, "lost": lost}}}
 
 
-def chains(answers: int, well_formed: int, different: int, cut_off: int) -> dict[str, int]:
+def chains(answers: int, well_formed: int, different: int, cut_off: int, broken_off: int = 0) -> dict[str, int]:
     return {
+        "broken_off": broken_off,
         "answers": answers,
         "well_formed": well_formed,
         "different_questions": different,
@@ -93,9 +94,9 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         "Chains do not end",
-        {"chains": chains(30, 20, 18, 9)},
+        {"chains": chains(30, 20, 18, 9, 5)},
         "9 of 30 answers were cut off after 160 tokens",
-        {"chains": chains(30, 27, 25, 3)},
+        {"chains": chains(30, 20, 18, 9, 4)},
     ),
     (
         "Chains do not end",
@@ -105,7 +106,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         "Chains are not well-formed",
-        {"chains": chains(30, 26, 20, 1)},
+        {"chains": chains(30, 26, 20, 9, 1)},
         "86.7 % of 30 answers",
         {"chains": chains(30, 27, 20, 1)},
     ),

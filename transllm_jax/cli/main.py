@@ -189,7 +189,7 @@ def _show_results(console: Console, site: Site) -> None:
 
 @app.command()
 def status(workdir: Annotated[str, typer.Argument(help="A run's directory, or gs://... .")]) -> None:
-    """Show which steps are done, which was interrupted and which are left."""
+    """Show which steps are done, what the numbers so far say to do, and the command that comes next."""
     from transllm_jax.commands.status import status_table
     from transllm_jax.progress import plain_console
 

@@ -99,7 +99,7 @@ class Teacher:
     @cached_property
     def states(self) -> np.ndarray:
         """The teacher's hidden states that predict the answers' tokens, [tokens, D]."""
-        return self._states_of(self.base, [], adapters=False)
+        return self.states_of(self.base, [], adapters=False)
 
     def divergence(self, split: Split, prefix: Sequence[int] = ()) -> float:
         """Mean KL per token, in nats, from the original model to `split` on the original's own answers.
@@ -107,7 +107,7 @@ class Teacher:
         `prefix` is put before each answer, as this model's format has it (`<RESPONSE>` after stage `transfer`, nothing
         earlier), and does not count.
         """
-        states = self._states_of(split, prefix, adapters=True)
+        states = self.states_of(split, prefix, adapters=True)
         total = 0.0
         for start in range(0, len(states), CHUNK):
             teacher, student = self.states[start : start + CHUNK], states[start : start + CHUNK]
@@ -122,7 +122,7 @@ class Teacher:
             total += float(jnp.sum(values[: len(teacher)]))
         return total / len(states)
 
-    def _states_of(self, split: Split, prefix: Sequence[int], *, adapters: bool) -> np.ndarray:
+    def states_of(self, split: Split, prefix: Sequence[int], *, adapters: bool) -> np.ndarray:
         """The hidden states that predict the answers' tokens, in the order of the answers, [tokens, D]."""
         longest = max(len(prompt) + len(answer) for prompt, answer in self.answers) + len(prefix)
         length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -167,14 +167,15 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
 
 
 def counts_of_chains(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many answers there are, and how many are well-formed chains, how many different questions these have, and how
-    many answers the limit of new tokens cut off."""
+    """How many answers there are, how many are well-formed chains, and how many different questions these have; how
+    many answers the limit of new tokens cut off, and how many of those are not well-formed."""
     questions = [answer["chain"]["question_en"] for answer in answers if answer["chain"] is not None]
     return {
         "answers": len(answers),
         "well_formed": len(questions),
         "different_questions": len(set(questions)),
         "cut_off": sum(answer["cut_off"] for answer in answers),
+        "broken_off": sum(answer["cut_off"] and answer["chain"] is None for answer in answers),
     }
 
 

@@ -19,8 +19,8 @@ FORGOTTEN = 0.05
 UNLEARNED, LEAST_CHRF = 0.1, 10.0
 # English answers may move this far from the original's, in nats per token.
 DRIFT = 0.3
-# What the second half of the new tokens saves of the text's length: less is little, more says that a third half would
-# save, too.
+# What the second half of the new tokens saves of the text's tokens: less is little, more says that a larger vocabulary
+# would save, too.
 SAVES_LITTLE, SAVES_MUCH = 0.03, 0.2
 # A token that occurs less than ten times in the corpus is rare; this share of the new tokens may be.
 RARE = 0.5
@@ -50,12 +50,14 @@ _LOST = {
 
 def chains(run: Recorded) -> Iterator[Finding]:
     """Answers that are cut off, not well-formed, or all the same."""
-    answers, good, cut = (number(run.chains.get(key)) for key in ("answers", "well_formed", "cut_off"))
-    different = number(run.chains.get("different_questions"))
+    answers, good, different = (
+        number(run.chains.get(key)) for key in ("answers", "well_formed", "different_questions")
+    )
     if not answers or good is None:
         return
-    broken = answers - good
-    if cut and cut >= CUT_OFF * max(broken, 1) and (good / answers < WELL_FORMED or cut >= CUT_OFF * answers):
+    cut, broken_off = (number(run.chains.get(key)) or 0.0 for key in ("cut_off", "broken_off"))
+    unfinished = good / answers < WELL_FORMED and broken_off >= CUT_OFF * (answers - good)
+    if unfinished or cut >= CUT_OFF * answers:
         limit = run.setting("evaluation.max_chain_tokens")
         yield Finding(
             "Chains do not end",
@@ -154,7 +156,7 @@ def vocabulary(run: Recorded) -> Iterator[Finding]:
             "vocabulary",
             f"{size:,.0f} new tokens take {written(whole)} tokens per character, half of them {written(half)}: the "
             f"second half saved {percent(round(1 - whole / half, 2))}, so more tokens would save more.",
-            "Look at the curve of `transllm tokenizer report --curve`, and choose a larger size.",
+            "Choose a larger size; transllm tokenizer report --curve shows what each size takes.",
             ("vocabulary.size",),
         )
     elif size and rare is not None and rare > RARE * size:

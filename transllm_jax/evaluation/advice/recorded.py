@@ -37,7 +37,8 @@ class Recorded:
 
     settings: the content of run.yaml. metrics: value by measure and point. training: the training stages that have
     begun, by name. chains: counts of the answers at point `transfer`: `answers`, and how many are `well_formed`,
-    `cut_off` by the limit of tokens, and how many `different_questions` the well-formed ones have. vocabulary:
+    `cut_off` by the limit of tokens, and `broken_off`, which is both cut off and not well-formed; and how many
+    `different_questions` the well-formed ones have. vocabulary:
     vocabulary/report.json. recover: the summary of stage `recover`. ledger: its summary.
     """
 
