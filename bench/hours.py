@@ -179,6 +179,7 @@ def tpu_table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 class Gpu(NamedTuple):
     """A GPU by its data sheet: GiB, dense bfloat16 FLOP/s with sums in float32, bytes/s to others in one direction."""
 
+    name: str
     memory: float
     peak: float
     link: float
@@ -188,13 +189,13 @@ class Gpu(NamedTuple):
 USABLE = 0.92
 # Shares of the peak: of an ordinary run, and around it.
 UTILISATION = (0.5, 0.4, 0.3)
-GPUS = {
-    # PCIe 4.0 x16 moves 32 GB/s; these cards have no NVLink and send through the host's memory, which halves it.
-    "RTX 4090, 24 GiB": Gpu(24, 165e12, 16e9),
-    "A100, 40 GiB": Gpu(40, 312e12, 300e9),
-    "A100, 80 GiB": Gpu(80, 312e12, 300e9),
-    "H100, 80 GiB": Gpu(80, 989e12, 450e9),
-}
+# PCIe 4.0 x16 moves 32 GB/s; cards without NVLink send through the host's memory, which halves it.
+GPUS = [
+    Gpu("RTX 4090", 24, 165e12, 16e9),
+    Gpu("A100", 40, 312e12, 300e9),
+    Gpu("A100", 80, 312e12, 300e9),
+    Gpu("H100", 80, 989e12, 450e9),
+]
 
 
 @dataclass(frozen=True)
@@ -267,15 +268,17 @@ def gpu_table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         if not ways:
             continue
         whole = counts(name)
+        # GPUs that differ in their memory alone may have equal rows.
         rows: dict[tuple[str, ...], list[str]] = {}
-        for label, gpu in GPUS.items():
+        for gpu in GPUS:
             one, eight = (fastest(whole, whole, ways, gpu, devices) for devices in (1, 8))
-            rows.setdefault((title, *gpu_cells(one)[:3], *gpu_cells(eight)), []).append(label)
-            if label.startswith("RTX") and not one.fits and whole.frozen < USABLE * gpu.memory * GIB:
+            rows.setdefault((title, gpu.name, *gpu_cells(one)[:3], *gpu_cells(eight)), []).append(f"{gpu.memory:g}")
+            if not one.fits and whole.frozen < USABLE * gpu.memory * GIB:
                 less = fastest(counts(name, *SMALLER[1]), whole, ways, gpu, 1)
-                rows[f"{title}, {SMALLER[0]}", *gpu_cells(less)[:3], "", "", "", ""] = [label]
-        for (title_of_row, *cells), labels in rows.items():
-            yield f"| {' | '.join((title_of_row, ' or '.join(labels), *cells))} |"
+                rows[f"{title}, {SMALLER[0]}", gpu.name, *gpu_cells(less)[:3], "", "", "", ""] = [f"{gpu.memory:g}"]
+        for (about, gpu_name, *cells), sizes in rows.items():
+            label = f"{gpu_name}, {' or '.join(sizes)} GiB"
+            yield f"| {' | '.join((about, label, *cells))} |"
 
 
 class OnGpus(NamedTuple):

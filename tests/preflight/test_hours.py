@@ -41,8 +41,8 @@ def test_a_gpus_memory_and_hours_by_hand(hours: ModuleType) -> None:
     entry = {"temporary_bytes": 11e6, "kept_bytes": 4e6, "chips": 1}
     assert [activations(entry, model, 1, devices) for devices in (1, 8)] == [7e6, 10e6]
     assert hours.gpu_memory(model, 4, 7e6) == (20e6 + 16e6) / 4 + 7e6
-    fast = hours.Gpu(memory=24, peak=1e14, link=1e15)
+    fast = hours.Gpu("GPU", memory=24, peak=1e14, link=1e15)
     assert hours.gpu_hours(model, fast, 2, 1.25, 4, 0.5) == pytest.approx(1e9 * 8e7 * 1.25 / (2 * 1e14 * 0.5) / 3600)
     # A part of 2 x 4 x 512 tokens gathers half the weights twice.
-    slow = hours.Gpu(memory=24, peak=1e18, link=1e6)
+    slow = hours.Gpu("GPU", memory=24, peak=1e18, link=1e6)
     assert hours.gpu_hours(model, slow, 2, 1.25, 4, 0.5) == pytest.approx(1e9 / 4096 * 20 / 3600)
