@@ -174,8 +174,8 @@ def counts_of_chains(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         "answers": len(answers),
         "well_formed": len(questions),
         "different_questions": len(set(questions)),
-        "cut_off": sum(answer["cut_off"] for answer in answers),
-        "broken_off": sum(answer["cut_off"] and answer["chain"] is None for answer in answers),
+        "cut_off": sum(answer.get("cut_off", False) for answer in answers),
+        "broken_off": sum(answer.get("cut_off", False) and answer["chain"] is None for answer in answers),
     }
 
 
