@@ -86,7 +86,7 @@ def test_letters_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
-    says(refused("run", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such config file", "configs/")
+    says(refused("run", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such config file", "transllm init")
     says(refused("run", tmp_path), "no such config file")
 
 

@@ -22,7 +22,9 @@ no_accelerator = pytest.mark.skipif(
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python as a user who has chosen no platform."""
-    without = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    # Tests of preflight leave variables of libtpu in this process, which silence it.
+    theirs = ("JAX_PLATFORMS", "TPU_", "LIBTPU_")
+    without = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     return subprocess.run(
         [sys.executable, *map(str, command)], env=without | environment, capture_output=True, text=True, timeout=300
     )
