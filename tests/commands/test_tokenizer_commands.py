@@ -242,6 +242,16 @@ def test_a_latin_script_says_what_happens_to_english(tmp_path: Path, command: Co
     assert code == 0 and "--english FILE counts which texts change" in printed
 
 
+def test_lines_is_for_english_too(tmp_path: Path, command: Command, base: Path) -> None:
+    text, english = tmp_path / "id.txt", tmp_path / "en.txt"
+    text.write_text("\n".join(INDONESIAN), encoding="utf-8")
+    english.write_text("The man reads.\nThe girl paints.\nRain falls.\n", encoding="utf-8")
+    code, printed = command(
+        *("expand", base, text, tmp_path / "out", "--size", 12, "--language", "id", "--english", english, "--lines")
+    )
+    assert code == 0 and "of 3 texts have other ids" in printed
+
+
 def test_a_sentencepiece_base_gives_both_files(tmp_path: Path, command: Command, corpus: Path) -> None:
     build_tiny_sentencepiece(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()

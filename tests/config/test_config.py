@@ -131,7 +131,7 @@ def test_full_fine_tuning_has_no_adapters() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["pretrain.epochs=2"], "pretrain: give steps or epochs, one of the two"),
+        (["pretrain.epochs=2"], "pretrain: give steps or epochs, one of the two; on the command line, epochs=null"),
         (["pretrain.steps=null"], "pretrain: give steps or epochs, one of the two"),
         (["pretrain.accumulate=3"], "batch_size 2 is no multiple of accumulate 3"),
         (["pretrain.warmup_steps=3"], "give warmup_ratio or warmup_steps, not both"),

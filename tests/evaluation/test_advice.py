@@ -249,6 +249,14 @@ def exists(key: str) -> bool:
     return True
 
 
+def test_calibrated_rows_are_not_told_to_be_calibrated() -> None:
+    rows = {"vocabulary": {"initial_rows": "calibrated"}}
+    settings = {**SETTINGS, **rows}
+    worse = measured(bits_per_byte=(1.5, 1.51, None, None, None))
+    (finding,) = [f for f in findings(Recorded(settings=settings, metrics=worse)) if f.topic == "New rows begin badly"]
+    assert "calibrated" not in finding.turn and "vocabulary.initial_rows" not in str(finding)
+
+
 def test_every_key_exists() -> None:
     assert exists("transfer.validation.every") and not exists("transfer.validation.often") and not exists("seed.x")
     for stage_name in ("pretrain", "translate", "transfer"):

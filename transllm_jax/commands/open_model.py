@@ -60,7 +60,7 @@ def open_source(source: str, *, base: str | None = None, stage: str | None = Non
     if (path / "run.yaml").is_file():
         return _open_run(path, stage)
     if stage is not None:
-        raise UserError(f"{source} is not a run's work directory, so it has no stage {stage!r}; leave --stage out")
+        raise UserError(f"{source} is not a run's work directory, so it has no stage {stage!r}; leave the stage out")
     if (path / ADAPTER).is_file():
         found = read_adapter(path)
         below = _open_base(path, base, found.base)

@@ -88,7 +88,7 @@ def expand_vocabulary(
         files = save_expanded(new, base.directory, directory)
 
         def texts(path: str) -> Iterator[str]:
-            return texts_of(path, learning.controls, learning.field)
+            return texts_of(path, learning.controls, learning.field, learning.separator)
 
         training_text = _first_documents(sample.documents)
         measured = {path: costs([base.tokenizer, new], texts(path)) for path in held_out}

@@ -105,7 +105,7 @@ class Vocabulary(Section):
     @model_validator(mode="after")
     def _has_tokens(self) -> Vocabulary:
         if self.tokenizer is not None and self.size is not None:
-            raise ValueError("a tokenizer brings its tokens; leave size out")
+            raise ValueError("a tokenizer brings its tokens; leave size out (on the command line: size=null)")
         if self.cuts is not None and self.size is None:
             raise ValueError("cuts are where new tokens are learned; with a tokenizer or an adapter, leave them out")
         if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):

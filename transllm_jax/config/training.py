@@ -97,7 +97,8 @@ class Training(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, one of the two")
+            both = "" if self.steps is None else "; on the command line, epochs=null takes epochs away"
+            raise ValueError(f"give steps or epochs, one of the two{both}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; choose one")
         if self.warmup_steps is not None and self.warmup_ratio is not None:

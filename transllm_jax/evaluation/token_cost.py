@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transllm_jax.choices import Controls
+from transllm_jax.choices import Controls, Separator
 from transllm_jax.data.read.files import Collector
 from transllm_jax.data.read.shards import iter_texts, text_files
 from transllm_jax.errors import UserError
@@ -84,10 +84,15 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def texts_of(path: str | Path, controls: Controls = "refuse", field: str | None = None) -> Iterator[str]:
+def texts_of(
+    path: str | Path,
+    controls: Controls = "refuse",
+    field: str | None = None,
+    separator: Separator = "blank line",
+) -> Iterator[str]:
     """Yield the texts of files or a glob, in NFC; in records, those of `field`. Raises UserError."""
     empty = True
-    for file, reading in text_files(path, controls=controls, field=field).items():
+    for file, reading in text_files(path, separator=separator, controls=controls, field=field).items():
         for text, _ in iter_texts(file, reading, Collector(controls)):
             assert text is not None  # no maximum length was given
             empty = False

@@ -135,13 +135,22 @@ def initial_rows(run: Recorded) -> Iterator[Finding]:
     base, new, trained = (run.measured("bits_per_byte", point) for point in ("base", "vocabulary", "pretrain"))
     made_up_for = trained is not None and base is not None and trained <= 0.8 * base
     if base is not None and new is not None and new > base and not made_up_for:
+        rows = run.setting("vocabulary.initial_rows")
+        advice, keys = (
+            ("Give more text, choose fewer tokens, or train longer.", ("vocabulary.corpus", "vocabulary.size"))
+            if rows == "calibrated"
+            else (
+                "Start rows from the calibrated mean of their pieces, which needs English text, or train longer.",
+                ("vocabulary.initial_rows", "vocabulary.english"),
+            )
+        )
         yield Finding(
             "New rows begin badly",
             "vocabulary",
             f"{run.language()} text takes {written(new)} bits per byte before any training (initial_rows: "
-            f"{run.setting('vocabulary.initial_rows')}), and {written(base)} with the original model.",
-            "Start rows from the calibrated mean of their pieces, which needs English text, or train longer.",
-            ("vocabulary.initial_rows", "vocabulary.english", "pretrain.steps"),
+            f"{rows}), and {written(base)} with the original model.",
+            advice,
+            (*keys, "pretrain.steps"),
         )
 
 
