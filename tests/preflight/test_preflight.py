@@ -231,6 +231,13 @@ def test_a_mesh_or_batch_that_does_not_divide_is_one_line(arguments: list[str], 
     assert code == 2 and said in output and "\n" not in output.strip()
 
 
+@needs_compiler
+def test_a_batch_of_a_later_stage_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transllm_jax.preflight.command.measure", lambda *_: pytest.fail("it compiles"))
+    code, output = run("--topology", "v5e:4x4", "transfer.batch_size=4", "transfer.accumulate=1")
+    assert code == 2 and "transfer.batch_size: 4 rows at once cannot be cut over 16 devices" in output
+
+
 def test_mesh_sizes() -> None:
     assert mesh_shape(16, None, None, 1) == (1, 16, 1)
     assert mesh_shape(16, 2, None, 1) == (2, 8, 1)
