@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from splash_work import splash_flops
 
 from transllm_jax.config import Config, load_config
@@ -26,6 +27,7 @@ from transllm_jax.preflight.program.hlo import CustomCall
 from transllm_jax.preflight.program.hlo_text import Shape
 from transllm_jax.preflight.programs import ModelShapes, generation_programs, model_shapes, training_program
 from transllm_jax.preflight.search import candidates
+from transllm_jax.preflight.show import show
 from transllm_jax.training.flops import forward_flops_per_token, train_flops_per_token
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,17 @@ def test_a_step_compiles_for_a_slice_and_its_memory_is_told_by_kind(measured: Me
     arguments = measured.needed - measured.temporary
     assert sum(program.arguments.values()) <= arguments < 1.1 * sum(program.arguments.values())
     assert measured.temporary > measured.kept > 0
+
+
+@needs_compiler
+def test_days_and_chip_hours_are_told_or_how_to_get_them(measured: Measured) -> None:
+    def said(budget: float | None) -> str:
+        with (console := Console(width=200)).capture() as printed:
+            show(console, replace(measured, program=replace(measured.program, budget=budget)))
+        return printed.get()
+
+    assert "1.00 billion tokens: " in said(1e9) and "chip-hours" in said(1e9)
+    assert "budget         not known" in said(None) and "pretrain.epochs=null pretrain.steps=1000" in said(None)
 
 
 @needs_compiler
@@ -195,6 +208,7 @@ def test_what_does_not_fit_is_exit_3_with_the_largest_buffers(small: Config) -> 
         (["--topology", "v5e:4x4", "--remat", "some"], "--remat some: no such policy"),
         (["--topology", "v5e:4x4", "--stage", "recover"], "--stage recover: no such stage"),
         (["--topology", "v5e:4x4", "model.shape=null"], "name its config.json with model.shape=FILE"),
+        (["--topology", "v5e:4x4", "model.shape=none.json"], "model.shape: none.json: no such file"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], said: str) -> None:
@@ -215,6 +229,13 @@ def test_wrong_input_is_one_line(arguments: list[str], said: str) -> None:
 def test_a_mesh_or_batch_that_does_not_divide_is_one_line(arguments: list[str], said: str) -> None:
     code, output = run("--topology", "v5e:4x4", "pretrain.accumulate=1", "--stage", "pretrain", *arguments)
     assert code == 2 and said in output and "\n" not in output.strip()
+
+
+@needs_compiler
+def test_a_batch_of_a_later_stage_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transllm_jax.preflight.command.measure", lambda *_: pytest.fail("it compiles"))
+    code, output = run("--topology", "v5e:4x4", "transfer.batch_size=4", "transfer.accumulate=1")
+    assert code == 2 and "transfer.batch_size: 4 rows at once cannot be cut over 16 devices" in output
 
 
 def test_mesh_sizes() -> None:

@@ -241,6 +241,11 @@ def test_what_runs_beside_the_computation_costs_only_what_is_longer() -> None:
     # Two axes are different links; five seconds of the longer one, of which two are hidden.
     assert estimate.network == {"fsdp": pytest.approx(5.0), "data": pytest.approx(4.0)}
     assert estimate.seconds == pytest.approx(5.0) and estimate.exposed == pytest.approx(3.0)
+    # With fewer bytes most of it is hidden, and the links are still what the step waits for.
+    fsdp = collective("all-gather", 4.5e10 * 3, ((0, 1, 2, 3),), name="a")
+    estimate = estimate_step(program(fsdp, flops=197e12), topology, MESH, places(4, 4), 0.0, efficiency=0.5)
+    assert estimate.seconds == pytest.approx(3.0) and estimate.exposed == pytest.approx(1.0)
+    assert estimate.bound == "network"
 
 
 def test_instructions_do_not_overlap_and_copies_do() -> None:

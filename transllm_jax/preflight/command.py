@@ -57,13 +57,19 @@ def preflight(config: Config, workdir: Path, options: PreflightOptions, console:
     devices = topology_devices(options.topology)
     show_topology(console, topology)
     found: list[Measured] = []
+    # A batch that does not fit the mesh is refused here, not after minutes of compiling another stage.
+    programs = {
+        stage: list(_programs(model, stage, devices, options))
+        for stage in stages
+        if not (options.search and stage in TRAININGS)
+    }
     # Stages with equal batches have the same program.
     known: dict[tuple[str, float], Measured] = {}
     for stage in stages:
         if options.search and stage in TRAININGS:
             found.append(_best(model, stage, topology, devices, options, console))
             continue
-        for program in _programs(model, stage, devices, options):
+        for program in programs[stage]:
             key = program.about, program.model_flops
             if key not in known:
                 console.print(f"{program.stage}: compiling", style="dim")

@@ -113,6 +113,11 @@ def model_shapes(config: Config, workdir: Path, *, full: bool = False) -> ModelS
     candidates = [workdir / "base" / "config.json", *([Path(config.model.shape)] if config.model.shape else [])]
     candidates.append(Path(config.model.source) / "config.json")
     path = next((path for path in candidates if path.is_file()), None)
+    if path is None and config.model.shape:
+        raise UserError(
+            f"model.shape: {config.model.shape}: no such file; paths are relative to the directory in which the "
+            "command is started"
+        )
     if path is None:
         raise UserError(
             f"the shape of {config.model.source} is not known here: name its config.json with "

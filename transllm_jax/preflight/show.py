@@ -134,6 +134,11 @@ def _show_speed(say: Callable[..., None], found: Measured) -> None:
             f"  budget         {_count(program.budget)} tokens: {_days(seconds[0])} to {_days(seconds[1])}, "
             f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
         )
+    elif found.kept:
+        say(
+            "  budget         not known before the text is tokenised; for a guess, "
+            f"{program.stage}.epochs=null {program.stage}.steps=1000"
+        )
 
 
 def show_assumptions(console: Console, found: Measured) -> None:

@@ -35,8 +35,8 @@ class Estimate:
     """Estimated seconds of one execution of a program, and their parts.
 
     `compute`, `memory`: of all products and of all HBM bytes, each as if alone. `network`: of collectives, by the mesh
-    axes that they run over ("fsdp", "data+fsdp"). `exposed`: network time that overlaps with nothing. `bound`: which of
-    compute, memory and network takes most of `seconds`. `mfu`, `hfu`: model FLOPs and executed FLOPs divided by peak
+    axes that they run over ("fsdp", "data+fsdp"). `exposed`: network time that overlaps with nothing. `bound`: what
+    `seconds` depend on most: compute, memory or network. `mfu`, `hfu`: model FLOPs and executed FLOPs divided by peak
     times `seconds`.
     """
 
@@ -87,7 +87,8 @@ def estimate_step(
         memory=memory,
         network=network,
         exposed=exposed,
-        bound=max(shares, key=lambda name: shares[name]),
+        # Links that are busy longer than all else set the pace, also where most of their time is hidden.
+        bound="network" if overhang else max(shares, key=lambda name: shares[name]),
         mfu=model_flops / (topology.devices * chip.peak_flops * seconds) if seconds else 0.0,
         hfu=counts.flops / (chip.peak_flops * seconds) if seconds else 0.0,
         assumptions=[*_assumptions(topology, efficiency), *counts.unexplained],
