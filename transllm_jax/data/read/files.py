@@ -232,7 +232,7 @@ def resolve(path: str | Path) -> list[Path]:
     if exact.is_file():
         return [exact]
     if exact.is_dir():
-        raise UserError(f"{path} is a directory: name its files, for instance {exact / '*.txt'}")
+        raise UserError(f"{path} is a directory: name its files, for instance '{exact / '*.txt'}'")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
         raise UserError(f"no file matches {path}: check the path, relative to where the command was started")
