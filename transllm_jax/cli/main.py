@@ -46,7 +46,8 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(tokenizer_app, name="tokenizer")
-app.command()(init)
+# Arguments that are too many are init's to refuse: it knows where they come from.
+app.command(context_settings={"allow_extra_args": True})(init)
 app.command()(preflight)
 
 
