@@ -343,6 +343,12 @@ def test_chat_with_a_run_without_a_finished_stage(refused: Refused, begun: Path,
         says(refused("chat", empty, "Hi", *option), "no stage is done yet", "run `transllm run` first")
 
 
+def test_chat_with_a_run_before_its_last_stage_says_so(expanded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for option, said in (((), "the model after vocabulary, which has learned no chains yet"), (("--base",), "")):
+        assert call("chat", expanded, "Hi", "--max-new-tokens", "2", *option) == 0
+        assert (said in capfd.readouterr().err) if said else ("chains" not in capfd.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
