@@ -239,7 +239,13 @@ def test_a_changed_key_is_named(refused: Refused, expanded: Path) -> None:
     before = contents(expanded)
     command = ("run", expanded / "config.yaml", "--workdir", expanded)
     message = refused(*command, "vocabulary.size=150")
-    says(message, "vocabulary was made with other inputs", "vocabulary.size (140 -> 150)", "--force vocabulary")
+    says(
+        message,
+        "vocabulary was made with other inputs",
+        "vocabulary.size (140 -> 150)",
+        "run.yaml has them",
+        "--force vocabulary",
+    )
     says(
         refused(*command, "model.dtype=bfloat16"),
         "base was made with other inputs",
