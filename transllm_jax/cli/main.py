@@ -230,9 +230,9 @@ def chat(
     sampling = Sampling(temperature, top_p, seed)
     session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
     if question is not None:
+        show(console, session.ask(question), show_chain=show_chain)
         if session.early:
             print(session.name, file=sys.stderr)
-        show(console, session.ask(question), show_chain=show_chain)
         return
     console.print(f"{session.name}; /new forgets, /quit ends", style="dim")
     while True:
