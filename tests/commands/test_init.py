@@ -125,7 +125,7 @@ def type_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
 def test_an_answer_that_cannot_be_used_is_asked_for_again(
     transllm: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = ["thai", "", "th", "./nowhere", str(tiny_model), "nothing*.txt", TEXT, TEXT, PAIRS, "no.jsonl"]
+    answers = ["thai", "", "th", "./nowhere", str(tiny_model), "nothing*.txt", f"'{TEXT}'", TEXT, PAIRS, "no.jsonl"]
     type_on_a_terminal(monkeypatch, *answers, INSTRUCTIONS)
     code, printed = transllm("init", "mine.yaml")
     assert code == 0, printed

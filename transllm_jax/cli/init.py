@@ -82,6 +82,7 @@ def _ask(option: str, what: str, language: str | None) -> str | None:
     while True:
         prompt = what if needed else f"{what}, or Enter for later"
         answer = typer.prompt(prompt, default=None if needed else "", show_default=False).strip()
+        answer = answer.strip("'\"")  # as a glob is written for a shell
         if not answer and not needed:
             return None
         try:
