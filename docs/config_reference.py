@@ -72,7 +72,8 @@ evaluation:
 ## How a config is written
 
 **Overrides.** `key.path=value` on the command line takes the place of a value in the file. The value is YAML. A list or
-a section is given as a whole. Quote what the shell would read:
+a section is given as a whole. `steps` also takes the place of `epochs` in the file, and the other way round. Quote what
+the shell would read:
 
 ```sh
 transllm run configs/demo.yaml --workdir runs/longer --dry-run pretrain.steps=500 'export={dtype: bfloat16}'

@@ -239,7 +239,13 @@ def test_a_changed_key_is_named(refused: Refused, expanded: Path) -> None:
     before = contents(expanded)
     command = ("run", expanded / "config.yaml", "--workdir", expanded)
     message = refused(*command, "vocabulary.size=150")
-    says(message, "vocabulary was made with other inputs", "vocabulary.size (140 -> 150)", "--force vocabulary")
+    says(
+        message,
+        "vocabulary was made with other inputs",
+        "vocabulary.size (140 -> 150)",
+        "run.yaml has them",
+        "--force vocabulary",
+    )
     says(
         refused(*command, "model.dtype=bfloat16"),
         "base was made with other inputs",
@@ -341,6 +347,12 @@ def test_chat_with_a_run_without_a_finished_stage(refused: Refused, begun: Path,
     shutil.copy(begun / "run.yaml", empty)
     for option in ((), ("--base",)):
         says(refused("chat", empty, "Hi", *option), "no stage is done yet", "run `transllm run` first")
+
+
+def test_chat_with_a_run_before_its_last_stage_says_so(expanded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for option, said in (((), "the model after vocabulary, which has learned no chains yet"), (("--base",), "")):
+        assert call("chat", expanded, "Hi", "--max-new-tokens", "2", *option) == 0
+        assert (said in capfd.readouterr().err) if said else ("chains" not in capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(

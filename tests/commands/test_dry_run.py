@@ -62,7 +62,7 @@ class Planned:
     def section(self, name: str) -> str:
         """What was printed of a stage."""
         after = self.printed.split(f"\n{name}\n", 1)[1]
-        return re.split(rf"\n(?:{'|'.join(STAGES)})\n", after)[0]
+        return re.split(rf"\n(?:{'|'.join(STAGES)})\n|\n\ntraining takes ", after)[0]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,8 @@ def test_the_plan_says_what_would_be_trained_on(planned: Planned) -> None:
     assert "text.txt: 1 exact duplicates" in planned.section("pretrain")
     assert re.search(r"1 pairs\.train\.tsv +60 .* 80% ", planned.section("translate"))
     assert "chains and English answers are known after stage recover" in planned.section("transfer")
+    last = planned.printed.rstrip("\n").rsplit("\n", 1)[1]
+    assert last.startswith("training takes ") and "without stage recover" in last
 
 
 def test_steps_follow_from_epochs(planned: Planned) -> None:

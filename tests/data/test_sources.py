@@ -101,6 +101,16 @@ def test_every_stream_of_an_xz_file_is_read(tmp_path: Path) -> None:
             read_documents(write(path, damaged))
 
 
+def test_records_may_have_windows_line_ends(tmp_path: Path) -> None:
+    lines = write(tmp_path / "a.jsonl", b'{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    whole = write(tmp_path / "b.json", b'[\r\n{"text":\r\n"one"},\r\n{"text": "two"}\r\n]\r\n')
+    for path in (lines, whole):
+        assert items(Reading(str(path))) == ["one", "two"]
+    # Elsewhere in a line it is refused still.
+    with pytest.raises(UserError, match=r"a\.jsonl:1 has a carriage return"):
+        items(Reading(str(write(lines, b'{"text":\r"one"}\r\n'))))
+
+
 def test_texts_are_checked_normalised_and_counted(tmp_path: Path) -> None:
     decomposed = unicodedata.normalize("NFD", "café")
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"{decomposed}\r\nb"}, {"text": "ก", "unused": "\x00"}])

@@ -80,7 +80,8 @@ def test_full_fine_tuning_and_adapters_do_not_share_a_directory(
     kept = (tmp_path / "run" / "run.yaml").read_bytes()
     code, printed = transllm("run", write_run_config(tmp_path, qwen, lora=after), "--until", "vocabulary")
     assert code == 2 and printed.count("\n") == 1
-    assert f"vocabulary was made with other inputs: lora ({then} -> {now}); redo it with --force vocabulary" in printed
+    assert f"vocabulary was made with other inputs: lora ({then} -> {now}); to go on give" in printed
+    assert "redo it with --force vocabulary" in printed
     assert (tmp_path / "run" / "run.yaml").read_bytes() == kept
     # What the message advises helps.
     again = ("run", tmp_path / "config.yaml", "--until", "vocabulary", "--force", "vocabulary")

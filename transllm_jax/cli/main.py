@@ -46,7 +46,8 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(tokenizer_app, name="tokenizer")
-app.command()(init)
+# Arguments that are too many are init's to refuse: it knows where they come from.
+app.command(context_settings={"allow_extra_args": True})(init)
 app.command()(preflight)
 
 
@@ -230,6 +231,8 @@ def chat(
     session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
     if question is not None:
         show(console, session.ask(question), show_chain=show_chain)
+        if session.early:
+            print(session.name, file=sys.stderr)
         return
     console.print(f"{session.name}; /new forgets, /quit ends", style="dim")
     while True:

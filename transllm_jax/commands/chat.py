@@ -35,7 +35,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class Session:
     """One conversation with a model, and the turns that it remembers (in English where there were chains).
 
-    forgotten: how many of the oldest turns were dropped because the model's context was full.
+    forgotten: how many of the oldest turns were dropped because the model's context was full. early: whether the model
+    is that of a run whose last stage, which teaches chains, is not done.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Session:
     tokenizer: Tokenizer
     history: list[Message] = field(default_factory=list)
     forgotten: int = 0
+    early: bool = False
 
     def ask(self, question: str) -> Iterator[Answer]:
         """Yield the answer as it grows. The turn is remembered once the whole answer has been taken.
@@ -74,6 +76,7 @@ def open_session(
 
     given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
     """
+    early = False
     mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a work directory or a model directory")
@@ -86,6 +89,8 @@ def open_session(
         engine = Engine(run.models.split(point), run.models.config)
         tokenizer, markers = run.models.tokenizer(point), run.markers
         name = "the original model" if base else f"the model after {point}"
+        if early := point not in ("base", POINTS[-1]):
+            name += f", which has learned no chains yet: {POINTS[-1]} is not done"
     elif (path / "config.json").is_file():
         if base:
             raise UserError(f"{path} is an exported model, without the original model in it; give the work directory")
@@ -99,7 +104,7 @@ def open_session(
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
-    return Session(name, chat, tokenizer)
+    return Session(name, chat, tokenizer, early=early)
 
 
 def _fetched(url: str, base: bool) -> Path:

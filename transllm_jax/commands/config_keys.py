@@ -23,7 +23,8 @@ def described(key: str | None) -> RenderableType:
         return keys(section, whole, lambda name, _: f"section {prefix}{name}")
 
     if not key:
-        return Group(Text(doc(Config)), *(_line(found) for found in of(Config, "")))
+        more = Text("transllm config SECTION says what is in it, such as transllm config pretrain", "dim")
+        return Group(Text(doc(Config)), *(_line(found) for found in of(Config, "")), more)
     holder, name = section_at(key)
     prefix = key.rpartition(".")[0]
     found = next(found for found in of(holder, f"{prefix}." if prefix else "") if found.name == name)

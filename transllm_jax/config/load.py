@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from transllm_jax.config.marks import MARK, require_values
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Section
 from transllm_jax.errors import UserError
+
+# A section holds one key of each pair. One that is given on the command line takes the place of both in the file.
+_EITHER = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,8 +73,9 @@ def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config
         raise UserError(f"{path}: not YAML: {where}; correct it") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values; see configs/demo.yaml")
+    given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
-        _override(tree, override)
+        _override(tree, override, given)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -111,7 +115,8 @@ def recorded_settings(path: Path) -> dict[str, Any]:
     return found or {}
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, given: Set[str]) -> None:
+    """Put an override into the tree. given: the keys of all overrides."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key.path=value, such as pretrain.steps=10")
@@ -128,6 +133,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {name!r} is a value, not a section of the config")
     node[last] = value
+    other = next((pair[1 - pair.index(last)] for pair in _EITHER if last in pair), None)
+    if other is not None and value is not None and ".".join([*parents, other]) not in given:
+        node.pop(other, None)
 
 
 def _explain(error: ValidationError) -> str:

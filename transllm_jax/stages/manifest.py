@@ -66,7 +66,8 @@ class Artifact:
             raise UserError(
                 f"{self.directory}: {self.name} was made with other inputs: {shown}"
                 f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}; "
-                f"redo it with --force {self.name}, or use another --workdir"
+                f"to go on give the values from before (run.yaml has them), redo it with --force {self.name}, or use "
+                "another --workdir"
             )
         state: State = manifest["state"]
         return state

@@ -359,9 +359,9 @@ def _summary_text(run: Run, report: Mapping[str, Any]) -> str:
         text += f"; {before:.2f} -> {after:.2f} tokens a character"
     readers = report.get("readers", {})
     if readers.get("transformers") == OTHER_IDS:
-        text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base is)"
+        text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base learns tokens that all read)"
     elif readers.get("llama.cpp") == OTHER_IDS:
-        text += "; not to be read by llama.cpp, which cuts text as the base does (vocabulary.cuts: base is)"
+        text += "; llama.cpp cannot serve it (it can with vocabulary.cuts: base), transformers and vLLM can"
     if section.adapter is not None:
         text += f" and adapters of {section.adapter}"
     if copied := report["initial_rows"].get("copy"):

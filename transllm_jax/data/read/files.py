@@ -232,7 +232,7 @@ def resolve(path: str | Path) -> list[Path]:
     if exact.is_file():
         return [exact]
     if exact.is_dir():
-        raise UserError(f"{path} is a directory: name its files, for instance {exact / '*.txt'}")
+        raise UserError(f"{path} is a directory: name its files, for instance '{exact / '*.txt'}'")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
         raise UserError(f"no file matches {path}: check the path, relative to where the command was started")
@@ -289,13 +289,18 @@ def _open(stream: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile | io.Buff
 
 
 def read_lines(
-    path: str | Path | Sequence[Path], collector: Collector, on_read: Callable[[int], None] | None = None
+    path: str | Path | Sequence[Path],
+    collector: Collector,
+    on_read: Callable[[int], None] | None = None,
+    *,
+    windows: bool = False,
 ) -> Iterator[tuple[str | BadRow, Place]]:
     """Lines of all files that match `path` (or of these files), without line ends; a BadRow in place of a bad line.
 
     Encoding and control characters are checked. Only U+000A ends a line (others, such as U+2028, occur inside texts). A
     byte order mark at the start of a file is not part of the text. on_read: called now and then with the number of
-    bytes of the file read so far (compressed bytes of a compressed file).
+    bytes of the file read so far (compressed bytes of a compressed file). windows: whether a line may also end with
+    U+000D U+000A, as in JSON, where both are white space.
     """
     for file in resolve(path) if isinstance(path, str | Path) else path:
         offset = 0
@@ -306,7 +311,7 @@ def read_lines(
                     place = Place(str(file), number)
                     if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
                         raise UserError(f"{place} is longer than {_LONGEST_LINE >> 20} MiB: break the line")
-                    yield catch_bad_row(_line, raw, collector, place, offset), place
+                    yield catch_bad_row(_line, raw, collector, place, offset, windows), place
                     offset += len(raw)
                     if on_read is not None and number % _LINES_PER_UPDATE == 0:
                         on_read(whole.tell())
@@ -318,8 +323,9 @@ def read_lines(
             raise UserError(f"{file} is empty: give a file with text in it, or leave it out")
 
 
-def _line(raw: bytes, collector: Collector, place: Place, offset: int) -> str:
-    return collector.check(_decode(raw, place, offset), place)
+def _line(raw: bytes, collector: Collector, place: Place, offset: int, windows: bool) -> str:
+    line = _decode(raw, place, offset)
+    return collector.check(line.removesuffix("\r") if windows else line, place)
 
 
 def _decode(raw: bytes, place: Place, offset: int) -> str:

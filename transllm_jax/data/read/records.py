@@ -114,7 +114,7 @@ def iter_json(
     see `parse_object`. Raises UserError with file and line for a malformed or incomplete list.
     """
     begun = False
-    lines = read_lines([file], collector, on_read)
+    lines = read_lines([file], collector, on_read, windows=True)
     for line, place in lines:
         if isinstance(line, BadRow):
             yield line, place
