@@ -271,6 +271,19 @@ def test_sizes_are_valid_for_every_model_and_amount(parameters: int | None) -> N
         assert 20 <= sizes.vocabulary <= 21_000
 
 
+def test_a_repetitive_text_gets_as_many_tokens_as_it_supports(transllm: Command, tiny_model: Path) -> None:
+    path = Path("same.txt")
+    path.write_text("\n\n".join(lines(400)), encoding="utf-8")
+    code, printed = transllm("init", "mine.yaml", "--model", tiny_model, "--language", "th", "--text", path)
+    assert code == 0, printed
+    config = load_config(Path("mine.yaml"))
+    assert 0 < (config.vocabulary.size or 0) < sizes_for(Given(10_000, 512, 40_000, None, None)).vocabulary
+    # What it supports is a size that stage `vocabulary` takes.
+    size = str(config.vocabulary.size)
+    code, printed = transllm("tokenizer", "expand", tiny_model, path, "out", "--size", size, "--language", "th")
+    assert code == 0, printed
+
+
 def test_a_vocabulary_has_room_for_the_characters() -> None:
     assert sizes_for(Given(None, None, 300_000, 300_000, 300, characters=4000)).vocabulary >= 4000
 

@@ -159,7 +159,8 @@ def _run(
         )
     if peers.primary:
         if not worked:
-            progress.say(f"All is done in {site.storage.name}; redo a stage with --force STAGE.")
+            done = f"{until} and all before it are" if until else "All is"
+            progress.say(f"{done} done in {site.storage.name}; redo a stage with --force STAGE.")
         _show_results(progress.console, site)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import check_template
+from transllm_jax.tokenizer.growing.expand import expand
+from transllm_jax.tokenizer.growing.prune import TooLittleText
 from transllm_jax.tokenizer.scripts import Script, script_of
+from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # The size in a model's name: Llama-2-7b-chat-hf, SmolLM2-135M-Instruct.
 _SIZE = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z0-9])")
@@ -45,6 +48,8 @@ WANTED = {
     "--instructions": "English instructions: jsonl with a field `instruction`, a thousand or more",
 }
 FEW_INSTRUCTIONS = 500
+# Bytes of text whose tokens are learned here, to see how many it supports.
+SMALL_TEXT = 1_000_000
 TEXT, PAIRS, QUESTIONS = "text.txt", "pairs.tsv", "questions.jsonl"
 
 
@@ -80,9 +85,10 @@ class Written:
 
 @dataclass(frozen=True)
 class _Model:
-    """What is known of a model before it is fetched. note: for the config."""
+    """What is known of a model before it is fetched. note: for the config. tokenizer: if it is on this machine."""
 
     source: str
+    tokenizer: Tokenizer | None = None
     parameters: int | None = None
     context: int | None = None
     note: str = ""
@@ -113,6 +119,8 @@ def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
             characters=characters_of([*text, *pairs]),
         )
     )
+    if model.tokenizer is not None:
+        sizes = replace(sizes, vocabulary=_supported(sizes.vocabulary, model.tokenizer, answers.language, text, pairs))
     held = hold_out(text, pairs)
     tree = _write(path, directory, answers, script, model, text, pairs, english, translated, sizes, held)
     found = {"model": _in_words(model) if answers.model else ""}
@@ -194,14 +202,41 @@ def _look_at_model(source: str | None) -> _Model:
         if match is None:
             return _Model(source, note=f"{note} Its size is not in its name: sizes are those of 1B.")
         parameters = int(float(match[1]) * (1e9 if match[2] in "bB" else 1e6))
-        return _Model(source, parameters, note=f"{note} Sizes are those of {match[0]}, by its name.")
+        return _Model(source, parameters=parameters, note=f"{note} Sizes are those of {match[0]}, by its name.")
     opened = open_source(source)
     config = opened.model.config
     try:
-        check_template(tokenizer_of(opened))
+        tokenizer = tokenizer_of(opened)
+        check_template(tokenizer)
     except UserError as error:
         raise UserError(f"--model {source} cannot be used: {error}") from None
-    return _Model(source, sum(math.prod(tensor.shape) for tensor in tensors(config)), config.context)
+    return _Model(source, tokenizer, sum(math.prod(tensor.shape) for tensor in tensors(config)), config.context)
+
+
+def _supported(size: int, tokenizer: Tokenizer, language: str, text: Sequence[Looked], pairs: Sequence[Looked]) -> int:
+    """The number of new tokens, or as many as a small text supports: repetitive text has few that occur twice."""
+    sources = [*text, *pairs]
+    if (
+        not sources
+        or not all(source.whole for source in sources)
+        or sum(source.bytes for source in sources) > SMALL_TEXT
+    ):
+        return size
+    documents = [item for source in text for item in source.items] + [
+        pair[1] for found in pairs for pair in found.items
+    ]
+    while True:
+        try:
+            expand(tokenizer, documents, size=size, language=language, markers=[])
+        except TooLittleText as error:
+            if not 0 < error.supported < size:
+                return size
+            size = error.supported
+        except UserError:
+            # The run says what is wrong with it.
+            return size
+        else:
+            return size
 
 
 def _in_words(model: _Model) -> str:

@@ -123,11 +123,11 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     )
     stop_if_asked = partial(_stop_if_asked, run)
 
-    with run.progress.task(f"evaluation of {point}", total=PARTS + 1, unit="part") as bar:
+    with run.progress.task(f"evaluation of {point}", total=PARTS, unit="part") as bar:
 
         def part(name: str, make: Callable[[], Any]) -> Any:
             if name not in done:
-                bar.update(1 + len(done), name)
+                bar.update(len(done), name)
                 done[name] = make()
                 if run.primary:
                     write_json(path, done)
@@ -153,7 +153,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
             run.push(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
             told = f"{len(done)} of {PARTS} parts: stopped, what is done is saved"
             raise Preempted(f"evaluation/{point}: {told}") from None
-        bar.update(PARTS + 1)
+        bar.update(PARTS)
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})

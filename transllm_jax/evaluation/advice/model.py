@@ -95,7 +95,7 @@ def fluency(run: Recorded) -> Iterator[Finding]:
                 after,
                 f"{run.language()} text takes {written(new)} bits per byte after {after}, {percent(new / old - 1)} "
                 f"more than before it ({written(old)}).",
-                f"Give {run.language()} text a share of 0.15 to 0.2 of the mixture, or lower the learning rate.",
+                f"Give {run.language()} text a larger share of the mixture (0.2 or more), or lower the learning rate.",
                 (f"{after}.sources", f"{after}.learning_rate"),
             )
 

@@ -60,6 +60,14 @@ class Learned:
     counts: list[int]
 
 
+class TooLittleText(UserError):
+    """The corpus supports fewer tokens than requested. supported: how many."""
+
+    def __init__(self, message: str, supported: int) -> None:
+        super().__init__(message)
+        self.supported = supported
+
+
 def choose(
     candidates: Candidates,
     texts: list[str],
@@ -95,9 +103,10 @@ def choose(
         if more:
             return None
         supported = len(choice.tokens)
-        raise UserError(
+        raise TooLittleText(
             f"the corpus supports {supported:,} new tokens, not {size:,}: this many occur {min_count} times in it; "
-            f"{'ask for at most that many, ' if supported else ''}give more text, or lower the minimal count"
+            f"{'ask for at most that many, ' if supported else ''}give more text, or lower the minimal count",
+            supported,
         )
     # Counted again from scratch, so that the result does not depend on the incremental counts.
     incremental, found = found, count(candidates.backend(choice), texts, weights, len(found))
