@@ -108,7 +108,9 @@ def lines(world: World, everything: Sequence[Fact]) -> list[Line]:
         for name in world.random.sample(templates, min(STATED, len(templates))):
             found.append(Line(*world.fill(world.template("facts", name), fact.names), fact))
     for kind, slot, templates in _uses(world):
-        keys = dict.fromkeys(name[1] for fact in everything for name in fact.names.values() if name[0] == kind)
+        # By slot, since a continent is a territory, too.
+        slots = (slot, "capital") if slot == "city" else (slot,)
+        keys = dict.fromkeys(fact.names[one][1] for fact in everything for one in slots if one in fact.names)
         for key in keys:
             for name in world.random.sample(templates, min(USED, len(templates))):
                 found.append(Line(*world.fill(world.template("names", name), {slot: (kind, key)})))
@@ -181,7 +183,8 @@ def _yes_or_no(world: World, fact: Fact, zones: Sequence[Fact]) -> Iterator[dict
     )
     names = {"city": fact.names["city"], "country": other.names["country"]}
     word, way = ("yes", "answer_yes") if yes else ("no", "answer_no")
-    asked = world.fill(world.template("questions", "yes_no", "ask", int(not yes)), names)
+    # Drawn, so that the wording does not give the answer away.
+    asked = world.fill(world.template("questions", "yes_no", "ask", world.random.randrange(2)), names)
     answer = world.fill(world.template("questions", "yes_no", way), names)
     accepted = tuple(list(side.words[word]) for side in (world.english, world.target))
     yield _question("yes_no", fact, asked, answer, accepted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -71,6 +72,19 @@ def test_a_language_has_every_template_with_its_slots(language: str) -> None:
     assert words["code"] == language and len(words["numbers"]) == 21 == len(set(words["numbers"]))
     assert words["yes"] and words["no"] and not set(words["yes"]) & set(words["no"])
     assert all(text == unicodedata.normalize("NFC", text) for text in found.values())
+
+
+@every_language
+def test_every_name_is_in_the_language(language: str) -> None:
+    """A zone or a code that CLDR does not know would be written in English."""
+    target = world_of(language).target
+    names = {name for fact in facts() for name in fact.names.values()}
+    written = {name: target.name(*name) for name in names}
+    if not re.match("[A-Za-z]", words_of(language)["numbers"][0]):
+        assert not {name: text for name, text in written.items() if re.search("[A-Za-z]", text)}
+    cities: dict[str, str] = {}
+    for (kind, key), text in written.items():
+        assert kind != "cities" or cities.setdefault(text, key) == key, text
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
