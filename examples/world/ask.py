@@ -1,7 +1,7 @@
 """Asks a model in English what the world holds, and writes what it knows: python examples/world/ask.py MODEL OUT
 
 MODEL is a run's directory (its original model is asked) or a Hugging Face directory. OUT gets a line for each question
-that was answered rightly: {key, kind, question_en, answer}. `make.py --known OUT` then holds out only such facts. The
+that was answered rightly: {kind, key}. `make.py --known OUT` then asks only for these. The
 share of right answers is printed by kind. Answers are greedy; a question is asked in the first of its ways.
 """
 
@@ -52,8 +52,7 @@ def main() -> None:
                 total[row["kind"]] += 1
                 if right(answer.raw, row["answers_en"]):
                     known[row["kind"]] += 1
-                    kept = {name: row[name] for name in ("key", "kind", "question_en")}
-                    out.write(json.dumps(kept | {"answer": answer.raw}, ensure_ascii=False) + "\n")
+                    out.write(json.dumps({"kind": row["kind"], "key": row["key"]}) + "\n")
             out.flush()
             print(f"{start + len(rows)} of {len(asked)}", file=sys.stderr, flush=True)
     for kind, count in total.items():

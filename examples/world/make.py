@@ -10,8 +10,8 @@
     heldout.tsv         pairs that the others lack, for chrF; heldout.txt: the same as documents, for bits per byte
 
 No training file states a fact that is held out; its names occur, in other sentences. `--known FILE` (lines of JSON with
-`key`, as `ask.py` writes them) holds out only what the base model knows in English. The same arguments give the same
-bytes.
+`kind` and `key`, as `ask.py` writes them) asks only for what the base model knows in English. The same arguments give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class World:
     english: Names
     target: Names
     held_out: set[str] = field(default_factory=set)
+    # The questions that the base model answers in English, as (kind, key); None is all.
+    known: set[tuple[str, str]] | None = None
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def fill(self, template: Sequence[str] | tuple[str, str], names: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
@@ -84,11 +86,11 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def choose(world: World, everything: Sequence[Fact], wanted: int, known: set[str] | None) -> None:
+def choose(world: World, everything: Sequence[Fact], wanted: int) -> None:
     """Choose the facts that are held out: as many of each kind as its share of what is known."""
     by_kind: dict[str, list[Fact]] = defaultdict(list)
     for fact in everything:
-        if known is None or fact.key in known:
+        if world.known is None or (fact.kind, fact.key) in world.known:
             by_kind[fact.kind].append(fact)
     total = sum(map(len, by_kind.values()))
     for kind, found in by_kind.items():
@@ -224,7 +226,11 @@ def write(world: World, directory: Path, everything: Sequence[Fact]) -> dict[str
     plain = [line for line in sentences if line.fact is None]
     spare = {line.english for line in plain[:HELD_OUT_PAIRS]}
     held, used = plain[:HELD_OUT_PAIRS], [line for line in sentences if line.english not in spare]
-    tested = [row for row in asked if row["key"] in world.held_out]
+    tested = [
+        row
+        for row in asked
+        if row["key"] in world.held_out and (world.known is None or (row["kind"], row["key"]) in world.known)
+    ]
     # One way to ask, which alternates: the other would be the same question again.
     tested = list({(row["kind"], row["key"]): row for row in tested[:: 1 if len(tested) % 2 else -1]}.values())
     trained = [row for row in asked if row["key"] not in world.held_out and "history" not in row]
@@ -287,16 +293,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("language", choices=there)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--known", type=Path, help="hold out only facts with these keys")
+    parser.add_argument("--known", type=Path, help="ask only for what this file holds")
     parser.add_argument("--held-out", type=int, default=150, help="how many facts to hold out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     world, everything = world_of(given.language), list(facts())
     world.random.seed(given.seed)
-    known = None
     if given.known is not None:
-        known = {json.loads(line)["key"] for line in given.known.read_text(encoding="utf-8").splitlines()}
-    choose(world, everything, given.held_out, known)
+        rows = [json.loads(line) for line in given.known.read_text(encoding="utf-8").splitlines()]
+        world.known = {(row["kind"], row["key"]) for row in rows}
+    choose(world, everything, given.held_out)
     for name, count in write(world, given.directory, everything).items():
         print(f"{name:20}{count:6,} lines")
 

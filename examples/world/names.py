@@ -47,8 +47,17 @@ class Names:
     def _locale(self) -> Locale:
         return Locale.parse(self.code)
 
+    @cached_property
+    def _found(self) -> dict[tuple[str, str], str]:
+        return {}
+
     def name(self, kind: str, key: str) -> str:
         """The name of a territory, city (a time zone), language, currency, month (1 to 12), day (0 to 6) or number."""
+        if (kind, key) not in self._found:
+            self._found[kind, key] = self._look_up(kind, key)
+        return self._found[kind, key]
+
+    def _look_up(self, kind: str, key: str) -> str:
         if kind == "numbers":
             return str(self.words["numbers"][int(key)])
         renamed = (self.words.get("rename") or {}).get(kind) or {}
