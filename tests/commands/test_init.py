@@ -15,7 +15,7 @@ import pytest
 from conftest import EXAMPLES, Command
 
 from transllm_jax.commands.given_data import hold_out, look_at
-from transllm_jax.commands.sizes import Given, sizes_for
+from transllm_jax.commands.sizes import Given, cpu_hours, sizes_for
 from transllm_jax.config import Config, load_config
 from transllm_jax.config.marks import marked
 from transllm_jax.config.training import Training
@@ -40,7 +40,11 @@ def test_all_that_is_given_makes_a_config_that_runs(transllm: Command, tiny_mode
     given = ("--text", TEXT, "--pairs", PAIRS, "--instructions", INSTRUCTIONS)
     code, printed = transllm("init", "mine.yaml", "--model", tiny_model, "--language", "th", *given)
     assert code == 0, printed
-    assert "still to be given" not in printed and "transllm run mine.yaml --dry-run" in printed
+    assert (
+        "on two CPU cores" in printed
+        and "still to be given" not in printed
+        and "transllm run mine.yaml --dry-run" in printed
+    )
     config = load_config(Path("mine.yaml"))
     assert not left_in(config) and "???" not in Path("mine.yaml").read_text(encoding="utf-8")
     assert config.workdir == "runs/mine" and config.language.name == "Thai" and config.model.dtype == "float32"
@@ -265,6 +269,7 @@ def test_sizes_are_valid_for_every_model_and_amount(parameters: int | None) -> N
         sizes = sizes_for(Given(parameters, context, text, pairs, count))
         for stage in (sizes.pretrain, sizes.translate, sizes.transfer):
             values = vars(stage) | {"learning_rate": float(stage.learning_rate)}
+            assert values.pop("tokens") > 0
             Training.model_validate(values)  # as the config does
             assert stage.length <= (context or 4096)
         assert sizes.max_new_tokens < sizes.max_chain_tokens <= sizes.transfer.length
@@ -286,6 +291,18 @@ def test_a_repetitive_text_gets_as_many_tokens_as_it_supports(transllm: Command,
 
 def test_a_vocabulary_has_room_for_the_characters() -> None:
     assert sizes_for(Given(None, None, 300_000, 300_000, 300, characters=4000)).vocabulary >= 4000
+
+
+def test_hours_are_those_that_were_measured() -> None:
+    # 24.6 million tokens at 366 tokens/s are 19 hours, and 51 to 62 without AVX-512 (docs/speed.md).
+    fast, slow = cpu_hours(135_000_000, 24_600_000)
+    assert 16 < fast < 20 and 50 < slow < 63
+    assert cpu_hours(270_000_000, 24_600_000)[0] == pytest.approx(2 * fast)
+
+
+def test_large_models_have_a_row_for_every_chip_of_a_slice() -> None:
+    sizes = sizes_for(Given(7_000_000_000, 4096, 300_000, 300_000, 100))
+    assert all(stage.batch_size >= 16 for stage in (sizes.pretrain, sizes.translate, sizes.transfer))
 
 
 def test_sizes_grow_with_text_and_model() -> None:

@@ -25,7 +25,7 @@ from transllm_jax.commands.given_data import (
     look_at_instructions,
 )
 from transllm_jax.commands.open_model import open_source, tokenizer_of
-from transllm_jax.commands.sizes import Given, Sizes, sizes_for
+from transllm_jax.commands.sizes import MEDIUM, Given, Sizes, cpu_hours, sizes_for
 from transllm_jax.config.load import parse_config
 from transllm_jax.config.marks import MARK, marked
 from transllm_jax.conversion.fetch import pypi_parts
@@ -127,6 +127,8 @@ def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
     found |= {"text": "; ".join(source.text for source in text), "pairs": "; ".join(source.text for source in pairs)}
     found["instructions"] = (f"{count:,}" if whole else f"more than {count:,}") if count else ""
     found["held out"] = _held_in_words(held, directory)
+    if not answers.missing:
+        found["to train"] = _training_in_words(sizes, model.parameters)
     notes = [*model.notes, *(f"{looked.entry['path']}: {note}" for looked in (*text, *pairs) for note in looked.notes)]
     if 0 < count < FEW_INSTRUCTIONS:
         notes.append(f"{count} instructions are few: chains are learned from them; a thousand or more is better")
@@ -245,6 +247,22 @@ def _in_words(model: _Model) -> str:
     millions = model.parameters / 1e6
     amount = f"{millions / 1e3:.1f}B" if millions >= 1000 else f"{millions:.0f}M" if millions >= 1 else "less than 1M"
     return f"{model.source}, {amount} parameters"
+
+
+def _training_in_words(sizes: Sizes, parameters: int | None) -> str:
+    """How much the run trains on, and how long that takes where it was measured: a small model on a CPU."""
+    told = f"about {sizes.trained_tokens / 1e6:,.1f} million tokens in three stages"
+    if parameters is None or parameters >= MEDIUM:
+        return f"{told}; transllm preflight says how long on a slice of TPUs"
+    fast, slow = (_about(hours) for hours in cpu_hours(parameters, sizes.trained_tokens))
+    return f"{told}: {fast} to {slow} on two CPU cores, without answers and evaluations"
+
+
+def _about(hours: float) -> str:
+    if hours < 1:
+        minutes = round(60 * hours)
+        return f"{minutes} minutes" if minutes > 1 else "a minute"
+    return f"{hours:.1f} hours" if hours < 10 else f"{hours:.0f} hours" if hours < 72 else f"{hours / 24:.0f} days"
 
 
 def _held_in_words(held: HeldOutTexts, directory: Path) -> str:

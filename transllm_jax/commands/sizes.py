@@ -34,7 +34,7 @@ class Given:
 
 @dataclass(frozen=True)
 class StageSizes:
-    """How a stage trains; see `config.training`."""
+    """How a stage trains; see `config.training`. tokens: how many it trains on in all, estimated."""
 
     epochs: int
     batch_size: int
@@ -42,6 +42,7 @@ class StageSizes:
     length: int
     learning_rate: str
     remat: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ class Sizes:
     # Pairs that become translation instructions.
     pairs: int
 
+    @property
+    def trained_tokens(self) -> int:
+        """The tokens of the three training stages, estimated."""
+        return self.pretrain.tokens + self.translate.tokens + self.transfer.tokens
+
+
+def cpu_hours(parameters: int, tokens: int) -> tuple[float, float]:
+    """Hours of training on two CPU cores, with AVX-512 and without it, from what was measured with SmolLM2-135M: 330 to
+    445 and 110 to 135 tokens/s (docs/speed.md)."""
+    work = tokens * parameters / 135e6
+    return work / 400 / 3600, work / 110 / 3600
+
 
 def sizes_for(given: Given) -> Sizes:
     """The sizes of a run. What is unknown counts as a model of 1B, 10 MB of text and of pairs, 2,000 instructions."""
@@ -77,8 +90,10 @@ def sizes_for(given: Given) -> Sizes:
     remat = "queries" if large else "projections" if medium else "none"
 
     def stage(tokens: int, epochs: int, length: int, rate: str) -> StageSizes:
-        batch = _batch(epochs * tokens, length, 1024 if large else 256 if medium else 8)
-        return StageSizes(epochs, batch, max(1, batch // rows), length, rate, remat)
+        # A slice of 16 or 8 chips takes at least a row each.
+        least, most = (16, 1024) if large else (8, 256) if medium else (2, 8)
+        batch = _batch(epochs * tokens, length, least, most)
+        return StageSizes(epochs, batch, max(1, batch // rows), length, rate, remat, epochs * tokens)
 
     short = text + pairs < 3_000_000
     length = _within(context, 256 if short else 512)
@@ -98,7 +113,8 @@ def sizes_for(given: Given) -> Sizes:
         rank=16 if short and not large else 64,
         new_rows_multiplier=1 if large or short else 3,
         pretrain=stage(text // BYTES_PER_TOKEN, _epochs(text), length, first),
-        translate=stage(pair_tokens, _epochs(pairs), length, first),
+        # Pairs are 0.7 of the mixture.
+        translate=stage(int(pair_tokens / 0.7), _epochs(pairs), length, first),
         transfer=stage(instructions * TOKENS_PER_INSTRUCTION, 3 if instructions < 5000 else 1, long, last),
         max_new_tokens=answer,
         max_chain_tokens=min(2 * answer, long // 2),
@@ -123,9 +139,9 @@ def _epochs(size: int) -> int:
     return 4 if size < 1_000_000 else 2 if size < 100_000_000 else 1
 
 
-def _batch(tokens: int, length: int, most: int) -> int:
-    """The largest power of two that leaves 200 steps, so that the schedule has room; from 2 to `most`."""
-    batch = 2
+def _batch(tokens: int, length: int, least: int, most: int) -> int:
+    """The largest power of two that leaves 200 steps, so that the schedule has room; from `least` to `most`."""
+    batch = least
     while batch < most and tokens // (2 * batch * length) >= 200:
         batch *= 2
     return batch
