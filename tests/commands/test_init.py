@@ -254,6 +254,10 @@ def test_text_in_another_script_is_noted(tmp_path: Path) -> None:
     assert not look_at(TEXT, "text", "th", ("Thai",)).notes
 
 
+def test_pairs_that_are_given_as_text_are_noted() -> None:
+    assert any("--pairs" in note for note in look_at(PAIRS, "text", "th", ("Thai",)).notes)
+
+
 def test_little_is_held_out_of_little(tmp_path: Path) -> None:
     path = tmp_path / "few.tsv"
     path.write_text("".join(f"Sentence {number}.\t{line}\n" for number, line in enumerate(lines(3))), encoding="utf-8")

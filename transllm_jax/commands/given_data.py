@@ -76,6 +76,8 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
         entry["separator"] = "line"
         items, whole, read, collector = _read(entry, content)
         notes.append("no blank lines: each line is read as a document (`separator: line`)")
+    if content == "text" and _has_tabs(items):
+        notes.append("most lines have a tab: are these pairs, to be given with --pairs?")
     if collector.removed:
         entry["controls"] = "remove"
         notes.append("control characters (carriage returns among them) are removed (`controls: remove`)")
@@ -203,6 +205,11 @@ def _is_a_line_each(items: Sequence[str]) -> bool:
     """Whether documents look like lines that nothing separates: hardly any document, each of many lines."""
     lines = sum(item.count("\n") + 1 for item in items[:100])
     return len(items) <= 3 and lines > 20 * len(items)
+
+
+def _has_tabs(items: Sequence[str]) -> bool:
+    lines = [line for item in items[:100] for line in item.splitlines()]
+    return sum("\t" in line for line in lines) > len(lines) / 2
 
 
 def _share(items: Sequence[Any], content: Content, scripts: tuple[str, ...]) -> float:
