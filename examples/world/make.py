@@ -76,10 +76,18 @@ class World:
             found = [side[step] for side in found]
         return str(found[0]), str(found[1])
 
-    def told_in(self, line: Line, fact: Fact) -> bool:
-        """Whether a line holds all names of a fact, in either language."""
+    def held(self, everything: Sequence[Fact]) -> list[Fact]:
+        """The held-out facts that any text tells which holds their names."""
+        return [fact for fact in everything if fact.key in self.held_out and fact.kind in NAMED]
+
+    def tells(self, line: Line, held: Sequence[Fact]) -> bool:
+        """Whether a line holds all names of one of the facts, in either language, be it by a name inside another."""
         sides = ((line.english, self.english), (line.target, self.target))
-        return any(all(names.name(*fact.names[slot]) in text for slot in fact.together) for text, names in sides)
+        return any(
+            all(names.name(*fact.names[slot]) in text for slot in fact.together)
+            for fact in held
+            for text, names in sides
+        )
 
 
 def _capital(text: str) -> str:
@@ -116,13 +124,11 @@ def lines(world: World, everything: Sequence[Fact]) -> list[Line]:
         for key in keys:
             for name in world.random.sample(templates, min(USED, len(templates))):
                 found.append(Line(*world.fill(world.template("names", name), {slot: (kind, key)})))
-    held = [fact for fact in everything if fact.key in world.held_out]
-    named = [fact for fact in held if fact.kind in NAMED]
+    held = world.held(everything)
     kept = [
         line
         for line in found
-        if (line.fact is None or line.fact.key not in world.held_out)
-        and not any(world.told_in(line, fact) for fact in named)
+        if (line.fact is None or line.fact.key not in world.held_out) and not world.tells(line, held)
     ]
     return list({(line.english, line.target): line for line in kept}.values())
 
@@ -144,25 +150,19 @@ def _uses(world: World) -> Iterator[tuple[str, str, list[str]]]:
 
 def questions(world: World, everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
     """Every question about a fact: its kind, fact, both texts, the answer in both languages, and what is accepted."""
-    english, target = world.english.words, world.target.words
+    english = world.english.words
     zones = [fact for fact in everything if fact.kind in ("capital", "country")]
     for fact in everything:
         kinds = [fact.kind, "country"] if fact.kind == "capital" else [fact.kind]
         for kind in kinds:
             for number in range(len(english["questions"][kind]["ask"])):
-                asked = world.fill(world.template("questions", kind, "ask", number), fact.names)
-                answer = world.fill(world.template("questions", kind, "answer"), fact.names)
-                (slot,) = (text.strip("{}") for text in english["questions"][kind]["accepted"])
-                yield _question(kind, fact, asked, answer, _accepted(world, fact, slot))
+                yield _about(world, fact, ("questions", kind), number)
         if fact in zones:
             yield from _yes_or_no(world, fact, zones)
     by_country = {fact.names["country"][1]: fact for fact in everything if fact.kind == "capital"}
     for fact in everything:
         first = by_country.get(fact.names.get("country", ("", ""))[1])
         if fact.kind in english["follow_ups"] and first is not None:
-            asked = world.fill(world.template("follow_ups", fact.kind, "ask", 0), fact.names)
-            answer = world.fill(world.template("follow_ups", fact.kind, "answer"), fact.names)
-            (slot,) = (text.strip("{}") for text in english["follow_ups"][fact.kind]["accepted"])
             before = [
                 world.fill(world.template("questions", "capital", "ask", 0), first.names),
                 world.fill(world.template("questions", "capital", "answer"), first.names),
@@ -174,8 +174,22 @@ def questions(world: World, everything: Sequence[Fact]) -> Iterator[dict[str, An
                 ]
                 for side, name in enumerate(("history_en", "history"))
             }
-            yield _question(f"follow_up {fact.kind}", fact, asked, answer, _accepted(world, fact, slot)) | history
-    assert target["questions"].keys() == english["questions"].keys()
+            asked = _about(world, fact, ("follow_ups", fact.kind))
+            yield asked | history | {"kind": f"follow_up {fact.kind}"}
+
+
+def in_the_first_way(asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each question once, in the first of its ways: the other would be the same question again."""
+    return list({(row["kind"], row["key"]): row for row in reversed(asked)}.values())
+
+
+def _about(world: World, fact: Fact, place: tuple[str, str], number: int = 0) -> dict[str, Any]:
+    """The question about a fact from the templates at a place, in one of its ways."""
+    asked = world.fill(world.template(*place, "ask", number), fact.names)
+    answer = world.fill(world.template(*place, "answer"), fact.names)
+    part, kind = place
+    (slot,) = (text.strip("{}") for text in world.english.words[part][kind]["accepted"])
+    return _question(kind, fact, asked, answer, _accepted(world, fact, slot))
 
 
 def _yes_or_no(world: World, fact: Fact, zones: Sequence[Fact]) -> Iterator[dict[str, Any]]:
@@ -234,7 +248,8 @@ def write(world: World, directory: Path, everything: Sequence[Fact]) -> dict[str
     # One way to ask, which alternates: the other would be the same question again.
     tested = list({(row["kind"], row["key"]): row for row in tested[:: 1 if len(tested) % 2 else -1]}.values())
     trained = [row for row in asked if row["key"] not in world.held_out and "history" not in row]
-    trained = [row for row in trained if not _tells(world, everything, row)]
+    told = world.held(everything)
+    trained = [row for row in trained if not world.tells(_as_line(row), told)]
     instructions = [
         {"instruction": row["question_en"], "translation": row["question"], "kind": row["kind"]} for row in trained
     ]
@@ -255,19 +270,18 @@ def write(world: World, directory: Path, everything: Sequence[Fact]) -> dict[str
     return {name: content.count("\n") for name, content in contents.items()}
 
 
-def _tells(world: World, everything: Sequence[Fact], row: Mapping[str, Any]) -> bool:
-    """Whether a question or its answer tells a held-out fact, for instance by a name inside another name."""
-    line = Line(f"{row['question_en']} {row['answer_en']}", f"{row['question']} {row['answer']}")
-    return any(world.told_in(line, fact) for fact in everything if fact.key in world.held_out and fact.kind in NAMED)
+def _as_line(row: Mapping[str, Any]) -> Line:
+    """A question and its answer."""
+    return Line(f"{row['question_en']} {row['answer_en']}", f"{row['question']} {row['answer']}")
 
 
 def _documents(world: World, everything: Sequence[Fact], used: Sequence[Line], side: str) -> str:
     """The sentences of one side as documents, none of which holds all names of a held-out fact."""
-    held = [fact for fact in everything if fact.key in world.held_out and fact.kind in NAMED]
+    held = world.held(everything)
     documents, last = [], Line("", "")
     for number, line in enumerate(used):
         joined = Line(f"{last.english} {line.english}".strip(), f"{last.target} {line.target}".strip())
-        if number % DOCUMENT == 0 or any(world.told_in(joined, fact) for fact in held):
+        if number % DOCUMENT == 0 or world.tells(joined, held):
             documents.append(line)
             last = line
         else:

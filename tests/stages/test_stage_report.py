@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from transllm_jax.stages.report import SKIPPED, SKIPPED_ROWS, _speed, _trained, _variety, goals
+from transllm_jax.stages.report import SKIPPED_ROWS, SKIPPED_SHOWN, _speed, _trained, _variety, goals
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> None:
@@ -19,15 +19,17 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> None:
 
 def test_results_are_read_from_the_files_of_a_stage(tmp_path: Path) -> None:
     places = [f"a: a.txt:{line}" for line in range(SKIPPED_ROWS + 2)]
-    updates = [{"step": step, "loss": "nan", "gradient_norm": "nan", "rows": places} for step in range(SKIPPED + 1)]
+    updates = [
+        {"step": step, "loss": "nan", "gradient_norm": "nan", "rows": places} for step in range(SKIPPED_SHOWN + 1)
+    ]
     jsonl(tmp_path / "skipped.jsonl", *updates)
     jsonl(tmp_path / "validation.jsonl", {"step": 2, "bits_per_byte": 1.5}, {"step": 4, "bits_per_byte": math.nan})
     sources = {"a": {"rows": 3, "left_out": {"contaminated": 1}}}
-    found = _trained(tmp_path, {"sources": sources, "skipped": SKIPPED + 1, "best": 2})
-    assert found["sources"] == sources and (found["skipped"], found["best"]) == (SKIPPED + 1, 2)
+    found = _trained(tmp_path, {"sources": sources, "skipped": SKIPPED_SHOWN + 1, "best": 2})
+    assert found["sources"] == sources and (found["skipped"], found["best"]) == (SKIPPED_SHOWN + 1, 2)
     # JSON cannot write a number that is not finite.
     assert found["validation"] == [{"step": 2, "bits_per_byte": 1.5}, {"step": 4, "bits_per_byte": None}]
-    assert [update["step"] for update in found["skipped_updates"]] == list(range(SKIPPED))
+    assert [update["step"] for update in found["skipped_updates"]] == list(range(SKIPPED_SHOWN))
     assert {tuple(update["rows"]) for update in found["skipped_updates"]} == {tuple(places[:SKIPPED_ROWS])}
     assert {update["more_rows"] for update in found["skipped_updates"]} == {2}
 

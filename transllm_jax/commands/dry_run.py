@@ -58,7 +58,7 @@ class Cost:
 def show_plan(run: Run) -> None:
     """Print the plan of the three training stages. Stage `vocabulary` must be done."""
     console, say = run.progress.console, run.progress.say
-    seconds: list[float | None] = []
+    total: float | None = 0.0
     for name, stage in STAGES.items():
         missing = name == "transfer" and not (run.workdir / "recover" / CHAINS).is_file()
         console.print(f"\n{name}", style="bold")
@@ -70,17 +70,17 @@ def show_plan(run: Run) -> None:
         job = prepare(run, name=name, start="vocabulary", parts=parts)
         console.print(_sources(job))
         cost = measure(job)
-        seconds.append(None if cost.seconds is None else cost.seconds * job.config.optimizer.steps)
+        total = None if total is None or cost.seconds is None else total + cost.seconds * job.config.optimizer.steps
         _say_steps(say, job, name, cost)
         say(f"  the first {ROWS} rows, with {TRAINED[0]} {TRAINED[1]} around what the loss counts")
         for source, row in islice(_rows(job), ROWS):
             console.print(Text(f"    {source}", style="cyan"))
             # Padding indents the wrapped lines of a long row, too.
             console.print(Padding(shown(row, run.models.tokenizer("vocabulary")), (0, 0, 0, 6), expand=False))
-    if seconds and all(seconds):
+    if total:
         # The rows above have scrolled the times away.
-        total = duration(math.fsum(second or 0.0 for second in seconds))
-        say(f"\ntraining takes {total} on this machine, without stage recover, evaluations, compiling and saving")
+        left_out = "stage recover, evaluations, compiling and saving"
+        say(f"\ntraining takes {duration(total)} on this machine, without {left_out}")
 
 
 def _sources(job: Job) -> Table:

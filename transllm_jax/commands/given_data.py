@@ -16,14 +16,14 @@ from typing import Any
 from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import script_share
 from transllm_jax.data.read.files import COMPRESSED, Collector, resolve, texts_of
-from transllm_jax.data.read.shards import PLURAL, Reading, shards
+from transllm_jax.data.read.shards import PLURAL, Reading, container_of, shards
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
 
 # Items of a source that are read, and at most this many bytes of their text.
 LOOKED, LOOKED_BYTES = 20_000, 50_000_000
 # Bytes of text for a byte of a compressed file, roughly, and of a parquet file.
-_EXPANDS, _EXPANDS_PARQUET = 3.5, 2.0
+_EXPANDS, _EXPANDS_OF = 3.5, {".parquet": 2.0}
 # Below this share of letters of the language's script, a file is probably not the right one.
 LEAST_SCRIPT_SHARE = 0.3
 _TEXT_FIELDS = ("text", "content", "raw_content", "document", "article", "body", "maintext")
@@ -65,8 +65,7 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
         if colon and not Path(path).exists() and Path(english).is_file():
             entry = {"path": english, "format": "pairs", "target_path": target}
     files = resolve(entry["path"])
-    suffix = _suffix(files[0])
-    if suffix in (".jsonl", ".ndjson", ".jsonlines", ".json", ".parquet"):
+    if container_of(files) != "lines":
         fields = _fields(files[0], content, language)
         if fields != ["text"]:
             entry["fields"] = fields
@@ -163,17 +162,12 @@ def _is_question(pair: tuple[str, str]) -> bool:
     return pair[0].rstrip().endswith("?")
 
 
-def _suffix(file: Path) -> str:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
-
-
 def _size(files: Sequence[Path]) -> int:
     """Bytes of text in files, estimated from their sizes."""
     total = 0.0
     for file in files:
-        factor = _EXPANDS if file.suffix.lower() in COMPRESSED else 1.0
-        total += file.stat().st_size * (_EXPANDS_PARQUET if file.suffix.lower() == ".parquet" else factor)
+        suffix = file.suffix.lower()
+        total += file.stat().st_size * (_EXPANDS if suffix in COMPRESSED else _EXPANDS_OF.get(suffix, 1.0))
     return int(total)
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,17 @@ class _Model:
     parameters: int | None = None
     context: int | None = None
     note: str = ""
-    notes: tuple[str, ...] = field(default=())
 
 
-def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
+class Looks:
+    """Looks at what was given, at each thing once: a terminal's answer is checked when it is typed, and used later."""
+
+    def __init__(self) -> None:
+        self.model, self.source = cache(_look_at_model), cache(look_at)
+        self.instructions = cache(look_at_instructions)
+
+
+def new_config(path: Path, answers: Answers, looks: Looks, *, force: bool = False) -> Written:
     """Write the config `path`, and beside it the directory STEM-heldout of texts for the evaluation.
 
     Raises UserError for an unknown language, for files that cannot be read, for a model that cannot be used, and if the
@@ -104,11 +112,11 @@ def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
     require_free(path, force=force)
     directory = _held_out_directory(path)
     script = script_of(answers.language)
-    model = _look_at_model(answers.model)
-    text = [look_at(given, "text", answers.language, script.scripts) for given in answers.text]
-    pairs = [look_at(given, "pairs", answers.language, script.scripts) for given in answers.pairs]
-    english = look_at(answers.english, "text", "en", ("Latin",)) if answers.english else None
-    count, whole, translated = look_at_instructions(answers.instructions) if answers.instructions else (0, True, False)
+    model = looks.model(answers.model)
+    text = [looks.source(given, "text", answers.language, script.scripts) for given in answers.text]
+    pairs = [looks.source(given, "pairs", answers.language, script.scripts) for given in answers.pairs]
+    english = looks.source(answers.english, "text", "en", ("Latin",)) if answers.english else None
+    count, whole, translated = looks.instructions(answers.instructions) if answers.instructions else (0, True, False)
     sizes = sizes_for(
         Given(
             parameters=model.parameters,
@@ -129,22 +137,22 @@ def new_config(path: Path, answers: Answers, *, force: bool = False) -> Written:
     found["held out"] = _held_in_words(held, directory)
     if not answers.missing:
         found["to train"] = _training_in_words(sizes, model.parameters)
-    notes = [*model.notes, *(f"{looked.entry['path']}: {note}" for looked in (*text, *pairs) for note in looked.notes)]
+    notes = [*(f"{looked.entry['path']}: {note}" for looked in (*text, *pairs) for note in looked.notes)]
     if 0 < count < FEW_INSTRUCTIONS:
         notes.append(f"{count} instructions are few: chains are learned from them; a thousand or more is better")
     return Written(path, tree["title"], found, notes, answers.missing, list(marked(tree)))
 
 
-def check_answer(option: str, given: str, language: str | None) -> None:
+def check_answer(option: str, given: str, language: str | None, looks: Looks) -> None:
     """Raises UserError if `given` cannot be what the option wants: on a terminal, each answer is checked at once."""
     if option == "--language":
         script_of(given)
     elif option == "--model":
-        _look_at_model(given)
+        looks.model(given)
     elif option == "--instructions":
-        look_at_instructions(given)
+        looks.instructions(given)
     elif language is not None:
-        look_at(given, "text" if option == "--text" else "pairs", language, script_of(language).scripts)
+        looks.source(given, "text" if option == "--text" else "pairs", language, script_of(language).scripts)
 
 
 def require_free(path: Path, *, force: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from transllm_jax.conversion.fetch import fetch
 from transllm_jax.conversion.gguf.header import read_header
 from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
-from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer, make_from_file
+from transllm_jax.conversion.hf.tokenizer_files import copy_or_make_tokenizer, make_from_file, tokenizer_file
 from transllm_jax.disk import read_model_json
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def open_tokenizer(source: str, scratch: Path, say: Callable[[str], None] | None
     rows = None
     if (directory / "config.json").is_file():
         rows = read_model_json(directory / "config.json").get("vocab_size")
-    if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
+    if tokenizer_file(directory).name == "tokenizer.model":
         scratch.mkdir(parents=True, exist_ok=True)
         copy_or_make_tokenizer(directory, scratch)
         directory = scratch

@@ -17,13 +17,11 @@ from transllm_jax.errors import UserError
 from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number
 from transllm_jax.evaluation.page.report import findings_lines, time_sentence
-from transllm_jax.stages.recorded import METRICS, RUN, SKIPPED, VALIDATION, VOCABULARY, recorded
+from transllm_jax.stages.recorded import MANIFEST, METRICS, RUN, SKIPPED, VALIDATION, VOCABULARY, recorded
 from transllm_jax.stages.steps import NAMES, STEPS, artifact
 from transllm_jax.storage import open_workdir
 from transllm_jax.training.record.ledger import LEDGER
 from transllm_jax.training.record.metrics import read_rows, read_validations
-
-MANIFEST = "manifest.json"
 
 
 def status_table(given: Path | str) -> RenderableType:

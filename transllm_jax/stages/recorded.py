@@ -26,19 +26,24 @@ VOCABULARY = "vocabulary/report.json"
 def recorded(workdir: Path) -> Recorded:
     """What a run has recorded so far. Raises UserError that names a damaged file."""
     measured = {point: _summary(workdir / "evaluation" / point) for point in POINTS}
-    metrics: dict[str, dict[str, Any]] = {}
-    for point, summary in measured.items():
-        for name, value in summary.get("metrics", {}).items():
-            metrics.setdefault(name, {})[point] = value
     return Recorded(
         settings=recorded_settings(workdir / RUN),
-        metrics=metrics,
+        metrics=by_metric(measured),
         training={name: _training(workdir / name) for name in TRAININGS if (workdir / name / MANIFEST).is_file()},
         chains=measured["transfer"].get("chains", {}),
         vocabulary=read_json(workdir / VOCABULARY) if (workdir / VOCABULARY).is_file() else {},
         recover=_summary(workdir / "recover"),
         ledger=summarise(workdir / LEDGER),
     )
+
+
+def by_metric(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """The values of each metric by point, from what was measured at each point."""
+    metrics: dict[str, dict[str, float | None]] = {}
+    for point, result in measured.items():
+        for name, value in result.get("metrics", {}).items():
+            metrics.setdefault(name, {})[point] = value
+    return metrics
 
 
 def _summary(directory: Path) -> Mapping[str, Any]:

@@ -15,9 +15,8 @@ from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
-from transllm_jax.stages.recorded import recorded
+from transllm_jax.stages.recorded import MANIFEST, SKIPPED, VALIDATION, by_metric, recorded
 from transllm_jax.stages.run import Run
-from transllm_jax.training.record.ledger import LEDGER, summarise
 from transllm_jax.training.record.metrics import read_rows, read_validations
 
 STAGES = ("vocabulary", "pretrain", "translate", "recover", "transfer")
@@ -25,7 +24,7 @@ VERSIONS = ("transllm-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokeniz
 # How many conversations and translations the page shows.
 SHOWN = 8
 # How many skipped updates the page shows, and the texts of how many rows of each.
-SKIPPED, SKIPPED_ROWS = 3, 4
+SKIPPED_SHOWN, SKIPPED_ROWS = 3, 4
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -46,8 +45,8 @@ def collect(run: Run) -> dict[str, Any]:
     """The results of all points and stages in the form that the report reads."""
     config = run.config
     measured = {point: read_json(run.workdir / "evaluation" / point / "results.json") for point in POINTS}
-    summaries = {name: read_json(run.workdir / name / "manifest.json")["summary"] for name in STAGES}
-    metrics = _by_metric(measured)
+    summaries = {name: read_json(run.workdir / name / MANIFEST)["summary"] for name in STAGES}
+    metrics = by_metric(measured)
     vocabulary, record = summaries["vocabulary"], recorded(run.workdir)
     return {
         "title": config.title,
@@ -75,21 +74,12 @@ def collect(run: Run) -> dict[str, Any]:
         "findings": [finding.written(record) for finding in findings(record)],
         "stages": [_stage(name, run.workdir / name, summary) for name, summary in summaries.items()],
         "trained": {name: _trained(run.workdir / name, summaries[name]) for name in TRAININGS},
-        "ledger": summarise(run.workdir / LEDGER),
-        "losses": {name: read_rows(run.workdir / name / "metrics.jsonl") for name in TRAININGS},
+        "ledger": record.ledger,
+        "losses": {name: record.training[name].losses for name in TRAININGS},
         "translations": _translations(run, measured),
         "conversations": _conversations(run, measured),
         "config": config.to_yaml(),
     }
-
-
-def _by_metric(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """The values of each metric by point, from the results of each point."""
-    metrics: dict[str, dict[str, float | None]] = {}
-    for point, result in measured.items():
-        for name, value in result["metrics"].items():
-            metrics.setdefault(name, {})[point] = value
-    return metrics
 
 
 def goals(metrics: Mapping[str, Mapping[str, float | None]], language: str, variety: str) -> list[dict[str, Any]]:
@@ -192,18 +182,18 @@ def _speed(directory: Path, summary: Mapping[str, Any]) -> dict[str, float | Non
 
 def _trained(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's sources, validation and skipped updates; None for what is not known."""
-    skipped = read_rows(directory / "skipped.jsonl")
+    skipped = read_rows(directory / SKIPPED)
     return {
         "sources": summary.get("sources"),
         "best": summary.get("best"),
         "validation": [
             {"step": row["step"], "bits_per_byte": number(row["bits_per_byte"])}
-            for row in read_validations(directory / "validation.jsonl")
+            for row in read_validations(directory / VALIDATION)
         ],
         "skipped": summary.get("skipped"),
         "skipped_updates": [
             {**row, "rows": row["rows"][:SKIPPED_ROWS], "more_rows": len(row["rows"][SKIPPED_ROWS:])}
-            for row in skipped[:SKIPPED]
+            for row in skipped[:SKIPPED_SHOWN]
         ],
     }
 

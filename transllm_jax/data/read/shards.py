@@ -281,7 +281,7 @@ def _first_bytes(found: Iterator[tuple[Item, Place]], max_bytes: int) -> Iterato
 
 def resolved(reading: Reading) -> Reading:
     """The reading with its container and fields filled in. Raises UserError for settings that do not go together."""
-    container = reading.container or _container(resolve(reading.path))
+    container = reading.container or container_of(resolve(reading.path))
     lines, records = container == "lines", container != "lines"
     fields = reading.fields or (("text",) if records and reading.content == "text" else ())
     wanted = {"text": 1, "pairs": 2, "conversations": 0}[reading.content] if records else 0
@@ -311,7 +311,8 @@ def resolved(reading: Reading) -> Reading:
     return replace(reading, container=container, fields=tuple(fields))
 
 
-def _container(files: Sequence[Path]) -> Container:
+def container_of(files: Sequence[Path]) -> Container:
+    """How files are read, by their suffixes. Raises UserError for files of several kinds, and for CSV."""
     found = {_suffixes(file)[0]: file for file in files}
     if ".csv" in found:
         raise UserError(f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or set container")
@@ -373,7 +374,7 @@ def text_files(
     """
     found = {}
     for file in resolve(path):
-        lines = _container([file]) == "lines"
+        lines = container_of([file]) == "lines"
         fields = () if lines or field is None else (field,)
         separated: Separator = separator if lines else "blank line"
         found[file] = resolved(Reading(str(file), fields=fields, separator=separated, controls=controls))
