@@ -26,7 +26,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transllm_jax.choices import Remat
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "llama2_7b_thai.yaml"
@@ -50,7 +53,7 @@ class Way(NamedTuple):
 
     model: str
     slice: str
-    remat: str
+    remat: Remat
     rows: int
 
     @property
@@ -121,7 +124,7 @@ def compiled(way: Way) -> dict[str, Any]:
         model,
         "pretrain",
         layout,
-        remat=way.remat,  # type: ignore[arg-type]
+        remat=way.remat,
         batch_size=BATCH,
         accumulate=BATCH // (way.rows * topology.devices),
         length=LENGTH,

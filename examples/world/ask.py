@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from make import World, questions
+from make import World, in_the_first_way, questions
 from names import HERE, Names, facts
 
 from transllm_jax.commands.chat import open_session
@@ -39,7 +39,7 @@ def main() -> None:
     given = parser.parse_args()
     english = yaml.safe_load((HERE / "english.yaml").read_text(encoding="utf-8"))
     world = World(Names("en", english), Names("en", english))
-    asked = list({(row["kind"], row["key"]): row for row in reversed(list(questions(world, list(facts()))))}.values())
+    asked = in_the_first_way(list(questions(world, list(facts()))))
     session = open_session(given.model, base=(given.model / "run.yaml").is_file(), max_new_tokens=given.max_new_tokens)
     total, known = Counter[str](), Counter[str]()
     with given.out.open("w", encoding="utf-8") as out:

@@ -179,8 +179,8 @@ def questions(world: World, everything: Sequence[Fact]) -> Iterator[dict[str, An
 
 
 def in_the_first_way(asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each question once, in the first of its ways: the other would be the same question again."""
-    return list({(row["kind"], row["key"]): row for row in reversed(asked)}.values())
+    """Each question once, in the first of its ways, in which `ask.py` asks the base."""
+    return list({(row["kind"], row["key"]): row for row in reversed(asked)}.values())[::-1]
 
 
 def _about(world: World, fact: Fact, place: tuple[str, str], number: int = 0) -> dict[str, Any]:
@@ -245,8 +245,7 @@ def write(world: World, directory: Path, everything: Sequence[Fact]) -> dict[str
         for row in asked
         if row["key"] in world.held_out and (world.known is None or (row["kind"], row["key"]) in world.known)
     ]
-    # One way to ask, which alternates: the other would be the same question again.
-    tested = list({(row["kind"], row["key"]): row for row in tested[:: 1 if len(tested) % 2 else -1]}.values())
+    tested = in_the_first_way(tested)
     trained = [row for row in asked if row["key"] not in world.held_out and "history" not in row]
     told = world.held(everything)
     trained = [row for row in trained if not world.tells(_as_line(row), told)]
