@@ -219,6 +219,7 @@ DOORS = {
     },
     "babel": {"transllm_jax.tokenizer.scripts"},
     "fontTools": {"transllm_jax.tokenizer.scripts"},
+    "icu4py": {"transllm_jax.tokenizer.growing.icu_words"},
     "torch": set(),
     "transformers": set(),
     "datasets": {"transllm_jax.data.read.hub"},

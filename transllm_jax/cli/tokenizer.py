@@ -43,6 +43,13 @@ CutsOption = Annotated[
         "tokens but which llama.cpp also reads (whole; base if the script is Latin).",
     ),
 ]
+WithinWords = Annotated[
+    bool,
+    typer.Option(
+        "--within-words",
+        help="Learn no token across the end of a word, in scripts without spaces, too; needs ICU (the extra icu).",
+    ),
+]
 MinCount = Annotated[int, typer.Option(help="How often the corpus must contain a new token.")]
 Sample = Annotated[str, typer.Option(help="How much of the corpus to learn from, in bytes of text.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sample.")]
@@ -75,6 +82,7 @@ def expand(
     marker: Markers = None,
     min_count: MinCount = 2,
     cuts: CutsOption = None,
+    within_words: WithinWords = False,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
@@ -99,6 +107,7 @@ def expand(
             markers=marker or (),
             min_count=min_count,
             cuts=None if cuts is None else cuts.value,
+            within_words=within_words,
             sample=parse_size(sample),
             seed=seed,
             separator="line" if lines else "blank line",
@@ -130,6 +139,7 @@ def report(
     script: Scripts = None,
     min_count: MinCount = 2,
     cuts: CutsOption = None,
+    within_words: WithinWords = False,
     sample: Sample = "100MB",
     seed: Seed = 0,
     lines: Lines = False,
@@ -157,6 +167,7 @@ def report(
                 scripts=script or (),
                 min_count=min_count,
                 cuts=None if cuts is None else cuts.value,
+                within_words=within_words,
                 sample=parse_size(sample),
                 seed=seed,
                 separator="line" if lines else "blank line",

@@ -22,6 +22,7 @@ from transllm_jax.new_directory import check_destination, new_directory
 from transllm_jax.progress import Phases, Progress
 from transllm_jax.tokenizer.growing.expand import Expansion, changed, expand, save_expanded
 from transllm_jax.tokenizer.growing.growth import check_markers
+from transllm_jax.tokenizer.growing.icu_words import check_icu
 from transllm_jax.tokenizer.growing.runs import check_supported
 from transllm_jax.tokenizer.llama_cpp import AS_TRAINED, OTHER_IDS, override_message, rebuilt_message
 from transllm_jax.tokenizer.rewritten import rewritten_letters_message
@@ -42,7 +43,7 @@ class Learning:
     """What a vocabulary is learned from, and how.
 
     sample: bytes of UTF-8 text. scripts: names that replace the language's usual scripts. separator, controls, field:
-    see `data.read.shards.text_files`. cuts: see `expand`.
+    see `data.read.shards.text_files`. cuts, within_words: see `expand`.
     """
 
     corpus: Sequence[str]
@@ -51,6 +52,7 @@ class Learning:
     markers: Sequence[str] = ()
     min_count: int = 2
     cuts: Cuts | None = None
+    within_words: bool = False
     sample: int = 100_000_000
     seed: int = 0
     separator: Separator = "blank line"
@@ -202,6 +204,8 @@ def _check_learning(base: Tokenizer, sizes: Sequence[int], learning: Learning, f
     script = script_of(learning.language, learning.scripts)
     check_supported(json.loads(base.backend.to_str()), base.source)
     check_markers(base, list(learning.markers))
+    if learning.within_words:
+        check_icu()
     small = [size for size in (*sizes, learning.min_count) if size < 1]
     if small:
         raise UserError(f"{small[0]} is too small: numbers of new tokens and --min-count must be at least 1")
@@ -287,6 +291,7 @@ def _learn(
             markers=list(learning.markers),
             min_count=learning.min_count,
             cuts=learning.cuts,
+            within_words=learning.within_words,
             # After the rows of the model's embedding table, if it has more rows than tokens.
             first_id=base.rows if base.rows is not None and base.rows > tokens else None,
             on_progress=on_progress,
@@ -385,6 +390,8 @@ def _say_expansion(
         + f"; {report['base_vocabulary']:,} -> {report['vocabulary']:,} tokens; {' and '.join(files)}",
         f"learned from {part} of {_size(read.bytes)} in {_count(read.documents, 'document')}; " + _usage(report),
     ]
+    if report["within_words"]:
+        lines.append(f"no new token crosses the end of a word, as ICU {report['icu']} finds them")
     lines += _reader_lines(report, files)
     if read.documents == 1:
         lines.append("the corpus is one document: if it has no blank lines, --lines makes each line a document")

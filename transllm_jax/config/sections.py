@@ -66,6 +66,11 @@ class Vocabulary(Section):
     - `base`: where the base cuts, which takes more tokens but which llama.cpp also does (a GGUF file cannot hold a
       pre-tokenizer).
     """
+    within_words: bool = False
+    """Whether no new token may cross the end of a word, in scripts without spaces, too (Thai, Lao, Khmer, Burmese,
+    Chinese, Japanese). ICU finds the words while tokens are learned (`pip install 'transllm-jax[icu]'`); the tokenizer
+    does not need it. Text takes more tokens, and names stay apart from the words beside them.
+    """
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     """What new rows start from (`stages/new_rows.py`).
 
@@ -108,6 +113,10 @@ class Vocabulary(Section):
             raise ValueError("a tokenizer brings its tokens; leave size out (on the command line: size=null)")
         if self.cuts is not None and self.size is None:
             raise ValueError("cuts are where new tokens are learned; with a tokenizer or an adapter, leave them out")
+        if self.within_words and self.size is None:
+            raise ValueError(
+                "within_words is for tokens that are learned; with a tokenizer or an adapter, leave it out"
+            )
         if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):
             raise ValueError("size and corpus are needed (or a tokenizer or an adapter, which brings its tokens)")
         if self.tokenizer is not None and self.initial_rows in ("weighted", "calibrated") and not self.corpus:

@@ -37,6 +37,7 @@ from transllm_jax.tokenizer.growing.expand import (
     tokens_per_character,
     with_markers,
 )
+from transllm_jax.tokenizer.growing.icu_words import check_icu
 from transllm_jax.tokenizer.growing.prune import OnProgress
 from transllm_jax.tokenizer.growing.runs import check_supported
 from transllm_jax.tokenizer.llama_cpp import OTHER_IDS, rebuilt_message
@@ -52,8 +53,11 @@ SMALL_CORPUS = 200
 def inputs(run: Run) -> dict[str, Any]:
     """The stage's inputs: the config sections and files that it reads."""
     config = run.config
+    section = config.vocabulary.model_dump()
+    if not section["within_words"]:
+        del section["within_words"]  # runs of versions without this key stay done
     return {
-        "vocabulary": config.vocabulary.model_dump(),
+        "vocabulary": section,
         "lora": "none" if config.lora is None else config.lora.model_dump(),
         "language": config.language.model_dump(),
         "markers": config.markers.model_dump(),
@@ -125,6 +129,11 @@ def check(run: Run) -> None:
     for marker in run.markers.in_order():
         if base.token_id(marker) is not None:
             raise UserError(f"markers: {base.source} has the token {marker} already; choose another marker")
+    if run.config.vocabulary.within_words:
+        try:
+            check_icu()
+        except UserError as error:
+            raise UserError(f"vocabulary.within_words: {error}") from None
     for source in run.config.vocabulary.sources:
         run.inputs.check(source)
     _check_corpus(run)
@@ -255,6 +264,7 @@ def _learn(
         markers=list(run.markers.in_order()),
         min_count=config.vocabulary.min_count,
         cuts=config.vocabulary.cuts,
+        within_words=config.vocabulary.within_words,
         first_id=run.models.config.vocab_size,
         english=english,
         on_progress=tell,

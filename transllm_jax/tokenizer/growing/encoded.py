@@ -6,6 +6,7 @@ are encoded again that contain a token made by a removed merge, or two neighbour
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +33,12 @@ class Encoded:
     def lengths(self) -> Ids:
         """Ids in each text, int64 [texts]."""
         return np.diff(self.starts)
+
+
+def weighted(counted: Counter[str]) -> tuple[list[str], Ids]:
+    """The distinct texts in order, and how often each occurs: int64 [texts]."""
+    texts = sorted(counted)
+    return texts, np.array([counted[text] for text in texts], np.int64)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:

@@ -25,6 +25,7 @@ from transllm_jax.tokenizer.growing.growth import (
     piece_growth,
     with_base_tokens,
 )
+from transllm_jax.tokenizer.growing.icu_words import Span, WordCutter
 from transllm_jax.tokenizer.growing.prune import OnProgress
 from transllm_jax.tokenizer.growing.runs import kind_of
 from transllm_jax.tokenizer.llama_cpp import REBUILT, passes_for, readers, stand_in
@@ -75,6 +76,7 @@ def expand(
     min_count: int = 2,
     first_id: int | None = None,
     cuts: Cuts | None = None,
+    within_words: bool = False,
     english: Iterable[str] | None = None,
     scripts: list[str] | None = None,
     on_progress: OnProgress | None = None,
@@ -86,10 +88,11 @@ def expand(
     kept. first_id: where the new ids begin, after the rows of an embedding that is larger than the tokenizer; ids in
     between are unused. cuts: by default "base" for a Latin script and for models for which transformers makes the
     base's cuts whatever tokenizer.json says (`llama_cpp.REBUILT`), else "whole"; a SentencePiece base has no cuts.
+    within_words: no token is learned across the end of a word, as ICU finds them; the new tokenizer needs no ICU.
     english: the report says how many of these texts change their ids. scripts: names of scripts to use instead of the
     language's usual ones. on_progress: called with a phase and the share of it that is done. Raises UserError for a
-    base of another kind, an unknown language, a corpus without the script or one that supports fewer tokens, and a
-    marker that the base has already.
+    base of another kind, an unknown language, a corpus without the script or one that supports fewer tokens, a marker
+    that the base has already, and for `within_words` without icu4py.
     """
     script = script_of(language, scripts or ())
     state: dict[str, Any] = json.loads(base.backend.to_str())
@@ -105,10 +108,11 @@ def expand(
     make_growth = byte_level_growth if kind == "byte-level" else piece_growth
     growth = make_growth(state, full_state, script, whole_words, markers)
 
-    runs, sample, sampled = _count_runs(documents, growth.find, progress)
+    cutter = WordCutter(language) if within_words else None
+    runs, words, sample, sampled = _count_runs(documents, growth.find, cutter, progress)
     if not runs:
         raise UserError(f"the corpus has no {script.language} characters: give {script.language} text")
-    learned = growth.learn(runs, size, min_count, progress)
+    learned = growth.learn(runs, words, size, min_count, progress)
 
     def build(n: int) -> Tokenizer:
         grown = growth.state(learned.choice, n)
@@ -132,6 +136,8 @@ def expand(
         "new_tokens": size,
         "min_count": min_count,
         "cuts": "none" if kind == "sentencepiece" else "base" if whole_words else "whole",
+        "within_words": within_words,
+        "icu": None if cutter is None else cutter.version,
         "parts_of_characters": growth.character_parts(learned.choice),
         "model_type": base.model_type,
         "readers": readers(expanded, base.model_type),
@@ -271,16 +277,26 @@ def changed(base: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> dict
 
 
 def _count_runs(
-    documents: Iterable[str], find: Callable[[str], list[str]], on_progress: OnProgress
-) -> tuple[Counter[str], list[str], int]:
-    """The distinct runs with their counts, a sample of the documents, and the characters in the sample."""
+    documents: Iterable[str],
+    find: Callable[[str], tuple[str, list[Span]]],
+    cutter: WordCutter | None,
+    on_progress: OnProgress,
+) -> tuple[Counter[str], Counter[str] | None, list[str], int]:
+    """The distinct runs and words with their counts, a sample of the documents, and the characters in the sample.
+
+    cutter: None to find no words.
+    """
     total = len(documents) if isinstance(documents, Sized) else 0
     runs: Counter[str] = Counter()
+    words: Counter[str] = Counter()
     sample: list[str] = []
     sampled = 0
     found: list[str] = []
     for number, document in enumerate(documents, start=1):
-        found += find(document)
+        text, spans = find(document)
+        found += [text[first:last] for first, last in spans]
+        if cutter is not None:
+            words.update(cutter.cut(text, spans))
         if sampled < _REPORTED_CHARACTERS:
             sample.append(document)
             sampled += len(document)
@@ -291,7 +307,7 @@ def _count_runs(
             on_progress("read", number / total if total else 0.0)
     runs.update(found)
     on_progress("read", 1.0)
-    return runs, sample, sampled
+    return runs, None if cutter is None else words, sample, sampled
 
 
 def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:

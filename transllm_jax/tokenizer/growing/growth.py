@@ -10,6 +10,7 @@ from typing import Any
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import ends_between_characters, token_bytes
+from transllm_jax.tokenizer.growing.icu_words import Span
 from transllm_jax.tokenizer.growing.merges import extended, learn_merges, merges_of
 from transllm_jax.tokenizer.growing.piece_runs import SPACE, PieceRuns
 from transllm_jax.tokenizer.growing.pieces import PieceTable, learn_pieces
@@ -24,16 +25,16 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class Growth:
     """The parts of expansion that depend on the kind of base.
 
-    find             the runs of a text, normalised
-    learn            (runs, size, min_count, on_progress) -> new tokens
+    find             text -> the text, normalised, and where its runs begin and end
+    learn            (runs, their words or None, size, min_count, on_progress) -> new tokens
     state            (choice, n) -> tokenizer.json with its first n tokens
     name             a new token as readable text
     base_ids         the base's ids of the text of each new token
     character_parts  how many new tokens end inside a character: intermediate steps of merging a character
     """
 
-    find: Callable[[str], list[str]]
-    learn: Callable[[Counter[str], int, int, OnProgress], Learned]
+    find: Callable[[str], tuple[str, list[Span]]]
+    learn: Callable[[Counter[str], Counter[str] | None, int, int, OnProgress], Learned]
     state: Callable[[Choice, int], dict[str, Any]]
     name: Callable[[str], str]
     base_ids: Callable[[Tokenizer, Choice], list[list[int]]]
@@ -57,8 +58,8 @@ def byte_level_growth(
 
     return Growth(
         find=finder.find,
-        learn=lambda runs, size, min_count, on_progress: learn_merges(
-            full_state, runs, size, min_count, on_progress, finder.learnable
+        learn=lambda runs, words, size, min_count, on_progress: learn_merges(
+            full_state, runs, size, min_count, on_progress, finder.learnable, words
         ),
         state=with_first_tokens,
         name=lambda token: token_bytes(token).decode("utf-8", errors="replace"),
@@ -82,8 +83,8 @@ def piece_growth(
 
     return Growth(
         find=finder.find,
-        learn=lambda runs, size, min_count, on_progress: learn_pieces(
-            table, finder, runs, size, min_count, set(markers), on_progress
+        learn=lambda runs, words, size, min_count, on_progress: learn_pieces(
+            table, finder, runs, size, min_count, set(markers), on_progress, words
         ),
         state=with_first_tokens,
         name=lambda token: token.replace(SPACE, " "),

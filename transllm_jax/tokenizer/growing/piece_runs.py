@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from transllm_jax.tokenizer.growing.icu_words import Span
 from transllm_jax.tokenizer.scripts import JOINERS, Script
 
 SPACE = "▁"
@@ -52,9 +53,10 @@ class PieceRuns:
             return text
         return SPACE + text
 
-    def find(self, text: str) -> list[str]:
-        """The stretches in order, normalised."""
-        return self._stretch.findall(self.normalised(text))
+    def find(self, text: str) -> tuple[str, list[Span]]:
+        """The text, normalised, and where its stretches begin and end, in order."""
+        text = self.normalised(text)
+        return text, [match.span() for match in self._stretch.finditer(text)]
 
     def learnable(self, piece: str) -> bool:
         """Whether this may become a new piece: at most one "▁", then characters of the script and single joiners.

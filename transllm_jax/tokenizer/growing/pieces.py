@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import models
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, counts, encode
+from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, counts, encode, weighted
 from transllm_jax.tokenizer.growing.merges import SPARE, merges_of
 from transllm_jax.tokenizer.growing.piece_runs import PieceRuns
 from transllm_jax.tokenizer.growing.prune import Choice, Learned, OnProgress, choose
@@ -117,14 +117,17 @@ def learn_pieces(
     min_count: int,
     taken: set[str],
     on_progress: OnProgress,
+    words: Counter[str] | None = None,
 ) -> Learned:
     """Exactly `size` new pieces from stretches of normalised text with their counts.
 
     Every new piece occurs at least `min_count` times in the encoded runs. `taken`: texts that may not become a piece.
-    Raises UserError if the runs support fewer pieces, or if the characters that the base lacks alone need more.
+    `words`: the same text cut into words, if no new piece may cross the end of one. Raises UserError if the runs
+    support fewer pieces, or if the characters that the base lacks alone need more.
     """
-    texts = sorted(runs)
-    weights = np.array([runs[text] for text in texts], np.int64)
+    texts, weights = weighted(runs)
+    # Pieces are trained on words, and chosen by what they make of the runs, which the tokenizer leaves whole.
+    parts, parts_weights = (texts, weights) if words is None else weighted(words)
     letters = _letters(texts, weights)
     missing = [
         letter
@@ -139,9 +142,9 @@ def learn_pieces(
     first = len(table.vocabulary)
     characters = {letter: first + i for i, letter in enumerate(missing)}
     with_characters = table.backend(characters, table.with_pieces(missing)[0])
-    encoded = encode(with_characters, texts, lambda share: on_progress("cut", share))
+    encoded = encode(with_characters, parts, lambda share: on_progress("cut", share))
     unit = {number: piece for piece, number in (table.vocabulary | characters).items()}
-    found = counts(encoded, weights, first + len(missing))
+    found = counts(encoded, parts_weights, first + len(missing))
     used = [int(i) for i in np.flatnonzero(found >= min_count)]
     symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] in ("▁", *JOINERS)})
     place = {symbol: i for i, symbol in enumerate(symbols)}
@@ -151,7 +154,7 @@ def learn_pieces(
     trained_size = int(size * SPARE) + 1
     while True:
         merges = train_merges(
-            encoded, weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+            encoded, parts_weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
         )
         more = len({left + right for left, right in merges}) >= trained_size
         kept = [(a, b) for a, b in merges if a + b not in taken and finder.learnable(a + b)]

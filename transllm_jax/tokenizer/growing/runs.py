@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.growing.icu_words import Span
 from transllm_jax.tokenizer.scripts import Script
 
 # The pattern of `ByteLevel(use_regex=True)`, GPT-2's.
@@ -133,11 +134,11 @@ class RunFinder:
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer = backend.normalizer
 
-    def find(self, text: str) -> list[str]:
-        """The runs in order; the text is normalised first if the base normalises."""
+    def find(self, text: str) -> tuple[str, list[Span]]:
+        """The text, normalised if the base normalises, and where its runs begin and end, in order."""
         if self._normalizer is not None:
             text = self._normalizer.normalize_str(text)
-        return self._pattern.findall(text)
+        return text, [match.span() for match in self._pattern.finditer(text)]
 
     def learnable(self, text: str) -> bool:
         """Whether new tokens may hold this: always, as a run has only the script's characters."""
@@ -155,12 +156,12 @@ class WordFinder:
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
 
-    def find(self, text: str) -> list[str]:
-        """The words in order; the text is normalised first if the base normalises."""
+    def find(self, text: str) -> tuple[str, list[Span]]:
+        """The text, normalised if the base normalises, and where its words begin and end, in order."""
         if self._normalizer is not None:
             text = self._normalizer.normalize_str(text)
-        words = (text[first:last] for _, (first, last) in self._pre_tokenizer.pre_tokenize_str(text))
-        return [word for word in words if self._letter.search(word)]
+        spans = (span for _, span in self._pre_tokenizer.pre_tokenize_str(text))
+        return text, [(first, last) for first, last in spans if self._letter.search(text, first, last)]
 
     def learnable(self, text: str) -> bool:
         """Whether new tokens may hold this stretch of a word."""
