@@ -75,9 +75,11 @@ class AtomCoder:
     def __init__(self, vocabulary: dict[str, int]) -> None:
         """`vocabulary`: the base's tokens as in tokenizer.json with their ids."""
         self._size = max(vocabulary.values()) + 1
+        self._begun = np.zeros(self._size, np.int64)  # how many characters begin in each token, and in each atom
         self._inside = np.zeros(self._size, bool)  # tokens whose first byte is not the first of a character
         for token, number in vocabulary.items():
             self._inside[number] = bool(token) and _BYTES.get(token[0], 0) & 0xC0 == 0x80
+            self._begun[number] = sum(_BYTES.get(c, 0) & 0xC0 != 0x80 for c in token)
         self._parts = _JoinerParts(vocabulary, self._size)
         self._tokens = {number: token for token, number in vocabulary.items()}
         # An atom of one token has the token's id. Key of (atom, token) -> the atom that is longer by this token.
@@ -109,6 +111,14 @@ class AtomCoder:
             self._longer[key] = self.size
             self._made_of.append((key // self._size, key % self._size))
         return self._longer[key]
+
+    def characters(self) -> np.ndarray:
+        """How many characters each atom has: int64 [size]."""
+        begun = list(self._begun)
+        for before, last in self._made_of[len(begun) - self._size :]:
+            begun.append(begun[before] + begun[last])
+        self._begun = np.array(begun, np.int64)
+        return self._begun
 
     def atom(self, number: int) -> Atom:
         """The pieces of an atom."""

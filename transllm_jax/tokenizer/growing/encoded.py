@@ -22,6 +22,9 @@ Progress = Callable[[float], None]
 _CHUNK = 20_000  # texts that are encoded at a time
 
 
+WORD_END = "\ud800"  # between two words of a run: a surrogate, which no text that can be encoded has
+
+
 @dataclass(frozen=True)
 class Encoded:
     """ids: int32 [n], the ids of all texts, concatenated. starts: int64 [texts + 1], where each text's ids begin."""
@@ -33,12 +36,6 @@ class Encoded:
     def lengths(self) -> Ids:
         """Ids in each text, int64 [texts]."""
         return np.diff(self.starts)
-
-
-def weighted(counted: Counter[str]) -> tuple[list[str], Ids]:
-    """The distinct texts in order, and how often each occurs: int64 [texts]."""
-    texts = sorted(counted)
-    return texts, np.array([counted[text] for text in texts], np.int64)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
@@ -60,9 +57,70 @@ def batches(
             on_progress(min(1.0, (first + _CHUNK) / len(texts)))
 
 
+def _in_order(counted: Counter[str]) -> tuple[list[str], Ids]:
+    texts = sorted(counted)
+    return texts, np.array([counted[text] for text in texts], np.int64)
+
+
 def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], on_progress: Progress | None = None) -> Encoded:
     """All texts as ids."""
     return joined(list(batches(backend, texts, on_progress)))
+
+
+def whole_runs(runs: Counter[str]) -> tuple[list[str], Ids]:
+    """The distinct runs in order, without WORD_END, and how often each occurs: int64 [runs]."""
+    if any(WORD_END in run for run in runs):
+        whole: Counter[str] = Counter()
+        for run, times in runs.items():
+            whole[run.replace(WORD_END, "")] += times
+        runs = whole
+    return _in_order(runs)
+
+
+def encode_within_words(
+    backend: tokenizers.Tokenizer,
+    runs: Counter[str],
+    characters: Callable[[], Ids],
+    regroup: Callable[[Encoded], Encoded] = lambda encoded: encoded,
+    on_progress: Progress | None = None,
+) -> tuple[Encoded, Ids]:
+    """Whole runs as units, then split at every WORD_END; and how often each part occurs: int64 [parts].
+
+    regroup: ids -> units. characters: how many characters begin in each unit, int64 [units].
+    """
+    texts, weights = _in_order(runs)
+    parts: list[Encoded] = []
+    repeats: list[Ids] = [np.zeros(0, np.int64)]
+    first = 0
+    for batch in batches(backend, [text.replace(WORD_END, "") for text in texts], on_progress):
+        units, last = regroup(batch), first + len(batch.lengths)
+        part, repeated = _split(units, texts[first:last], characters()[units.ids])
+        parts.append(part)
+        repeats.append(repeated)
+        first = last
+    return joined(parts), np.repeat(weights, np.concatenate(repeats))
+
+
+def _split(encoded: Encoded, runs: Sequence[str], characters: Ids) -> tuple[Encoded, Ids]:
+    """The runs split at every WORD_END, without units that cross one; and how many parts each run has: int64 [runs].
+
+    characters: how many characters begin in each unit of `encoded`, the same runs without WORD_END: int64 [n].
+    """
+    points = np.frombuffer("".join(runs).encode("utf-32-le", "surrogatepass"), "<u4")
+    marks = np.flatnonzero(points == ord(WORD_END))
+    if not len(marks):
+        return encoded, np.ones(len(runs), np.int64)
+    ends = marks - np.arange(len(marks))  # in characters from the beginning of the first run, as are these:
+    stop = np.cumsum(characters)
+    start = stop - characters
+    assert stop[-1] == len(points) - len(marks), "every character must be in a unit"
+    done = np.searchsorted(ends, start, side="right")  # ends up to where a unit begins
+    crosses = np.searchsorted(ends, stop, side="left") > done
+    begins = (done > 0) & (ends[done - 1] == start)
+    begins[1:] |= crosses[:-1]
+    starts = np.union1d(encoded.starts, np.flatnonzero(begins))
+    kept = np.concatenate([[0], np.cumsum(~crosses)])
+    return Encoded(encoded.ids[~crosses], kept[starts]), np.diff(np.searchsorted(starts, encoded.starts))
 
 
 def count(backend: tokenizers.Tokenizer, texts: Sequence[str], weights: Ids, size: int) -> Ids:

@@ -18,6 +18,7 @@ import tokenizers
 
 from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.growing.encoded import WORD_END
 from transllm_jax.tokenizer.growing.growth import (
     base_ids_of_token,
     byte_level_growth,
@@ -109,10 +110,10 @@ def expand(
     growth = make_growth(state, full_state, script, whole_words, markers)
 
     cutter = WordCutter(language) if within_words else None
-    runs, words, sample, sampled = _count_runs(documents, growth.find, cutter, progress)
+    runs, sample, sampled = _count_runs(documents, growth.find, cutter, progress)
     if not runs:
         raise UserError(f"the corpus has no {script.language} characters: give {script.language} text")
-    learned = growth.learn(runs, words, size, min_count, progress)
+    learned = growth.learn(runs, size, min_count, progress)
 
     def build(n: int) -> Tokenizer:
         grown = growth.state(learned.choice, n)
@@ -281,22 +282,22 @@ def _count_runs(
     find: Callable[[str], tuple[str, list[Span]]],
     cutter: WordCutter | None,
     on_progress: OnProgress,
-) -> tuple[Counter[str], Counter[str] | None, list[str], int]:
-    """The distinct runs and words with their counts, a sample of the documents, and the characters in the sample.
+) -> tuple[Counter[str], list[str], int]:
+    """The distinct runs with their counts, a sample of the documents, and the characters in the sample.
 
-    cutter: None to find no words.
+    cutter: puts WORD_END between the words of a run; None to leave runs whole.
     """
     total = len(documents) if isinstance(documents, Sized) else 0
     runs: Counter[str] = Counter()
-    words: Counter[str] = Counter()
     sample: list[str] = []
     sampled = 0
     found: list[str] = []
     for number, document in enumerate(documents, start=1):
         text, spans = find(document)
-        found += [text[first:last] for first, last in spans]
-        if cutter is not None:
-            words.update(cutter.cut(text, spans))
+        if cutter is None:
+            found += [text[first:last] for first, last in spans]
+        else:
+            found += [WORD_END.join(words) for words in cutter.cut(text, spans)]
         if sampled < _REPORTED_CHARACTERS:
             sample.append(document)
             sampled += len(document)
@@ -307,7 +308,7 @@ def _count_runs(
             on_progress("read", number / total if total else 0.0)
     runs.update(found)
     on_progress("read", 1.0)
-    return runs, None if cutter is None else words, sample, sampled
+    return runs, sample, sampled
 
 
 def _tokenizer(state: dict[str, Any], base: Tokenizer, source: str) -> Tokenizer:

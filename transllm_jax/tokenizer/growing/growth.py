@@ -26,7 +26,7 @@ class Growth:
     """The parts of expansion that depend on the kind of base.
 
     find             text -> the text, normalised, and where its runs begin and end
-    learn            (runs, their words or None, size, min_count, on_progress) -> new tokens
+    learn            (runs, cut into words or not, size, min_count, on_progress) -> new tokens
     state            (choice, n) -> tokenizer.json with its first n tokens
     name             a new token as readable text
     base_ids         the base's ids of the text of each new token
@@ -34,7 +34,7 @@ class Growth:
     """
 
     find: Callable[[str], tuple[str, list[Span]]]
-    learn: Callable[[Counter[str], Counter[str] | None, int, int, OnProgress], Learned]
+    learn: Callable[[Counter[str], int, int, OnProgress], Learned]
     state: Callable[[Choice, int], dict[str, Any]]
     name: Callable[[str], str]
     base_ids: Callable[[Tokenizer, Choice], list[list[int]]]
@@ -58,8 +58,8 @@ def byte_level_growth(
 
     return Growth(
         find=finder.find,
-        learn=lambda runs, words, size, min_count, on_progress: learn_merges(
-            full_state, runs, size, min_count, on_progress, finder.learnable, words
+        learn=lambda runs, size, min_count, on_progress: learn_merges(
+            full_state, runs, size, min_count, on_progress, finder.learnable
         ),
         state=with_first_tokens,
         name=lambda token: token_bytes(token).decode("utf-8", errors="replace"),
@@ -83,8 +83,8 @@ def piece_growth(
 
     return Growth(
         find=finder.find,
-        learn=lambda runs, words, size, min_count, on_progress: learn_pieces(
-            table, finder, runs, size, min_count, set(markers), on_progress, words
+        learn=lambda runs, size, min_count, on_progress: learn_pieces(
+            table, finder, runs, size, min_count, set(markers), on_progress
         ),
         state=with_first_tokens,
         name=lambda token: token.replace(SPACE, " "),

@@ -38,22 +38,23 @@ class WordCutter:
     def version(self) -> str:
         return str(self._icu.icu_version)
 
-    def cut(self, text: str, spans: Sequence[Span]) -> list[str]:
-        """The stretches of `text` at `spans`, cut where words end.
+    def cut(self, text: str, spans: Sequence[Span]) -> list[list[str]]:
+        """The words of each of the stretches of `text` at `spans`.
 
         A space belongs to the word after it, as for GPT-2 and SentencePiece. ICU reads the whole text, because where a
         word ends depends on what follows.
         """
         # The words, not ICU's offsets, which count units of UTF-16.
         ends = list(accumulate(map(len, self._breaker(text, self._language)))) if spans else []
-        words: list[str] = []
+        found = []
         for first, last in spans:
+            words = []
             for end in ends[bisect_right(ends, first) : bisect_left(ends, last)]:
                 if text[end - 1] not in _SPACES:
                     words.append(text[first:end])
                     first = end
-            words.append(text[first:last])
-        return words
+            found.append([*words, text[first:last]])
+        return found
 
 
 def _library() -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from tokenizers import models, pre_tokenizers
 
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import Atom, AtomCoder, token_bytes
-from transllm_jax.tokenizer.growing.encoded import Merge, batches, counts, joined, weighted
+from transllm_jax.tokenizer.growing.encoded import Merge, counts, encode_within_words, whole_runs
 from transllm_jax.tokenizer.growing.prune import Choice, Learned, OnProgress, choose
 from transllm_jax.tokenizer.growing.symbols import BARRIER, train_merges
 
@@ -54,23 +54,22 @@ def learn_merges(
     min_count: int,
     on_progress: OnProgress,
     learnable: Callable[[str], bool] = lambda _: True,
-    words: Counter[str] | None = None,
 ) -> Learned:
     """Exactly `size` new tokens from runs of target-script text with their counts.
 
     state: the base's parsed tokenizer.json, with every token in its vocabulary. runs: texts that the new pre-tokenizer
-    leaves whole, normalised. learnable: whether new tokens may hold a stretch of text; no token crosses one that it
-    refuses. words: the same text cut into words, if no new token may cross the end of one. Every new token occurs at
-    least `min_count` times in the encoded runs, except the parts of characters that take several merges. Raises
-    UserError if the runs support fewer tokens, or if their characters alone need more.
+    leaves whole, normalised, with WORD_END where no new token may cross. learnable: whether new tokens may hold a
+    stretch of text; no token crosses one that it refuses. Every new token occurs at least `min_count` times in the
+    encoded runs, except the parts of characters that take several merges. Raises UserError if the runs support fewer
+    tokens, or if their characters alone need more.
     """
-    texts, weights = weighted(runs)
-    # Merges are trained on words, and chosen by what they make of the runs, which the tokenizer leaves whole.
-    parts, parts_weights = (texts, weights) if words is None else weighted(words)
+    texts, weights = whole_runs(runs)
     coder = AtomCoder(state["model"]["vocab"])
     base = MergeCandidates(state, [], 0).backend(Choice([], []))
-    encoded = joined([coder.regroup(b) for b in batches(base, parts, lambda share: on_progress("cut", share))])
-    found = counts(encoded, parts_weights, coder.size)
+    parts, parts_weights = encode_within_words(
+        base, runs, coder.characters, coder.regroup, lambda share: on_progress("cut", share)
+    )
+    found = counts(parts, parts_weights, coder.size)
     atoms = [(coder.atom(int(i)), int(i)) for i in np.flatnonzero(found)]
     atoms.sort(key=lambda item: (-int(found[item[1]]), item[0]))
     frequent = [(atom, i) for atom, i in atoms if found[i] >= min_count and learnable(_text(atom))]
@@ -90,7 +89,7 @@ def learn_merges(
     trained_size = int(size * SPARE) + 1
     while True:
         merges = train_merges(
-            encoded, parts_weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+            parts, parts_weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
         )
         candidates = MergeCandidates(state, building + merges, len(building))
         more = len({left + right for left, right in merges}) >= trained_size

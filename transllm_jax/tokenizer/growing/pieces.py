@@ -11,6 +11,7 @@ pieces rank below every piece of the base. Text without the target script contai
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import tokenizers
 from tokenizers import models
 
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, counts, encode, weighted
+from transllm_jax.tokenizer.growing.encoded import Encoded, Ids, Merge, counts, encode_within_words, whole_runs
 from transllm_jax.tokenizer.growing.merges import SPARE, merges_of
 from transllm_jax.tokenizer.growing.piece_runs import PieceRuns
 from transllm_jax.tokenizer.growing.prune import Choice, Learned, OnProgress, choose
@@ -117,17 +118,14 @@ def learn_pieces(
     min_count: int,
     taken: set[str],
     on_progress: OnProgress,
-    words: Counter[str] | None = None,
 ) -> Learned:
-    """Exactly `size` new pieces from stretches of normalised text with their counts.
+    """Exactly `size` new pieces from stretches of normalised text, `runs`, with their counts.
 
-    Every new piece occurs at least `min_count` times in the encoded runs. `taken`: texts that may not become a piece.
-    `words`: the same text cut into words, if no new piece may cross the end of one. Raises UserError if the runs
-    support fewer pieces, or if the characters that the base lacks alone need more.
+    No new piece crosses a WORD_END in them. Every new piece occurs at least `min_count` times in the encoded runs.
+    `taken`: texts that may not become a piece. Raises UserError if the runs support fewer pieces, or if the characters
+    that the base lacks alone need more.
     """
-    texts, weights = weighted(runs)
-    # Pieces are trained on words, and chosen by what they make of the runs, which the tokenizer leaves whole.
-    parts, parts_weights = (texts, weights) if words is None else weighted(words)
+    texts, weights = whole_runs(runs)
     letters = _letters(texts, weights)
     missing = [
         letter
@@ -142,9 +140,12 @@ def learn_pieces(
     first = len(table.vocabulary)
     characters = {letter: first + i for i, letter in enumerate(missing)}
     with_characters = table.backend(characters, table.with_pieces(missing)[0])
-    encoded = encode(with_characters, parts, lambda share: on_progress("cut", share))
     unit = {number: piece for piece, number in (table.vocabulary | characters).items()}
-    found = counts(encoded, parts_weights, first + len(missing))
+    begun = np.array([_characters(unit[number]) for number in range(len(unit))], np.int64)
+    parts, parts_weights = encode_within_words(
+        with_characters, runs, lambda: begun, on_progress=lambda share: on_progress("cut", share)
+    )
+    found = counts(parts, parts_weights, first + len(missing))
     used = [int(i) for i in np.flatnonzero(found >= min_count)]
     symbols = sorted({unit[i] for i in used if finder.learnable(unit[i]) or unit[i] in ("▁", *JOINERS)})
     place = {symbol: i for i, symbol in enumerate(symbols)}
@@ -154,7 +155,7 @@ def learn_pieces(
     trained_size = int(size * SPARE) + 1
     while True:
         merges = train_merges(
-            encoded, parts_weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
+            parts, parts_weights, symbols, numbers, trained_size, min_count, lambda share: on_progress("train", share)
         )
         more = len({left + right for left, right in merges}) >= trained_size
         kept = [(a, b) for a, b in merges if a + b not in taken and finder.learnable(a + b)]
@@ -162,6 +163,12 @@ def learn_pieces(
         if (learned := choose(candidates, texts, weights, size, min_count, on_progress, more)) is not None:
             return learned
         trained_size *= 2
+
+
+def _characters(piece: str) -> int:
+    """How many characters begin in a piece; one such as <0xE0> is a byte of a character that is no piece."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return len(piece) if byte is None else int(int(byte[1], 16) & 0xC0 != 0x80)
 
 
 def _letters(texts: list[str], weights: Ids) -> dict[str, int]:
