@@ -1,6 +1,7 @@
 """Expands a tokenizer on a large corpus; measures time, memory and the result.
 
     python bench/expand.py BASE --corpus FILE ... [--megabytes 100] [--size 8000] [--language th] [--distinct]
+        [--within-words]
 
 BASE: a Hugging Face directory with tokenizer.json. FILE: UTF-8 text, documents separated by a blank line, may be .xz.
 Every 20th document is held out. The rest is split into sentences at spaces and line ends. They are repeated and
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--min-count", type=int, default=2)
     parser.add_argument("--language", default="th")
     parser.add_argument("--distinct", action="store_true")
+    parser.add_argument("--within-words", action="store_true")
     given = parser.parse_args()
 
     documents = [document for path in given.corpus for document in read(path).split("\n\n") if document]
@@ -83,6 +85,7 @@ def main() -> None:
         language=given.language,
         markers=markers,
         min_count=given.min_count,
+        within_words=given.within_words,
         english=[text for path in given.english for text in read(path).split("\n\n")] if given.english else None,
         on_progress=tell,
     )

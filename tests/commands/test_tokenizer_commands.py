@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,32 @@ def test_expand_says_who_reads_the_ids(tmp_path: Path, command: Command, base: P
         assert written == same and everyone in printed and report["readers"]["llama.cpp"] == "as trained"
     else:
         assert written != same and some in printed and report["readers"]["llama.cpp"] == "other ids"
+
+
+def test_tokens_within_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, base: Path, corpus: Path
+) -> None:
+    breakers = pytest.importorskip("icu4py.breakers")
+    options = ("--size", 500, "--language", "th")
+    within = ("--within-words", "--held-out", HELD_OUT)
+    for name, more in (("across", ("--held-out", HELD_OUT)), ("within", within)):
+        code, printed = command("expand", base, corpus, tmp_path / name, *options, *more)
+        assert code == 0 and ("no new token crosses the end of a word, as ICU " in printed) == (name == "within")
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8")) for name in ("across", "within")
+    ]
+    assert [report["within_words"] for report in reports] == [False, True] and reports[0]["icu"] is None
+    words = set(breakers.WordBreaker(corpus.read_text(encoding="utf-8"), "th"))
+    crossing = [[t for t in r["longest"] if not any(t.strip() in word for word in words)] for r in reports]
+    assert crossing[0] and crossing[1] == []
+    curve = ("--curve", "500", "--corpus", corpus, "--language", "th", "--within-words")
+    printed = command("report", base, HELD_OUT, *curve)[1]
+    assert f"{reports[1]['measured'][str(HELD_OUT)]['after']['tokens']:,}" in numbers(printed, "+500")
+    # Without ICU nothing is read and nothing is written; the tokenizer itself is used without it.
+    monkeypatch.setitem(sys.modules, "icu4py", None)
+    code, printed = command("expand", base, corpus, tmp_path / "out", *options, "--within-words")
+    assert code == 2 and "needs icu4py; pip install 'transllm-jax[icu]'" in printed and not (tmp_path / "out").exists()
+    assert command("report", tmp_path / "within", HELD_OUT)[0] == 0
 
 
 def test_expand_says_where_the_converter_of_llama_cpp_has_to_be_told(

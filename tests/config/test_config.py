@@ -191,6 +191,8 @@ def test_a_config_that_was_written_can_be_read_again(tmp_path: Path) -> None:
         (["pad_to_multiple_of=yes"], "pad_to_multiple_of cannot be true"),
         (["cuts=never"], "cuts: Input should be 'whole' or 'base'"),
         (["size=null", "tokenizer=t", "cuts=base"], "cuts are where new tokens are learned"),
+        (["size=null", "tokenizer=t", "within_words=true"], "within_words is for tokens that are learned"),
+        (["size=null", "corpus=[]", "adapter=a", "within_words=true"], "within_words is for tokens that are learned"),
         (["size=null", "corpus=[]", "adapter=a", "initial_rows=random"], "leave size, corpus and initial_rows out"),
     ],
 )

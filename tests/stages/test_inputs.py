@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXAMPLES, tiny_run, write_config
+from conftest import EXAMPLES, Command, tiny_run, write_config
 
 from transllm_jax.config import load_config
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages import vocabulary
 from transllm_jax.stages.run import Run
 
 
@@ -46,3 +48,26 @@ def test_the_evaluation_text_may_be_two_files(tiny_model: Path, tmp_path: Path) 
     assert {f"file {english}", f"file {thai}"} <= before.keys()
     thai.write_text("ประโยคอื่น\n", encoding="utf-8")
     assert contamination_hashes(tiny_model, tmp_path, text) != before
+
+
+def test_words_are_an_input_of_the_vocabulary(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_run(tiny_model, tmp_path / "run"))
+    inputs = [
+        vocabulary.inputs(Run(load_config(config, given), tmp_path / "run", Progress(quiet=True), Interrupt()))
+        for given in ([], ["vocabulary.within_words=false"], ["vocabulary.within_words=true"])
+    ]
+    assert inputs[0] == inputs[1] and inputs[2]["vocabulary"].pop("within_words") is True
+    # A run that was made before there was this key is not redone.
+    assert inputs[2] == inputs[0] and "within_words" not in inputs[0]["vocabulary"]
+
+
+def test_icu_is_looked_for_before_a_run_begins(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transllm: Command
+) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_run(tiny_model, tmp_path / "run"))
+    monkeypatch.setitem(sys.modules, "icu4py", None)
+    said = "vocabulary.within_words: learning tokens within words needs icu4py; pip install 'transllm-jax[icu]'"
+    for more in (("--dry-run",), ()):
+        code, printed = transllm("run", config, "vocabulary.within_words=true", *more)
+        assert code == 2 and said in printed
+    assert not (tmp_path / "run" / "vocabulary").exists()
