@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 from conftest import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expand import BASES, ENGLISH, MARKERS, THAI, made, mixed
 from test_expand_pieces import KINDS
 from test_expand_pieces import made as made_pieces
+from tokenizers import models
 
 from transllm_jax.choices import Cuts
 from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.growing.atoms import ends_between_characters
+from transllm_jax.tokenizer.growing.encoded import WORD_END, encode_within_words, whole_runs
 from transllm_jax.tokenizer.growing.expand import Expansion, expand, save_expanded
 from transllm_jax.tokenizer.growing.icu_words import WordCutter, check_icu
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -86,6 +91,25 @@ def test_every_new_token_is_used(kind: str, cuts: Cuts | None) -> None:
     assert all(new.decode(new.encode(text, specials=False)) == text for text in TEXTS if kind != "metaspace")
 
 
+def test_a_unit_across_the_end_of_a_word_is_left_out_and_joins_nothing() -> None:
+    vocabulary = {unit: number for number, unit in enumerate(["a", "b", "c", "d", "bc", "ab"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b")]))
+    lengths = np.array([len(unit) for unit in vocabulary], np.int64)
+    runs = Counter({f"ab{WORD_END}cd": 5, f"a{WORD_END}d{WORD_END}bc": 2, "ad": 3, f"b{WORD_END}c": 1})
+    found, times = encode_within_words(backend, runs, lambda: lengths)
+    units, starts = list(vocabulary), found.starts.tolist()
+    parts = [[units[i] for i in found.ids[first:last]] for first, last in pairwise(starts)]
+    # In "ab|cd" the base makes a, bc, d.
+    assert sorted((part, int(n)) for part, n in zip(parts, times, strict=True) if part) == [
+        *((["a"], 2), (["a"], 5), (["a", "d"], 3), (["bc"], 2), (["d"], 2), (["d"], 5))
+    ]
+    assert whole_runs(Counter({f"a{WORD_END}b": 2, "ab": 3}))[0] == ["ab"]
+    assert whole_runs(Counter({f"a{WORD_END}b": 2, "ab": 3}))[1].tolist() == [5]
+    # A base without a token for a character says nothing of it, and all that follows would be cut elsewhere.
+    with pytest.raises(UserError, match="no tokens for some characters of the corpus"):
+        encode_within_words(backend, Counter({f"xa{WORD_END}b": 2}), lambda: lengths)
+
+
 @pytest.mark.parametrize(
     ("language", "text", "words"),
     [
@@ -136,6 +160,35 @@ def test_spans_are_cut_where_words_end_and_nowhere_else(text: str, places: list[
         for cuts in [[start, *sorted(end for end in ends if start < end < stop), stop]]
         for first, last in pairwise(cuts)
     ]
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "prepend"])
+@pytest.mark.parametrize(
+    ("language", "size", "text"),
+    [
+        ("ja", 40, "東京に行きました。京都に行きました。カタカナで書きました。"),
+        ("zh", 40, "我爱北京天安门。我们在北京学习中文。他们在学习中文。"),
+        ("km", 90, "ភាសាខ្មែរគឺជាភាសាខ្មែរ ខ្ញុំនិយាយភាសាខ្មែរ"),
+        ("my", 90, "မြန်မာဘာသာစကား မြန်မာနိုင်ငံ မြန်မာဘာသာစကား"),
+        ("lo", 90, "ພາສາລາວແມ່ນພາສາລາວ ຂ້ອຍເວົ້າພາສາລາວ"),
+    ],
+)
+def test_every_script_without_spaces(kind: str, language: str, size: int, text: str) -> None:
+    rng = random.Random(0)
+    # Characters alone, too, so that they are used beside the tokens that hold them.
+    parts = [*icu_words(text) * 3, *text]
+    shuffled = ["".join(rng.choices(parts, k=12)) for _ in range(200)]
+    words = {word for some in shuffled for word in icu_words(some)}
+    across, within = (
+        expand(base_of(kind), shuffled, size=size, language=language, markers=[], within_words=choice).new_tokens
+        for choice in (False, True)
+    )
+    crossing = [
+        [name for name in names if "\ufffd" not in name and not any(name.strip() in word for word in words)]
+        for names in (across, within)
+    ]
+    assert crossing[1] == [] and sum(len(name) > 1 for name in within) > 5
+    assert crossing[0] or size == 40  # so few tokens are words in any case
 
 
 def test_words_between_spaces_are_found_already() -> None:

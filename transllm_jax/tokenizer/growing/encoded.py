@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from transllm_jax.errors import UserError
+
 Ids = npt.NDArray[np.int64]
 Merge = tuple[str, str]
 Progress = Callable[[float], None]
@@ -104,7 +106,8 @@ def encode_within_words(
 def _split(encoded: Encoded, runs: Sequence[str], characters: Ids) -> tuple[Encoded, Ids]:
     """The runs split at every WORD_END, without units that cross one; and how many parts each run has: int64 [runs].
 
-    characters: how many characters begin in each unit of `encoded`, the same runs without WORD_END: int64 [n].
+    characters: how many characters begin in each unit of `encoded`, the same runs without WORD_END: int64 [n]. Raises
+    UserError if units are missing.
     """
     points = np.frombuffer("".join(runs).encode("utf-32-le", "surrogatepass"), "<u4")
     marks = np.flatnonzero(points == ord(WORD_END))
@@ -113,7 +116,11 @@ def _split(encoded: Encoded, runs: Sequence[str], characters: Ids) -> tuple[Enco
     ends = marks - np.arange(len(marks))  # in characters from the beginning of the first run, as are these:
     stop = np.cumsum(characters)
     start = stop - characters
-    assert stop[-1] == len(points) - len(marks), "every character must be in a unit"
+    if stop[-1] != len(points) - len(marks):
+        raise UserError(
+            "the base has no tokens for some characters of the corpus, so that its words cannot be told apart: remove "
+            "control and private-use characters, or learn tokens across words"
+        )
     done = np.searchsorted(ends, start, side="right")  # ends up to where a unit begins
     crosses = np.searchsorted(ends, stop, side="left") > done
     begins = (done > 0) & (ends[done - 1] == start)
