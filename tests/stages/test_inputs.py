@@ -71,3 +71,17 @@ def test_icu_is_looked_for_before_a_run_begins(
         code, printed = transllm("run", config, "vocabulary.within_words=true", *more)
         assert code == 2 and said in printed
     assert not (tmp_path / "run" / "vocabulary").exists()
+
+
+def test_a_vocabulary_within_words_is_not_taken_for_another(
+    tiny_model: Path, tmp_path: Path, transllm: Command
+) -> None:
+    pytest.importorskip("icu4py")
+    config = write_config(tmp_path / "config.yaml", tiny_run(tiny_model, tmp_path / "run"))
+    within = "vocabulary.within_words=true"
+    assert transllm("run", config, within, "--until", "vocabulary")[0] == 0
+    report = json.loads((tmp_path / "run" / "vocabulary" / "report.json").read_text(encoding="utf-8"))
+    assert report["within_words"] is True and report["icu"]
+    code, printed = transllm("run", config, "--until", "vocabulary")
+    assert code == 2 and "vocabulary was made with other inputs: vocabulary.within_words (True -> unset)" in printed
+    assert transllm("run", config, within, "--until", "vocabulary")[0] == 0

@@ -114,7 +114,7 @@ class AtomCoder:
 
     def characters(self) -> np.ndarray:
         """How many characters each atom has: int64 [size]."""
-        begun = list(self._begun)
+        begun: list[int] = self._begun.tolist()
         for before, last in self._made_of[len(begun) - self._size :]:
             begun.append(begun[before] + begun[last])
         self._begun = np.array(begun, np.int64)

@@ -22,8 +22,6 @@ Merge = tuple[str, str]
 Progress = Callable[[float], None]
 
 _CHUNK = 20_000  # texts that are encoded at a time
-
-
 WORD_END = "\ud800"  # between two words of a run: a surrogate, which no text that can be encoded has
 
 
@@ -95,24 +93,24 @@ def encode_within_words(
     repeats: list[Ids] = [np.zeros(0, np.int64)]
     first = 0
     for batch in batches(backend, [text.replace(WORD_END, "") for text in texts], on_progress):
-        units, last = regroup(batch), first + len(batch.lengths)
-        part, repeated = _split(units, texts[first:last], characters()[units.ids])
-        parts.append(part)
+        units, some = regroup(batch), texts[first : first + len(batch.lengths)]
+        repeated = np.ones(len(some), np.int64)
+        if any(WORD_END in text for text in some):
+            units, repeated = _split(units, some, characters()[units.ids])
+        parts.append(units)
         repeats.append(repeated)
-        first = last
+        first += len(some)
     return joined(parts), np.repeat(weights, np.concatenate(repeats))
 
 
 def _split(encoded: Encoded, runs: Sequence[str], characters: Ids) -> tuple[Encoded, Ids]:
     """The runs split at every WORD_END, without units that cross one; and how many parts each run has: int64 [runs].
 
-    characters: how many characters begin in each unit of `encoded`, the same runs without WORD_END: int64 [n]. Raises
-    UserError if units are missing.
+    runs: at least one has a WORD_END. encoded: the same runs without. characters: how many characters begin in each of
+    its units, int64 [n]. Raises UserError if units are missing.
     """
     points = np.frombuffer("".join(runs).encode("utf-32-le", "surrogatepass"), "<u4")
     marks = np.flatnonzero(points == ord(WORD_END))
-    if not len(marks):
-        return encoded, np.ones(len(runs), np.int64)
     ends = marks - np.arange(len(marks))  # in characters from the beginning of the first run, as are these:
     stop = np.cumsum(characters)
     start = stop - characters

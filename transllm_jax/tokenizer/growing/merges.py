@@ -4,7 +4,8 @@ Training starts from text as the base encodes it, so the parts of every merge ex
 
 1. Merges from left to right build every atom (see atoms.py) that is frequent enough.
 2. BPE is trained on the runs with each atom as one symbol (see symbols.py). So every new token begins and ends
-   between characters, except the parts of an atom that takes more than one merge.
+   between characters, except the parts of an atom that takes more than one merge. Runs that are cut into words are
+   split there, and an atom across the end of a word takes no part.
 3. Merges whose tokens the corpus does not contain are left out (see prune.py).
 
 A left-to-right part of an atom always continues in the same atom, and no other merge uses that atom's remaining pieces,
