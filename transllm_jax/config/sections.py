@@ -69,7 +69,7 @@ class Vocabulary(Section):
     within_words: bool = False
     """Whether no new token may cross the end of a word, in scripts without spaces, too (Thai, Lao, Khmer, Burmese,
     Chinese, Japanese). ICU finds the words while tokens are learned (`pip install 'transllm-jax[icu]'`); the tokenizer
-    does not need it. Text takes more tokens, and names stay apart from the words beside them.
+    does not need it. Text takes more tokens, and fewer words are hidden in tokens of several.
     """
     initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
     """What new rows start from (`stages/new_rows.py`).
