@@ -232,6 +232,8 @@ class Evaluation(Section):
       a chain that has any of them has understood the question.
     - `history`, `history_en`: the turns before the question, each a list of messages with `role` and `content`.
     - `kind`: the name of its kind, such as `capital`.
+
+    Text that contains a whole question is kept out of training; other questions of the same template are not.
     """
     max_questions: Positive = 200
     """Ask the first questions of `answers`, at most this many."""
