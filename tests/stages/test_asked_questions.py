@@ -99,7 +99,7 @@ def test_a_person_sees_it_at_the_end_in_status_and_on_the_page(asked_run: Path, 
     heading = next(line for line in printed.splitlines() if "mistranslated" in line)
     assert heading.split("  ") and "Thai right" in heading and "misread" in heading
     assert re.search(r"capital +1 +0 +0 +\d +1 +0 +0 +0", printed) and "Conversation 1 of 3" in printed
-    assert "Thai answers right" in printed
+    assert "Right in Thai ↑" in printed
     assert re.search(sentence, transllm("status", asked_run)[1])
     page = (asked_run / "report.html").read_text(encoding="utf-8")
     assert re.search(sentence, page) and "Questions with known answers" in page

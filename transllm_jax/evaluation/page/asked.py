@@ -55,7 +55,7 @@ def _answered(found: Mapping[str, Mapping[str, int]], last: str, name: str) -> s
     """`the original answers 0 rightly, this model 84`."""
     model = "this model" if last == POINTS[-1] else f"the model after {point_label(last)}"
     numbers = [(BASE, "the original"), *([(last, model)] if last != BASE else [])]
-    shown = [(who, found[point][name]) for point, who in numbers if point in found]
+    shown = [(who, found[point].get(name, 0)) for point, who in numbers if point in found]
     return ", ".join(
         f"{who} answers {number:,} rightly" if not place else f"{who} {number:,}"
         for place, (who, number) in enumerate(shown)
@@ -82,3 +82,23 @@ def table_of_kinds(results: Results) -> Kinds | None:
     if len(rows) > 1:
         rows.append(("all", [every.get(name, 0) for name in columns]))
     return Kinds(sentence, list(columns.values()), rows, "unknown" in columns)
+
+
+def judgement(talk: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says of a question beside its conversation: the turns before it, and what is right."""
+    english, reason = section(talk, "english"), str(talk.get("reason"))
+    turns = [turn for turn in talk.get("history") or [] if isinstance(turn, Mapping)]
+    return {
+        "turns": [(str(turn.get("role") or ""), clean(turn.get("content"))) for turn in turns],
+        "kind": clean(talk.get("kind")),
+        "right": talk.get("right") is True,
+        "reason": "" if reason == "unknown" else REASON_WORDS.get(reason, ""),
+        "accepted": [clean(text) for text in talk.get("answers") or []],
+        "english": {
+            "question": clean(english.get("question")),
+            "raw": clean(english.get("raw")).strip(),
+            "right": english.get("right") is True,
+        }
+        if english
+        else None,
+    }

@@ -90,7 +90,7 @@ MEASURES = (
     Measure(
         "answers",
         "Right answers in {language}",
-        "{language} answers right",
+        "Right in {language}",
         "Share of questions with known answers that are answered rightly when they are asked in {language}.",
         "higher",
         "share",
@@ -99,7 +99,7 @@ MEASURES = (
     Measure(
         "answers_in_english",
         "Right answers in English",
-        "English answers right",
+        "Right in English",
         "Share of the same questions that are answered rightly when they are asked in English.",
         "higher",
         "share",
@@ -108,7 +108,7 @@ MEASURES = (
     Measure(
         "understood",
         "Questions understood",
-        "Questions understood",
+        "Understood",
         "Share of the questions in {language} whose English in the chain is a wording that the file has.",
         "higher",
         "share",
@@ -117,7 +117,7 @@ MEASURES = (
     Measure(
         "answers_chain_english",
         "Right English answers in chains",
-        "English in chains right",
+        "English in chains",
         "Share of the questions in {language} whose English answer in the chain is right.",
         "higher",
         "share",

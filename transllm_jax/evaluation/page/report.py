@@ -18,7 +18,7 @@ import jinja2
 from transllm_jax.choices import TRAININGS
 from transllm_jax.disk import write_bytes
 from transllm_jax.evaluation.advice.recorded import PAGE
-from transllm_jax.evaluation.page.asked import REASON_WORDS, asked_sentence, table_of_kinds
+from transllm_jax.evaluation.page.asked import asked_sentence, judgement, table_of_kinds
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
@@ -184,26 +184,7 @@ def _asked(results: Results) -> Iterator[dict[str, Any]]:
     """The first questions with known answers: as `_conversations`, and what is right."""
     talks = [talk for talk in section(results, "asked").get("conversations") or [] if isinstance(talk, Mapping)]
     for shown, talk in zip(_conversations({**results, "conversations": talks}), talks, strict=True):
-        english = section(talk, "english")
-        yield {
-            **shown,
-            "turns": [
-                (str(turn.get("role") or ""), clean(turn.get("content")))
-                for turn in talk.get("history") or []
-                if isinstance(turn, Mapping)
-            ],
-            "kind": clean(talk.get("kind")),
-            "right": talk.get("right") is True,
-            "reason": "" if talk.get("reason") == "unknown" else REASON_WORDS.get(str(talk.get("reason")), ""),
-            "accepted": [clean(text) for text in talk.get("answers") or []],
-            "english": {
-                "question": clean(english.get("question")),
-                "raw": clean(english.get("raw")).strip(),
-                "right": english.get("right") is True,
-            }
-            if english
-            else None,
-        }
+        yield {**shown, **judgement(talk)}
 
 
 def _translations(results: Results) -> Iterator[dict[str, Any]]:
