@@ -43,28 +43,15 @@ class Judge:
     """
 
     def __init__(self, questions: Iterable[Checkable]) -> None:
-        self._accepted: list[frozenset[_Form]] = []
-        by_kind: dict[str, list[frozenset[_Form]]] = {}
-        asked: list[Checkable] = []
-        for question in questions:
-            asked.append(question)
-            accepted = frozenset(_form(text) for text in question.accepted)
-            self._accepted.append(accepted)
-            by_kind.setdefault(question.kind, []).append(accepted)
+        self._questions = list(questions)
+        self._accepted = [frozenset(_form(text) for text in question.accepted) for question in self._questions]
+        self._by_kind: dict[str, list[frozenset[_Form]]] = {}
+        # Each accepted text, with the answers that it belongs to.
         self._texts: dict[_Form, set[frozenset[_Form]]] = {}
-        for accepted in self._accepted:
+        for question, accepted in zip(self._questions, self._accepted, strict=True):
+            self._by_kind.setdefault(question.kind, []).append(accepted)
             for text in accepted:
                 self._texts.setdefault(text, set()).add(accepted)
-        # The other answers that a question offers.
-        self._others: list[set[frozenset[_Form]]] = []
-        for question, accepted in zip(asked, self._accepted, strict=True):
-            of_kind = by_kind[question.kind]
-            others = set(of_kind) - {accepted}
-            if len(others) != 1 or len(of_kind) < 3:
-                offered = {form for _, form in self._found(spelled(question.question))}
-                choices = {one for form in offered for one in self._texts[form]}
-                others = {one for one in choices - {accepted} if not one & accepted} if offered & accepted else set()
-            self._others.append(others)
 
     def is_right(self, number: int, answer: str) -> bool:
         """Whether this is a right answer to question `number`, counted from 0."""
@@ -72,11 +59,23 @@ class Judge:
         mine = [start for start, form in found if form in accepted]
         if not mine:
             return False
-        for other in self._others[number]:
+        for other in self._others(number):
             theirs = [start for start, form in found if form in other]
             if theirs and (len(theirs), -theirs[0]) > (len(mine), -mine[0]):
                 return False
         return True
+
+    def _others(self, number: int) -> set[frozenset[_Form]]:
+        """The other answers that a question offers; none if it offers no choice."""
+        question, accepted = self._questions[number], self._accepted[number]
+        of_kind = self._by_kind[question.kind]
+        others = set(of_kind) - {accepted}
+        if len(others) == 1 and len(of_kind) > 2:
+            return others
+        offered = {form for _, form in self._found(spelled(question.question))}
+        if not offered & accepted:
+            return set()
+        return {other for form in offered for other in self._texts[form] if not other & accepted}
 
     def _found(self, text: str) -> list[tuple[int, _Form]]:
         """Where accepted texts of any question occur in a `spelled` text, in order; not those inside a longer one."""
