@@ -114,6 +114,12 @@ def test_two_questions_of_a_kind_are_no_choice() -> None:
     assert capitals.is_right(1, "Not Tokyo but Paris.") and not capitals.is_right(1, "Tokyo")
 
 
+def test_questions_without_an_answer_in_a_language_do_not_count_there() -> None:
+    asked = [("Is it?", ["Yes"]), ("Is it not?", ["No"]), ("Is it so?", ["Yes"]), ("", [])]
+    judge = Judge(Checkable(text, accepted, "yes_no") for text, accepted in asked)
+    assert not judge.is_right(0, "No. Yes?") and judge.is_right(1, "No. Yes?") and not judge.is_right(3, "Yes")
+
+
 def test_a_question_is_understood_in_any_of_its_wordings() -> None:
     wordings = ["What is 3 + 4?", "How much is three and four?"]
     assert is_understood("what is  3+4", wordings) and is_understood("How much is Three and four", wordings)

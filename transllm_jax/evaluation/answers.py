@@ -49,7 +49,8 @@ class Judge:
         # Each accepted text, with the answers that it belongs to.
         self._texts: dict[_Form, set[frozenset[_Form]]] = {}
         for question, accepted in zip(self._questions, self._accepted, strict=True):
-            self._by_kind.setdefault(question.kind, []).append(accepted)
+            if accepted:
+                self._by_kind.setdefault(question.kind, []).append(accepted)
             for text in accepted:
                 self._texts.setdefault(text, set()).add(accepted)
 
@@ -68,7 +69,7 @@ class Judge:
     def _others(self, number: int) -> set[frozenset[_Form]]:
         """The other answers that a question offers; none if it offers no choice."""
         question, accepted = self._questions[number], self._accepted[number]
-        of_kind = self._by_kind[question.kind]
+        of_kind = self._by_kind.get(question.kind, [])
         others = set(of_kind) - {accepted}
         if len(others) == 1 and len(of_kind) > 2:
             return others
