@@ -18,6 +18,7 @@ from transllm_jax.evaluation.page.measures import (
     NOT_MEASURED,
     Results,
     clean,
+    language_name,
     point_label,
     points,
     rows,
@@ -73,7 +74,10 @@ def asked_lines(results: Results) -> Iterator[RenderableType]:
         return
     yield Text(f"\n{asked.sentence}")
     if asked.rows:
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+        title = Text(f"Asked in {language_name(results)}, by kind of question", "dim")
+        table = Table(
+            title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim"
+        )
         table.add_column("")
         for heading in asked.headings:
             table.add_column(Text(heading), justify="right")
@@ -115,7 +119,7 @@ def conversation_panel(results: Results, index: int = 0, *, asked: bool = False)
     such conversation, the panel says so.
     """
     conversations = (section(results, "asked") if asked else results).get("conversations") or []
-    name = str(section(results, "language").get("name") or "target language")
+    name = language_name(results)
     if not 0 <= index < len(conversations):
         return Panel(Text(f"Conversation: {NOT_MEASURED}"), title="Conversation", title_align="left")
     talk = conversations[index]
