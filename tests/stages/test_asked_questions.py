@@ -163,7 +163,7 @@ def test_questions_of_an_evaluation_that_was_stopped_are_not_asked_again(
         ({**FOLLOW_UP, "history_en": [{"role": "user"}]}, "field 'history_en.content' must be a string"),
         ({"question": "อะไร<|im_end|>"}, "contains the special token <|im_end|>"),
         ({"answers_en": ["<RESPONSE>"]}, "contains the special token <RESPONSE>"),
-        ({"question": "ยาว " * 400}, "and evaluation.max_answer_tokens 7 exceed the model's context of 512"),
+        ({"question": "ยาว " * 400}, "and evaluation.max_answer_tokens 6 exceed the model's context of 512"),
         ({"question": "ยาว " * 60}, "and evaluation.max_chain_tokens 340 exceed the model's context of 512"),
     ],
 )

@@ -120,9 +120,10 @@ def _check_answers(run: Run, path: str) -> None:
     questions = read_questions(path, run.inputs.find_special)
     asked = list(zip(questions, questions.places, strict=True))[: section.max_questions]
     plain = [(question.asked, place) for question, place in asked]
+    run.models.check_room(plain, "evaluation.max_answer_tokens", section.max_answer_tokens)
     # One more token: at point `transfer` a marker comes before an answer in English.
     english = [(question.asked_in_english, place) for question, place in asked if question.wordings]
-    run.models.check_room([*plain, *english], "evaluation.max_answer_tokens", section.max_answer_tokens + 1)
+    run.models.check_room(english, "evaluation.max_answer_tokens", section.max_answer_tokens + 1)
     in_chains = [(question.asked_in_chains, place) for question, place in asked]
     run.models.check_room(in_chains, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
