@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,12 +21,8 @@ from make import World, in_the_first_way, questions
 from names import HERE, Names, facts
 
 from transllm_jax.commands.chat import open_session
+from transllm_jax.evaluation.answers import Checkable, Judge
 from transllm_jax.tokenizer.chat import Message
-
-
-def right(answer: str, accepted: list[str]) -> bool:
-    """Whether an answer holds one of the accepted texts as whole words, whatever their case."""
-    return any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) for text in accepted)
 
 
 def main() -> None:
@@ -41,6 +36,7 @@ def main() -> None:
     world = World(Names("en", english), Names("en", english))
     asked = in_the_first_way(list(questions(world, list(facts()))))
     session = open_session(given.model, base=(given.model / "run.yaml").is_file(), max_new_tokens=given.max_new_tokens)
+    judge = Judge(Checkable(row["question_en"], row["answers_en"], row["kind"]) for row in asked)
     total, known = Counter[str](), Counter[str]()
     with given.out.open("w", encoding="utf-8") as out:
         for start in range(0, len(asked), given.batch):
@@ -48,9 +44,10 @@ def main() -> None:
             conversations: list[list[Message]] = [
                 [*row.get("history_en", []), {"role": "user", "content": row["question_en"]}] for row in rows
             ]
-            for row, answer in zip(rows, session.chat.answers(conversations, fallback=False), strict=True):
+            answers = session.chat.answers(conversations, fallback=False)
+            for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start):
                 total[row["kind"]] += 1
-                if right(answer.raw, row["answers_en"]):
+                if judge.is_right(number, answer.raw):
                     known[row["kind"]] += 1
                     out.write(json.dumps({"kind": row["kind"], "key": row["key"]}) + "\n")
             out.flush()

@@ -116,6 +116,19 @@ def test_the_findings_of_an_unfinished_run(tmp_path: Path) -> None:
     assert "2 Answers were cut off (recover). 5 of 10 answers" in printed and "64 tokens cut them off" in printed
 
 
+def test_what_became_of_questions_with_known_answers(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("title: x\nlanguage: {code: sw, name: Swahili}\n")
+    assert "Asked" not in terminal(status_table(tmp_path))
+    for point, right in (("base", 1), ("vocabulary", 0), ("pretrain", 4)):
+        counts = {"sum": {"asked": 5, "right": right, "asked_in_english": 5, "right_in_english": 5 - right}}
+        summary = {"text": "x", "seconds": 1.0, "metrics": {}, "asked": counts}
+        artifact(tmp_path, f"evaluation/{point}").finish({}, summary)
+    assert (
+        "Asked 5 questions in Swahili, the original answers 1 rightly, the model after pretrain 4. Asked in English, "
+        "the original answers 4 rightly, the model after pretrain 1."
+    ) in re.sub(r"\s+", " ", terminal(status_table(tmp_path)))
+
+
 def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
     for content in ("a: [", "just text"):
         (tmp_path / "run.yaml").write_text(content)

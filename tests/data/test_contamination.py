@@ -193,3 +193,38 @@ def test_the_key_changes_with_all_that_answers_depend_on() -> None:
 def test_a_share_that_is_none(share: float) -> None:
     with pytest.raises(UserError, match="share of n-grams"):
         EvaluationTexts([], share=share)
+
+
+def test_of_a_question_only_the_whole_counts() -> None:
+    asked = [
+        "What is the capital of Niger?",
+        "เมืองหลวงของประเทศไนเจอร์คือเมืองอะไร",
+        "ما عاصمة النيجر يا صديقي؟",
+        "short?",
+    ]
+    sets = EvaluationTexts([("text", ENGLISH)], whole=[("answers", text) for text in asked])
+    assert (sets.names, sets.texts, sets.ignored) == (("text", "answers"), 4, 1)
+    for text in (
+        "what is  the capital of NIGER",
+        "He asked: “What is the capital of Niger?” I did not know.",
+        "ถามว่า เมืองหลวงของ ประเทศไนเจอร์ คือเมืองอะไร ครับ",
+        "ما عاصمة النيجر، يا صديقي",
+        "x " * 100_000 + asked[0],
+    ):
+        assert sets.found_in(text) == "answers"
+    for text in (
+        "What is the capital of Nigeria?",
+        "What is the capital of Chad?",
+        "Tell me what the capital of Niger is.",
+        "เมืองหลวงของประเทศชาดคือเมืองอะไร",
+        "short?",
+    ):
+        assert sets.found_in(text) is None
+    assert sets.found_in(f"{asked[0]}\n{ENGLISH}") == "text"
+
+
+def test_the_key_depends_on_whole_texts() -> None:
+    texts, whole = [("a", ENGLISH)], [("b", "What is the capital of Niger?")]
+    keys = {EvaluationTexts(texts, whole=given).key for given in ([], whole, [("c", whole[0][1])])}
+    assert len(keys) == 3 and EvaluationTexts([*texts, *whole]).key not in keys
+    assert EvaluationTexts(texts, whole=()).key == EvaluationTexts(texts).key

@@ -72,6 +72,51 @@ def trained() -> dict[str, Any]:
     }
 
 
+def asked() -> dict[str, Any]:
+    """The invented run's questions with known answers."""
+    plain = {"asked": 100, "right": 0, "asked_in_english": 90, "right_in_english": 88}
+    chains = {"understood": 80, "chain_english": 75, "form": 5, "misread": 7, "english": 5, "translation": 4}
+    sums = {"asked": 20, "right": 5, "asked_in_english": 20, "right_in_english": 3, "understood": 4}
+    sums |= {"chain_english": 4, "form": 0, "misread": 15, "english": 0, "translation": 0, "unknown": 0}
+    first = {
+        "kind": "capital",
+        "question": "เมืองหลวงของประเทศญี่ปุ่นคือเมืองอะไร",
+        "history": [],
+        "answers": ["โตเกียว", "กรุงโตเกียว"],
+        "base": "I do not know.",
+        "raw": "<EN>What is the capital of Japan?<RESPONSE>It is Tokyo.<TH>โตเกียว",
+        "visible": "โตเกียว",
+        "right": True,
+        "english": {"question": "What is the capital of Japan?", "raw": "Tokyo is the capital.", "right": True},
+        "chain": {
+            "question_en": "What is the capital of Japan?",
+            "answer_en": "It is Tokyo.",
+            "answer_target": "โตเกียว",
+        },
+        "understood": True,
+        "chain_english": True,
+        "reason": None,
+    }
+    follow_up = {
+        **first,
+        "kind": "language",
+        "question": "แล้วผู้คนที่นั่นพูดภาษาอะไร",
+        "history": [
+            {"role": "user", "content": "เมืองหลวงของประเทศเปรูคือเมืองอะไร"},
+            {"role": "assistant", "content": "กรุงลิมา"},
+        ],
+        "answers": ["สเปน"],
+        "visible": "ภาษาอังกฤษ",
+        "right": False,
+        "english": None,
+        "chain": None,
+        "reason": "form",
+    }
+    before = {"capital": plain, "sum": {**sums, "right": 0}}
+    after = {"capital": {**plain, **chains, "right": 79, "right_in_english": 86, "unknown": 0}, "sum": sums}
+    return {"counts": {"base": before, "transfer": after}, "conversations": [first, follow_up]}
+
+
 def sample() -> dict[str, Any]:
     """The results of an invented run."""
 
@@ -114,6 +159,10 @@ def sample() -> dict[str, Any]:
             "chrf_to_english": values(9.13, None, None, 21.36, 20.05),
             "english_kl": values(0.0, 0.0, 0.4127, 0.3518, 0.1733),
             "well_formed_chains": values(0.0, None, None, None, 0.875),
+            "answers": values(0.0, 0.0, 0.025, 0.05, 0.7),
+            "answers_in_english": values(0.9842, 0.9842, 0.9526, 0.9321, 0.9579),
+            "understood": values(None, None, None, None, 0.7653),
+            "answers_chain_english": values(None, None, None, None, 0.7234),
         },
         "details": {
             "chrf_prompt": {"base": "chat", "translate": "pair", "transfer": "instruction"},
@@ -236,6 +285,7 @@ def sample() -> dict[str, Any]:
                 "chain": None,
             },
         ],
+        "asked": asked(),
         "config": "model:\n  source: <here>\ntraining:\n  seed: 0\n",
     }
 

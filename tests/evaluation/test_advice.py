@@ -59,6 +59,13 @@ def chains(answers: int, well_formed: int, different: int, cut_off: int, broken_
     }
 
 
+def asked(count: int = 100, **reasons: int) -> dict[str, Any]:
+    """Questions of two kinds, half of each count in each."""
+    whole = {"asked": count, "asked_in_english": count, "right_in_english": count // 2, **reasons}
+    half = {name: number // 2 for name, number in whole.items()}
+    return {"asked": {"transfer": {"capital": half, "": {name: whole[name] - half[name] for name in whole}}}}
+
+
 def stage(name: str = "pretrain", **parts: Any) -> dict[str, Any]:
     return {"training": {name: Training(**parts)}}
 
@@ -115,6 +122,24 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         {"chains": chains(10, 10, 4, 0)},
         "10 well-formed chains have 4 different English questions",
         {"chains": chains(10, 10, 5, 0)},
+    ),
+    (
+        "Questions are misread",
+        asked(misread=20, english=19, translation=19),
+        "20 % of 100 questions became another question",
+        asked(misread=19),
+    ),
+    (
+        "English answers in chains are wrong",
+        asked(english=21, misread=20),
+        "21 % of 100 questions were understood, and answered wrongly in English; asked in English, 50 of 100 are right",
+        asked(english=21, misread=22),
+    ),
+    (
+        "Answers are mistranslated",
+        asked(20, translation=4),
+        "20 % of 20 questions were answered rightly in English",
+        asked(19, translation=19),
     ),
     (
         "Fluency was lost",

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 from report_sample import QUESTION, Page, sample, section, terminal, text_of, trained
+from rich.console import Group
 
 from transllm_jax.evaluation.page.measures import rows, written
 from transllm_jax.evaluation.page.plots import validation_plot
 from transllm_jax.evaluation.page.report import (
+    asked_lines,
+    asked_sentence,
     conversation_panel,
     findings_lines,
     render_report,
@@ -81,7 +84,59 @@ def test_every_number_is_shown(html: str) -> None:
     for points in results["losses"].values():
         assert f"{points[0]['loss']:.3f} at step 1" in page.text
         assert f"{points[-1]['loss']:.3f} at step {len(points)}" in page.text
-    assert html.count("<svg") == 10  # six measures, three loss curves, one validation
+    assert html.count("<svg") == 12  # eight measures (two are known at one point only), three losses, one validation
+
+
+def test_questions_with_known_answers(html: str) -> None:
+    sentence = (
+        "Asked 120 questions in Thai, the original answers 0 rightly, this model 84. Asked 110 of them in English, the "
+        "original answers 91 rightly, this model 89."
+    )
+    assert sentence in html[: html.index("</header>")]
+    asked = section(html, "asked")
+    text = text_of(asked)
+    assert "asked understood English right Thai right no whole chain misread English wrong mistranslated" in text
+    assert "capital 100 80 75 79 5 7 5 4" in text and "sum 20 4 4 5 0 15 0 0" in text
+    assert "all 120 84 79 84 5 22 5 4" in text
+    assert "answered: right" in text and "answered: wrong , no whole chain" in text.replace("wrong,", "wrong ,")
+    assert "asked before: เมืองหลวงของประเทศเปรูคือเมืองอะไร" in text and "Accepted: โตเกียว, กรุงโตเกียว" in text
+    assert "it answered rightly: Tokyo is the capital." in text
+    # Texts of models and files may run from right to left.
+    for content in ("โตเกียว", "กรุงลิมา", "What is the capital of Japan?", "ภาษาอังกฤษ"):
+        assert re.search(rf'dir="auto">{re.escape(content)}<', asked), content
+
+
+def test_questions_in_the_terminal() -> None:
+    printed = terminal(Group(*asked_lines(sample())), width=120)
+    assert "Asked 120 questions in Thai, the original answers 0 rightly, this model 84." in printed
+    assert re.search(r"all +120 +84 +79 +84 +5 +22 +5 +4", printed)
+    panel = terminal(conversation_panel(sample(), 1, asked=True))
+    assert "Wrong answer" in panel and "ภาษาอังกฤษ" in panel and "Conversation 2 of 2" in panel
+    assert "Right answer" in terminal(conversation_panel(sample(), asked=True))
+    assert list(asked_lines({**sample(), "asked": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ({}, ""),
+        ({"base": {"": {"asked": 0}}}, ""),
+        (
+            {"base": {"a": {"asked": 1, "right": 1, "asked_in_english": 0}}},
+            "Asked 1 question in Thai, the original answers 1 rightly.",
+        ),
+        (
+            {
+                point: {"a": {"asked": 2, "right": n, "asked_in_english": 2, "right_in_english": 2 - n}}
+                for n, point in enumerate(("base", "vocabulary", "pretrain"))
+            },
+            "Asked 2 questions in Thai, the original answers 0 rightly, the model after pretrain 2. Asked in English, "
+            "the original answers 2 rightly, the model after pretrain 0.",
+        ),
+    ],
+)
+def test_the_sentence_about_questions(counts: dict[str, Any], sentence: str) -> None:
+    assert asked_sentence(counts, "Thai") == sentence
 
 
 def test_plots_have_text_and_the_colours_of_the_page(html: str) -> None:

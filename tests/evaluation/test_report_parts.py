@@ -82,7 +82,7 @@ def test_a_missing_value_is_shown_as_not_measured(value: Any) -> None:
     assert row.change is None and row.last is None
     assert "bits per byte" not in " ".join(verdict(results).sentences)
     page = render_report(results)
-    assert page.count("<svg") == 9
+    assert page.count("<svg") == 11
     assert not re.search(r">\s*(nan|inf|None|True)\s*<", page)
 
 
@@ -206,7 +206,7 @@ def test_an_older_run_has_no_training_data(plots_drawn_once: None) -> None:
     for nothing in ({}, None, {"pretrain": None}, {"pretrain": {"sources": None, "validation": None, "skipped": None}}):
         html = render_report({**sample(), "trained": nothing})
         assert "What was trained on: not measured." in Page(html).text
-        assert html.count("<svg") == 9 and "skipped" not in section(html, "training")
+        assert html.count("<svg") == 11 and "skipped" not in section(html, "training")
     results = {**sample(), "trained": {"pretrain": {"sources": {"a": {}, "b": None}, "skipped_updates": [{}, None]}}}
     text = text_of(section(render_report(results), "data"))
     assert "pretrain a – – – – – b – – – – –" in text and "left out" not in text

@@ -20,6 +20,10 @@ sys.path.insert(0, str(WORLD))
 from make import NAMED, choose, world_of, write  # noqa: E402
 from names import facts  # noqa: E402
 
+from transllm_jax.data.clean.contamination import EvaluationTexts  # noqa: E402
+from transllm_jax.data.read.questions import read_questions  # noqa: E402
+from transllm_jax.evaluation.answers import Checkable, Judge  # noqa: E402
+
 ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
 LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
 every_language = pytest.mark.parametrize("language", LANGUAGES)
@@ -146,6 +150,38 @@ def test_what_is_asked(written: tuple[Any, Path]) -> None:
             assert any(text.lower() in row["answer" + side].lower() for text in row["answers" + side]), row
     trained = [json.loads(line) for line in (directory / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert not {row["question_en"] for row in asked if "history" not in row} & {row["instruction"] for row in trained}
+
+
+def test_a_run_can_ask_and_judge_what_is_asked(written: tuple[Any, Path]) -> None:
+    _, directory = written
+    rows = [json.loads(line) for line in (directory / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = read_questions(directory / "questions.jsonl")
+    assert len(asked) == len(rows) and any(question.history_en for question in asked)
+    target = Judge(Checkable(one.question, one.answers, one.kind) for one in asked)
+    english = Judge(Checkable(one.wordings[0], one.answers_en, one.kind) for one in asked)
+    for judge, side in ((target, ""), (english, "_en")):
+        for number, row in enumerate(rows):
+            assert judge.is_right(number, row["answer" + side]), row
+            # Another number, day or month may be named on the way to an answer.
+            for other in rows if row["kind"] in NAMED else ():
+                if other["kind"] == row["kind"] and not set(other["answers" + side]) & set(row["answers" + side]):
+                    assert not judge.is_right(number, other["answer" + side]), (row, other)
+
+
+def test_questions_of_the_same_templates_stay_in_training(written: tuple[Any, Path]) -> None:
+    _, directory = written
+    asked = read_questions(directory / "questions.jsonl")
+    trained = [json.loads(line) for line in (directory / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
+    english = [("asked", one.wordings[0]) for one in asked]
+    whole, halves = EvaluationTexts([], whole=english), EvaluationTexts(english)
+    assert not [row for row in trained if whole.found_in(row["instruction"])]
+    # By shared n-grams, many would go.
+    assert sum(halves.found_in(row["instruction"]) is not None for row in trained) > 0.05 * len(trained)
+    target = EvaluationTexts([], whole=[("asked", one.question) for one in asked if not one.history])
+    gone = [row["translation"] for row in trained if target.found_in(row["translation"])]
+    # "Six or ten" is in "six or sixteen", where that is written as "six or ten six".
+    assert len(gone) < 0.01 * len(trained)
+    assert all(any(one.question.rstrip("?？؟") in text for one in asked) for text in gone)
 
 
 def test_the_command_writes_the_same_bytes_each_time(tmp_path: Path) -> None:

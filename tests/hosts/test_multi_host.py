@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from transllm_jax.commands.chat import open_session
 from transllm_jax.commands.status import status_table
+from transllm_jax.disk import read_json
 from transllm_jax.storage.store import Store
 from transllm_jax.training.arrays import load_arrays
 from transllm_jax.training.record.metrics import read_rows
@@ -115,6 +117,10 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # digits, and all that is scaled by it, differ between processes and devices.
     tree["pretrain"]["clip_norm"] = 1e6
     path = tmp_path_factory.mktemp("config") / "config.yaml"
+    english = {"question_en": "What is the capital of Thailand?", "answers_en": ["Bangkok"]}
+    question = {"question": "เมืองหลวงของไทยคือเมืองอะไร", "answers": ["กรุงเทพ"], **english}
+    path.with_name("questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    tree["evaluation"] |= {"answers": str(path.with_name("questions.jsonl")), "max_answer_tokens": 6}
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return path
 
@@ -144,6 +150,10 @@ def test_two_processes_are_one_with_two_devices(config: Path, whole: Path, tmp_p
     require_done(start(config, tmp_path / "one", 1, devices=2))
     # The compiled program is the same, and a sum of two numbers has one order: arrays, checkpoints, losses, answers.
     require_same(results(whole), results(tmp_path / "one"))
+    asked = [
+        read_json(place / "evaluation" / "transfer" / "results.json")["asked"] for place in (whole, tmp_path / "one")
+    ]
+    assert asked[0] == asked[1] and asked[0]["counts"][""]["asked"] == 1
     # Nothing is left of the others, and no line stands twice.
     here, there = ({str(p.relative_to(d)) for p in d.rglob("*")} for d in (whole, tmp_path / "one"))
     # Names with a time, or of orbax's own making.

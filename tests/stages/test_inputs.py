@@ -39,6 +39,52 @@ def test_the_evaluation_text_may_be_a_dataset(tiny_model: Path, tmp_path: Path) 
     assert contamination_hashes(tiny_model, tmp_path, text) != before
 
 
+def test_of_checkable_questions_exact_copies_go_and_templates_stay(tiny_model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "เมืองหลวงของชาดคือเมืองอะไร"}, {"role": "assistant", "content": "เอ็นจาเมนา"}]
+    english = [
+        {"role": "user", "content": "What is the capital of Chad?"},
+        {"role": "assistant", "content": "N'Djamena."},
+    ]
+    rows = [
+        {
+            "question": "เมืองหลวงของไนเจอร์คือเมืองอะไร",
+            "answers": ["นีอาเม"],
+            "question_en": ["What is the capital of Niger?", "Which city is the capital of Niger?"],
+            "answers_en": ["Niamey"],
+        },
+        {
+            "question": "แล้วผู้คนที่นั่นพูดภาษาอะไร",
+            "answers": ["อาหรับ"],
+            "question_en": "And which language do people speak there?",
+            "answers_en": ["Arabic"],
+            "history": turns,
+            "history_en": english,
+        },
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tree: Any = tiny_run(tiny_model, tmp_path / "run")
+    tree["evaluation"]["answers"] = str(questions)
+    config = load_config(write_config(tmp_path / "config.yaml", tree))
+    inputs = Run(config, tmp_path / "run", Progress(quiet=True), Interrupt()).inputs
+    assert f"file {questions}" in inputs.contamination_hashes(True)
+    found = inputs.evaluation_texts.found_in
+    for copy in (
+        rows[0]["question"],
+        "Which city is the capital of Niger?",
+        "Q: What is the capital of Niger? A: Niamey.",
+        "What is the capital of Chad? N'Djamena. And which language do people speak there?",
+    ):
+        assert found(copy) == "evaluation.answers"
+    for other in (
+        "เมืองหลวงของชาดคือเมืองอะไร",
+        "What is the capital of Nigeria?",
+        "And which language do people speak there?",
+        "The capital of Niger is Niamey.",
+    ):
+        assert found(other) is None
+
+
 def test_the_evaluation_text_may_be_two_files(tiny_model: Path, tmp_path: Path) -> None:
     english, thai = tmp_path / "news.en", tmp_path / "news.th"
     english.write_text("A sentence.\n")

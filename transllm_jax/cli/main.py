@@ -172,16 +172,20 @@ def _show_results(console: Console, site: Site) -> None:
     path = workdir / "evaluation" / "results.json"
     if not (path.exists() and (workdir / "report.html").exists()):
         return
-    from transllm_jax.evaluation.page.report import conversation_panel, findings_lines, summary_table
+    from transllm_jax.evaluation.page.report import asked_lines, conversation_panel, findings_lines, summary_table
 
     results = read_json(path)
     console.print(summary_table(results))
+    for part in asked_lines(results):
+        console.print(part)
     for goal in results["goals"]:
         mark = {True: ("met    ", "green"), False: ("not met", "red")}.get(goal["met"], ("not measured", ""))
         measured = f" {goal['name']}: {goal['measured']} "
         console.print(Text.assemble(mark, measured, (f"(wanted: {goal['wanted']})", "dim")))
     if (lines := findings_lines(results.get("findings") or [])) is not None:
         console.print(lines)
+    if results.get("asked"):
+        console.print(conversation_panel(results, asked=True))
     console.print(conversation_panel(results))
     name = site.storage.name
     console.print(f"report  {name}/report.html", soft_wrap=True)

@@ -16,7 +16,7 @@ from transllm_jax.disk import is_locked
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number
-from transllm_jax.evaluation.page.report import findings_lines, time_sentence
+from transllm_jax.evaluation.page.report import asked_sentence, findings_lines, time_sentence
 from transllm_jax.stages.recorded import MANIFEST, METRICS, RUN, SKIPPED, VALIDATION, VOCABULARY, recorded
 from transllm_jax.stages.steps import NAMES, STEPS, artifact
 from transllm_jax.storage import open_workdir
@@ -69,6 +69,8 @@ def _table(workdir: Path, given: str) -> RenderableType:
     record = recorded(workdir)
     if spent := time_sentence(record.ledger):
         parts.append(Text(f"\n{spent}"))
+    if told := asked_sentence(record.asked, record.language()):
+        parts.append(Text(f"\n{told}"))
     if (lines := findings_lines(finding.written(record) for finding in findings(record))) is not None:
         parts += [Text(), lines]
     return Group(*parts, Text(), *_next(workdir, given, states, adapters=record.setting("lora") != "none"))

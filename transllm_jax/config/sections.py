@@ -232,6 +232,22 @@ class Evaluation(Section):
     """
     instruction_fields: tuple[str, str] = ("instruction", "translation")
     """The fields of an instruction in English and in the target language."""
+    answers: Location | None = None
+    """A jsonl file of questions with the answers that are accepted. They are asked in both languages at every point,
+    and counted by `kind`.
+
+    - `question`, `answers`: the question in the target language, and the texts of which a right answer holds one.
+    - `question_en`, `answers_en`: the same in English. `question_en` may be a list of wordings: the first is asked, and
+      a chain that has any of them has understood the question.
+    - `history`, `history_en`: the turns before the question, each a list of messages with `role` and `content`.
+    - `kind`: the name of its kind, such as `capital`.
+
+    Text that contains a whole question is kept out of training; other questions of the same template are not.
+    """
+    max_questions: Positive = 200
+    """Ask the first questions of `answers`, at most this many."""
+    max_answer_tokens: Positive = 32
+    """Tokens of an answer to one of `answers` at most; in a chain, see `max_chain_tokens`."""
     max_documents: Positive = 50
     """Use the first documents of `text`, at most this many."""
     max_pairs: Positive = 50

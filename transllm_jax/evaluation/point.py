@@ -10,6 +10,9 @@ from functools import partial
 from typing import Any
 
 from transllm_jax.config import Evaluation, Prompts
+from transllm_jax.data.read.questions import Question
+from transllm_jax.evaluation.answers import count
+from transllm_jax.evaluation.asked import Asking, English, metrics_of
 from transllm_jax.evaluation.likelihood import Teacher, bits_per_byte
 from transllm_jax.generation.chain import ChainChat
 from transllm_jax.generation.engine import Engine
@@ -25,8 +28,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 # Given a part's name and a function that computes it: the part's stored result, or else the computed one (JSON), which
 # it stores.
 Part = Callable[[str, Callable[[], Any]], Any]
-# How many parts an evaluation has.
-PARTS = 5
+# How many parts an evaluation has, and how many more with questions that have known answers.
+PARTS, ASKED_PARTS = 5, 2
 
 # How a translation is asked for: in the format of pairs in stage `translate`, or in a conversation.
 PAIR, CHAT = "pair", "chat"
@@ -34,11 +37,16 @@ PAIR, CHAT = "pair", "chat"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Texts that no stage trains on: documents, (English, target) pairs, and questions in both languages."""
+    """Texts that no stage trains on: documents, (English, target) pairs, and questions in both languages.
+
+    checkable: questions with known answers, None if there are none; the first `asked` of them are asked.
+    """
 
     documents: Sequence[str]
     pairs: Sequence[tuple[str, str]]
     questions: Sequence[tuple[str, str]]
+    checkable: Sequence[Question] | None = None
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,25 @@ def evaluate(
         metrics["chrf_" + direction] = sacrebleu.corpus_chrf(translations[direction], [references]).score
     answers = part("conversations", conversations)
     metrics["well_formed_chains"] = sum(answer["chain"] is not None for answer in answers) / len(answers)
+    asked: dict[str, Any] = {}
+    if held_out.checkable is not None:
+        chat = ChainChat(
+            engine,
+            point.tokenizer,
+            markers,
+            max_new_tokens=config.max_chain_tokens if point.answers_in_chains else config.max_answer_tokens,
+        )
+        english = English(engine, point.tokenizer, markers, config.max_answer_tokens, marked=point.answers_in_chains)
+        ask = Asking(held_out.checkable, held_out.asked, in_chains=point.answers_in_chains)
+        found = ask.judged(
+            part("questions with known answers", lambda: ask.in_target(chat, between)),
+            part("the same in English", lambda: ask.in_english(english, between)),
+        )
+        metrics |= metrics_of(found)
+        asked = {"asked": {"counts": count(found), "questions": found}}
     return {
         "metrics": metrics,
+        **asked,
         "english_kl_without_marker": plain,
         "chrf_prompt": point.translation_format,
         "translations": translations,

@@ -9,11 +9,12 @@ from typing import Any
 
 from transllm_jax.choices import TRAININGS
 from transllm_jax.conversion.import_base import base_fingerprint
+from transllm_jax.data.read.questions import read_questions
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.evaluation.point import PARTS, HeldOut, Point, evaluate
+from transllm_jax.evaluation.point import ASKED_PARTS, PARTS, HeldOut, Point, evaluate
 from transllm_jax.generation.engine import Engine
 from transllm_jax.model.parameters import Split
 from transllm_jax.stages.run import Run
@@ -24,20 +25,21 @@ from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 ORIGINAL = "original_answers.json"
 # The results of the parts that are done, while an evaluation is not finished.
 SO_FAR = "so_far.json"
+_OF_ANSWERS = ("answers", "max_questions", "max_answer_tokens")
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """An evaluation's inputs: the config sections and files that it reads."""
     section = run.config.evaluation
     return {
-        # `others` are not measured.
-        "evaluation": section.model_dump(exclude={"others"}),
+        # `others` are not measured. Without a file of answers, an evaluation is what it was before there were any.
+        "evaluation": section.model_dump(exclude={"others", *(() if section.answers else _OF_ANSWERS)}),
         "prompts": run.config.prompts.model_dump(),
         "language": run.config.language.model_dump(),
         "markers": run.config.markers.model_dump(),
         "date": run.today.isoformat(),
         **run.inputs.source_hashes([section.text]),
-        **run.inputs.hashes([section.pairs, section.instructions]),
+        **run.inputs.hashes([section.pairs, section.instructions, *([section.answers] if section.answers else [])]),
     }
 
 
@@ -72,6 +74,7 @@ def _held_out_hashes(run: Run) -> dict[str, dict[str, str]]:
         "evaluation.text": run.inputs.source_hashes([section.text]),
         "evaluation.pairs": run.inputs.hashes([section.pairs]),
         "evaluation.instructions": run.inputs.hashes([section.instructions]),
+        "evaluation.answers": run.inputs.hashes([section.answers] if section.answers else []),
         "evaluation.others": run.inputs.source_hashes(section.others),
     }
     for name in TRAININGS:
@@ -107,6 +110,22 @@ def check(run: Run) -> None:
     # At point `translate` texts are translated between markers; at point `transfer` questions need room for a chain.
     run.models.check_room(sides, "evaluation.max_new_tokens", section.max_new_tokens, chat=False)
     run.models.check_room(in_target, "evaluation.max_chain_tokens", section.max_chain_tokens)
+    if section.answers is not None:
+        _check_answers(run, section.answers)
+
+
+def _check_answers(run: Run, path: str) -> None:
+    """Find what is wrong with the file of checkable questions. Raises UserError with file and line."""
+    section = run.config.evaluation
+    questions = read_questions(path, run.inputs.find_special)
+    asked = list(zip(questions, questions.places, strict=True))[: section.max_questions]
+    plain = [(question.asked, place) for question, place in asked]
+    run.models.check_room(plain, "evaluation.max_answer_tokens", section.max_answer_tokens)
+    # One more token: at point `transfer` a marker comes before an answer in English.
+    english = [(question.asked_in_english, place) for question, place in asked if question.wordings]
+    run.models.check_room(english, "evaluation.max_answer_tokens", section.max_answer_tokens + 1)
+    in_chains = [(question.asked_in_chains, place) for question, place in asked]
+    run.models.check_room(in_chains, "evaluation.max_chain_tokens", section.max_chain_tokens)
 
 
 def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
@@ -123,7 +142,9 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     )
     stop_if_asked = partial(_stop_if_asked, run)
 
-    with run.progress.task(f"evaluation of {point}", total=PARTS, unit="part") as bar:
+    parts = PARTS + (ASKED_PARTS if config.evaluation.answers else 0)
+
+    with run.progress.task(f"evaluation of {point}", total=parts, unit="part") as bar:
 
         def part(name: str, make: Callable[[], Any]) -> Any:
             if name not in done:
@@ -151,10 +172,12 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
             )
         except Preempted:
             run.push(f"evaluation/{ORIGINAL}", f"evaluation/{point}")
-            told = f"{len(done)} of {PARTS} parts: stopped, what is done is saved"
+            told = f"{len(done)} of {parts} parts: stopped, what is done is saved"
             raise Preempted(f"evaluation/{point}: {told}") from None
-        bar.update(PARTS)
+        bar.update(parts)
     counts = {"documents": len(held_out.documents), "pairs": len(held_out.pairs), "chats": len(held_out.questions)}
+    if held_out.checkable is not None:
+        counts["questions"] = len(results["asked"]["questions"])
     if run.primary:
         write_json(directory / "results.json", {"point": point, "counts": counts, **results})
         path.unlink(missing_ok=True)
@@ -163,6 +186,7 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
         # In the manifest, because `transllm status` reads it and not all texts of the evaluation.
         "metrics": results["metrics"],
         "chains": counts_of_chains(results["answers"]),
+        **({"asked": results["asked"]["counts"]} if "asked" in results else {}),
     }
 
 
@@ -192,6 +216,8 @@ def _held_out(run: Run) -> HeldOut:
         documents=documents[: section.max_documents],
         pairs=pairs,
         questions=questions,
+        checkable=None if section.answers is None else read_questions(section.answers),
+        asked=section.max_questions,
     )
 
 
@@ -236,6 +262,7 @@ def _summary_text(metrics: Mapping[str, float]) -> str:
         f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
         f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
         f"{metrics['well_formed_chains']:.0%} well-formed chains"
+        + (f", {metrics['answers']:.0%} of answers right" if "answers" in metrics else "")
     )
 
 

@@ -12,6 +12,7 @@ from transllm_jax.data.clean.cleaning import text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.read.bad_rows import check_share, first_of_each
 from transllm_jax.data.read.files import Collector, Loaded, Place, catch_bad_row, resolve, texts_of
+from transllm_jax.data.read.questions import read_questions
 from transllm_jax.data.read.shards import Item, Reading, Shard, shards
 from transllm_jax.data.read.sources import read_jsonl, refuse_special
 from transllm_jax.disk import FileHashes
@@ -184,7 +185,15 @@ class Inputs:
             texts += [
                 (f"evaluation.others.{number}", text) for item in self.read(source, stage) for text in texts_of(item)
             ]
-        return EvaluationTexts(texts)
+        return EvaluationTexts(texts, whole=[("evaluation.answers", text) for text in self._asked()])
+
+    def _asked(self) -> Iterator[str]:
+        """The texts of the checkable questions in both languages, each together with the turns before it."""
+        path = self._config.evaluation.answers
+        for question in read_questions(path) if path is not None else ():
+            yield text_of(question.asked)
+            for wording in question.wordings:
+                yield text_of([*question.history_en, {"role": "user", "content": wording}])
 
     def contamination_hashes(self, wanted: bool) -> dict[str, Any]:
         """The evaluation sets as inputs of a step that removes contaminated text; empty if not wanted."""
@@ -193,7 +202,7 @@ class Inputs:
             return {}
         return {
             "evaluation.others": [source.path for source in section.others],
-            **self.hashes([section.pairs, section.instructions]),
+            **self.hashes([section.pairs, section.instructions, *([section.answers] if section.answers else [])]),
             **self.source_hashes([section.text, *section.others]),
         }
 

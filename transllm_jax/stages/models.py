@@ -21,7 +21,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.mesh import make_layout, mesh_shape
 from transllm_jax.model.parameters import Flat, Split, assemble, read_frozen
 from transllm_jax.stages.points import ids_without_token, lora_of
-from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
@@ -99,17 +99,24 @@ class Models:
             raise UserError(f"{key} is {length}, the model's context is {context} tokens; lower {key}")
 
     def check_room(
-        self, questions: Iterable[tuple[str, Place]], key: str, new_tokens: int, *, chat: bool = True
+        self,
+        questions: Iterable[tuple[str | Sequence[Message], Place]],
+        key: str,
+        new_tokens: int,
+        *,
+        chat: bool = True,
     ) -> None:
         """Refuse a question that exceeds the model's context together with an answer of `new_tokens`.
 
-        chat: the question is asked in a conversation; if not, it is a text to translate between two markers. Tokens are
-        those of the base's tokenizer; the expanded one needs no more. Raises UserError that names the question's place
-        and the config's key.
+        questions: texts, or conversations that end with one. chat: a text is asked in a conversation; if not, it is
+        translated between two markers. Tokens are those of the base's tokenizer; the expanded one needs no more. Raises
+        UserError that names the question's place and the config's key, or says why a conversation is refused.
         """
         tokenizer, context = self.tokenizer("base"), self.config.context
 
-        def length(text: str) -> int:
+        def length(text: str | Sequence[Message]) -> int:
+            if not isinstance(text, str):
+                return len(encode_prompt(tokenizer, text))
             if not chat:
                 return len(tokenizer.bos_ids) + len(tokenizer.encode(text.strip())) + 2
             return len(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
@@ -117,9 +124,12 @@ class Models:
         frame = length("a")
         for text, place in questions:
             # A token has at least one byte, so most questions need not be encoded.
-            if frame + len(text.encode()) + new_tokens <= context:
+            if isinstance(text, str) and frame + len(text.encode()) + new_tokens <= context:
                 continue
-            tokens = length(text)
+            try:
+                tokens = length(text)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
             if tokens + new_tokens > context:
                 raise UserError(
                     f"{place}: a prompt of {tokens} tokens and {key} {new_tokens} exceed the model's context of "

@@ -31,6 +31,7 @@ def recorded(workdir: Path) -> Recorded:
         metrics=by_metric(measured),
         training={name: _training(workdir / name) for name in TRAININGS if (workdir / name / MANIFEST).is_file()},
         chains=measured["transfer"].get("chains", {}),
+        asked={point: result["asked"] for point, result in measured.items() if "asked" in result},
         vocabulary=read_json(workdir / VOCABULARY) if (workdir / VOCABULARY).is_file() else {},
         recover=_summary(workdir / "recover"),
         ledger=summarise(workdir / LEDGER),

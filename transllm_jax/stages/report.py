@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from transllm_jax.choices import POINTS, TRAININGS
+from transllm_jax.data.read.questions import read_questions
 from transllm_jax.data.read.sources import read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.advice.findings import findings
@@ -78,6 +79,7 @@ def collect(run: Run) -> dict[str, Any]:
         "losses": {name: record.training[name].losses for name in TRAININGS},
         "translations": _translations(run, measured),
         "conversations": _conversations(run, measured),
+        **_asked(run, measured),
         "config": config.to_yaml(),
     }
 
@@ -224,3 +226,18 @@ def _conversations(run: Run, measured: Mapping[str, Any]) -> list[dict[str, Any]
         {"question": row[target], "base": old["visible"], **new}
         for row, new, old in list(zip(rows, answers, before, strict=True))[:SHOWN]
     ]
+
+
+def _asked(run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The questions with known answers: the counts of each point, and the first, right or wrong; empty if there are
+    none."""
+    path = run.config.evaluation.answers
+    if path is None:
+        return {}
+    answers, before = (measured[point]["asked"]["questions"] for point in ("transfer", "base"))
+    conversations = [
+        {**new, "base": old["visible"], "answers": list(question.answers), "history": list(question.history)}
+        for question, new, old in list(zip(read_questions(path), answers, before, strict=False))[:SHOWN]
+    ]
+    counts = {point: result["asked"]["counts"] for point, result in measured.items()}
+    return {"asked": {"counts": counts, "conversations": conversations}}

@@ -5,6 +5,11 @@ punctuation hide a copy) and compared by character n-grams. An evaluation text c
 least a given share of the text's distinct n-grams: a copy with a few words changed is still found, and a document that
 only shares a phrase with it is not. An evaluation text shorter than an n-gram must occur in the document as a whole.
 
+Checkable questions (`evaluation.answers`) are mostly made from templates, and training text may have other questions of
+the same template ("What is the capital of ...?"), which share most n-grams with them. So of a question, a document is
+contaminated only by the whole, from the first word to the last one ("Niger" is not in "Nigeria"); a question with
+earlier turns is whole together with these.
+
 Evaluation sets are small, training text is not. So the n-grams of the sets form one sorted table, and a bitmap of the
 upper bits of their hashes rules out most other n-grams before the table is searched.
 """
@@ -21,6 +26,7 @@ from math import ceil
 import numpy as np
 
 from transllm_jax.data.clean.near_duplicates import code_points, ngram_hashes
+from transllm_jax.data.clean.whole_words import word_places, words
 from transllm_jax.errors import UserError
 
 SHORTEST = 12  # normalised characters; a shorter text occurs in many documents by chance
@@ -87,9 +93,13 @@ class EvaluationTexts:
     look for (fewer than SHORTEST letters, marks and digits). key: changes with anything that `found_in` depends on.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, str]], *, share: float = SHARE) -> None:
-        """texts: (name of the evaluation set, text). share: a document with at least this share of a text's distinct
-        n-grams is contaminated. Raises UserError unless it is above 0 and at most 1.
+    def __init__(
+        self, texts: Iterable[tuple[str, str]], *, whole: Iterable[tuple[str, str]] = (), share: float = SHARE
+    ) -> None:
+        """texts: (name of the evaluation set, text). whole: the same of texts that count only as a whole.
+
+        share: a document with at least this share of a text's distinct n-grams is contaminated. Raises UserError unless
+        it is above 0 and at most 1.
         """
         if not 0 < share <= 1:
             raise UserError(f"the share of n-grams for contamination is {share}: it must be above 0 and at most 1")
@@ -110,8 +120,16 @@ class EvaluationTexts:
             else:
                 grams.append(np.unique(_doubled(ngram_hashes(codes, SHORTEST))))
                 sets.append(number)
+        wholes: dict[str, tuple[int, str]] = {}  # normalised: the number of the first set that has it, its words
+        for name, text in whole:
+            digest.update(json.dumps(["whole", name, text]).encode())
+            number, codes = names.setdefault(name, len(names)), compared(text)
+            if len(codes) < SHORTEST:
+                self.ignored += 1
+            else:
+                wholes.setdefault(_string(codes), (number, words(text)))
         self.names = tuple(names)
-        self.texts = len(sets) + len(shorts)
+        self.texts = len(sets) + len(shorts) + len(wholes)
         self.key = digest.hexdigest()[:32]
         sizes = np.array([len(some) for some in grams], np.int64)
         # The n-grams that a document must have; the product is rounded first, as 0.07 * 300 is a little more than 21.
@@ -124,8 +142,8 @@ class EvaluationTexts:
         unique, first = np.unique(hashes[order], return_index=True)
         self._offsets = np.append(first, len(hashes))
         self._table = _Table(unique)
-        self._shorts = shorts
-        starts = [ngram_hashes(code_points(text)[:SHORTEST], SHORTEST) for text in shorts]
+        self._shorts, self._wholes = shorts, wholes
+        starts = [ngram_hashes(code_points(text)[:SHORTEST], SHORTEST) for text in (*shorts, *wholes)]
         self._starts = _Table(np.unique(np.concatenate([*starts, np.empty(0, np.uint64)])))
 
     def found_in(self, text: str) -> str | None:
@@ -144,6 +162,11 @@ class EvaluationTexts:
         if shorts:
             document = _string(codes)
             number = min([number, *(of_set for short, of_set in self._shorts.items() if short in document)])
+            found = [held for normalised, held in self._wholes.items() if held[0] < number and normalised in document]
+            spelled = words(text) if found else ""
+            number = min(
+                [number, *(of_set for of_set, whole in found if next(word_places(spelled, whole), None) is not None)]
+            )
         return self.names[number] if number < len(self.names) else None
 
     def _first_held(self, places: np.ndarray) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from transllm_jax.evaluation.advice import model, training
+from transllm_jax.evaluation.advice import asked, model, training
 from transllm_jax.evaluation.advice.recorded import Finding, Recorded
 
 MOST = 5
@@ -18,6 +18,7 @@ CHECKS: tuple[Callable[[Recorded], Iterator[Finding]], ...] = (
     training.rising_loss,
     training.flat_loss,
     model.chains,
+    asked.wrong_answers,
     model.fluency,
     model.translation,
     model.english,

@@ -38,14 +38,16 @@ class Recorded:
     settings: the content of run.yaml. metrics: value by measure and point. training: the training stages that have
     begun, by name. chains: counts of the answers at point `transfer`: `answers`, and how many are `well_formed`,
     `cut_off` by the limit of tokens, and `broken_off`, which is both cut off and not well-formed; and how many
-    `different_questions` the well-formed ones have. vocabulary:
-    vocabulary/report.json. recover: the summary of stage `recover`. ledger: its summary.
+    `different_questions` the well-formed ones have. asked: by point, the counts of questions with known answers by kind
+    (`evaluation.answers.count`). vocabulary: vocabulary/report.json. recover: the summary of stage `recover`. ledger:
+    its summary.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Training] = field(default_factory=dict)
     chains: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] = field(default_factory=dict)
     recover: Mapping[str, Any] = field(default_factory=dict)
     ledger: Mapping[str, Any] = field(default_factory=dict)

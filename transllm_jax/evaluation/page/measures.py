@@ -35,6 +35,8 @@ class Measure:
     style: Literal["number", "score", "share"] = "number"
     since: str = BASE
     """The point from which the change is computed."""
+    optional: bool = False
+    """Left out where it was not asked for (`evaluation.answers`), rather than shown as not measured."""
 
 
 MEASURES = (
@@ -84,6 +86,42 @@ MEASURES = (
         "Share of answers with each step in its place: question in English, answer in English, answer in {language}.",
         "higher",
         "share",
+    ),
+    Measure(
+        "answers",
+        "Right answers in {language}",
+        "Right in {language}",
+        "Share of questions with known answers that are answered rightly when they are asked in {language}.",
+        "higher",
+        "share",
+        optional=True,
+    ),
+    Measure(
+        "answers_in_english",
+        "Right answers in English",
+        "Right in English",
+        "Share of the same questions that are answered rightly when they are asked in English.",
+        "higher",
+        "share",
+        optional=True,
+    ),
+    Measure(
+        "understood",
+        "Questions understood",
+        "Understood",
+        "Share of the questions in {language} whose English in the chain is a wording that the file has.",
+        "higher",
+        "share",
+        optional=True,
+    ),
+    Measure(
+        "answers_chain_english",
+        "Right English answers in chains",
+        "English in chains",
+        "Share of the questions in {language} whose English answer in the chain is right.",
+        "higher",
+        "share",
+        optional=True,
     ),
 )
 
@@ -170,6 +208,12 @@ class Row:
         return written(self.values.get(point), self.measure.style)
 
     @property
+    def has_plot(self) -> bool:
+        """Whether a plot shows more than the table. An optional measure may have a value at one point only."""
+        measured = sum(value is not None for value in self.values.values())
+        return measured > (1 if self.measure.optional else 0)
+
+    @property
     def last(self) -> tuple[str, float] | None:
         """The last point with a value, and the value."""
         measured = [(point, value) for point, value in self.values.items() if value is not None]
@@ -202,12 +246,14 @@ class Row:
 
 
 def rows(results: Results) -> Iterator[Row]:
-    """The known measures in order, measured or not, then any others in the results."""
+    """The known measures in order, measured or not (the optional ones if they are in the results), then any others."""
     language, where = language_name(results), points(results)
     metrics = section(results, "metrics")
     known = {measure.key for measure in MEASURES}
     others = tuple(Measure(key, key.replace("_", " "), key, "", None) for key in metrics if key not in known)
     for measure in MEASURES + others:
+        if measure.optional and measure.key not in metrics:
+            continue
         values = section(metrics, measure.key)
         # Only our own texts are templates: another measure's name may contain braces.
         label, short, meaning = (

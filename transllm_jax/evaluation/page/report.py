@@ -18,6 +18,7 @@ import jinja2
 from transllm_jax.choices import TRAININGS
 from transllm_jax.disk import write_bytes
 from transllm_jax.evaluation.advice.recorded import PAGE
+from transllm_jax.evaluation.page.asked import asked_sentence, judgement, table_of_kinds
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
@@ -34,11 +35,19 @@ from transllm_jax.evaluation.page.measures import (
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
-from transllm_jax.evaluation.page.terminal import conversation_panel, findings_lines, keys_of, summary_table
+from transllm_jax.evaluation.page.terminal import (
+    asked_lines,
+    conversation_panel,
+    findings_lines,
+    keys_of,
+    summary_table,
+)
 from transllm_jax.evaluation.page.verdict import verdict
 from transllm_jax.words import duration, size
 
 __all__ = [
+    "asked_lines",
+    "asked_sentence",
     "conversation_panel",
     "findings_lines",
     "render_report",
@@ -110,7 +119,9 @@ def render_report(results: Results) -> str:
         not_measured=NOT_MEASURED,
         rows=measured,
         arrows=ARROWS,
-        plots=[(row, measure_plot(row)) for row in measured if row.last is not None],
+        plots=[(row, measure_plot(row)) for row in measured if row.has_plot],
+        asked=table_of_kinds(results),
+        asked_talks=list(_asked(results)),
         notes=list(_notes(results)),
         conversations=list(_conversations(results)),
         translations=list(_translations(results)),
@@ -167,6 +178,13 @@ def _conversations(results: Results) -> Iterator[dict[str, Any]]:
             "raw": clean(talk.get("raw")),
             "chain": {step: clean(chain.get(step)).strip() for step in _CHAIN} if chain else None,
         }
+
+
+def _asked(results: Results) -> Iterator[dict[str, Any]]:
+    """The first questions with known answers: as `_conversations`, and what is right."""
+    talks = [talk for talk in section(results, "asked").get("conversations") or [] if isinstance(talk, Mapping)]
+    for shown, talk in zip(_conversations({**results, "conversations": talks}), talks, strict=True):
+        yield {**shown, **judgement(talk)}
 
 
 def _translations(results: Results) -> Iterator[dict[str, Any]]:

@@ -11,12 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from transllm_jax.evaluation.advice.recorded import PAGE
+from transllm_jax.evaluation.page.asked import table_of_kinds
 from transllm_jax.evaluation.page.measures import (
     ARROWS,
     BASE,
     NOT_MEASURED,
     Results,
     clean,
+    language_name,
     point_label,
     points,
     rows,
@@ -65,6 +67,26 @@ def summary_table(results: Results) -> Table:
     return table
 
 
+def asked_lines(results: Results) -> Iterator[RenderableType]:
+    """What became of the questions with known answers: a sentence, and a table by kind; nothing if none were asked."""
+    asked = table_of_kinds(results)
+    if asked is None:
+        return
+    yield Text(f"\n{asked.sentence}")
+    if asked.rows:
+        title = Text(f"Asked in {language_name(results)}, by kind of question", "dim")
+        table = Table(
+            title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim"
+        )
+        table.add_column("")
+        for heading in asked.headings:
+            table.add_column(Text(heading), justify="right")
+        for place, (kind, values) in enumerate(asked.rows):
+            style = "bold" if place and place == len(asked.rows) - 1 else ""
+            table.add_row(Text(kind), *(Text(str(value)) for value in values), style=style)
+        yield table
+
+
 def findings_lines(findings: Iterable[Mapping[str, Any]]) -> RenderableType | None:
     """The findings, numbered: a line on what was found where, and one on what to do, with keys and present values.
 
@@ -90,13 +112,14 @@ def keys_of(finding: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield clean(key), text
 
 
-def conversation_panel(results: Results, index: int = 0) -> RenderableType:
+def conversation_panel(results: Results, index: int = 0, *, asked: bool = False) -> RenderableType:
     """Conversation `index`: the question, the chain step by step, the answer, and the original's answer.
 
-    If the results have no such conversation, the panel says so.
+    asked: of the questions with known answers; the panel then says whether the answer is right. If the results have no
+    such conversation, the panel says so.
     """
-    conversations = results.get("conversations") or []
-    name = str(section(results, "language").get("name") or "target language")
+    conversations = (section(results, "asked") if asked else results).get("conversations") or []
+    name = language_name(results)
     if not 0 <= index < len(conversations):
         return Panel(Text(f"Conversation: {NOT_MEASURED}"), title="Conversation", title_align="left")
     talk = conversations[index]
@@ -114,7 +137,8 @@ def conversation_panel(results: Results, index: int = 0) -> RenderableType:
         step(f"Chain 3  answer in {name}", chain.get("answer_target"))
     else:
         step("The chain is not well formed; as the model wrote it", talk.get("raw"), heading="yellow")
-    step("Answer", talk.get("visible"), "bold")
+    mark = ("Right answer" if talk.get("right") else "Wrong answer") if asked else "Answer"
+    step(mark, talk.get("visible"), "bold", "dim" if not asked else "green" if talk.get("right") else "red")
     if talk.get("base") is not None:
         step("The original model answered", talk["base"], "dim")
     return Panel(Group(*lines[:-1]), title=f"Conversation {index + 1} of {len(conversations)}", title_align="left")

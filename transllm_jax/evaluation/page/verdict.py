@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transllm_jax.evaluation.page.asked import asked_sentence
 from transllm_jax.evaluation.page.measures import (
     BASE,
     Results,
@@ -15,6 +16,7 @@ from transllm_jax.evaluation.page.measures import (
     point_label,
     points,
     rows,
+    section,
     written,
 )
 
@@ -47,6 +49,8 @@ def verdict(results: Results) -> Verdict:
         *_fluency(measured["bits_per_byte"], measured["tokens_per_character"], name, points(results)),
         *_translation(measured["chrf_to_target"], measured["chrf_to_english"], name, points(results)),
     ]
+    if told := asked_sentence(section(section(results, "asked"), "counts"), name):
+        sentences.append(told)
     return Verdict(_headline(len(goals), len(met), len(unmet)), sentences, met, unmet, unmeasured)
 
 
