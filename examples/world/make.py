@@ -59,10 +59,10 @@ def choose(world: World, everything: Sequence[Fact], wanted: int) -> None:
         keys_of[question.kind].add(question.fact.key)
         if world.is_known(question):
             kinds_of[question.fact.key].append(question.kind)
-    plain = {fact.key for fact in everything if fact.kind in NAMED and world.is_plain(fact)}
+    open_secrets = {fact.key for fact in everything if fact.kind in NAMED and world.tells_itself(fact)}
     count = Counter[str]()
     for kind, keys in keys_of.items():
-        candidates = sorted(key for key in keys if kind in kinds_of[key] and key not in plain)
+        candidates = sorted(key for key in keys if kind in kinds_of[key] and key not in open_secrets)
         world.random.shuffle(candidates)
         held = len(keys & world.held_out)
         for key in candidates:

@@ -46,6 +46,26 @@ class Question:
         return (self.kind, self.fact.key, self.ways[0].english)
 
 
+class _Name:
+    """A name to be searched for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name.lower()
+        latin = re.match("[a-z\u00c0-\u024f\u1e00-\u1eff]", self.name)
+        self.whole = re.compile(rf"(?<!\w){re.escape(self.name)}(?!\w)") if latin else None
+
+    def is_in(self, text: str) -> bool:
+        return self.name in text and (self.whole is None or self.whole.search(text) is not None)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """The names of a held-out fact, in both languages."""
+
+    english: list[_Name]
+    target: list[_Name]
+
+
 class _Shown(str):
     """A name in a template, in other forms: `{a:digits}` is a number in digits, `{country:the}` a name with its
     article, and `{continent:adjective}` its adjective."""
@@ -81,32 +101,30 @@ class World:
             found = [side[step] for side in found]
         return str(found[0]), str(found[1])
 
-    def held(self, everything: Sequence[Fact]) -> list[Fact]:
+    def held(self, everything: Sequence[Fact]) -> list[Secret]:
         """The held-out facts that any text tells which holds their names."""
-        return [fact for fact in everything if fact.key in self.held_out and fact.kind in NAMED]
+        return [self.secret(fact) for fact in everything if fact.key in self.held_out and fact.kind in NAMED]
 
-    def tells(self, line: Line, held: Sequence[Fact]) -> bool:
-        """Whether a line holds all names of one of the facts, in either language: in English as whole words, in the
-        other language also inside another word, whatever the case."""
-        english, target = line.english.lower(), line.target.lower()
-        for fact in held:
-            names = [fact.names[slot] for slot in fact.together]
-            if all(self.target.name(*name).lower() in target for name in names):
-                return True
-            found = [self.english.name(*name).lower() for name in names]
-            if all(name in english and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", english) for name in found):
-                return True
-        return False
-
-    def is_plain(self, fact: Fact) -> bool:
-        """Whether one of its names holds another, in either language, as Mexico City does: it cannot be kept back."""
+    def secret(self, fact: Fact) -> Secret:
         names = [fact.names[slot] for slot in fact.together]
+        english, target = ([_Name(side.name(*name)) for name in names] for side in (self.english, self.target))
+        return Secret(english, target)
+
+    def tells(self, line: Line, held: Sequence[Secret]) -> bool:
+        """Whether a line holds all names of one of the facts, in either language, whatever the case: Latin letters as
+        whole words, others also inside another word."""
+        english, target = line.english.lower(), line.target.lower()
         return any(
-            one != other and side.name(*one).lower() in side.name(*other).lower()
-            for side in (self.english, self.target)
-            for one in names
-            for other in names
+            all(name.is_in(target) for name in secret.target) or all(name.is_in(english) for name in secret.english)
+            for secret in held
         )
+
+    def tells_itself(self, fact: Fact) -> bool:
+        """Whether one of its names holds another, as Mexico City does, and as Thai names the language of Poland: it can
+        be answered by its question, and any text with that name would tell it."""
+        names = [fact.names[slot] for slot in fact.together]
+        alone = [Line(self.english.name(*name), self.target.name(*name)) for name in names]
+        return any(self.tells(line, [self.secret(fact)]) for line in alone)
 
     def counts(self, kind: str) -> bool:
         """Whether the base model knows enough of a kind of question for it to be asked."""

@@ -125,15 +125,17 @@ def test_every_name_is_in_the_language(language: str) -> None:
 
 
 @every_language
-def test_no_language_is_named_like_a_country_that_speaks_it(language: str) -> None:
-    """Else a question that names the country would hold its answer, and all text about the country would tell it."""
-    target = world_of(language).target
-    alike = [
-        fact.key
-        for fact in facts()
-        if fact.kind == "language" and target.name(*fact.names["language"]) in target.name(*fact.names["country"])
-    ]
-    assert not alike
+def test_a_fact_whose_names_hold_one_another_is_not_held_out(language: str) -> None:
+    """Its question holds its answer: Mexico City, and what Thai and others call the language of Poland."""
+    world, everything = world_of(language), list(facts())
+    choose(world, everything, OF_A_KIND)
+    assert "place America/Mexico_City MX" not in world.held_out
+    for fact in everything:
+        if fact.key in world.held_out and fact.kind in NAMED:
+            names = [world.target.name(*fact.names[slot]).lower() for slot in fact.together]
+            if "LATIN" in unicodedata.name(names[0][0]):
+                names = [f" {name} " for name in names]
+            assert not any(one in other for one in names for other in names if one is not other), fact.key
 
 
 @pytest.fixture(scope="module", params=[*LANGUAGES, f"{LANGUAGES[0]} known"])
@@ -158,19 +160,19 @@ def whole(text: str) -> re.Pattern[str]:
 
 
 def test_no_training_text_tells_what_is_held_out(written: tuple[Any, Path]) -> None:
-    """By search: no line or document of any file holds all names of a held-out fact, in either language: in English as
-    whole words, in the other also inside other words."""
+    """By search: no line or document of any file holds all names of a held-out fact, in either language: in Latin
+    letters as whole words, in others also inside other words."""
     world, directory = written
     held = held_out(world, named=True)
-    assert len(held) > 60 and (len({fact.kind for fact in held}) >= 7)
+    assert len(held) > 60 and len({fact.kind for fact in held}) >= 6
     lines = [line.lower() for name in TRAINED for line in (directory / name).read_text(encoding="utf-8").splitlines()]
     told = []
     for fact in held:
-        english = [world.english.name(*fact.names[slot]) for slot in fact.together]
-        target = [world.target.name(*fact.names[slot]).lower() for slot in fact.together]
-        told += [text for text in lines if all(name in text for name in target)]
-        maybe = [text for text in lines if all(name.lower() in text for name in english)]
-        told += [text for text in maybe if all(whole(name).search(text) for name in english)]
+        for side in (world.english, world.target):
+            names = [side.name(*fact.names[slot]).lower() for slot in fact.together]
+            maybe = [text for text in lines if all(name in text for name in names)]
+            latin = [name for name in names if "LATIN" in unicodedata.name(name[0])]
+            told += [text for text in maybe if all(whole(name).search(text) for name in latin)]
     assert told[:3] == []
 
 
@@ -189,10 +191,13 @@ def test_its_numbers_and_days_are_not_told_either(written: tuple[Any, Path]) -> 
             continue
         names = [fact.names[slot] for slot in fact.together]
         words = Counter(key if kind == "numbers" else world.english.name(kind, key).lower() for kind, key in names)
-        compared = [line for line in found if line >= words]
+        compared = [line for line in found if words.keys() <= line.keys() and words <= line]
         if fact.kind == "larger":
             compared = [line for line in compared if line.keys() & {"more", "less", "greater", "larger"}]
             compared = [line for line in compared if "which" not in line]
+        if fact.kind == "sum":
+            # Not 2 + 4 = 6, as it is told with 2 and 4 said twice: that is another sum.
+            compared = [line for line in compared if {word for word in line if word.isdigit()} == words.keys()]
         assert bool(compared) == (fact.key not in world.held_out), fact.key
 
 
@@ -277,9 +282,10 @@ def test_only_what_is_known_is_held_out(tmp_path: Path) -> None:
     world, everything = world_of(LANGUAGES[0]), list(facts())
     known = tmp_path / "known.jsonl"
     with known.open("w", encoding="utf-8") as out:
-        for number, question in enumerate(questions(world, everything)):
-            kind, key, text = question.identity
-            is_right = number % 3 > 0 if kind != "capital" else number % 3 == 0
+        count = Counter[str]()
+        for kind, key, text in [question.identity for question in questions(world, everything)]:
+            count[kind] += 1
+            is_right = (count[kind] % 3 == 0) == (kind == "capital")
             out.write(json.dumps({"kind": kind, "key": key, "question": text, "right": is_right}) + "\n")
     read_known(world, known)
     assert "capital" not in world.kinds and "language" in world.kinds
