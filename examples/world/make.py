@@ -25,7 +25,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,6 +33,8 @@ from names import HERE, Fact, facts
 from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, questions, used, world_of
 
 __all__ = ["NAMED", "choose", "read_known", "world_of", "write"]
+
+Item = TypeVar("Item")
 
 # Sentences in a document.
 DOCUMENT = 5
@@ -52,18 +54,23 @@ def read_known(world: World, path: Path) -> None:
 
 
 def choose(world: World, everything: Sequence[Fact], wanted: int) -> None:
-    """Choose the facts that are held out, so that each kind has the wanted number of questions, or what it can give."""
+    """Choose the facts that are held out, so that each kind has the wanted number of questions, or what it can give.
+
+    Its answers take turns, so that a model that always says Africa does not get far.
+    """
     keys_of: dict[str, set[str]] = defaultdict(set)
     kinds_of: dict[str, list[str]] = defaultdict(list)
+    answers: dict[tuple[str, str], str] = {}
     for question in questions(world, everything):
         keys_of[question.kind].add(question.fact.key)
+        answers[question.kind, question.fact.key] = question.accepted[0][0]
         if world.is_known(question):
             kinds_of[question.fact.key].append(question.kind)
     open_secrets = {fact.key for fact in everything if fact.kind in NAMED and world.tells_itself(fact)}
     count = Counter[str]()
     for kind, keys in keys_of.items():
         candidates = sorted(key for key in keys if kind in kinds_of[key] and key not in open_secrets)
-        world.random.shuffle(candidates)
+        candidates = _in_turns(world, [(key, answers[kind, key]) for key in candidates])
         held = len(keys & world.held_out)
         for key in candidates:
             if count[kind] >= wanted or held >= SHARE * len(keys):
@@ -72,6 +79,17 @@ def choose(world: World, everything: Sequence[Fact], wanted: int) -> None:
                 world.held_out.add(key)
                 held += 1
                 count.update(kinds_of[key])
+
+
+def _in_turns(world: World, found: Sequence[tuple[Item, str]]) -> list[Item]:
+    """The items, each given with its answer, in an order that is drawn, but such that the answers take turns."""
+    drawn = world.random.sample(found, len(found))
+    count = Counter[str]()
+    turns = []
+    for item, answer in drawn:
+        count[answer] += 1
+        turns.append((count[answer], item))
+    return [item for _, item in sorted(turns, key=lambda turn: turn[0])]
 
 
 def write(world: World, directory: Path, everything: Sequence[Fact], wanted: int) -> dict[str, int]:
@@ -127,7 +145,9 @@ def _tested(world: World, asked: Sequence[Question], wanted: int) -> list[Questi
         if question.fact.key in world.held_out and world.is_known(question):
             by_kind[question.kind].append(question)
     chosen = [
-        question for found in by_kind.values() for question in world.random.sample(found, min(wanted, len(found)))
+        question
+        for found in by_kind.values()
+        for question in _in_turns(world, [(one, one.accepted[0][0]) for one in found])[:wanted]
     ]
     identities = {question.identity for question in chosen}
     return [question for question in asked if question.identity in identities]
@@ -154,12 +174,14 @@ def _row(question: Question) -> dict[str, Any]:
 
 
 def _names(world: World, everything: Sequence[Fact]) -> list[Line]:
-    """All names of the world. In the order of the alphabet, which tells no fact."""
+    """The names of the world. In the order of the alphabet, which tells no fact."""
     kinds = list(USES.values())
     found = {(kind, key) for kind, slot in kinds for key in used(everything, kind, slot)}
     found |= {name for fact in everything for name in fact.names.values()}
     pairs = {(world.english.name(*name), world.target.name(*name)) for name in found}
-    return [Line(*pair) for pair in sorted(pairs)]
+    held = world.held(everything)
+    # In Hindi the South Korean won holds the names of the country and of its language.
+    return [line for line in (Line(*pair) for pair in sorted(pairs)) if not world.tells(line, held)]
 
 
 def _documents(world: World, everything: Sequence[Fact], kept: Sequence[Line], side: str) -> str:

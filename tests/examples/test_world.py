@@ -240,6 +240,14 @@ def test_what_is_asked(written: tuple[Any, Path]) -> None:
             assert row["kind"] == "yes_no" or not any(whole(text).search(question) for text in accepted), row
 
 
+def test_no_single_answer_is_right_often(written: tuple[Any, Path]) -> None:
+    """A model that always says the same must not get far."""
+    _, directory = written
+    for kind in ("continent", "city_continent", "language", "city_language"):
+        given = Counter(row["answers"][0] for row in rows(directory / "questions.jsonl") if row["kind"] == kind)
+        assert len(given) >= 4 and max(given.values()) <= OF_A_KIND // 2, (kind, given)
+
+
 def test_no_tested_question_is_in_the_training(written: tuple[Any, Path]) -> None:
     _, directory = written
     asked = rows(directory / "questions.jsonl")
