@@ -176,6 +176,17 @@ def test_no_training_text_tells_what_is_held_out(written: tuple[Any, Path]) -> N
     assert told[:3] == []
 
 
+def test_no_sentence_states_what_points_to_a_held_out_fact(written: tuple[Any, Path]) -> None:
+    """The language or continent of a city whose country is held out."""
+    world, directory = written
+    lines = [english for english, _ in pairs(directory / "pairs.tsv")]
+    pointing = [fact for fact in facts() if world.held_out & set(fact.by)]
+    assert len(pointing) > 10
+    for fact in pointing:
+        names = [whole(world.english.name(*fact.names[slot])) for slot in fact.together]
+        assert [line for line in lines if all(name.search(line) for name in names)] == [], fact
+
+
 def test_its_numbers_and_days_are_not_told_either(written: tuple[Any, Path]) -> None:
     """No line holds both, or all three, of a held-out fact's months, days or summands and sum, in words or digits. What
     is larger is told by any two numbers that are compared, so there no sentence compares these."""
