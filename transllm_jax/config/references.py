@@ -7,7 +7,7 @@ from datetime import date
 from itertools import takewhile
 from typing import Any
 
-from transllm_jax.config.describe import section_at
+from transllm_jax.config.describe import section_at, sections_in
 from transllm_jax.errors import UserError
 
 # As in OmegaConf, but of one value alone. `$${` is a `${` that begins no reference.
@@ -61,13 +61,14 @@ def _referred(key: str, tree: dict[str, Any], trail: tuple[str, ...]) -> Any:
     if not isinstance(node, dict | None):
         raise UserError(f"{where}, but {'.'.join(parents)} is not a section here; give {trail[-1]} a value")
     field, value = section.model_fields[last], (node or {}).get(last)
-    if value is None and not field.is_required():
-        # A default can follow from the keys before it in the section, as that of language.name does.
+    single = not sections_in(field.annotation)
+    if single and value is None and not field.is_required():
+        # A default that is computed follows from the keys before it in the section, as that of language.name does.
         earlier = takewhile(lambda name: name != last, section.model_fields)
-        before = earlier if field.default_factory_takes_validated_data else ()
+        before = earlier if field.default_factory is not None else ()
         given = {name: _referred(".".join([*parents, name]), tree, (*trail, key)) for name in before}
         value = field.get_default(call_default_factory=True, validated_data=given)
-    if not isinstance(value, str | int | float | date | None):
+    if not single or not isinstance(value, str | int | float | date | None):
         raise UserError(f"{where}, which is not a single value; refer to a key that is, such as language.code")
     if value is None:
         raise UserError(f"{where}, which has no value; give it one in the file, or on the command line as {key}=VALUE")

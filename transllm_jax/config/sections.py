@@ -296,11 +296,11 @@ class MarkerNames(Section):
 
 
 def _english_name(language: dict[str, Any]) -> str:
-    """The name of a language's `code`; empty if CLDR has none."""
+    """The name of a language's `code`; empty if CLDR has none, or if the code itself is wrong."""
     # Not at the top: a config that gives the name does not need Babel.
     from transllm_jax.tokenizer.scripts import language_name
 
-    return language_name(str(language["code"])) or ""
+    return language_name(str(language.get("code"))) or ""
 
 
 class Language(Section):
