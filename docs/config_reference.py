@@ -79,6 +79,11 @@ the shell would read:
 transllm run configs/demo.yaml --workdir runs/longer --dry-run pretrain.steps=500 'export={dtype: bfloat16}'
 ```
 
+- **References.** `${language.code}` in a text is replaced by the value of that key, after overrides. With
+  `workdir: runs/world-${language.code}`, one config serves many languages: `language.code=ar` on the command line is
+  all that differs. A text that is a reference and nothing else also takes the type of the value. A reference is to a
+  single value, not to a section, a list or what is in a list. `${workdir}` is the config's, whatever `--workdir` says.
+  `$${` is for a `${` that begins no reference; on the command line, put either in single quotes.
 - **A value that is still to be given** is written `???`. `transllm run` names the marks that are left.
 - **Paths** are relative to the directory in which the command is started, not to the config. `~` is the home directory.
 - **Numbers** are those of YAML 1.2: `2e-3`, `0.002` and `1_000` are numbers.
@@ -87,7 +92,8 @@ transllm run configs/demo.yaml --workdir runs/longer --dry-run pretrain.steps=50
 - **No value.** A key that is optional below may also be `null`, if it is not a section.
 - **Mistakes.** A key that is unknown, given twice or without effect, or a value that does not fit, is an error that
   names the key, before anything has begun.
-- **What a run used.** `run.yaml` in the work directory holds every key with its value, and is a config itself.
+- **What a run used.** `run.yaml` in the work directory holds every key with its value, references resolved, and is a
+  config itself.
 
 **Editors** that have a YAML language server (VS Code with the YAML extension, Neovim, Helix) complete keys, show their
 meaning and mark mistakes, if the config begins with the path of the schema, relative to the config:

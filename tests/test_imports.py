@@ -78,7 +78,7 @@ ALLOWED = {
     "disk": {"errors"},
     "new_directory": {"errors", "disk"},
     "progress": BOTTOM,
-    "config": BOTTOM,
+    "config": BOTTOM | {"tokenizer"},
     "model": BOTTOM,
     "tokenizer": BOTTOM,
     "data": BOTTOM | {"tokenizer"},

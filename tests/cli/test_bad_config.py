@@ -144,6 +144,11 @@ def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
         (["pretrain.sources.0.path=x"], ("'sources' is a value, not a section",)),
         (["pretrain.steps=[1"], ("override 'pretrain.steps=[1'", "not YAML", "quote it")),
         (["lora={rank: 1, rank: 2}"], ("override 'lora=", "the key 'rank' is given twice", "remove one")),
+        # References that lead nowhere, and a language that has no name.
+        (["title=to ${language.cod}"], ("config.yaml: title refers to language.cod", "did you mean 'code'?")),
+        (["title=${model}"], ("config.yaml: title refers to model, which is not a single value", "refer to a key")),
+        (["title=${title}"], ("config.yaml: title refers to title in a circle", "give one of them a value")),
+        (["language.code=xx"], ("language: CLDR has no English name for the code 'xx'", "give language.name")),
         # Found before any file is read.
         (["language={code: xx, name: Nothing}"], ("language.code: language 'xx' is not supported",)),
     ],

@@ -36,6 +36,13 @@ def left_in(config: Config) -> list[str]:
     return list(marked(config.model_dump(mode="json")))
 
 
+def test_a_file_may_be_named_like_a_reference(transllm: Command, tiny_model: Path) -> None:
+    Path("a${b}.txt").write_bytes(Path(TEXT).read_bytes())
+    code, printed = transllm("init", "mine.yaml", "--model", tiny_model, "--language", "th", "--text", "a${b}.txt")
+    assert code == 0, printed
+    assert [source.path for source in load_config(Path("mine.yaml")).pretrain.sources] == ["a${b}.txt"]
+
+
 def test_all_that_is_given_makes_a_config_that_runs(transllm: Command, tiny_model: Path) -> None:
     given = ("--text", TEXT, "--pairs", PAIRS, "--instructions", INSTRUCTIONS)
     code, printed = transllm("init", "mine.yaml", "--model", tiny_model, "--language", "th", *given)

@@ -28,7 +28,7 @@ from transllm_jax.commands.given_data import (
 from transllm_jax.commands.open_model import open_source, tokenizer_of
 from transllm_jax.commands.sizes import MEDIUM, Given, Sizes, cpu_hours, sizes_for
 from transllm_jax.config.load import parse_config
-from transllm_jax.config.marks import MARK, marked
+from transllm_jax.config.marks import MARK, escaped, marked
 from transllm_jax.conversion.fetch import pypi_parts
 from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import write_text
@@ -380,8 +380,8 @@ def _training(stage: Any, comment: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """A value as JSON, which YAML reads."""
-    return json.dumps(value, ensure_ascii=False)
+    """A value as JSON, which a config reads as it is."""
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def _flow(entry: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from transllm_jax.config.marks import MARK, require_values
+from transllm_jax.config.references import resolved
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Section
 from transllm_jax.errors import UserError
@@ -49,7 +50,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply `key.path=value` overrides (values are YAML).
+    """Read a config file, apply `key.path=value` overrides (values are YAML), then resolve `${key.path}`.
 
     Raises UserError that names the file and the key path, and says how to fix it.
     """
@@ -77,7 +78,9 @@ def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config
     for override in overrides:
         _override(tree, override, given)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(resolved(tree))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except ValidationError as error:
         if any(fault["input"] == MARK for fault in error.errors()):
             require_values(tree, str(path))
@@ -144,6 +147,8 @@ def _explain(error: ValidationError) -> str:
 
     faults = []
     for fault in error.errors():
+        if fault["type"] == "default_factory_not_called":  # it follows from another key, which is a fault itself
+            continue
         path = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
             known = _fields(fault["loc"][:-1])

@@ -1,4 +1,4 @@
-"""Marks in a config: `???` stands for a value that is still to be given. `transllm init` writes them."""
+"""Marks in a config: `???` stands for a value that is still to be given, and `${` begins a reference to a key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transllm_jax.errors import UserError
 
-# As in OmegaConf and Hydra.
+# As in OmegaConf and Hydra. `transllm init` writes it.
 MARK = "???"
 
 
@@ -31,3 +31,8 @@ def require_values(tree: Any, where: str) -> None:
             f"{where}: {'this key is' if one else 'these keys are'} still {MARK}: {', '.join(left)}; "
             f"give {'it a value' if one else 'them values'} in the file, or on the command line as key=value"
         )
+
+
+def escaped(text: str) -> str:
+    """A config's text in which `${` is written as `$${`, which begins no reference."""
+    return text.replace("${", "$${")

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from transllm_jax.choices import Attention
+from transllm_jax.config.marks import escaped
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
     ChatModel,
@@ -47,7 +48,7 @@ class Config(Section):
     """The date for chat templates that write one. By default the day on which the run began, which is kept in run.yaml
     and used again when the run is resumed.
     """
-    language: Language = Language()
+    language: Language = Field(default_factory=Language)
     """The target language."""
     markers: MarkerNames = MarkerNames()
     """The special tokens of the translation chain."""
@@ -108,5 +109,5 @@ class Config(Section):
         return self.markers.target or f"<{self.language.code.upper()}>"
 
     def to_yaml(self) -> str:
-        """The resolved config, as `run.yaml` keeps it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved config, as `run.yaml` keeps it: a config itself."""
+        return escaped(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
+from transllm_jax.config.marks import MARK
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
@@ -294,13 +295,34 @@ class MarkerNames(Section):
         return self
 
 
+def _english_name(language: dict[str, Any]) -> str:
+    """The name of a language's `code`; empty if CLDR has none, or if the code itself is wrong."""
+    # Not at the top: a config that gives the name does not need Babel.
+    from transllm_jax.tokenizer.scripts import language_name
+
+    return language_name(str(language.get("code"))) or ""
+
+
 class Language(Section):
     """The target language."""
 
     code: str = "th"
     """An ISO 639 code or a tag such as `zh-Hant`. The scripts of the new tokens follow from it, unless they are named.
     """
-    name: str = "Thai"
-    """The language's name in English, as prompts and the report write it."""
+    name: str = Field(default_factory=_english_name)
+    """The language's name in English, as prompts and the report write it. By default CLDR's name of the code: `ar` is
+    Arabic.
+    """
     scripts: list[str] = []
     """The scripts by Unicode's names, such as `Thai` or `Cyrillic`, in place of those that the code implies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_have_no_name(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if k != "name" or v is not None} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Language:
+        if not self.name and self.code != MARK:
+            raise ValueError(f"CLDR has no English name for the code {self.code!r}; correct it, or give language.name")
+        return self
