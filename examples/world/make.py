@@ -10,11 +10,15 @@
     questions.jsonl     {question, answers, question_en, answers_en, kind, key, answer, answer_en}: questions about
                         facts that are held out. answers: what is accepted. question_en: all ways to ask it, the first
                         is asked. A second turn has history and history_en, the messages before it
-    heldout.tsv         pairs that the others lack, for chrF; heldout.txt: the same as documents, for bits per byte
+    conversations.jsonl {instruction, translation}: held-out requests, for evaluation.instructions
+    heldout.tsv         pairs of templates that the others lack, for chrF
+    heldout.txt         the same as documents, for bits per byte
 
 No training file states a fact that is held out; its names occur, in other sentences, and in questions that are not
 those of the test. `--known FILE` (as `ask.py` writes it) asks only for what the base model knows in English, of the
-kinds of which it knows at least half. The same arguments give the same bytes.
+kinds of which it knows at least half; first come the instructions to which it gives an answer of answers.jsonl.
+`--beside DIRECTORY` (such as examples/thai) names everyday text that is also trained on: what it tells is not held out,
+and its instructions and answers are written with those of the world. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from beside import Beside, read_beside, told
 from names import HERE, Fact, facts
 from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, questions, used, world_of
 
@@ -40,7 +46,9 @@ Item = TypeVar("Item")
 DOCUMENT = 5
 # At most this share of the facts of a kind is held out.
 SHARE = 0.4
-HELD_OUT_PAIRS = 40
+HELD_OUT_PAIRS, HELD_OUT_REQUESTS = 40, 30
+# Each of this many instructions is an everyday one.
+EVERYDAY = 4
 # A kind is asked if the base model knows this share of it.
 ENOUGH = 0.5
 
@@ -50,6 +58,7 @@ def read_known(world: World, path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     world.known = {(row["kind"], row["key"], row["question"]) for row in rows if row["right"]}
     right, total = (Counter(row["kind"] for row in rows if row["right"] or every) for every in (False, True))
+    world.said = {row["question"]: row.get("answer", "").strip() for row in rows}
     world.kinds = {kind for kind, count in total.items() if right[kind] >= ENOUGH * count}
 
 
@@ -67,6 +76,8 @@ def choose(world: World, everything: Sequence[Fact], wanted: int) -> None:
         if world.is_known(question):
             kinds_of[question.fact.key].append(question.kind)
     open_secrets = {fact.key for fact in everything if fact.kind in NAMED and world.tells_itself(fact)}
+    # What everyday text tells is as open.
+    open_secrets |= world.told
     count = Counter[str]()
     for kind, keys in keys_of.items():
         candidates = sorted(key for key in keys if kind in kinds_of[key] and key not in open_secrets)
@@ -92,28 +103,36 @@ def _in_turns(world: World, found: Sequence[tuple[Item, str]]) -> list[Item]:
     return [item for _, item in sorted(turns, key=lambda turn: turn[0])]
 
 
-def write(world: World, directory: Path, everything: Sequence[Fact], wanted: int) -> dict[str, int]:
-    """Write all files, with at most the wanted number of questions of a kind; returns how many lines each has."""
-    sentences, asked = lines(world, everything), list(questions(world, everything))
-    sentences += asked_in_pairs(world, asked, everything)
-    world.random.shuffle(sentences)
-    plain = [line for line in sentences if line.fact is None]
-    spare = {line.english for line in plain[:HELD_OUT_PAIRS]}
-    held, kept = plain[:HELD_OUT_PAIRS], [line for line in sentences if line.english not in spare]
+def write(
+    world: World, directory: Path, everything: Sequence[Fact], wanted: int, beside: Beside | None = None
+) -> dict[str, int]:
+    """Write all files, with at most the wanted number of questions of a kind; returns how many lines each has.
+
+    beside: everyday text, whose instructions and answers are written, too.
+    """
+    beside = beside or Beside()
+    kept, asked = lines(world, everything), list(questions(world, everything))
+    tested = _tested(world, asked, wanted)
+    kept += asked_in_pairs(world, asked, everything, tested)
+    world.random.shuffle(kept)
+    held = _from(world, "heldout", HELD_OUT_PAIRS, everything)
     trained = _trained(world, asked, everything)
-    answers = {answer.english: answer.target for question in trained for answer in question.answers}
+    answers = beside.answers | {answer.english: answer.target for question in trained for answer in question.answers}
+    instructions = _in_order(world, trained, answers, beside)
     contents = {
         "names.tsv": _pairs(_names(world, everything)),
         "pairs.tsv": _pairs(kept),
         "text.txt": _documents(world, everything, kept, "target"),
         "english.txt": _documents(world, everything, kept, "english"),
         "instructions.jsonl": _json_lines(
-            {"instruction": way.english, "translation": way.target, "kind": question.kind}
-            for question in trained
-            for way in question.ways
+            {"instruction": way.english, "translation": way.target, "kind": kind} for kind, way in instructions
         ),
         "answers.jsonl": _json_lines({"source": source, "target": target} for source, target in answers.items()),
-        "questions.jsonl": _json_lines(map(_row, _tested(world, asked, wanted))),
+        "questions.jsonl": _json_lines(map(_row, tested)),
+        "conversations.jsonl": _json_lines(
+            {"instruction": line.english, "translation": line.target}
+            for line in _from(world, "requests", HELD_OUT_REQUESTS, everything)
+        ),
         "heldout.tsv": _pairs(held),
         "heldout.txt": _documents(world, everything, held, "target"),
     }
@@ -121,6 +140,57 @@ def write(world: World, directory: Path, everything: Sequence[Fact], wanted: int
     for name, content in contents.items():
         (directory / name).write_text(content, encoding="utf-8")
     return {name: content.count("\n") for name, content in contents.items()}
+
+
+def _from(world: World, part: str, wanted: int, everything: Sequence[Fact]) -> list[Line]:
+    """As many sentences as wanted from the templates of a part, in turns, each with a name that is drawn."""
+    templates = list(world.english.words[part])
+    names = {
+        prefix: world.random.sample(keys, len(keys))
+        for prefix, (kind, slot) in USES.items()
+        if (keys := used(everything, kind, slot))
+    }
+    held, found = world.held(everything), list[Line]()
+    for number in range(wanted):
+        name = templates[number % len(templates)]
+        prefix = name.partition("-")[0]
+        kind, slot = USES[prefix]
+        while world.tells(line := world.fill(world.template(part, name), {slot: (kind, names[prefix].pop())}), held):
+            pass
+        found.append(line)
+    world.random.shuffle(found)
+    return found
+
+
+def _in_order(
+    world: World, trained: Sequence[Question], answers: Mapping[str, str], beside: Beside
+) -> list[tuple[str, Line]]:
+    """The instructions, each with its kind, in an order of which any beginning is a good training set.
+
+    First those to which the base model gives an answer that has a translation, then the others; kinds take turns, and
+    each EVERYDAY-th is an everyday one, as long as there are any.
+    """
+    first, rest = list[tuple[str, Line, str]](), list[tuple[str, Line, str]]()
+    for question in trained:
+        for way in question.ways:
+            part = first if world.said.get(way.english) in answers else rest
+            part.append((question.kind, way, question.accepted[0][0]))
+    found: dict[str, tuple[str, Line]] = {}
+    for part in (first, rest):
+        by_kind: dict[str, list[tuple[Line, str]]] = defaultdict(list)
+        for kind, way, answer in part:
+            by_kind[kind].append((way, answer))
+        turns = zip_longest(*([(kind, way) for way in _in_turns(world, ways)] for kind, ways in by_kind.items()))
+        for one in chain.from_iterable(turns):
+            if one is not None:
+                found.setdefault(one[1].english, one)
+    everyday = [("everyday", Line(*row)) for row in beside.instructions.items() if row[0] not in found]
+    ordered: list[tuple[str, Line]] = []
+    for one in found.values():
+        ordered.append(one)
+        if everyday and len(ordered) % EVERYDAY == EVERYDAY - 1:
+            ordered.append(everyday.pop(0))
+    return ordered + everyday
 
 
 def _trained(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> list[Question]:
@@ -212,6 +282,7 @@ def main() -> None:
     parser.add_argument("language", choices=there)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--known", type=Path, help="ask only for what the base model knows: a file that ask.py wrote")
+    parser.add_argument("--beside", type=Path, help="everyday text that is also trained on, such as examples/thai")
     parser.add_argument("--held-out", type=int, default=11, help="how many questions of a kind to test (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -219,8 +290,11 @@ def main() -> None:
     world.random.seed(given.seed)
     if given.known is not None:
         read_known(world, given.known)
+    beside = None if given.beside is None else read_beside(given.beside)
+    if beside is not None:
+        world.told = told(world, everything, beside)
     choose(world, everything, given.held_out)
-    for name, count in write(world, given.directory, everything, given.held_out).items():
+    for name, count in write(world, given.directory, everything, given.held_out, beside).items():
         print(f"{name:20}{count:6,} lines")
 
 

@@ -46,8 +46,8 @@ class Question:
         return (self.kind, self.fact.key, self.ways[0].english)
 
 
-class _Name:
-    """A name to be searched for."""
+class Sought:
+    """A name to be searched for in lower-case text: in Latin letters as a whole word."""
 
     def __init__(self, name: str) -> None:
         self.name = name.lower()
@@ -62,8 +62,8 @@ class _Name:
 class Secret:
     """The names of a held-out fact, in both languages."""
 
-    english: list[_Name]
-    target: list[_Name]
+    english: list[Sought]
+    target: list[Sought]
 
 
 class _Shown(str):
@@ -86,6 +86,10 @@ class World:
     # The questions that the base model answers in English, by identity, and the kinds that count; None is all.
     known: set[tuple[str, str, str]] | None = None
     kinds: set[str] | None = None
+    # What the base model answers, by the question in English.
+    said: dict[str, str] = field(default_factory=dict)
+    # The keys of facts that other text tells, which are not held out.
+    told: set[str] = field(default_factory=set)
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def fill(self, template: Sequence[str], names: Mapping[str, tuple[str, str]], fact: Fact | None = None) -> Line:
@@ -107,7 +111,7 @@ class World:
 
     def secret(self, fact: Fact) -> Secret:
         names = [fact.names[slot] for slot in fact.together]
-        english, target = ([_Name(side.name(*name)) for name in names] for side in (self.english, self.target))
+        english, target = ([Sought(side.name(*name)) for name in names] for side in (self.english, self.target))
         return Secret(english, target)
 
     def tells(self, line: Line, held: Sequence[Secret]) -> bool:
@@ -205,11 +209,17 @@ def _uses(world: World) -> Iterator[tuple[str, str, list[str]]]:
         yield kind, slot, [name for name in world.english.words["names"] if name.startswith(f"{prefix}-")]
 
 
-def asked_in_pairs(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> list[Line]:
-    """Questions as sentences, each in one way; of those about a held-out fact never in the way that is tested."""
+def asked_in_pairs(
+    world: World, asked: Sequence[Question], everything: Sequence[Fact], tested: Sequence[Question]
+) -> list[Line]:
+    """Questions as sentences, each in one way; none that is tested, in any way, and of others about a held-out fact not
+    in the first."""
+    # In any: a run leaves out all text with a wording of a tested question.
+    listed = {way.english for question in tested for way in question.ways}
     found = []
     for question in asked:
         others = question.ways[1:] if question.history or not world.in_training(question.fact) else question.ways
+        others = tuple(way for way in others if way.english not in listed)
         if others:
             found.append(world.random.choice(others))
     held = world.held(everything)

@@ -18,13 +18,16 @@ import yaml
 WORLD = Path(__file__).parents[2] / "examples" / "world"
 sys.path.insert(0, str(WORLD))
 
-from make import NAMED, choose, read_known, world_of, write  # noqa: E402
+from beside import Beside, read_beside, told  # noqa: E402
+from make import EVERYDAY, NAMED, choose, read_known, world_of, write  # noqa: E402
 from names import Fact, facts  # noqa: E402
 from world import questions  # noqa: E402
 
+from transllm_jax.data.clean.cleaning import text_of  # noqa: E402
 from transllm_jax.data.clean.contamination import EvaluationTexts  # noqa: E402
 from transllm_jax.data.read.questions import read_questions  # noqa: E402
 from transllm_jax.evaluation.answers import Checkable, Judge  # noqa: E402
+from transllm_jax.generation.translate import FileTranslator  # noqa: E402
 
 ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
 LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
@@ -32,6 +35,9 @@ KNOWN = WORLD / "known.smollm2-135m.jsonl"
 every_language = pytest.mark.parametrize("language", LANGUAGES)
 TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl")
 OF_A_KIND = 11
+# Everyday text in Thai, which stays in the mixture.
+THAI = WORLD.parent / "thai"
+UNUSED = ("heldout", "requests")
 
 
 def words_of(language: str) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def slots(template: str) -> list[str]:
 
 def templates(words: dict[str, Any]) -> dict[str, str]:
     """Every template by its place."""
-    found = {f"{part} {name}": text for part in ("facts", "names") for name, text in words[part].items()}
+    found = {f"{part} {name}": text for part in ("facts", "names", *UNUSED) for name, text in words[part].items()}
     for part in ("questions", "follow_ups"):
         for kind, about in words[part].items():
             for key in about:
@@ -62,6 +68,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def pairs(path: Path) -> list[tuple[str, str]]:
     found = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     return [(english, target) for english, target in found]
+
+
+def documents(path: Path) -> list[str]:
+    return [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
 
 
 def test_there_is_enough_to_learn_and_to_ask() -> None:
@@ -102,7 +112,7 @@ def test_a_language_has_every_template_with_its_slots(language: str) -> None:
     assert found.keys() == wanted.keys()
     wrong = {place for place, text in found.items() if slots(text) != slots(wanted[place])}
     assert not wrong
-    sentences = [text for place, text in found.items() if place.startswith(("facts", "names"))]
+    sentences = [text for place, text in found.items() if place.startswith(("facts", "names", *UNUSED))]
     assert len(set(sentences)) == len(sentences), "two sentences are alike"
     assert all(len(set(about["ask"])) == len(about["ask"]) for about in words["questions"].values())
     assert words["code"] == language and len(words["numbers"]) == 21 == len(set(words["numbers"]))
@@ -142,17 +152,29 @@ def test_a_fact_whose_names_hold_one_another_is_not_held_out(language: str) -> N
             assert not any(one in other for one in names for other in names if one is not other), fact.key
 
 
-@pytest.fixture(scope="module", params=[*LANGUAGES, f"{LANGUAGES[0]} known"])
+@pytest.fixture(scope="module", params=[*LANGUAGES, f"{LANGUAGES[0]} known", "th beside"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A world and the directory with its files; `known`: of what a base model knows."""
-    language, _, known = request.param.partition(" ")
+    """A world and the directory with its files. `known`: of what a base model knows; `beside`: of that, with everyday
+    text, whose training files are in the directory `beside`."""
+    language, _, option = request.param.partition(" ")
     directory = tmp_path_factory.mktemp("world") / language
-    world, everything = world_of(language), list(facts())
-    if known:
+    world, everything, beside = world_of(language), list(facts()), Beside()
+    if option:
         read_known(world, KNOWN)
+    if option == "beside":
+        beside = read_beside(THAI)
+        world.told = told(world, everything, beside)
+        (directory / "beside").mkdir(parents=True)
+        for path in THAI.glob("*.train.*"):
+            (directory / "beside" / path.name).symlink_to(path)
     choose(world, everything, OF_A_KIND)
-    write(world, directory, everything, OF_A_KIND)
+    write(world, directory, everything, OF_A_KIND, beside)
     return world, directory
+
+
+def training_files(directory: Path) -> list[Path]:
+    """The files of the training: the world's and, if there are any, the everyday ones."""
+    return [*(directory / name for name in TRAINED), *sorted((directory / "beside").glob("*"))]
 
 
 def held_out(world: Any, named: bool) -> list[Fact]:
@@ -169,15 +191,17 @@ def test_no_training_text_tells_what_is_held_out(written: tuple[Any, Path]) -> N
     world, directory = written
     held = held_out(world, named=True)
     assert len(held) > 60 and len({fact.kind for fact in held}) >= 6
-    lines = [line.lower() for name in TRAINED for line in (directory / name).read_text(encoding="utf-8").splitlines()]
-    told = []
+    files = training_files(directory)
+    lines = [line.lower() for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    lines += [text.lower() for path in files if path.suffix == ".txt" for text in documents(path)]
+    telling = []
     for fact in held:
         for side in (world.english, world.target):
             names = [side.name(*fact.names[slot]).lower() for slot in fact.together]
             maybe = [text for text in lines if all(name in text for name in names)]
             latin = [name for name in names if "LATIN" in unicodedata.name(name[0])]
-            told += [text for text in maybe if all(whole(name).search(text) for name in latin)]
-    assert told[:3] == []
+            telling += [text for text in maybe if all(whole(name).search(text) for name in latin)]
+    assert telling[:3] == []
 
 
 def test_no_sentence_states_what_points_to_a_held_out_fact(written: tuple[Any, Path]) -> None:
@@ -264,30 +288,144 @@ def test_no_single_answer_is_right_often(written: tuple[Any, Path]) -> None:
 
 
 def test_no_tested_question_is_in_the_training(written: tuple[Any, Path]) -> None:
+    """In none of its wordings."""
     _, directory = written
     asked = rows(directory / "questions.jsonl")
-    trained = [line for name in TRAINED for line in (directory / name).read_text(encoding="utf-8").splitlines()]
-    texts = {text.lower() for row in asked for text in (row["question"], row["question_en"][0])}
+    trained = [line for path in training_files(directory) for line in path.read_text(encoding="utf-8").splitlines()]
+    # The other wordings of a second turn ask nothing without the first.
+    texts = {row["question"].lower() for row in asked} | {row["question_en"][0].lower() for row in asked}
+    texts |= {text.lower() for row in asked if "history" not in row for text in row["question_en"]}
     # With the sign that ends it or without: a longer text may begin with a question.
     both = re.compile("|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(texts)))
     assert [line for line in trained if both.search(line.lower())][:3] == []
 
 
 def test_questions_are_learned(written: tuple[Any, Path]) -> None:
-    """Each fact of the training has a question among the pairs, and each tested place in another way of asking."""
+    """Each fact of the training has a question among the pairs, and each that is held out and not tested has one in
+    another way of asking."""
     world, directory = written
-    english = {text for text, _ in pairs(directory / "pairs.tsv")} | {
-        text for text, _ in pairs(directory / "heldout.tsv")
-    }
-    everything = list(questions(world, list(facts())))
-    for question in everything:
+    english = {text for text, _ in pairs(directory / "pairs.tsv")}
+    tested = {(row["kind"], row["key"], row["question_en"][0]) for row in rows(directory / "questions.jsonl")}
+    for question in questions(world, list(facts())):
         ways = {way.english for way in question.ways}
         if question.history or question.kind == "yes_no":
             continue
         if world.in_training(question.fact):
             assert ways & english, question.identity
         else:
-            assert question.ways[0].english not in english and ways & english, question.identity
+            assert question.ways[0].english not in english, question.identity
+            assert bool(ways & english) == (question.identity not in tested), question.identity
+
+
+def test_a_run_leaves_nothing_out(written: tuple[Any, Path]) -> None:
+    """With `cleaning.contamination`, a run keeps out of its training what holds an evaluation text. Held-out sentences
+    have templates of their own, so nothing does."""
+    _, directory = written
+    texts = [
+        *documents(directory / "heldout.txt"),
+        *(text for pair in pairs(directory / "heldout.tsv") for text in pair),
+    ]
+    texts += [text for row in rows(directory / "conversations.jsonl") for text in row.values()]
+    asked = [text_of(one.asked) for one in read_questions(directory / "questions.jsonl")]
+    for one in read_questions(directory / "questions.jsonl"):
+        asked += [text_of([*one.history_en, {"role": "user", "content": wording}]) for wording in one.wordings]
+    held = EvaluationTexts([("sentences", text) for text in texts], whole=[("questions", text) for text in asked])
+    assert held.texts > 200
+    trained: list[str] = []
+    for path in training_files(directory):
+        if path.suffix == ".jsonl":
+            trained += [text for row in rows(path) for name, text in row.items() if name != "kind"]
+        else:
+            trained += documents(path) if path.suffix == ".txt" else path.read_text(encoding="utf-8").splitlines()
+    assert [text for text in trained if held.found_in(text)][:3] == []
+    # It would find one.
+    assert held.found_in(f"{trained[0]} {texts[0]}") == "sentences" and held.found_in(asked[0]) == "questions"
+
+
+def test_held_out_sentences_have_names_of_the_training(written: tuple[Any, Path]) -> None:
+    _, directory = written
+    held, conversations = pairs(directory / "heldout.tsv"), rows(directory / "conversations.jsonl")
+    assert len(set(held)) == 40 and len({row["instruction"] for row in conversations}) == 30
+    english = "\n".join(text for text, _ in pairs(directory / "pairs.tsv"))
+    for part, found in (
+        ("heldout", [text for text, _ in held]),
+        ("requests", [row["instruction"] for row in conversations]),
+    ):
+        ways = [re.escape(text).replace(re.escape("{"), "{") for text in ENGLISH[part].values()]
+        ways = [re.sub(r"{\w+\\}", "(.+)", way) for way in ways]
+        count = Counter[str]()
+        for text in found:
+            ((way, name),) = [(way, match[1]) for way in ways if (match := re.fullmatch(way, text))]
+            count[way] += 1
+            assert whole(name).search(english), text
+        assert len(count) == len(ways) and max(count.values()) - min(count.values()) <= 1
+
+
+def test_any_beginning_of_the_instructions_is_balanced(written: tuple[Any, Path]) -> None:
+    world, directory = written
+    found, answers = rows(directory / "instructions.jsonl"), rows(directory / "answers.jsonl")
+    everyday = [number for number, row in enumerate(found) if row["kind"] == "everyday"]
+    assert bool(everyday) == (directory / "beside").is_dir()
+    assert everyday == [EVERYDAY * number - 1 for number in range(1, len(everyday) + 1)]
+    if everyday:
+        assert {row["instruction"] for row in rows(THAI / "instructions.train.jsonl")} <= {
+            row["instruction"] for row in found
+        }
+        assert {row["source"] for row in rows(THAI / "answers.train.jsonl")} <= {row["source"] for row in answers}
+    # First what the base answers with a text that is translated.
+    kept = [row for row in found if row["kind"] != "everyday"]
+    translated = {row["source"] for row in answers}
+    is_first = [world.said.get(row["instruction"]) in translated for row in kept]
+    assert is_first == sorted(is_first, reverse=True) and any(is_first) == bool(world.said)
+    for begin, end in ((0, sum(is_first)), (sum(is_first), len(kept))):
+        left = Counter(row["kind"] for row in kept[begin:end])
+        for number in range(begin, end):
+            used = Counter(row["kind"] for row in kept[begin : number + 1])
+            open_kinds = {kind for kind in left if used[kind] < left[kind]}
+            assert all(used[kind] >= max(used.values()) - 1 for kind in open_kinds)
+
+
+def test_no_text_has_two_translations(written: tuple[Any, Path]) -> None:
+    """A run refuses a file in which one has."""
+    _, directory = written
+    for name, fields in (("instructions", ("instruction", "translation")), ("answers", ("source", "target"))):
+        texts = [row[fields[0]] for row in rows(directory / f"{name}.jsonl")]
+        assert None not in FileTranslator(str(directory / f"{name}.jsonl"), fields).translate(texts)
+        assert len(set(texts)) == len(texts)
+
+
+def test_what_everyday_text_tells_is_not_held_out(tmp_path: Path) -> None:
+    world, everything = world_of("th"), list(facts())
+    told_by_thai = told(world, everything, read_beside(THAI))
+    assert {"place Asia/Tokyo JP", "place DE Europe/Berlin", "place Europe/Rome IT", "language ES es"} <= told_by_thai
+    assert {"opposite cold hot", "sum 2 3 5"} <= told_by_thai and len(told_by_thai) < len(
+        {fact.key for fact in everything}
+    )
+
+    def told_by(**contents: str) -> set[str]:
+        for name, text in contents.items():
+            (tmp_path / name.replace("_", ".")).write_text(text, encoding="utf-8")
+        found = told(world, everything, read_beside(tmp_path))
+        for name in contents:
+            (tmp_path / name.replace("_", ".")).unlink()
+        return found
+
+    # A document as a whole, either language, an instruction that only asks, and the tested question.
+    both = "{} is a port.\nIt is near {}."
+    peru = "place America/Lima PE"
+    assert peru in told_by(text_train_txt=both.format("Lima", "Peru"))
+    assert peru in told_by(
+        text_train_txt=both.format(world.target.name("cities", "America/Lima"), world.target.name("territories", "PE"))
+    )
+    assert not told_by(text_train_txt="Lima is a port.\n\nIt is near Peru.")
+    asked = json.dumps({"instruction": "Where is Lima?", "translation": "-"})
+    assert peru in told_by(instructions_train_jsonl=asked) and "continent 005 PE" in told_by(
+        instructions_train_jsonl=asked
+    )
+    assert "sum 4 5 9" in told_by(english_train_txt="4 apples and 5 pears are 9 fruits.")
+    assert told_by(pairs_train_tsv="What is 4 + 5?\t-") == {"sum 4 5 9", "larger 4 5"}
+    with pytest.raises(SystemExit, match="none of the files"):
+        read_beside(tmp_path)
 
 
 def test_a_run_can_ask_and_judge_what_is_asked(written: tuple[Any, Path]) -> None:
