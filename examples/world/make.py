@@ -61,8 +61,7 @@ def of_countries(world: World, everything: Sequence[Fact], number: int) -> list[
     known = Counter(
         fact.names["country"][1]
         for fact in everything
-        if "country" in fact.names
-        and any((kind, key) == (fact.kind, fact.key) for kind, key, _ in world.known or ())
+        if "country" in fact.names and any((kind, key) == (fact.kind, fact.key) for kind, key, _ in world.known or ())
     )
     countries = dict.fromkeys(fact.names["country"][1] for fact in everything if fact.kind == "capital")
     kept = sorted(countries, key=lambda country: -known[country])[:number]
