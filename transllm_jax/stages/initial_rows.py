@@ -12,7 +12,17 @@ from transllm_jax.conversion.hf.safetensors_io import dtype_of
 from transllm_jax.conversion.token_rows import TokenRows, open_token_rows
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble
-from transllm_jax.stages.new_rows import calibrated, mean_rows, random_rows, text_states, token_counts, weighted_rows
+from transllm_jax.stages.alignment import align
+from transllm_jax.stages.new_rows import (
+    aligned_rows,
+    calibrated,
+    lifted,
+    mean_rows,
+    random_rows,
+    text_states,
+    token_counts,
+    weighted_rows,
+)
 from transllm_jax.stages.points import token_ids
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.growing.expand import Expansion
@@ -42,8 +52,10 @@ def add_new_rows(
             trainable[path] = mean_rows(table, pieces)
     if config.initial_rows == "copy":
         return _copy(run, expansion, trainable)
-    if config.initial_rows == "calibrated" and config.english is not None:
-        return _calibrate(run, expansion.tokenizer, trainable, documents, config.english)
+    if config.initial_rows == "calibrated":
+        return _calibrate(run, expansion.tokenizer, trainable, documents)
+    if config.initial_rows == "aligned":
+        return _align(run, expansion, trainable, documents)
     return {config.initial_rows: len(pieces)}
 
 
@@ -81,19 +93,45 @@ def _copy(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray]) -> R
     return {"copy": int(known.sum()), "mean": int((~known).sum())}
 
 
-def _calibrate(
-    run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str], english: Source
-) -> RowsMade:
+def _calibrate(run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> RowsMade:
     """Calibrate the new output rows with the tokens' counts in the corpus (see `new_rows.calibrated`)."""
-    models, base = run.models, run.models.config
-    path = "vocabulary.new" if base.tie_word_embeddings else "vocabulary.output_new"
-    split = assemble(base, models.frozen, lora=models.lora, trainable=trainable, layout=models.layout)
-    counts = token_counts(tokenizer, documents, base.vocab_size, len(trainable[path]))
-    trainable[path] = calibrated(
-        trainable[path],
-        counts,
-        text_states(split, tokenizer, documents),
-        text_states(split, tokenizer, run.inputs.read_english(english, "vocabulary")),
-        base_tables(run)[path][token_ids(run.models.tokenizer("base"))],
-    )
+    path, counts, *states = _output_rows(run, tokenizer, trainable, documents)
+    trainable[path] = calibrated(trainable[path], counts, *states)
     return {"calibrated": int((counts > 0).sum()), "mean": int((counts == 0).sum())}
+
+
+def _align(run: Run, expansion: Expansion, trainable: dict[str, np.ndarray], documents: Sequence[str]) -> RowsMade:
+    """Move the rows in `trainable` to where the pairs say that their meaning is (see `new_rows.aligned_rows`)."""
+    base, first = run.models.tokenizer("base"), run.models.config.vocab_size
+    pairs = [pair for source in _pairs(run) for pair in run.inputs.read(source, "vocabulary")]
+    found = align(pairs, expansion.tokenizer, base, first, len(expansion.pieces))
+    for path, table in base_tables(run).items():
+        trainable[path] = aligned_rows(trainable[path], table, found.meanings)
+    path, counts, *states = _output_rows(run, expansion.tokenizer, trainable, documents)
+    trainable[path] = lifted(trainable[path], counts, found.inside, *states)
+    aligned = sum(bool(meanings) for meanings in found.meanings)
+    return {"aligned": aligned, "mean": len(found.meanings) - aligned}
+
+
+def _pairs(run: Run) -> list[Source]:
+    return [source for source in run.config.vocabulary.corpus if source.format == "pairs"]
+
+
+def _output_rows(
+    run: Run, tokenizer: Tokenizer, trainable: dict[str, np.ndarray], documents: Sequence[str]
+) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What a prior needs: the path of the new output rows, how often the corpus has each token, the last hidden states
+    on text in the target language and in English, and the base's output rows."""
+    models, section = run.models, run.config.vocabulary
+    path = "vocabulary.new" if models.config.tie_word_embeddings else "vocabulary.output_new"
+    split = assemble(models.config, models.frozen, lora=models.lora, trainable=trainable, layout=models.layout)
+    # Without a source of English text, that of the pairs.
+    sources = [section.english] if section.english is not None else _pairs(run)
+    english = [text for source in sources for text in run.inputs.read_english(source, "vocabulary")]
+    return (
+        path,
+        token_counts(tokenizer, documents, models.config.vocab_size, len(trainable[path])),
+        text_states(split, tokenizer, documents),
+        text_states(split, tokenizer, english),
+        base_tables(run)[path][token_ids(models.tokenizer("base"))],
+    )
