@@ -22,18 +22,34 @@ class Fact:
     """A fact: the kind of question that asks for it, and what it is about by slot.
 
     names: slot -> (kind of name, key), which `Names.name` looks up. together: the slots whose names make the fact; a
-    text that holds all of these names, and no question, tells it. A held-out fact is in no training text.
+    text that holds all of these names, and no question, tells it. A held-out fact is in no training text. of: the slots
+    that make its key, if others than `together`. by: keys of facts from which it follows, together with its own; it is
+    in no training text if one of them is held out.
     """
 
     kind: str
     names: Mapping[str, tuple[str, str]]
     together: tuple[str, ...]
+    of: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """What the fact is, whatever kind asks for it: `place Asia/Tokyo JP`."""
-        kind = "place" if self.kind in ("capital", "country") else self.kind
-        return " ".join([kind, *sorted(self.names[slot][1] for slot in self.together)])
+        """What the fact is, whatever kind asks for it: `place Asia/Tokyo JP`.
+
+        The language of a capital is that of its country, and a city's continent that of its country.
+        """
+        kind = _SAME.get(self.kind, self.kind)
+        return " ".join([kind, *sorted(self.names[slot][1] for slot in self.of or self.together)])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its key, and those of the facts from which it follows."""
+        return (self.key, *self.by)
+
+
+# Kinds of question about one kind of fact.
+_SAME = {"capital": "place", "country": "place", "city_language": "language", "city_continent": "continent"}
 
 
 @dataclass(frozen=True)
@@ -52,14 +68,18 @@ class Names:
         return {}
 
     def name(self, kind: str, key: str) -> str:
-        """The name of a territory, city (a time zone), language, currency, month (1 to 12), day (0 to 6) or number."""
+        """The name of a territory, city (a time zone), language, currency, month (1 to 12), day (0 to 6), number or
+        word."""
         if (kind, key) not in self._found:
-            self._found[kind, key] = self._look_up(kind, key)
+            prefix = (self.words.get("prefix") or {}).get(kind, "")
+            self._found[kind, key] = prefix + self._look_up(kind, key)
         return self._found[kind, key]
 
     def _look_up(self, kind: str, key: str) -> str:
         if kind == "numbers":
             return str(self.words["numbers"][int(key)])
+        if kind == "words":
+            return str(self.words["opposites"][key]) if self.code != "en" else key
         renamed = (self.words.get("rename") or {}).get(kind) or {}
         if key in renamed:
             return str(renamed[key])
@@ -78,19 +98,34 @@ def facts() -> Iterator[Fact]:
     capitals = {country: zone for found in world["capitals"].values() for country, zone in found.items()}
     continents = {country: part for part, found in world["capitals"].items() for country in found}
     continents |= world["continents"]
+    cities: dict[tuple[str, str], str] = {}
     for country, zone in capitals.items():
         place = {"country": ("territories", country), "capital": ("cities", zone), "city": ("cities", zone)}
-        yield Fact("capital", place, ("country", "capital"))
+        yield (fact := Fact("capital", place, ("country", "capital")))
+        cities[country, zone] = fact.key
     for country, zones in world["cities"].items():
         for zone in zones:
-            yield Fact("country", {"country": ("territories", country), "city": ("cities", zone)}, ("country", "city"))
+            names = {"country": ("territories", country), "city": ("cities", zone)}
+            yield (fact := Fact("country", names, ("country", "city")))
+            cities[country, zone] = fact.key
     for country, part in continents.items():
         names = {"country": ("territories", country), "continent": ("territories", part)}
         yield Fact("continent", names, ("country", "continent"))
+    for (country, zone), place_key in cities.items():
+        # Turkey has no continent here, and Russia's cities lie in two.
+        if country not in continents or capitals.get(country, zone) != zone:
+            continue
+        names = {"city": ("cities", zone), "continent": ("territories", continents[country])}
+        names["country"] = ("territories", country)
+        yield Fact("city_continent", names, ("city", "continent"), ("country", "continent"), (place_key,))
     for country in continents:
         if language := _language(country):
             names = {"country": ("territories", country), "language": ("languages", language)}
             yield Fact("language", names, ("country", "language"))
+            if country in capitals:
+                names = names | {"city": ("cities", capitals[country])}
+                by = (cities[country, capitals[country]],)
+                yield Fact("city_language", names, ("city", "language"), ("country", "language"), by)
         if currency := _currency(country):
             names = {"country": ("territories", country), "currency": ("currencies", currency)}
             yield Fact("currency", names, ("country", "currency"))
@@ -109,6 +144,9 @@ def facts() -> Iterator[Fact]:
             if a != b:
                 pairs = (("a", a), ("b", b), ("larger", max(a, b)), ("smaller", min(a, b)))
                 yield Fact("larger", {slot: ("numbers", str(value)) for slot, value in pairs}, ("a", "b"))
+    for pair in yaml.safe_load((HERE / "english.yaml").read_text(encoding="utf-8"))["opposites"]:
+        for word, opposite in (pair, pair[::-1]):
+            yield Fact("opposite", {"word": ("words", word), "opposite": ("words", opposite)}, ("word", "opposite"))
 
 
 def _language(country: str) -> str | None:
