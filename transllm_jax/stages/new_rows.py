@@ -111,11 +111,9 @@ def calibrated(
     direction = np.linalg.solve(_spread(target, english, base), target.mean(axis=0) - english.mean(axis=0))
     direction /= max(float(np.linalg.norm(direction)), 1e-12)
     reach = float(target.mean(axis=0) @ direction)
-    gap, noise = reach - float(english.mean(axis=0) @ direction), float((target @ direction).std())
-    if reach <= 0 or gap < 2 * noise or gap == 0:
-        raise UserError(
-            "vocabulary.initial_rows: this model's states do not tell the target language from English; set it to mean"
-        )
+    if reach <= 0:
+        raise _inseparable()
+    _require_separate(direction, target, english)
     lift = _lift(counts)
     return (rows + (lift / reach)[:, None] * direction).astype(np.float32)
 
@@ -142,13 +140,29 @@ def lifted(
     rows, counts, target, english and base are those of `calibrated`; inside [n], the share of a token's occurrences
     that go on with a word. On target-language text a row's logit rises on average by BOOST + log count - mean log count
     - LOWER * inside, and on English text it falls by DROP + LOWER * inside. Of all changes of a row that do so, this
-    is the one with the least spread, in the sense of `calibrated`.
+    is the one with the least spread, in the sense of `calibrated`. Raises UserError as `calibrated` does.
     """
     target, english = target.astype(np.float64), english.astype(np.float64)
     means = np.stack([target.mean(axis=0), english.mean(axis=0)])
     along = np.linalg.solve(_spread(target, english, base), means.T)
+    # Changes that move the logit by 1 on text of one language, on average, and by 0 on that of the other: [D, 2].
+    changes = along @ np.linalg.pinv(means @ along, hermitian=True)
+    _require_separate(changes @ [BOOST, -DROP], target, english)
     wanted = np.stack([_lift(counts) - LOWER * inside, -DROP - LOWER * inside])
-    return (rows + (along @ np.linalg.solve(means @ along, wanted)).T).astype(np.float32)
+    return (rows + (changes @ wanted).T).astype(np.float32)
+
+
+def _require_separate(change: np.ndarray, target: np.ndarray, english: np.ndarray) -> None:
+    """Refuse a change of rows [D] that moves logits about as much within one language as it does between the two."""
+    gap, noise = float((target.mean(axis=0) - english.mean(axis=0)) @ change), float((target @ change).std())
+    if gap <= 0 or gap < 2 * noise:
+        raise _inseparable()
+
+
+def _inseparable() -> UserError:
+    return UserError(
+        "vocabulary.initial_rows: this model's states do not tell the target language from English; set it to mean"
+    )
 
 
 def _spread(target: np.ndarray, english: np.ndarray, base: np.ndarray) -> np.ndarray:
