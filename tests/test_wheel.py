@@ -112,7 +112,7 @@ def test_the_page_on_pypi(built: tuple[Path, Path]) -> None:
     assert targets and all("".join(target).startswith("https://") for target in targets)
     # What the page tells people to install is there.
     extras = set(page.get_all("Provides-Extra") or [])
-    assert set(re.findall(r"transllm-jax\[(\w+)\]", text)) == {"tpu", "gcs", "icu", "data"} <= extras
+    assert set(re.findall(r"transllm-jax\[(\w+)\]", text)) == {"tpu", "gcs", "align", "icu", "data"} <= extras
 
 
 @pytest.mark.slow

@@ -82,11 +82,11 @@ class Vocabulary(Section):
       apart.
     - `aligned`: the rows of the English tokens that the token is aligned with in the pairs of the corpus (a dictionary
       is pairs, too), mixed with the mean; with the same prior. What the model knows in English can then be asked for
-      after much less training.
+      after much less training. A word aligner reads the pairs (`pip install 'transllm-jax[align]'`).
     """
     english: TextSource | None = None
-    """For `initial_rows: calibrated`: English text; in pairs, the English side is read. For `aligned` by default the
-    pairs of the corpus.
+    """English text, for `initial_rows: calibrated`, and for `aligned`, which otherwise takes the pairs of the corpus.
+    In pairs, the English side is read.
     """
     rows_from: Location | None = None
     """For `initial_rows: copy`: the model to read, a Hugging Face directory or a checkpoint of ours."""

@@ -22,7 +22,9 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 # Rounds of expectation maximisation. More change little: SmolLM2 with 5,700 pairs.
 ROUNDS = 5
-# A pair of I English and J target tokens costs I * I * J. Of a larger corpus, pairs are taken evenly up to these sums.
+# A pair of I English and J target tokens takes time proportional to I * I * J. Of a larger corpus, pairs are taken
+# evenly up to these sums. Measured on one core of a busy AMD EPYC: 100,000 pairs of 8 tokens take 40 s and 220 MB,
+# 20,000 of 25 take 68 s and 280 MB. So MAX_COST is about five minutes.
 MAX_PAIRS, MAX_COST = 200_000, 1_500_000_000
 # Longer pairs are documents: they cost much, and their sentences may be in another order.
 LONGEST = 100
@@ -59,7 +61,7 @@ def align(
     """Align (English, target) pairs. Pairs of more than `LONGEST` tokens are left out.
 
     expanded: the tokenizer of the target side, whose new tokens have the ids first .. first + number - 1. base: that of
-    the English side. on_round: called with the number of rounds that are done, the last of `ROUNDS` + 1 being the
+    the English side. on_round: called with the number of rounds that are done; the last of `ROUNDS` + 1 is the
     alignment itself. Raises UserError if sil-thot is not installed, or if the pairs hold no new token.
     """
     model, tell = _aligner()(), on_round or (lambda _: None)
@@ -120,7 +122,8 @@ def _encoded(pairs: Sequence[tuple[str, str]], expanded: Tokenizer, base: Tokeni
         some = pairs[start : start + PAIRS]
         english = base.encode_batch([space + pair[0].strip() for pair in some])
         target = expanded.encode_batch([pair[1].strip() for pair in some])
-        sides += [both for both in zip(english, target, strict=True) if 0 < min(map(len, both)) and max(map(len, both)) <= LONGEST]
+        both = zip(english, target, strict=True)
+        sides += [pair for pair in both if all(0 < len(side) <= LONGEST for side in pair)]
     return sides
 
 
