@@ -20,6 +20,7 @@ from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import initial_rows, pipeline, vocabulary
+from transllm_jax.stages.alignment import align
 from transllm_jax.stages.new_rows import BOOST, DROP, LOWER, MEANING, aligned_rows, lifted
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -170,9 +171,33 @@ def test_pairs_and_english_text_are_inputs_of_the_stage(tmp_path: Path) -> None:
         return vocabulary.inputs(Run(load_config(path), tmp_path / "run", Progress(quiet=True), Interrupt()))
 
     before = inputs()
-    assert {f"file {english}", f"file {PAIRS['path']}"} <= before.keys()
+    evaluation: Any = config["evaluation"]
+    assert {f"file {path}" for path in (english, PAIRS["path"], evaluation["pairs"])} <= before.keys()
     english.write_text("Another text.", encoding="utf-8")
     assert inputs() != before
+
+
+def test_rows_do_not_learn_from_evaluation_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path / "model")
+    trained, held_out = (
+        EXAMPLES.joinpath(f"pairs.{part}.tsv").read_text(encoding="utf-8").splitlines()[:80]
+        for part in ("train", "heldout")
+    )
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("\n".join([*trained[:40], *held_out, *trained[40:]]), encoding="utf-8")
+    run = settings(tmp_path / "model", tmp_path / "run", initial_rows="aligned")
+    run["vocabulary"]["corpus"][1] = {"path": str(pairs), "format": "pairs"}
+    read: list[str] = []
+
+    def spy(pairs: list[tuple[str, str]], *rest: Any) -> Any:
+        read.extend("\t".join(pair) for pair in pairs)
+        return align(pairs, *rest)
+
+    monkeypatch.setattr(initial_rows, "align", spy)
+    config = Config.model_validate(run)
+    pipeline.run_pipeline(config, tmp_path / "run", Progress(quiet=True), Interrupt(), until="vocabulary")
+    assert len(held_out) > 40 and not set(read) & set(held_out)
+    assert set(read) <= set(trained) and len(read) > 70
 
 
 def test_pairs_that_hold_no_new_token(tmp_path: Path) -> None:
