@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 from tiny_recipes import FILES
+from world_text import LANGUAGES, TEXT, command, write_world
 
 from transllm_jax.config import Config, Source, load_config
 
@@ -30,7 +32,10 @@ def paths_of(config: Config) -> set[str]:
         elif isinstance(tree, list | tuple):
             for value in tree:
                 yield from found(value, key)
-        elif key in ("path", "target_path", "file", "pairs", "instructions", "shape", "tokenizer", "adapter") and tree:
+        elif (
+            key in ("path", "target_path", "file", "pairs", "instructions", "answers", "shape", "tokenizer", "adapter")
+            and tree
+        ):
             yield tree
 
     paths = set(found(config.model_dump(exclude={"workdir"})))
@@ -38,11 +43,16 @@ def paths_of(config: Config) -> set[str]:
 
 
 def in_repository(path: str) -> bool:
-    return bool(list(ROOT.glob(path))) and not path.startswith("data/")
+    return bool(list(ROOT.glob(path))) and not path.startswith(("data/", "runs/"))
+
+
+@pytest.fixture(scope="module")
+def world_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_path_of_a_config_is_here_or_said_where_it_comes_from(path: Path) -> None:
+def test_every_path_of_a_config_is_here_or_said_where_it_comes_from(path: Path, world_text: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     header = "\n".join(line for line in lines[: lines.index(next(one for one in lines if not one.startswith("#")))])
     page = PAGES[0].read_text(encoding="utf-8")
@@ -50,12 +60,28 @@ def test_every_path_of_a_config_is_here_or_said_where_it_comes_from(path: Path) 
         assert not Path(named).is_absolute() and ".." not in Path(named).parts, named
         if in_repository(named):
             continue
+        if named.startswith(f"{TEXT}/"):
+            language = Path(named).parts[2]
+            assert command(language) in " ".join(header.replace("#", "").replace("\\", "").split()), named
+            assert (world_text / Path(named).relative_to(TEXT)).is_file(), f"make.py does not write {named}"
+            continue
         # The header names the directory, or the file; the page's commands and its entries of configs name the files.
         places = [named, *(f"{parent}/" for parent in Path(named).parents if str(parent) not in (".", "data"))]
         assert any(f"#   {place} " in header for place in (*places, f"{named}/")), f"{named} is not in the header"
         if named.startswith("data/"):
             assert named in page, f"{named} is not in {PAGES[0].name}"
             assert any(fnmatch(file, named) for file in FILES), f"{named} matches no file of the data sets"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_that_names_text_to_be_made_has_a_target_that_makes_it(path: Path) -> None:
+    named = {name for name in paths_of(load_config(path)) if name.startswith(f"{TEXT}/")}
+    printed = subprocess.run(["make", "-n", path.stem, "VENV=."], cwd=ROOT, capture_output=True, text=True).stdout
+    for language in {Path(name).parts[2] for name in named}:
+        assert language in LANGUAGES
+        assert re.search(
+            rf"{command(language)}\s*\n\S*transllm run configs/{path.name}( language.code={language})?\n", printed
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

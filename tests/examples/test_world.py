@@ -467,7 +467,8 @@ def test_the_command_writes_the_same_bytes_each_time(tmp_path: Path) -> None:
     language = LANGUAGES[0]
     for name in ("one", "two"):
         command = [sys.executable, str(WORLD / "make.py"), language, str(tmp_path / name), "--held-out", "9"]
-        done = subprocess.run([*command, "--known", str(KNOWN)], capture_output=True, text=True)
+        command += ["--known", str(KNOWN), "--beside", str(THAI)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
