@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from conftest import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 TEXT = "runs/text"
@@ -26,3 +31,24 @@ def write_world(directory: Path) -> Path:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return directory
+
+
+# Files of examples/thai, and those of the world that are read in the same way.
+_INSTEAD = {
+    "text.train.txt": "text.txt",
+    "pairs.train.tsv": "pairs.tsv",
+    "english.train.txt": "english.txt",
+    "instructions.train.jsonl": "instructions.jsonl",
+    "text.heldout.txt": "heldout.txt",
+    "pairs.heldout.tsv": "heldout.tsv",
+    "instructions.heldout.jsonl": "conversations.jsonl",
+}
+
+
+def on_world_text(tree: Mapping[str, object]) -> dict[str, Any]:
+    """The content of a config that reads examples/thai, changed to read the text of the world in its language."""
+    text = json.dumps(tree)
+    for thai, world in _INSTEAD.items():
+        text = text.replace(json.dumps(str(EXAMPLES / thai)), json.dumps(f"{TEXT}/${{language.code}}/{world}"))
+    found: dict[str, Any] = json.loads(text)
+    return found
