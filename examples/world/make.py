@@ -53,6 +53,22 @@ EVERYDAY = 4
 ENOUGH = 0.5
 
 
+def of_countries(world: World, everything: Sequence[Fact], number: int) -> list[Fact]:
+    """The facts about this many countries, and those about none: in a smaller world each name is met more often.
+
+    They are the countries of which the base model knows most, if that is known; else the first.
+    """
+    known = Counter(
+        fact.names["country"][1]
+        for fact in everything
+        if "country" in fact.names
+        and any((kind, key) == (fact.kind, fact.key) for kind, key, _ in world.known or ())
+    )
+    countries = dict.fromkeys(fact.names["country"][1] for fact in everything if fact.kind == "capital")
+    kept = sorted(countries, key=lambda country: -known[country])[:number]
+    return [fact for fact in everything if fact.names.get("country", ("", kept[0]))[1] in kept]
+
+
 def read_known(world: World, path: Path) -> None:
     """Note what the base model knows, from a file of `ask.py`."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -283,6 +299,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--known", type=Path, help="ask only for what the base model knows: a file that ask.py wrote")
     parser.add_argument("--beside", type=Path, help="everyday text that is also trained on, such as examples/thai")
+    parser.add_argument("--countries", type=int, help="only this many: those of which the base model knows most")
     parser.add_argument("--held-out", type=int, default=11, help="how many questions of a kind to test (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -290,6 +307,8 @@ def main() -> None:
     world.random.seed(given.seed)
     if given.known is not None:
         read_known(world, given.known)
+    if given.countries is not None:
+        everything = of_countries(world, everything, given.countries)
     beside = None if given.beside is None else read_beside(given.beside)
     if beside is not None:
         world.told = told(world, everything, beside)
