@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,29 @@ from conftest import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 TEXT = "runs/text"
-KNOWN = "examples/world/known.smollm2-135m.jsonl"
-# The languages that configs name, each with the options of make.py.
-LANGUAGES = {"ar": f"--known {KNOWN}", "th": f"--known {KNOWN} --beside examples/thai"}
+# The languages whose text configs name, each with the Makefile's target that writes it.
+TARGETS = {"ar": "world", "th": "demo"}
 
 
-def command(language: str) -> str:
-    """What writes the text of a language, as a reader types it."""
-    return f"python examples/world/make.py {language} {TEXT}/{language} {LANGUAGES[language]}"
+@cache
+def printed_by_make(target: str, language: str = "") -> str:
+    """The commands of a target of the Makefile, which are not run."""
+    words = ["make", "-n", target, "VENV=.", *([f"LANGUAGE={language}"] if language else [])]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def command(language: str, target: str = "") -> str:
+    """What writes the text of a language, as a reader types it: what the Makefile does."""
+    printed = printed_by_make(target or TARGETS[language], language)
+    (found,) = re.findall(r"^\S*(python examples/world/make\.py .*)$", printed, re.MULTILINE)
+    return " ".join(found.split())
 
 
 def write_world(directory: Path) -> Path:
     """Write the text of each language to `directory`/CODE; returns the directory. Takes seconds."""
-    for language, options in LANGUAGES.items():
-        words = [sys.executable, "examples/world/make.py", language, str(directory / language), *shlex.split(options)]
+    for language in TARGETS:
+        _, script, _, _, *options = shlex.split(command(language))
+        words = [sys.executable, script, language, str(directory / language), *options]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return directory

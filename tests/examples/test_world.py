@@ -19,7 +19,7 @@ WORLD = Path(__file__).parents[2] / "examples" / "world"
 sys.path.insert(0, str(WORLD))
 
 from beside import Beside, read_beside, told  # noqa: E402
-from make import EVERYDAY, NAMED, choose, read_known, world_of, write  # noqa: E402
+from make import EVERYDAY, NAMED, choose, of_countries, read_known, world_of, write  # noqa: E402
 from names import Fact, facts  # noqa: E402
 from world import questions  # noqa: E402
 
@@ -472,6 +472,23 @@ def test_the_command_writes_the_same_bytes_each_time(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_a_smaller_world_has_fewer_names(tmp_path: Path) -> None:
+    world, everything = world_of(LANGUAGES[0]), list(facts())
+    read_known(world, KNOWN)
+    few = of_countries(world, everything, 8)
+    countries = {fact.names["country"][1] for fact in few if "country" in fact.names}
+    assert len(countries) == 8 and len({fact.kind for fact in few}) == len({fact.kind for fact in everything})
+    choose(world, few, OF_A_KIND)
+    write(world, tmp_path, few, OF_A_KIND)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    left_out = {fact.names["country"] for fact in everything if "country" in fact.names} - {
+        fact.names["country"] for fact in few if "country" in fact.names
+    }
+    # Others are part of longer names: the United States dollar.
+    assert sum(bool(whole(world.english.name(*name)).search(text)) for name in left_out) < 0.1 * len(left_out)
+    assert len(set(pairs(tmp_path / "heldout.tsv"))) == 40 and len(rows(tmp_path / "conversations.jsonl")) == 30
 
 
 def test_only_what_is_known_is_held_out(tmp_path: Path) -> None:
