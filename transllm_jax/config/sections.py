@@ -247,6 +247,10 @@ class Evaluation(Section):
     """
     max_questions: Positive = 200
     """Ask the first questions of `answers`, at most this many."""
+    max_questions_between: Positive | None = None
+    """Ask fewer of them at the points between the original and stage `transfer`: this many, taken evenly. By default
+    all.
+    """
     max_answer_tokens: Positive = 32
     """Tokens of an answer to one of `answers` at most; in a chain, see `max_chain_tokens`."""
     max_documents: Positive = 50

@@ -44,11 +44,16 @@ def _before_markers(text: str, markers: Sequence[str]) -> str:
 
 
 class Asking:
-    """The first `limit` of the questions, with the judges of all in each language."""
+    """The first `limit` of the questions, or `few` of these, with the judges of all in each language."""
 
-    def __init__(self, questions: Sequence[Question], limit: int, *, in_chains: bool) -> None:
-        """in_chains: whether the model was trained to answer in chains."""
-        self._questions, self._in_chains = list(questions[:limit]), in_chains
+    def __init__(self, questions: Sequence[Question], limit: int, *, few: int | None = None, in_chains: bool) -> None:
+        """few: taken evenly, because a file may be sorted by kind. in_chains: whether the model was trained to answer
+        in chains.
+        """
+        limit = min(limit, len(questions))
+        few = limit if few is None else min(few, limit)
+        self._numbers = [number * limit // few for number in range(few)]
+        self._questions, self._in_chains = [questions[number] for number in self._numbers], in_chains
         self._target = Judge(Checkable(one.question, one.answers, one.kind) for one in questions)
         self._english = Judge(
             Checkable(one.wordings[0] if one.wordings else "", one.answers_en, one.kind) for one in questions
@@ -82,7 +87,7 @@ class Asking:
         wording), and the reason of a wrong answer.
         """
         rows = []
-        for number, (one, answer, in_english) in enumerate(zip(self._questions, target, english, strict=True)):
+        for number, one, answer, in_english in zip(self._numbers, self._questions, target, english, strict=True):
             right = self._target.is_right(number, answer["visible"])
             row: dict[str, Any] = {
                 "kind": one.kind,
@@ -98,11 +103,11 @@ class Asking:
                     "right": self._english.is_right(number, in_english),
                 },
             }
-            rows.append(row | self._chain(number, answer, right) if self._in_chains else row)
+            rows.append(row | self._chain(number, one, answer, right) if self._in_chains else row)
         return rows
 
-    def _chain(self, number: int, answer: Mapping[str, Any], right: bool) -> dict[str, Any]:
-        one, chain = self._questions[number], answer["chain"]
+    def _chain(self, number: int, one: Question, answer: Mapping[str, Any], right: bool) -> dict[str, Any]:
+        chain = answer["chain"]
         understood = english_right = None
         if one.wordings:
             understood = chain is not None and is_understood(chain["question_en"], one.wordings)

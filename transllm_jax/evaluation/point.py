@@ -39,7 +39,8 @@ PAIR, CHAT = "pair", "chat"
 class HeldOut:
     """Texts that no stage trains on: documents, (English, target) pairs, and questions in both languages.
 
-    checkable: questions with known answers, None if there are none; the first `asked` of them are asked.
+    checkable: questions with known answers, None if there are none; the first `asked` of them are asked, and
+    `asked_between` of these at the points between the original and the last, if it is not None.
     """
 
     documents: Sequence[str]
@@ -47,6 +48,7 @@ class HeldOut:
     questions: Sequence[tuple[str, str]]
     checkable: Sequence[Question] | None = None
     asked: int = 0
+    asked_between: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Point:
     def translation_format(self) -> str:
         """`pair` if the model was last trained on pairs, else `chat`."""
         return PAIR if self.name == "translate" else CHAT
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the original model."""
+        return self.name == "base"
 
     @property
     def answers_in_chains(self) -> bool:
@@ -143,7 +150,8 @@ def evaluate(
             max_new_tokens=config.max_chain_tokens if point.answers_in_chains else config.max_answer_tokens,
         )
         english = English(engine, point.tokenizer, markers, config.max_answer_tokens, marked=point.answers_in_chains)
-        ask = Asking(held_out.checkable, held_out.asked, in_chains=point.answers_in_chains)
+        few = None if point.is_first or point.answers_in_chains else held_out.asked_between
+        ask = Asking(held_out.checkable, held_out.asked, few=few, in_chains=point.answers_in_chains)
         found = ask.judged(
             part("questions with known answers", lambda: ask.in_target(chat, between)),
             part("the same in English", lambda: ask.in_english(english, between)),

@@ -25,7 +25,7 @@ from transllm_jax.tokenizer.ends import answer_end_id, end_ids
 ORIGINAL = "original_answers.json"
 # The results of the parts that are done, while an evaluation is not finished.
 SO_FAR = "so_far.json"
-_OF_ANSWERS = ("answers", "max_questions", "max_answer_tokens")
+_OF_ANSWERS = ("answers", "max_questions", "max_questions_between", "max_answer_tokens")
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -218,6 +218,7 @@ def _held_out(run: Run) -> HeldOut:
         questions=questions,
         checkable=None if section.answers is None else read_questions(section.answers),
         asked=section.max_questions,
+        asked_between=section.max_questions_between,
     )
 
 
