@@ -1,4 +1,4 @@
-# make demo: the whole method on a real chat model.  make quick, make test, make test-full: tests.  make docs: the pages.
+# make demo: the whole method on a real chat model.  make world LANGUAGE=ar: in am, ar, hi, th or vi.  make quick, make test, make test-full: tests.  make docs: the pages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(VERSION).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-full newest lock dist lint docs check clean help
+.PHONY: demo world quick test test-full newest lock dist lint docs check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -32,8 +32,19 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint $(CONSTRAINTS) --editable '.[test,reference,tpu,lint]'
 	@touch $@
 
+# The text of a run in a language, which takes seconds. The same bytes each time, so a run that was stopped goes on.
+# There is everyday text beside it in Thai only.
+LANGUAGE ?= ar
+text = $(BIN)/python examples/world/make.py $(1) runs/text/$(1) --known examples/world/known.smollm2-135m.jsonl \
+  --countries 50 $(if $(filter th,$(1)),--beside examples/thai)
+
 demo: $(VENV)/.installed-demo
+	$(call text,th)
 	$(BIN)/transllm run configs/demo.yaml
+
+world: $(VENV)/.installed-demo
+	$(call text,$(LANGUAGE))
+	$(BIN)/transllm run configs/world.yaml language.code=$(LANGUAGE)
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
 QUICK := $(filter-out tests/test_wheel.py, $(wildcard tests/test_*.py)) tests/docs/test_site.py tests/config tests/data \

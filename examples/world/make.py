@@ -28,7 +28,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,21 +158,19 @@ def write(
 
 
 def _from(world: World, part: str, wanted: int, everything: Sequence[Fact]) -> list[Line]:
-    """As many sentences as wanted from the templates of a part, in turns, each with a name that is drawn."""
-    templates = list(world.english.words[part])
-    names = {
-        prefix: world.random.sample(keys, len(keys))
-        for prefix, (kind, slot) in USES.items()
-        if (keys := used(everything, kind, slot))
-    }
+    """As many sentences as wanted, or as the names allow, from the templates of a part in turns; names are drawn."""
+    names = {}
+    for name in world.english.words[part]:
+        kind, slot = USES[name.partition("-")[0]]
+        keys = used(everything, kind, slot)
+        names[name] = [{slot: (kind, key)} for key in world.random.sample(keys, len(keys))]
     held, found = world.held(everything), list[Line]()
-    for number in range(wanted):
-        name = templates[number % len(templates)]
-        prefix = name.partition("-")[0]
-        kind, slot = USES[prefix]
-        while world.tells(line := world.fill(world.template(part, name), {slot: (kind, names[prefix].pop())}), held):
-            pass
-        found.append(line)
+    for name in islice(cycle(names), wanted):
+        while names[name]:
+            line = world.fill(world.template(part, name), names[name].pop())
+            if not world.tells(line, held):
+                found.append(line)
+                break
     world.random.shuffle(found)
     return found
 

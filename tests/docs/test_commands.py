@@ -13,6 +13,7 @@ import io
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import typer
 from conftest import EXAMPLES, call, tiny_run, write_config
 from pages import ROOT, Block, Command, PageError, all_pages, blocks, commands, hidden_commands, read_page
 from tiny_sentencepiece import write_sentencepiece_model
+from world_text import TEXT, on_world_text, write_world
 
 from transllm_jax.cli import main as cli
 from transllm_jax.config import load_config
@@ -52,6 +54,7 @@ def make_sandbox(directory: Path, finished: Path) -> None:
     configs/*.yaml           the tiny run of tests/conftest.py under the names of the repository's configs
     configs/models/*.json    as in the repository
     examples/                as in the repository
+    runs/text/               the text of the world, which configs/world.yaml reads
     mine.yaml                the tiny run, as a config of the reader's own
     runs/demo runs/mine      the finished runs of configs/demo.yaml and mine.yaml
     my-llama-chat/           the tiny chat model, with a byte-level tokenizer
@@ -65,9 +68,11 @@ def make_sandbox(directory: Path, finished: Path) -> None:
     model = finished.parent / "model"
     for path in (ROOT / "configs").glob("*.yaml"):
         write_config(directory / "configs" / path.name, tiny_run(model, Path("runs") / path.stem))
+    write_world(directory / TEXT)
+    write_config(directory / "configs/world.yaml", on_world_text(tiny_run(model, Path("runs/world-${language.code}"))))
     write_config(directory / MINE, tiny_run(model, Path("runs/mine")))
     shutil.copytree(ROOT / "configs" / "models", directory / "configs" / "models")
-    shutil.copytree(EXAMPLES, directory / "examples" / "thai")
+    shutil.copytree(EXAMPLES.parent, directory / "examples")
     shutil.copytree(finished, directory / "runs" / "demo")
     shutil.copytree(finished, directory / "runs" / "mine")
     shutil.copytree(model, directory / "my-llama-chat")
@@ -167,7 +172,7 @@ def check(command: Command) -> None:
             for extra in named[1].split(",") if named else ():
                 if extra not in extras():
                     raise command.error(f"setup.cfg has no extra {extra}")
-    elif program.startswith("python") and len(words) > 1 and words[1].startswith("bench/"):
+    elif program.startswith("python") and len(words) > 1 and words[1].startswith(("bench/", "examples/")):
         if not (ROOT / words[1]).is_file():
             raise command.error("there is no such script")
         for word in words[2:]:
@@ -209,11 +214,12 @@ def test_what_a_page_names_is_there(page: str) -> None:
 
 
 def runs(command: Command) -> bool:
-    return (
-        command.block.needs is None
-        and command.program == "transllm"
-        and not (len(command.words) > 1 and command.words[1] in PARSED)
-    )
+    ours = command.program == "transllm" and not (len(command.words) > 1 and command.words[1] in PARSED)
+    return command.block.needs is None and (ours or writes_text(command))
+
+
+def writes_text(command: Command) -> bool:
+    return command.program.startswith("python") and "examples/world/make.py" in command.words[1:2]
 
 
 def made_smaller(words: tuple[str, ...]) -> list[str]:
@@ -241,6 +247,8 @@ class Reader:
 
     def does(self, command: Command) -> int:
         """Runs a command in the current directory; gives its exit code."""
+        if writes_text(command):
+            return subprocess.run([sys.executable, *command.words[1:]]).returncode
         words = made_smaller(command.words)
         if words[0] == "init":
             return self._writes(Path(words[1]), words, command)
@@ -355,6 +363,8 @@ def test_blocks_of_directives_lists_and_indented_ones() -> None:
         ("pip install 'transllm-jax[tpu,nothing]'", "no extra nothing"),
         ("python bench/nothing.py", "no such script"),
         ("python bench/data.py my-llama-chat --nothing 3", "no option --nothing"),
+        ("python examples/world/nothing.py", "no such script"),
+        ("python examples/world/make.py th runs/text/th --nothing 3", "no option --nothing"),
         ("launch/nothing.sh", "no such script"),
         ("pytest -q tests/nothing.py", "no tests/nothing.py"),
         ("vllm serve runs/demo/export", "only our own commands"),

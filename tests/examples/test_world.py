@@ -19,7 +19,7 @@ WORLD = Path(__file__).parents[2] / "examples" / "world"
 sys.path.insert(0, str(WORLD))
 
 from beside import Beside, read_beside, told  # noqa: E402
-from make import EVERYDAY, NAMED, choose, read_known, world_of, write  # noqa: E402
+from make import EVERYDAY, NAMED, choose, of_countries, read_known, world_of, write  # noqa: E402
 from names import Fact, facts  # noqa: E402
 from world import questions  # noqa: E402
 
@@ -291,13 +291,12 @@ def test_no_tested_question_is_in_the_training(written: tuple[Any, Path]) -> Non
     """In none of its wordings."""
     _, directory = written
     asked = rows(directory / "questions.jsonl")
-    trained = [line for path in training_files(directory) for line in path.read_text(encoding="utf-8").splitlines()]
+    trained = "\n".join(path.read_text(encoding="utf-8").lower() for path in training_files(directory))
     # The other wordings of a second turn ask nothing without the first.
     texts = {row["question"].lower() for row in asked} | {row["question_en"][0].lower() for row in asked}
     texts |= {text.lower() for row in asked if "history" not in row for text in row["question_en"]}
     # With the sign that ends it or without: a longer text may begin with a question.
-    both = re.compile("|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(texts)))
-    assert [line for line in trained if both.search(line.lower())][:3] == []
+    assert [text for text in sorted(texts) if text in trained and whole(text).search(trained)] == []
 
 
 def test_questions_are_learned(written: tuple[Any, Path]) -> None:
@@ -378,9 +377,9 @@ def test_any_beginning_of_the_instructions_is_balanced(written: tuple[Any, Path]
     is_first = [world.said.get(row["instruction"]) in translated for row in kept]
     assert is_first == sorted(is_first, reverse=True) and any(is_first) == bool(world.said)
     for begin, end in ((0, sum(is_first)), (sum(is_first), len(kept))):
-        left = Counter(row["kind"] for row in kept[begin:end])
-        for number in range(begin, end):
-            used = Counter(row["kind"] for row in kept[begin : number + 1])
+        left, used = Counter(row["kind"] for row in kept[begin:end]), Counter[str]()
+        for row in kept[begin:end]:
+            used[row["kind"]] += 1
             open_kinds = {kind for kind in left if used[kind] < left[kind]}
             assert all(used[kind] >= max(used.values()) - 1 for kind in open_kinds)
 
@@ -467,10 +466,28 @@ def test_the_command_writes_the_same_bytes_each_time(tmp_path: Path) -> None:
     language = LANGUAGES[0]
     for name in ("one", "two"):
         command = [sys.executable, str(WORLD / "make.py"), language, str(tmp_path / name), "--held-out", "9"]
-        done = subprocess.run([*command, "--known", str(KNOWN)], capture_output=True, text=True)
+        command += ["--known", str(KNOWN), "--beside", str(THAI)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_a_smaller_world_has_fewer_names(tmp_path: Path) -> None:
+    world, everything = world_of(LANGUAGES[0]), list(facts())
+    read_known(world, KNOWN)
+    few = of_countries(world, everything, 8)
+    countries = {fact.names["country"][1] for fact in few if "country" in fact.names}
+    assert len(countries) == 8 and len({fact.kind for fact in few}) == len({fact.kind for fact in everything})
+    choose(world, few, OF_A_KIND)
+    write(world, tmp_path, few, OF_A_KIND)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    left_out = {fact.names["country"] for fact in everything if "country" in fact.names} - {
+        fact.names["country"] for fact in few if "country" in fact.names
+    }
+    # Others are part of longer names: the United States dollar.
+    assert sum(bool(whole(world.english.name(*name)).search(text)) for name in left_out) < 0.1 * len(left_out)
+    assert len(set(pairs(tmp_path / "heldout.tsv"))) == 40 and len(rows(tmp_path / "conversations.jsonl")) == 30
 
 
 def test_only_what_is_known_is_held_out(tmp_path: Path) -> None:

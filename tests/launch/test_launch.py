@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launch_scripts import CONFIG, LAUNCH, SCRIPTS, VALID, FakeTools
+from world_text import command
 
 
 @pytest.fixture
@@ -104,6 +105,9 @@ def test_the_image_has_the_package_and_does_not_run_as_root() -> None:
     assert all((root / name).exists() for name in wanted)
     # The package directories of setup.cfg, and the files that it reads.
     assert wanted >= {"transllm_jax", "conversion", "setup.cfg", "pyproject.toml", "PYPI.md", "LICENSE", "configs"}
+    # The demo's text, as `make demo` writes it.
+    assert "examples" in wanted
+    assert f" {command('th')} " in re.sub(r"[\\\s]+", " ", "\n".join(lines[:user]))
 
 
 def test_the_commands_in_the_docs_work(tools: FakeTools) -> None:

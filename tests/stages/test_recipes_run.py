@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 from tiny_recipes import FILES, write_llama2
+from world_text import TEXT, write_world
 
 from transllm_jax.config import Config, load_config
 
@@ -28,20 +29,32 @@ SMALL = [
     ),
     "recover.max_new_tokens=6",
     "recover.batch_size=4",
-    *(f"evaluation.{key}=2" for key in ("max_documents", "max_pairs", "max_chats", "batch_size")),
+    *(f"evaluation.{key}=2" for key in ("max_documents", "max_pairs", "max_chats", "max_questions", "batch_size")),
     "evaluation.length=64",
     "evaluation.max_new_tokens=6",
+    "evaluation.max_answer_tokens=6",
     "evaluation.max_chain_tokens=8",
 ]
 
 
+@pytest.fixture(scope="module")
+def world_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("text"))
+
+
 @pytest.fixture
 def recipe(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    world_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Config, list[str]]:
     """A config in a directory that has its files; the config, and the arguments of a small run of it."""
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / TEXT).parent.mkdir()
+    (tmp_path / TEXT).symlink_to(world_text)
     for name, write in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name)
