@@ -3,7 +3,8 @@
 MODEL is a run's directory (its original model is asked) or a Hugging Face directory. OUT gets a line for each question:
 {kind, key, question, right, answer}. `make.py --known OUT` then asks only for what was answered rightly, of the kinds
 of which at least half was. The share of right answers is printed by kind. Answers are greedy; a question is asked in
-the first of its ways.
+the first of its ways. `--other-ways` asks in the others, too, and writes the short answers ({kind, key, question, way,
+answer}): they say which instructions `make.py` puts first.
 """
 
 from __future__ import annotations
@@ -36,32 +37,45 @@ def _checkable(row: Question, phrases: bool) -> Checkable:
     return Checkable(row.ways[0].english, row.accepted[0] if judged else [], row.kind)
 
 
+# Characters: a longer answer is not one of those that answers.jsonl holds.
+SHORT = 90
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--other-ways", action="store_true", help="also ask in the other ways")
     given = parser.parse_args()
     asked = list(questions(world_of("en"), list(facts())))
     session = open_session(given.model, base=(given.model / "run.yaml").is_file(), max_new_tokens=given.max_new_tokens)
     # The phrases that are accepted of `larger` hold the accepted texts of other kinds, and would hide them there.
     judges = [Judge(_checkable(row, phrases) for row in asked) for phrases in (False, True)]
+    turns = [(number, 0) for number in range(len(asked))]
+    if given.other_ways:
+        turns += [(number, way) for number, row in enumerate(asked) for way in range(1, len(row.ways))]
     total, known = Counter[str](), Counter[str]()
     with given.out.open("w", encoding="utf-8") as out:
-        for start in range(0, len(asked), given.batch):
-            rows = asked[start : start + given.batch]
-            conversations = [messages([*row.history, row.ways[0]]) for row in rows]
+        for start in range(0, len(turns), given.batch):
+            batch = turns[start : start + given.batch]
+            conversations = [messages([*asked[number].history, asked[number].ways[way]]) for number, way in batch]
             answers = session.chat.answers(conversations, fallback=False)
-            for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start):
-                is_right = judges[row.kind == "larger"].is_right(number, answer.raw)
-                total[row.kind] += 1
-                known[row.kind] += is_right
-                kind, key, question = row.identity
-                written = {"kind": kind, "key": key, "question": question, "right": is_right, "answer": answer.raw}
-                out.write(json.dumps(written, ensure_ascii=False) + "\n")
+            for (number, way), answer in zip(batch, answers, strict=True):
+                row = asked[number]
+                written = {"kind": row.kind, "key": row.fact.key, "question": row.ways[way].english}
+                if way == 0:
+                    written["right"] = judges[row.kind == "larger"].is_right(number, answer.raw)
+                    total[row.kind] += 1
+                    known[row.kind] += written["right"]
+                elif len(answer.raw) > SHORT or answer.cut_off:
+                    continue
+                else:
+                    written["way"] = way
+                out.write(json.dumps(written | {"answer": answer.raw}, ensure_ascii=False) + "\n")
             out.flush()
-            print(f"{start + len(rows)} of {len(asked)}", file=sys.stderr, flush=True)
+            print(f"{start + len(batch)} of {len(turns)}", file=sys.stderr, flush=True)
     for kind, count in total.items():
         print(f"{kind:20}{known[kind]:5} of {count:4}  {known[kind] / count:.0%}")
 

@@ -70,10 +70,11 @@ def of_countries(world: World, everything: Sequence[Fact], number: int) -> list[
 
 def read_known(world: World, path: Path) -> None:
     """Note what the base model knows, from a file of `ask.py`."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answered = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in answered if not row.get("way")]
     world.known = {(row["kind"], row["key"], row["question"]) for row in rows if row["right"]}
     right, total = (Counter(row["kind"] for row in rows if row["right"] or every) for every in (False, True))
-    world.said = {row["question"]: row.get("answer", "").strip() for row in rows}
+    world.said = {row["question"]: row.get("answer", "").strip() for row in answered}
     world.kinds = {kind for kind, count in total.items() if right[kind] >= ENOUGH * count}
 
 
