@@ -30,7 +30,7 @@ Options, or environment variables:
   --workdir gs://...     TRANSLLM_WORKDIR           for everything that must outlive a worker
   --wheel FILE           TRANSLLM_WHEEL             what to install: a wheel,
   --git URL[@REF]        TRANSLLM_GIT               or a repository
-  --extras LIST          TRANSLLM_EXTRAS            extras to install with it (tpu,gcs,data)
+  --extras LIST          TRANSLLM_EXTRAS            extras to install with it (tpu,gcs,data,align)
   --setup COMMAND        TRANSLLM_SETUP             run on all workers at the end of install, in the run's directory;
                                                     for example to copy text from a bucket
   --max-restarts N       TRANSLLM_MAX_RESTARTS      restarts on a worker after a failure (10); code 75 does not count
@@ -66,7 +66,7 @@ words() {
 project=${TRANSLLM_PROJECT:-} zone=${TRANSLLM_ZONE:-} name=${TRANSLLM_TPU_NAME:-}
 accelerator_type=${TRANSLLM_ACCELERATOR_TYPE:-} runtime_version=${TRANSLLM_RUNTIME_VERSION:-} spot=${TRANSLLM_SPOT:-1}
 service_account=${TRANSLLM_SERVICE_ACCOUNT:-} config=${TRANSLLM_CONFIG:-} workdir=${TRANSLLM_WORKDIR:-}
-wheel=${TRANSLLM_WHEEL:-} git=${TRANSLLM_GIT:-} extras=${TRANSLLM_EXTRAS:-tpu,gcs,data} setup=${TRANSLLM_SETUP:-}
+wheel=${TRANSLLM_WHEEL:-} git=${TRANSLLM_GIT:-} extras=${TRANSLLM_EXTRAS:-tpu,gcs,data,align} setup=${TRANSLLM_SETUP:-}
 max_restarts=${TRANSLLM_MAX_RESTARTS:-10} logs='' poll=30 delete_at_end='' dry_run=''
 overrides=()
 

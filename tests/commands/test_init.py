@@ -56,6 +56,8 @@ def test_all_that_is_given_makes_a_config_that_runs(transllm: Command, tiny_mode
     assert not left_in(config) and "???" not in Path("mine.yaml").read_text(encoding="utf-8")
     assert config.workdir == "runs/mine" and config.language.name == "Thai" and config.model.dtype == "float32"
     assert [source.path for source in config.pretrain.sources] == [TEXT]
+    assert (config.vocabulary.initial_rows, config.vocabulary.english) == ("aligned", None)
+    assert [source.format for source in config.vocabulary.corpus] == ["text", "pairs"]
     assert [source.format for source in config.translate.sources] == ["pairs", "text"]
     # The file has a translation of each instruction.
     assert config.recover.translate_instructions.file == INSTRUCTIONS
@@ -65,6 +67,15 @@ def test_all_that_is_given_makes_a_config_that_runs(transllm: Command, tiny_mode
     code, printed = transllm("run", "mine.yaml", *small, "--until", "vocabulary")
     assert code == 0, printed
     assert (Path("runs/mine") / "vocabulary" / "tokenizer.json").is_file()
+
+
+def test_a_missing_word_aligner_is_noted(transllm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("init", "mine.yaml", "--language", "th", "--pairs", PAIRS, "--force")
+    for module, noted in ((pytest.importorskip("thot.alignment"), False), (None, True)):
+        monkeypatch.setitem(sys.modules, "thot.alignment", module)
+        code, printed = transllm(*given)
+        assert code == 0 and ("pip install 'transllm-jax[align]'" in printed) == noted
+    assert load_config(Path("mine.yaml")).vocabulary.initial_rows == "aligned"
 
 
 def test_held_out_texts_come_from_what_is_given(transllm: Command) -> None:

@@ -188,8 +188,11 @@ def test_a_config_that_was_written_can_be_read_again(tmp_path: Path) -> None:
     [
         (["initial_rows=copy"], "initial_rows: copy and rows_from"),
         (["rows_from=somewhere"], "initial_rows: copy and rows_from"),
-        (["initial_rows=calibrated"], "initial_rows: calibrated and english"),
-        (["initial_rows=best"], "'mean', 'weighted', 'random', 'copy' or 'calibrated'"),
+        (["initial_rows=calibrated"], "initial_rows: calibrated needs english, a source of English text; add it"),
+        (["english={path: e.txt}"], "english is for initial_rows: calibrated or aligned; leave it out"),
+        (["initial_rows=aligned"], "initial_rows: aligned needs pairs (`format: pairs`) in corpus; add translations"),
+        (["size=null", "corpus=[]", "tokenizer=t", "initial_rows=aligned"], "initial_rows: aligned needs pairs"),
+        (["initial_rows=best"], "'mean', 'weighted', 'random', 'copy', 'calibrated' or 'aligned'"),
         (["pad_to_multiple_of=0"], "pad_to_multiple_of: Input should be greater than 0"),
         (["pad_to_multiple_of=yes"], "pad_to_multiple_of cannot be true"),
         (["cuts=never"], "cuts: Input should be 'whole' or 'base'"),
@@ -207,6 +210,10 @@ def test_what_new_rows_start_from(given: list[str], said: str) -> None:
         load_config(DEMO, [plain, *(f"vocabulary.{change}" for change in given)])
     copy = load_config(DEMO, [plain, "vocabulary.initial_rows=copy", "vocabulary.rows_from=b"]).vocabulary
     assert copy.rows_from == "b"
+    pairs = "vocabulary={size: 9, corpus: [{path: a.txt}, {path: p.tsv, format: pairs}], initial_rows: aligned}"
+    assert load_config(DEMO, [pairs]).vocabulary.english is None
+    aligned = load_config(DEMO, [pairs, "vocabulary.english={path: e.txt}"]).vocabulary
+    assert aligned.english is not None and len(aligned.sources) == 3
 
 
 # Every field is read

@@ -64,7 +64,7 @@ def test_tpu_up(tools: FakeTools, wheel: Path) -> None:
     assert install[:-1] == ssh
     line = option_value(install, "--command")
     target = "uv pip install --quiet --python transllm/venv/bin/python --reinstall-package transllm-jax"
-    assert f"; {target} './transllm/{wheel.name}[tpu,gcs,data]';" in line
+    assert f"; {target} './transllm/{wheel.name}[tpu,gcs,data,align]';" in line
     assert line.endswith("; gcloud storage cp gs://b/t .")
     assert config == [*scp, str(CONFIG), "tpu:transllm/", *WHERE, "--worker=all"]
     assert run[:-1] == ssh

@@ -33,6 +33,7 @@ from transllm_jax.conversion.fetch import pypi_parts
 from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
+from transllm_jax.stages.alignment import check_aligner
 from transllm_jax.tokenizer.chat import check_template
 from transllm_jax.tokenizer.growing.expand import expand
 from transllm_jax.tokenizer.growing.prune import TooLittleText
@@ -140,6 +141,10 @@ def new_config(path: Path, answers: Answers, looks: Looks, *, force: bool = Fals
     notes = [*(f"{looked.entry['path']}: {note}" for looked in (*text, *pairs) for note in looked.notes)]
     if 0 < count < FEW_INSTRUCTIONS:
         notes.append(f"{count} instructions are few: chains are learned from them; a thousand or more is better")
+    try:
+        check_aligner()
+    except UserError as error:
+        notes.append(str(error))
     return Written(path, tree["title"], found, notes, answers.missing, list(marked(tree)))
 
 
@@ -315,7 +320,6 @@ def _write(
         "model_note": model.note,
         "text": sources,
         "pairs": pair_sources,
-        "english": english.entry if english else (pair_sources[0] if pairs else None),
         "translated_from": _mixture(pairs, text, english, sizes.pair_tokens),
         "instructions": answers.instructions or MARK,
         "translated": translated,

@@ -72,7 +72,7 @@ class Vocabulary(Section):
     Chinese, Japanese). ICU finds the words while tokens are learned (`pip install 'transllm-jax[icu]'`); the tokenizer
     does not need it. Text takes more tokens, and fewer words are hidden in tokens of several.
     """
-    initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated"] = "mean"
+    initial_rows: Literal["mean", "weighted", "random", "copy", "calibrated", "aligned"] = "mean"
     """What new rows start from (`stages/new_rows.py`).
 
     - `mean`: the mean of the rows of the pieces that the token replaces.
@@ -81,9 +81,14 @@ class Vocabulary(Section):
     - `copy`: the rows of another model that has the same tokens (tokens that it lacks start from the mean).
     - `calibrated`: the mean, with each token's frequency as a prior; it needs English text, to tell the languages
       apart.
+    - `aligned`: the rows of the English tokens that the token is aligned with in the pairs of the corpus (a dictionary
+      is pairs, too), mixed with the mean; with the same prior. What the model knows in English can then be asked for
+      after much less training. A word aligner reads the pairs (`pip install 'transllm-jax[align]'`).
     """
     english: TextSource | None = None
-    """For `initial_rows: calibrated`: English text; in pairs, the English side is read."""
+    """English text, for `initial_rows: calibrated`, and for `aligned`, which otherwise takes the pairs of the corpus.
+    In pairs, the English side is read.
+    """
     rows_from: Location | None = None
     """For `initial_rows: copy`: the model to read, a Hugging Face directory or a checkpoint of ours."""
     pad_to_multiple_of: Positive = 1
@@ -98,8 +103,18 @@ class Vocabulary(Section):
 
     @model_validator(mode="after")
     def _has_english(self) -> Vocabulary:
-        if (self.initial_rows == "calibrated") != (self.english is not None):
-            raise ValueError("initial_rows: calibrated and english (a source of English text) need each other")
+        if self.initial_rows == "calibrated" and self.english is None:
+            raise ValueError("initial_rows: calibrated needs english, a source of English text; add it")
+        if self.initial_rows not in ("calibrated", "aligned") and self.english is not None:
+            raise ValueError("english is for initial_rows: calibrated or aligned; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> Vocabulary:
+        if self.initial_rows == "aligned" and all(source.format != "pairs" for source in self.corpus):
+            raise ValueError(
+                "initial_rows: aligned needs pairs (`format: pairs`) in corpus; add translations, or a dictionary"
+            )
         return self
 
     @model_validator(mode="after")
@@ -120,7 +135,11 @@ class Vocabulary(Section):
             )
         if self.adapter is None and self.tokenizer is None and (self.size is None or not self.corpus):
             raise ValueError("size and corpus are needed (or a tokenizer or an adapter, which brings its tokens)")
-        if self.tokenizer is not None and self.initial_rows in ("weighted", "calibrated") and not self.corpus:
+        if (
+            self.tokenizer is not None
+            and self.initial_rows in ("weighted", "calibrated", "aligned")
+            and not self.corpus
+        ):
             raise ValueError(f"initial_rows: {self.initial_rows} needs a corpus")
         made = self.size is not None or self.corpus or self.tokenizer or self.initial_rows != "mean"
         if self.adapter is not None and made:

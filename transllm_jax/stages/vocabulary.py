@@ -24,6 +24,7 @@ from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.model.parameters import assemble, count_parameters, initial_adapters
 from transllm_jax.progress import Phases
+from transllm_jax.stages.alignment import check_aligner
 from transllm_jax.stages.initial_rows import ROWS_OF, add_new_rows, base_tables, open_rows_from
 from transllm_jax.stages.new_rows import mean_rows
 from transllm_jax.stages.points import ids_without_token, token_ids, trains
@@ -66,6 +67,7 @@ def inputs(run: Run) -> dict[str, Any]:
         **run.inputs.source_hashes(run.config.vocabulary.sources),
         **run.inputs.hashes(_files_of(run.config.vocabulary.rows_from)),
         **run.inputs.hashes(_named_files(config.vocabulary)),
+        **run.inputs.contamination_hashes(config.vocabulary.initial_rows == "aligned"),
     }
 
 
@@ -134,6 +136,8 @@ def check(run: Run) -> None:
             check_icu()
         except UserError as error:
             raise UserError(f"vocabulary.within_words: {error}") from None
+    if run.config.vocabulary.initial_rows == "aligned":
+        check_aligner()
     for source in run.config.vocabulary.sources:
         run.inputs.check(source)
     _check_corpus(run)
@@ -223,11 +227,29 @@ class _Start:
 def _learn_tokens(run: Run) -> _Start:
     """Tokens learned from the corpus, with their rows and fresh adapters."""
     config = run.config
-    documents = [text for source in config.vocabulary.corpus for text in run.inputs.read_target(source, "vocabulary")]
+    documents, pairs = _corpus(run)
     expansion = _expansion(run, documents)
     trainable = {} if run.models.lora is None else initial_adapters(run.models.config, run.models.lora, config.seed)
-    rows_made = add_new_rows(run, expansion, trainable, documents)
+    rows_made = add_new_rows(run, expansion, trainable, documents, pairs)
     return _Start(expansion.tokenizer, trainable, {**expansion.report, "initial_rows": rows_made})
+
+
+def _corpus(run: Run) -> tuple[list[str], list[tuple[str, str]]]:
+    """The corpus's texts in the target language; and its (English, target) pairs, if rows are made with them.
+
+    Rows may not learn from evaluation texts what these ask for, so pairs that hold one are not among the pairs. Tokens
+    are learned from all texts.
+    """
+    documents: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    for source in run.config.vocabulary.corpus:
+        if source.format == "pairs" and run.config.vocabulary.initial_rows == "aligned":
+            found = run.inputs.read(source, "vocabulary", run.models.tokenizer("base").find_special)
+            documents += [pair[1] for pair in found]
+            pairs += run.inputs.uncontaminated(found, "vocabulary.initial_rows")
+        else:
+            documents += run.inputs.read_target(source, "vocabulary")
+    return documents, pairs
 
 
 def _expansion(run: Run, documents: list[str]) -> Expansion:

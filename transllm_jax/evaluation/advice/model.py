@@ -138,10 +138,10 @@ def initial_rows(run: Recorded) -> Iterator[Finding]:
         rows = run.setting("vocabulary.initial_rows")
         advice, keys = (
             ("Give more text, choose fewer tokens, or train longer.", ("vocabulary.corpus", "vocabulary.size"))
-            if rows == "calibrated"
+            if rows in ("calibrated", "aligned")
             else (
-                "Start rows from the calibrated mean of their pieces, which needs English text, or train longer.",
-                ("vocabulary.initial_rows", "vocabulary.english"),
+                "Start rows at the English tokens that they are aligned with, which needs pairs, or train longer.",
+                ("vocabulary.initial_rows", "vocabulary.corpus"),
             )
         )
         yield Finding(
