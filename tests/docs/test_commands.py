@@ -398,3 +398,14 @@ def test_commands_are_made_smaller() -> None:
         "tokenizer expand a b c --size 160 --language th"
     )
     assert smaller("transllm chat runs/demo") == "chat runs/demo --max-new-tokens 8"
+
+
+@pytest.mark.slow
+def test_the_text_of_a_language_is_written_and_read(
+    sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(sandbox, tmp_path / "page")
+    monkeypatch.chdir(tmp_path / "page")
+    lines = ("python examples/world/make.py hi runs/text/hi", "transllm run configs/world.yaml language.code=hi")
+    assert [(runs(command), reader.does(command)) for command in commands_of(*lines)] == [(True, 0), (True, 0)]
+    assert Path("runs/world-hi/export").is_dir()
