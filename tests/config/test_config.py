@@ -114,7 +114,7 @@ def test_overrides() -> None:
             "seed=8",  # the last one counts
         ],
     )
-    assert (config.seed, config.pretrain.steps, config.pretrain.batch_size) == (8, 3, 2)
+    assert (config.seed, config.pretrain.steps, config.pretrain.batch_size) == (8, 3, 4)
     assert (config.lora.rank, config.lora.alpha) == (4, 128)
     assert config.markers.response == "<ANSWER>" and config.markers.english == "<EN>"
     assert config.model.sha256 is None
