@@ -18,17 +18,18 @@ from transllm_jax.conversion.token_rows import open_token_rows
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import pipeline
+from transllm_jax.stages import new_rows, pipeline
 from transllm_jax.stages.new_rows import (
     BOOST,
     HALF,
     calibrated,
     mean_rows,
     random_rows,
+    text_states,
     token_counts,
     weighted_rows,
 )
-from transllm_jax.stages.run import seed_for
+from transllm_jax.stages.run import Run, seed_for
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.arrays import load_arrays
 
@@ -114,6 +115,26 @@ def test_tokens_are_counted_in_a_range_of_ids(tiny_model: Path, monkeypatch: pyt
     ids = [number for text in texts for number in tokenizer.encode(text)]
     np.testing.assert_array_equal(token_counts(tokenizer, texts, 0, 400), np.bincount(ids, minlength=400))
     np.testing.assert_array_equal(token_counts(tokenizer, texts, 30, 70), np.bincount(ids, minlength=400)[30:100])
+
+
+def test_states_are_those_of_the_first_texts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = Config.model_validate(tiny_run(tiny_model, tmp_path))
+    (tmp_path / "base").symlink_to(tiny_model)
+    models = Run(config, tmp_path, Progress(quiet=True), Interrupt()).models
+    tokenizer, split = models.tokenizer("base"), models.split("base")
+    texts = (EXAMPLES / "english.heldout.txt").read_text(encoding="utf-8").split("\n\n")
+    whole = text_states(split, tokenizer, texts)
+    assert len(whole) >= sum(len(tokenizer.encode(text)) for text in texts)
+    encoded: list[str] = []
+    documents = new_rows.document_examples
+
+    def spy(tokenizer: Tokenizer, documents_: list[str], length: int) -> Any:
+        encoded.extend(documents_)
+        return documents(tokenizer, documents_, length)
+
+    monkeypatch.setattr(new_rows, "document_examples", spy)
+    monkeypatch.setattr(new_rows, "CHARACTERS", len(texts[0]) + 1)
+    assert len(text_states(split, tokenizer, texts)) < len(whole) and encoded == texts[:2]
 
 
 # --- stage vocabulary -----------------------------------------------------------------------------------------------

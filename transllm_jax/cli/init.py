@@ -31,9 +31,7 @@ def init(
         typer.Option(help="Translation pairs: English<TAB>target, or ENGLISH:TARGET, two files; repeatable."),
     ] = None,
     instructions: Annotated[str | None, typer.Option(help="English instructions: jsonl with `instruction`.")] = None,
-    english: Annotated[
-        str | None, typer.Option(help="English text, so that English is kept; else the pairs' English side is used.")
-    ] = None,
+    english: Annotated[str | None, typer.Option(help="English text, so that stage 3 keeps the English.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the config that is there.")] = False,
 ) -> None:
     """Write the config of a new run, with sizes that fit the model and the text.
