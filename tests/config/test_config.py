@@ -149,7 +149,7 @@ def test_full_fine_tuning_has_no_adapters() -> None:
     [
         (["pretrain.epochs=2", "pretrain.steps=3"], "pretrain: give steps or epochs, one of the two"),
         (["pretrain.steps=null"], "pretrain: give steps or epochs, one of the two"),
-        (["pretrain.accumulate=3"], "batch_size 2 is no multiple of accumulate 3"),
+        (["pretrain.accumulate=3"], "batch_size 4 is no multiple of accumulate 3"),
         (["pretrain.warmup_steps=3", "pretrain.warmup_ratio=0.1"], "give warmup_ratio or warmup_steps, not both"),
         (["pretrain.decay_ratio=0.2"], "decay_ratio is for schedule: wsd"),
         (["pretrain.schedule=square"], "pretrain.schedule: Input should be 'cosine', 'linear', 'wsd' or 'constant'"),
