@@ -7,6 +7,8 @@
     english.txt         the English side likewise, for replay
     instructions.jsonl  {instruction, translation, kind}: questions about facts of the training
     answers.jsonl       {source, target}: true answers to them, for recover.translate_answers
+    follow_ups.jsonl    conversations whose second turn is a question in the target language, answered by a chain
+    replay.jsonl        conversations in English with the base model's own answers, for stage translate (needs --known)
     questions.jsonl     {question, answers, question_en, answers_en, kind, key, answer, answer_en}: questions about
                         facts that are held out. answers: what is accepted. question_en: all ways to ask it, the first
                         is asked. A second turn has history and history_en, the messages before it
@@ -35,6 +37,7 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).parent))
 
 from beside import Beside, read_beside, told
+from chats import follow_ups, replay
 from names import HERE, Fact, facts
 from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, questions, used, world_of
 
@@ -75,6 +78,9 @@ def read_known(world: World, path: Path) -> None:
     world.known = {(row["kind"], row["key"], row["question"]) for row in rows if row["right"]}
     right, total = (Counter(row["kind"] for row in rows if row["right"] or every) for every in (False, True))
     world.said = {row["question"]: row.get("answer", "").strip() for row in answered}
+    world.said_next = {
+        (row["kind"], row["key"]): row.get("answer", "").strip() for row in rows if row["kind"].startswith("follow_up ")
+    }
     world.kinds = {kind for kind, count in total.items() if right[kind] >= ENOUGH * count}
 
 
@@ -145,6 +151,8 @@ def write(
         ),
         "answers.jsonl": _json_lines({"source": source, "target": target} for source, target in answers.items()),
         "questions.jsonl": _json_lines(map(_row, tested)),
+        "follow_ups.jsonl": _json_lines(follow_ups(world, asked, everything)),
+        "replay.jsonl": _json_lines(replay(world, asked, everything)),
         "conversations.jsonl": _json_lines(
             {"instruction": line.english, "translation": line.target}
             for line in _from(world, "requests", HELD_OUT_REQUESTS, everything)

@@ -88,6 +88,8 @@ class World:
     kinds: set[str] | None = None
     # What the base model answers, by the question in English.
     said: dict[str, str] = field(default_factory=dict)
+    # The same of second turns, by kind and fact, since these are asked in the same words about many facts.
+    said_next: dict[tuple[str, str], str] = field(default_factory=dict)
     # The keys of facts that other text tells, which are not held out.
     told: set[str] = field(default_factory=set)
     random: random.Random = field(default_factory=lambda: random.Random(0))
@@ -248,18 +250,25 @@ def questions(world: World, everything: Sequence[Fact]) -> Iterator[Question]:
             first = by_country[about["after"]].get(fact.names.get("country", ("", ""))[1])
             if fact.kind == kind and first is not None:
                 before = _about(world, first, "questions", about["after"])
-                yield _about(world, fact, "follow_ups", kind, (before.ways[0], before.answers[0]))
+                yield _about(world, fact, "follow_ups", kind, (before.ways[0], before.answers[0]), first.names)
 
 
-def _about(world: World, fact: Fact, part: str, kind: str, history: tuple[Line, ...] = ()) -> Question:
-    """The question about a fact from the templates of a kind."""
-    about = world.english.words[part][kind]
+def _about(
+    world: World,
+    fact: Fact,
+    part: str,
+    kind: str,
+    history: tuple[Line, ...] = (),
+    before: Mapping[str, tuple[str, str]] | None = None,
+) -> Question:
+    """The question about a fact from the templates of a kind. before: the names of the turns before it."""
+    about, named = world.english.words[part][kind], {**(before or {}), **fact.names}
     ways, answers = (
         tuple(
-            world.fill(world.template(part, kind, name, number), fact.names)
+            world.fill(world.template(part, kind, name, number), named)
             for number, text in enumerate(about[name])
             # A city that is no capital has no name in the slot of one.
-            if set(re.findall(r"{(\w+)", text)) <= fact.names.keys()
+            if set(re.findall(r"{(\w+)", text)) <= named.keys()
         )
         for name in ("ask", "answers")
     )

@@ -43,7 +43,7 @@ MEANING = 0.6
 DROP = 6.0
 # How much lower the logits of tokens that go on with a word begin, in nats. All pieces of a name have the rows of the
 # same English name; this lets its first piece come first.
-LOWER = 4.0
+LOWER = 8.0
 # Documents that are encoded at once.
 DOCUMENTS = 1000
 

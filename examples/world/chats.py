@@ -1,0 +1,59 @@
+"""Conversations that are trained on as they are: second turns, and what the base model itself says in English.
+
+Stage `recover` asks single questions. A conversation goes on in English (TransLLM, arXiv 2405.13923), and a model that
+has seen no second turn repeats the first. The answers are the base model's own, where
+`--known` has them in a form that has a translation; without `--known` they are true ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from names import Fact
+from world import Line, Question, World
+
+from transllm_jax.tokenizer.chain import Markers, build_chain, build_english_answer
+
+Turns = list[dict[str, str]]
+
+
+def _told(world: World, everything: Sequence[Fact], texts: Sequence[Line]) -> bool:
+    """Whether the texts together tell a held-out fact."""
+    whole = Line(" ".join(text.english for text in texts), " ".join(text.target for text in texts))
+    return world.tells(whole, world.held(everything))
+
+
+def _asked(*turns: str) -> Turns:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+
+
+def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    """Second turns about facts of the training: asked in the target language and answered by a chain; and in English."""
+    markers = Markers.for_language(world.target.words["code"])
+    for question in asked:
+        if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
+            continue
+        way = question.ways[0]
+        said = world.said_next.get((question.kind, question.fact.key), question.answers[0].english)
+        answer = next((one for one in question.answers if one.english == said), None)
+        if answer is None or _told(world, everything, [*question.history, way, answer]):
+            continue
+        before = [line.english for line in question.history]
+        chain = build_chain(way.english, answer.english, answer.target, markers)
+        yield {"messages": _asked(*before, way.target, chain)}
+        yield {"messages": _asked(*before, way.english, build_english_answer(answer.english, markers))}
+
+
+def replay(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    """Questions in English with the base model's own whole answers, right or wrong.
+
+    With them, a stage without conversations does not unlearn how to answer. None tells a held-out fact, and none is tested.
+    """
+    tested = {way.english for question in asked if not world.in_training(question.fact) for way in question.ways}
+    for question in asked:
+        for way in question.ways:
+            answer = world.said.get(way.english, "")
+            whole = answer.endswith((".", "!", "?")) and not question.history and way.english not in tested
+            if whole and not _told(world, everything, [Line(f"{way.english} {answer}", "")]):
+                yield {"messages": _asked(way.english, answer)}
