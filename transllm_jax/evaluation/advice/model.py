@@ -131,14 +131,17 @@ def english(run: Recorded) -> Iterator[Finding]:
 
 
 def initial_rows(run: Recorded) -> Iterator[Finding]:
-    """New rows that make the model worse than the original with its own tokenizer, and training that did not help."""
+    """New rows that make the model worse than the original with its own tokenizer, and training that did not help.
+
+    Aligned rows are meant to begin so: pieces inside words begin less probable, and bits per byte count them all.
+    """
     base, new, trained = (run.measured("bits_per_byte", point) for point in ("base", "vocabulary", "pretrain"))
+    rows = run.setting("vocabulary.initial_rows")
     made_up_for = trained is not None and base is not None and trained <= 0.8 * base
-    if base is not None and new is not None and new > base and not made_up_for:
-        rows = run.setting("vocabulary.initial_rows")
+    if rows != "aligned" and base is not None and new is not None and new > base and not made_up_for:
         advice, keys = (
             ("Give more text, choose fewer tokens, or train longer.", ("vocabulary.corpus", "vocabulary.size"))
-            if rows in ("calibrated", "aligned")
+            if rows == "calibrated"
             else (
                 "Start rows at the English tokens that they are aligned with, which needs pairs, or train longer.",
                 ("vocabulary.initial_rows", "vocabulary.corpus"),
