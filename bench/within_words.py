@@ -1,4 +1,4 @@
-"""What `--within-words` costs in tokens, and how many tokens cross words without it, on the demo's Thai text.
+"""What `--within-words` costs in tokens, and how many tokens cross words without it, on the text of examples/thai.
 
     python bench/within_words.py BASE [--size N ...] [--cuts whole|base] [--longest N]
 
