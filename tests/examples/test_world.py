@@ -240,6 +240,7 @@ def test_its_numbers_and_days_are_not_told_either(written: tuple[Any, Path]) -> 
             compared = [line for line in compared if line.keys() & {"more", "less", "greater", "larger"}]
             compared = [line for line in compared if "which" not in line]
         if fact.kind == "sum":
+            compared = [line for line in compared if not line.keys() & {"more", "less", "greater", "larger"}]
             # Not 2 + 4 = 6, as it is told with 2 and 4 said twice: that is another sum.
             compared = [line for line in compared if {word for word in line if word.isdigit()} == words.keys()]
         assert bool(compared) == (fact.key not in world.held_out), fact.key

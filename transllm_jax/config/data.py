@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
@@ -98,6 +98,12 @@ class Source(Section):
     """Train on at most this many tokens of the source: items are chosen at random, by the run's seed."""
     cleaning: Cleaning = Cleaning()
     """Which items are left out of training."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_chains(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without this key stay as they were.
+        found: dict[str, Any] = dump(self)
+        return found if self.chains else {key: value for key, value in found.items() if key != "chains"}
 
     @model_validator(mode="before")
     @classmethod
