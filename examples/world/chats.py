@@ -15,7 +15,7 @@ from world import Line, Question, World
 
 from transllm_jax.tokenizer.chain import Markers, build_chain, build_english_answer
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 
 
 def _told(world: World, everything: Sequence[Fact], texts: Sequence[Line]) -> bool:
@@ -25,11 +25,15 @@ def _told(world: World, everything: Sequence[Fact], texts: Sequence[Line]) -> bo
 
 
 def _asked(*turns: str) -> Turns:
-    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    """Messages of the user and the assistant by turns; the last answer is trained on."""
+    found: Turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    for message in found[1:-1:2]:
+        message["train"] = False
+    return found
 
 
 def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
-    """Second turns about facts of the training: asked in the target language and answered by a chain; and in English."""
+    """Second turns about facts of the training, in the target language with a chain as the answer, and in English."""
     markers = Markers.for_language(world.target.words["code"])
     for question in asked:
         if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
@@ -48,7 +52,7 @@ def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fac
 def replay(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
     """Questions in English with the base model's own whole answers, right or wrong.
 
-    With them, a stage without conversations does not unlearn how to answer. None tells a held-out fact, and none is tested.
+    With them, a stage without conversations does not unlearn how to answer. None tells a held-out fact or is tested.
     """
     tested = {way.english for question in asked if not world.in_training(question.fact) for way in question.ways}
     for question in asked:

@@ -33,7 +33,8 @@ ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
 LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
 KNOWN = WORLD / "known.smollm2-135m.jsonl"
 every_language = pytest.mark.parametrize("language", LANGUAGES)
-TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl")
+CHATS = ("follow_ups.jsonl", "replay.jsonl")
+TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl", *CHATS)
 OF_A_KIND = 11
 # Everyday text in Thai, which stays in the mixture.
 THAI = WORLD.parent / "thai"
@@ -167,6 +168,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         (directory / "beside").mkdir(parents=True)
         for path in THAI.glob("*.train.*"):
             (directory / "beside" / path.name).symlink_to(path)
+        # As the demo has it.
+        everything = of_countries(world, everything, 50)
     choose(world, everything, OF_A_KIND)
     write(world, directory, everything, OF_A_KIND, beside)
     return world, directory
@@ -222,6 +225,8 @@ def test_its_numbers_and_days_are_not_told_either(written: tuple[Any, Path]) -> 
     lines = [english for english, _ in pairs(directory / "pairs.tsv")]
     lines += [row["source"] for row in rows(directory / "answers.jsonl")]
     lines += [f"{row['instruction']}" for row in rows(directory / "instructions.jsonl")]
+    for name in CHATS:
+        lines += [" ".join(turn["content"] for turn in row["messages"]) for row in rows(directory / name)]
     found = [Counter(re.findall(r"\w+", line.lower())) for line in lines]
     digits = {world.english.name("numbers", str(number)).lower(): str(number) for number in range(21)}
     found = [Counter({digits.get(word, word): count for word, count in line.items()}) for line in found]
@@ -235,6 +240,7 @@ def test_its_numbers_and_days_are_not_told_either(written: tuple[Any, Path]) -> 
             compared = [line for line in compared if line.keys() & {"more", "less", "greater", "larger"}]
             compared = [line for line in compared if "which" not in line]
         if fact.kind == "sum":
+            compared = [line for line in compared if not line.keys() & {"more", "less", "greater", "larger"}]
             # Not 2 + 4 = 6, as it is told with 2 and 4 said twice: that is another sum.
             compared = [line for line in compared if {word for word in line if word.isdigit()} == words.keys()]
         assert bool(compared) == (fact.key not in world.held_out), fact.key

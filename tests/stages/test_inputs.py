@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from conftest import EXAMPLES, Command, tiny_run, write_config
 
-from transllm_jax.config import load_config
+from transllm_jax.config import Source, load_config
+from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import vocabulary
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.token_rows import planned_rows
 
 
 def contamination_hashes(model: Path, directory: Path, text: dict[str, Any]) -> dict[str, Any]:
@@ -131,3 +133,41 @@ def test_a_vocabulary_within_words_is_not_taken_for_another(
     code, printed = transllm("run", config, "--until", "vocabulary")
     assert code == 2 and "vocabulary was made with other inputs: vocabulary.within_words (True -> unset)" in printed
     assert transllm("run", config, within, "--until", "vocabulary")[0] == 0
+
+
+def test_a_source_of_chains_may_hold_their_markers(tiny_model: Path, tmp_path: Path, transllm: Command) -> None:
+    turns = [
+        {"role": "user", "content": "Which city do people love?"},
+        {"role": "assistant", "content": "Bangkok.", "train": False},
+        {"role": "user", "content": "แล้วผู้คนที่นั่นพูดภาษาอะไร"},
+        {"role": "assistant", "content": "<EN>What do they speak?<RESPONSE>Thai.<TH>ภาษาไทย"},
+    ]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": turns}, ensure_ascii=False) + "\n", encoding="utf-8")
+    tree: Any = tiny_run(tiny_model, tmp_path / "run")
+    source = {"path": str(chats), "format": "conversations", "weight": 0.2}
+    tree["transfer"] |= {"chains": 0.4, "english": 0.2, "translations": 0.2, "sources": [source]}
+    config = write_config(tmp_path / "config.yaml", tree)
+    code, printed = transllm("run", config, "--dry-run")
+    assert code == 2 and f"{chats}:1 contains the special token <EN>" in printed
+    tree["transfer"]["sources"] = [source | {"chains": True}]
+    loaded = load_config(write_config(config, tree))
+    (given,) = loaded.transfer.sources
+    code, printed = transllm("run", config, "--dry-run")
+    assert code == 0, printed
+    run = Run(loaded, tmp_path / "run", Progress(quiet=True), Interrupt())
+    rows = planned_rows(run, "transfer", given, 256)
+    row = rows.row(0)
+    trained = row["labels"][row["weights"] > 0]
+    tokenizer = run.models.tokenizer("vocabulary")
+    # The last answer alone is trained on, and its markers are single tokens.
+    assert tokenizer.decode([int(token) for token in trained]).startswith("<EN>What do they speak?<RESPONSE>Thai.<TH>")
+    assert tokenizer.token_id("<EN>") in trained
+    # A special token of the base is still a fault.
+    special = next(iter(run.models.tokenizer("base").special_tokens))
+    turns[-1]["content"] = f"<EN>a{special}<RESPONSE>b<TH>c"
+    chats.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=":1 contains the special token"):
+        Run(loaded, tmp_path / "run", Progress(quiet=True), Interrupt()).inputs.check(given)
+    # A run that was made before there was this key is not redone.
+    assert "chains" not in Source.model_validate(source).model_dump() and given.model_dump()["chains"] is True

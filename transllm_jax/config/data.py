@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
@@ -80,6 +80,10 @@ class Source(Section):
     """
     max_bad_share: Share = 0.01
     """For `on_bad_rows: skip`: at most this share of the source's rows may be skipped, or ten rows if that is more."""
+    chains: bool = False
+    """For conversations: the answers are laid out as the run's own chains, and hold its markers. Otherwise a marker in
+    a text is a fault.
+    """
     weight: float | None = Field(default=None, gt=0)
     """Share of the rows in the mixture, relative to the other sources. Give all sources a weight or none; without
     weights the shares are those of the sources' sizes.
@@ -95,6 +99,12 @@ class Source(Section):
     cleaning: Cleaning = Cleaning()
     """Which items are left out of training."""
 
+    @model_serializer(mode="wrap")
+    def _without_idle_chains(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without this key stay as they were.
+        found: dict[str, Any] = dump(self)
+        return found if self.chains else {key: value for key, value in found.items() if key != "chains"}
+
     @model_validator(mode="before")
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
@@ -109,6 +119,8 @@ class Source(Section):
             raise ValueError(f"max_bytes is for text; for {self.format}, use max_items")
         if self.format != "text" and self.separator != "blank line":
             raise ValueError("separator is for text; pairs and conversations are one per line, so remove it")
+        if self.chains and self.format != "conversations":
+            raise ValueError(f"chains is for conversations; for {self.format}, remove it")
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):
             raise ValueError("target_path is for pairs in two files of lines; add `format: pairs`, or remove it")
         if self.container in ("datasets", "tfds"):

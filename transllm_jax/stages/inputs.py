@@ -149,7 +149,8 @@ class Inputs:
         collector = Collector(source.controls, source.on_bad_rows)
         characters = good = 0
         whole = True
-        for item, place in self.items(source, collector, self.find_special):
+        find_special = self._models.tokenizer("base").find_special if source.chains else self.find_special
+        for item, place in self.items(source, collector, find_special):
             if source.format == "conversations" and good < RENDERED:
                 self._check_template(item, place)
             good += 1

@@ -56,6 +56,7 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
         evaluation=run.inputs.evaluation_texts if cleaning.contamination else None,
         exact=cleaning.exact_duplicates,
         near=cleaning.near_duplicates is not None,
+        holds_markers=source.chains,
     )
     rows = _rows(run, stage, source, transform)
     if unchecked := rows.counts.get("unchecked"):

@@ -56,10 +56,10 @@ class Prepared(NamedTuple):
 class Transform:
     """How items become examples of at most `length` tokens.
 
-    instructions: pairs become translation instructions; if None, texts of both directions. holds_markers: the run made
-    the items itself, and they may contain the chain's markers; any other item with a marker or special token is a bad
-    row. rules, evaluation: which items are left out (see `data.clean`). exact, near: compute each item's hash, and its
-    MinHash signature, by which duplicates are found.
+    instructions: pairs become translation instructions; if None, texts of both directions. holds_markers: the items are
+    chains, which the run made or a source says that it has, and may contain their markers; any other item with a marker
+    or special token is a bad row. rules, evaluation: which items are left out (see `data.clean`). exact, near: compute
+    each item's hash, and its MinHash signature, by which duplicates are found.
     """
 
     content: Content
