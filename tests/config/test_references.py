@@ -58,7 +58,14 @@ def test_the_type_of_a_value_stays_where_it_is_the_whole_text() -> None:
 
 def test_values_in_a_text_are_written_as_in_yaml() -> None:
     given = "title=${export.dtype} ${recover.contamination} ${date} ${transfer.chains} ${ seed }"
-    config = loaded(given, "export.dtype=bfloat16", "recover.contamination=false", "date=2026-01-02", "seed=3")
+    config = loaded(
+        given,
+        "export.dtype=bfloat16",
+        "recover.contamination=false",
+        "date=2026-01-02",
+        "seed=3",
+        "transfer.chains=0.4",
+    )
     assert config.title == "bfloat16 false 2026-01-02 0.4 3"
 
 
