@@ -250,7 +250,7 @@ def _row(question: Question) -> dict[str, Any]:
     row: dict[str, Any] = {
         "question": question.ways[0].target,
         "answers": question.accepted[1],
-        "question_en": [way.english for way in question.ways],
+        "question_en": list(dict.fromkeys([*(way.english for way in question.ways), *question.understood])),
         "answers_en": question.accepted[0],
         "kind": question.kind,
         "key": question.fact.key,

@@ -39,6 +39,8 @@ class Question:
     answers: tuple[Line, ...]
     accepted: tuple[list[str], list[str]]
     history: tuple[Line, ...] = ()
+    # More ways to ask it in English; a chain that has one of them has understood it. They are not asked.
+    understood: tuple[str, ...] = ()
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -274,7 +276,8 @@ def _about(
     )
     answers = tuple(_distinct(answers))
     name = f"follow_up {kind}" if part == "follow_ups" else kind
-    return Question(name, fact, ways, answers, _accepted(world, fact, part, kind), history)
+    understood = tuple(_capital(fill(text, world.english, named)) for text in about.get("understood", ()))
+    return Question(name, fact, ways, answers, _accepted(world, fact, part, kind), history, understood)
 
 
 def _yes_or_no(world: World, fact: Fact, zones: Sequence[Fact]) -> Question:
