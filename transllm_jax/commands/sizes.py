@@ -98,7 +98,7 @@ def sizes_for(given: Given) -> Sizes:
     short = text + pairs < 3_000_000
     length = _within(context, 256 if short else 512)
     long = _within(context, 2048 if large else 512 if short else 1024)
-    # The demo's rates, those of a small model on more text, those of the paper.
+    # Rates for minutes of training, for a small model on more text, and those of the paper.
     if large:
         first, last = "2e-4", "1e-4"
     elif short:
