@@ -13,22 +13,15 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from names import facts
-from world import Line, Question, questions, world_of
+from world import Question, messages, questions, world_of
 
 from transllm_jax.commands.chat import open_session
 from transllm_jax.evaluation.answers import Checkable, Judge
-from transllm_jax.tokenizer.chat import Message
-
-
-def messages(turns: Sequence[Line]) -> list[Message]:
-    """Turns in English as messages, of the user and the assistant by turns."""
-    return [{"role": ("user", "assistant")[number % 2], "content": line.english} for number, line in enumerate(turns)]
 
 
 def _checkable(row: Question, phrases: bool) -> Checkable:
@@ -60,7 +53,10 @@ def main() -> None:
     with given.out.open("w", encoding="utf-8") as out:
         for start in range(0, len(turns), given.batch):
             batch = turns[start : start + given.batch]
-            conversations = [messages([*asked[number].history, asked[number].ways[way]]) for number, way in batch]
+            conversations = [
+                messages([line.english for line in (*asked[number].history, asked[number].ways[way])])
+                for number, way in batch
+            ]
             answers = session.chat.answers(conversations, fallback=False)
             for (number, way), answer in zip(batch, answers, strict=True):
                 row = asked[number]

@@ -1,8 +1,8 @@
 """Conversations that are trained on as they are: second turns, and what the base model itself says in English.
 
 Stage `recover` asks single questions. A conversation goes on in English (TransLLM, arXiv 2405.13923), and a model that
-has seen no second turn repeats the first. The answers are the base model's own, where
-`--known` has them in a form that has a translation; without `--known` they are true ones.
+has seen no second turn repeats the first. The answers are the base model's own, where `--known` has them in a form that
+has a translation; without `--known` they are true ones.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from names import Fact
-from world import Line, Question, World
+from world import Line, Question, Secret, World, messages
 
 from transllm_jax.tokenizer.chain import Markers, build_chain, build_english_answer
+from transllm_jax.tokenizer.chat import Message
 
-Turns = list[dict[str, Any]]
 
-
-def _told(world: World, everything: Sequence[Fact], texts: Sequence[Line]) -> bool:
+def _told(world: World, held: Sequence[Secret], texts: Sequence[Line]) -> bool:
     """Whether the texts together tell a held-out fact."""
     whole = Line(" ".join(text.english for text in texts), " ".join(text.target for text in texts))
-    return world.tells(whole, world.held(everything))
+    return world.tells(whole, held)
 
 
-def _asked(*turns: str) -> Turns:
+def _asked(*turns: str) -> list[Message]:
     """Messages of the user and the assistant by turns; the last answer is trained on."""
-    found: Turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    found = messages(turns)
     for message in found[1:-1:2]:
         message["train"] = False
     return found
@@ -34,14 +33,14 @@ def _asked(*turns: str) -> Turns:
 
 def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
     """Second turns about facts of the training, in the target language with a chain as the answer, and in English."""
-    markers = Markers.for_language(world.target.words["code"])
+    markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
     for question in asked:
         if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
             continue
         way = question.ways[0]
         said = world.said_next.get((question.kind, question.fact.key), question.answers[0].english)
         answer = next((one for one in question.answers if one.english == said), None)
-        if answer is None or _told(world, everything, [*question.history, way, answer]):
+        if answer is None or _told(world, held, [*question.history, way, answer]):
             continue
         before = [line.english for line in question.history]
         chain = build_chain(way.english, answer.english, answer.target, markers)
@@ -54,10 +53,11 @@ def replay(world: World, asked: Sequence[Question], everything: Sequence[Fact]) 
 
     With them, a stage without conversations does not unlearn how to answer. None tells a held-out fact or is tested.
     """
+    held = world.held(everything)
     tested = {way.english for question in asked if not world.in_training(question.fact) for way in question.ways}
     for question in asked:
         for way in question.ways:
             answer = world.said.get(way.english, "")
             whole = answer.endswith((".", "!", "?")) and not question.history and way.english not in tested
-            if whole and not _told(world, everything, [Line(f"{way.english} {answer}", "")]):
+            if whole and not _told(world, held, [Line(f"{way.english} {answer}", "")]):
                 yield {"messages": _asked(way.english, answer)}

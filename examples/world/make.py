@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from beside import Beside, read_beside, told
 from chats import follow_ups, replay
 from names import HERE, Fact, facts
-from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, questions, used, world_of
+from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, messages, questions, used, world_of
 
 __all__ = ["NAMED", "choose", "read_known", "world_of", "write"]
 
@@ -258,10 +258,8 @@ def _row(question: Question) -> dict[str, Any]:
         "answer_en": question.answers[0].english,
     }
     if question.history:
-        roles = ("user", "assistant")
-        turns = [(role, line) for role, line in zip(roles, question.history, strict=True)]
-        row["history"] = [{"role": role, "content": line.target} for role, line in turns]
-        row["history_en"] = [{"role": role, "content": line.english} for role, line in turns]
+        row["history"] = messages([line.target for line in question.history])
+        row["history_en"] = messages([line.english for line in question.history])
     return row
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from names import HERE, Fact, Names
 
+from transllm_jax.tokenizer.chat import Message
+
 # Kinds whose facts are told by any text that holds both names. Number words, months and days also stand in other
 # sentences.
 NAMED = ("capital", "country", "continent", "city_continent", "language", "city_language", "currency", "opposite")
@@ -228,6 +230,11 @@ def asked_in_pairs(
             found.append(world.random.choice(others))
     held = world.held(everything)
     return [line for line in _distinct(found) if not world.tells(line, held)]
+
+
+def messages(texts: Sequence[str]) -> list[Message]:
+    """Texts as messages, of the user and the assistant by turns."""
+    return [{"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(texts)]
 
 
 def _distinct(found: Sequence[Line]) -> list[Line]:

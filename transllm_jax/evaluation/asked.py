@@ -62,15 +62,7 @@ class Asking:
     def in_target(self, chat: ChainChat, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What the model answers in the target language."""
         asked = [one.asked_in_chains if self._in_chains else one.asked for one in self._questions]
-        return [
-            {
-                "raw": answer.raw,
-                "visible": answer.visible,
-                "chain": None if answer.chain is None else vars(answer.chain),
-                "cut_off": answer.cut_off,
-            }
-            for answer in chat.answers(asked, fallback=False, between=between)
-        ]
+        return [answer.recorded() for answer in chat.answers(asked, fallback=False, between=between)]
 
     def in_english(self, english: English, between: Callable[[], None]) -> list[str | None]:
         """What the model answers in English; None for questions without an English wording."""

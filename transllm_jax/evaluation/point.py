@@ -115,15 +115,7 @@ def evaluate(
         limit = config.max_chain_tokens if point.answers_in_chains else config.max_new_tokens
         chat = ChainChat(engine, point.tokenizer, markers, max_new_tokens=limit)
         asked: list[list[Message]] = [[{"role": "user", "content": target}] for _, target in held_out.questions]
-        return [
-            {
-                "raw": answer.raw,
-                "visible": answer.visible,
-                "chain": None if answer.chain is None else vars(answer.chain),
-                "cut_off": answer.cut_off,
-            }
-            for answer in chat.answers(asked, fallback=False, between=between)
-        ]
+        return [answer.recorded() for answer in chat.answers(asked, fallback=False, between=between)]
 
     metrics: dict[str, float | None] = dict(part("bits per byte", text))
     divergence = part("English answers kept", kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transllm_jax.generation.engine import WHOLE, Engine, Mode
 from transllm_jax.tokenizer.chain import Chain, Markers, missing_marker, parse, visible
@@ -26,6 +27,11 @@ class Answer:
     visible: str
     continued: bool
     cut_off: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """What an evaluation keeps of it (JSON)."""
+        chain = None if self.chain is None else vars(self.chain)
+        return {"raw": self.raw, "visible": self.visible, "chain": chain, "cut_off": self.cut_off}
 
 
 def _answer(raw: str, markers: Markers, continued: bool, cut_off: bool) -> Answer:
