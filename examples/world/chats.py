@@ -31,9 +31,20 @@ def _asked(*turns: str) -> list[Message]:
     return found
 
 
-def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
-    """Second turns about facts of the training, in the target language with a chain as the answer, and in English."""
+def chains(
+    world: World, trained: Sequence[Question], asked: Sequence[Question], everything: Sequence[Fact]
+) -> Iterator[dict[str, Any]]:
+    """Conversations about facts of the training that end with a chain.
+
+    Single questions to which the base model gives no answer that has a translation, with the plainest true answer; and
+    second turns, in the target language and in English.
+    """
     markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
+    for question in trained:
+        answers = {answer.english for answer in question.answers}
+        if not any(world.said.get(way.english) in answers for way in question.ways):
+            way, answer = world.random.choice(question.ways), question.answers[0]
+            yield {"messages": _asked(way.target, build_chain(way.english, answer.english, answer.target, markers))}
     for question in asked:
         if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
             continue

@@ -170,12 +170,14 @@ def _capital(text: str) -> str:
 
 
 def lines(world: World, everything: Sequence[Fact]) -> list[Line]:
-    """The sentences of the training, without any that tells a held-out fact."""
+    """The sentences of the training, without any that tells a held-out fact, and facts of kinds that do not count."""
     found: list[Line] = []
     by_prefix: dict[str, list[str]] = defaultdict(list)
     for name in world.english.words["facts"]:
         by_prefix[name.partition("-")[0]].append(name)
     for fact in everything:
+        if not world.counts(fact.kind):
+            continue
         templates = by_prefix[fact.kind] + (by_prefix["country"] if fact.kind == "capital" else [])
         for name in world.random.sample(templates, min(STATED, len(templates))):
             found.append(world.fill(world.template("facts", name), fact.names, fact))
@@ -226,7 +228,7 @@ def asked_in_pairs(
     for question in asked:
         others = question.ways[1:] if question.history or not world.in_training(question.fact) else question.ways
         others = tuple(way for way in others if way.english not in listed)
-        if others:
+        if others and world.counts(question.kind):
             found.append(world.random.choice(others))
     held = world.held(everything)
     return [line for line in _distinct(found) if not world.tells(line, held)]

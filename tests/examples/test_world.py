@@ -33,7 +33,7 @@ ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
 LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
 KNOWN = WORLD / "known.smollm2-135m.jsonl"
 every_language = pytest.mark.parametrize("language", LANGUAGES)
-CHATS = ("follow_ups.jsonl", "replay.jsonl")
+CHATS = ("chains.jsonl", "replay.jsonl")
 TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl", *CHATS)
 OF_A_KIND = 11
 # Everyday text in Thai, which stays in the mixture.
@@ -310,8 +310,8 @@ def test_no_tested_question_is_in_the_training(written: tuple[Any, Path]) -> Non
     # A second turn asks nothing without the first: its words are trained on after the first turns about other facts.
     second = [row for row in asked if "history" in row]
     texts = {text.lower() for row in second for text in (row["question"], row["question_en"][0])}
-    assert found(texts, [path for path in training_files(directory) if path.name != "follow_ups.jsonl"]) == []
-    trained = {tuple(turn["content"] for turn in row["messages"][:3]) for row in rows(directory / "follow_ups.jsonl")}
+    assert found(texts, [path for path in training_files(directory) if path.name != "chains.jsonl"]) == []
+    trained = {tuple(turn["content"] for turn in row["messages"][:3]) for row in rows(directory / "chains.jsonl")}
     assert len(trained) > 20
     for row in second:
         for side in ("", "_en"):
