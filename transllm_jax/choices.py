@@ -27,5 +27,8 @@ OnBadRows = Literal["refuse", "skip"]
 # Where the text of a byte-level base is cut before merging; no new token crosses a cut. "whole": nowhere in a run of
 # the target script; "base": where the base cuts.
 Cuts = Literal["whole", "base"]
+# How English answers of the original model are trained on: their text (sequence), the original's distribution of each
+# token (token), or both.
+Recovery = Literal["sequence", "token", "both"]
 # How the learning rate falls after warm-up.
 Schedule = Literal["cosine", "linear", "wsd", "constant"]

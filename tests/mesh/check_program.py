@@ -17,7 +17,7 @@ from transllm_jax.model.layout import SINGLE, sum_scattered
 from transllm_jax.model.parameters import abstract, count_parameters
 from transllm_jax.preflight.program.hlo import Counts, count_hlo
 from transllm_jax.preflight.program.hlo_text import parse_hlo
-from transllm_jax.training.loss import CHUNK
+from transllm_jax.training.logits import CHUNK
 
 # Tokens of a device are no size of the model, nor a multiple of one.
 LENGTH = 40

@@ -11,12 +11,13 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import pytest
-from meshes import GROUPED, LORA, NEW, PLAIN, Case, Shape, Trained, factorisations, layout_of, train
+from meshes import GROUPED, LORA, NEW, PLAIN, ROWS, VOCAB, Case, Shape, Trained, factorisations, layout_of, train
 
 from transllm_jax.choices import Remat
 from transllm_jax.model.layout import AXES, SINGLE, partition
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS
+from transllm_jax.training.recovery import Teaching
 
 
 def _on(*targets: str) -> LoraConfig:
@@ -30,7 +31,12 @@ CASES = {
     "tied, grouped": Case(
         replace(GROUPED, tie_word_embeddings=True), _on("k", "v", "o", "up"), accumulate=2, remat="full"
     ),
-    "base rows": Case(lora=_on("o", "gate"), train_base=True, remat="attention"),
+    "base rows": Case(
+        lora=_on("o", "gate"),
+        train_base=True,
+        remat="attention",
+        teaching=Teaching(("sequence", "token", "both"), ROWS, VOCAB + 2),
+    ),
     "full": Case(
         replace(PLAIN, attention_bias=True, mlp_bias=True), None, accumulate=2, remat="feed_forward", full=True
     ),
@@ -38,6 +44,7 @@ CASES = {
         replace(PLAIN, model_type="qwen2", attention_bias=True, tie_word_embeddings=True),
         _on("q", "down"),
         remat="queries",
+        teaching=Teaching(("sequence", "token", "sequence"), ROWS // 2, VOCAB + 2),
     ),
     "qwen3": Case(replace(GROUPED, model_type="qwen3"), _on("q", "k", "gate", "up"), remat="full"),
 }

@@ -22,6 +22,7 @@ from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Split, abstract, assemble, load_frozen
 from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from transllm_jax.training.placement import Placement
+from transllm_jax.training.recovery import Teaching
 from transllm_jax.training.step import Metrics, Step, TrainState, initial_state, make_step
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -59,6 +60,7 @@ class Case:
     train_base: bool = False
     accumulate: int = 1
     remat: Remat = "projections"
+    teaching: Teaching | None = None
     # All weights train, and no adapters.
     full: bool = field(default=False, kw_only=True)
 
@@ -134,6 +136,7 @@ def prepare(case: Case, layout: Layout, length: int = LENGTH) -> Prepared:
         remat=case.remat,
         accumulate=case.accumulate,
         sources=3,
+        teaching=case.teaching,
         shardings=None if layout.mesh is None else (placement.shardings(shapes), placement.metrics),
     )
     size = ROWS * case.accumulate

@@ -170,4 +170,9 @@ def test_a_source_of_chains_may_hold_their_markers(tiny_model: Path, tmp_path: P
     with pytest.raises(UserError, match=":1 contains the special token"):
         Run(loaded, tmp_path / "run", Progress(quiet=True), Interrupt()).inputs.check(given)
     # A run that was made before there was this key is not redone.
-    assert "chains" not in Source.model_validate(source).model_dump() and given.model_dump()["chains"] is True
+    idle = Source.model_validate(source).model_dump()
+    assert "chains" not in idle and "recovery" not in idle and given.model_dump()["chains"] is True
+    assert "recovery" not in loaded.transfer.model_dump(mode="json")
+    taught = loaded.transfer.model_copy(update={"recovery": "both"})
+    assert taught.model_dump(mode="json")["recovery"] == "both"
+    assert Source.model_validate(source | {"recovery": "token"}).model_dump()["recovery"] == "token"

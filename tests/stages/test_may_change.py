@@ -57,6 +57,7 @@ KEYS: Mapping[str, tuple[Any, tuple[bool, bool]]] = {
     "contamination": (False, NEVER),
     "chains": (0.9, NEVER),
     "english": (0.9, NEVER),
+    "recovery": ("token", NEVER),
     "translations": (0.9, NEVER),
 }
 VALIDATION = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 2, "rows": 4}

@@ -17,6 +17,8 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages import transfer
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import prepare
+from transllm_jax.training.record.metrics import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,26 @@ def adapted(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a run with adapters and frozen rows, that transfers on conversations, not chains."""
     here = tmp_path_factory.mktemp("adapted")
     section: dict[str, Any] = {**tiny_run(qwen, here)["transfer"]}  # type: ignore[dict-item]
-    section |= {"chains": 0, "sources": write_conversations(here), "steps": 8}
+    sources = write_conversations(here)
+    sources[1]["recovery"] = "token"
+    section |= {"chains": 0, "recovery": "both", "sources": sources, "steps": 8}
     assert call("run", write_run_config(here, qwen, embeddings="none", transfer=section)) == 0
     return here / "run"
+
+
+def test_the_original_teaches_what_the_config_says(adapted: Path) -> None:
+    run = Run(load_config(adapted / "run.yaml"), adapted, Progress(quiet=True), Interrupt())
+    job = prepare(run, name="transfer", start="translate", parts=transfer.parts(run))
+    names = dict(zip(job.config.sources, job.config.teaching.modes, strict=True))  # type: ignore[union-attr]
+    of_files = {"1 conversations.jsonl": "sequence", "2 messages.jsonl": "token", "3 alpaca.jsonl": "sequence"}
+    assert names == {"english": "both", "translations": "sequence", **of_files}
+    assert job.config.teaching is not None and 0 < job.config.teaching.rows <= job.batches.batch_size
+    tokenizer = run.models.tokenizer("vocabulary")
+    assert job.config.teaching.marker == tokenizer.token_id(run.markers.response) is not None
+    rows = read_rows(adapted / "transfer" / "metrics.jsonl")
+    # A divergence, which is near 0 in the beginning, beside the negative logarithms of text.
+    seen = {name: [row["source_loss"][name] for row in rows if name in row["source_loss"]] for name in names}
+    assert all(seen.values()) and min(seen["2 messages.jsonl"]) < min(seen["3 alpaca.jsonl"])
 
 
 def test_frozen_rows_stay_the_same_with_adapters(adapted: Path, qwen: Path) -> None:
@@ -85,7 +104,7 @@ def test_conversations_are_trained_on_and_weight_0_leaves_a_source_out(adapted: 
     sources, names = manifest["summary"]["sources"], ["1 conversations.jsonl", "2 messages.jsonl", "3 alpaca.jsonl"]
     assert list(sources) == ["english", "translations", *names]
     assert all(sources[name]["items"] == 3 and sources[name]["epochs"] > 0 for name in names)
-    config = load_config(adapted / "run.yaml", ["transfer.english=0", "transfer.translations=0"])
+    config = load_config(adapted / "run.yaml", ["transfer.english=0", "transfer.recovery=sequence", "transfer.translations=0"])
     run = Run(config, adapted, Progress(quiet=True), Interrupt())
     tokenizer, parts = run.models.tokenizer("vocabulary"), transfer.parts(run)
     assert [part.name for part in parts] == names and [part.weight for part in parts] == [0.2, 0.3, 0.5]

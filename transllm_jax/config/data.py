@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from transllm_jax.choices import Container, Content, Controls, OnBadRows, Separator
+from transllm_jax.choices import Container, Content, Controls, OnBadRows, Recovery, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
 
 
@@ -84,6 +84,12 @@ class Source(Section):
     """For conversations: the answers are laid out as the run's own chains, and hold its markers. Otherwise a marker in
     a text is a fault.
     """
+    recovery: Recovery = "sequence"
+    """For English text or conversations in training: their text is learned (`sequence`), or each token is held to what
+    the original model would say there (`token`: KL divergence over the base vocabulary; the text itself is not
+    learned), or both. It keeps the model's English as it was. `transfer.recovery` is the same for the English answers
+    of stage `recover`.
+    """
     weight: float | None = Field(default=None, gt=0)
     """Share of the rows in the mixture, relative to the other sources. Give all sources a weight or none; without
     weights the shares are those of the sources' sizes.
@@ -100,10 +106,11 @@ class Source(Section):
     """Which items are left out of training."""
 
     @model_serializer(mode="wrap")
-    def _without_idle_chains(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A stage's inputs are its config: those of versions without this key stay as they were.
+    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without these keys stay as they were.
         found: dict[str, Any] = dump(self)
-        return found if self.chains else {key: value for key, value in found.items() if key != "chains"}
+        idle = {"chains": not self.chains, "recovery": self.recovery == "sequence"}
+        return {key: value for key, value in found.items() if not idle.get(key)}
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +128,11 @@ class Source(Section):
             raise ValueError("separator is for text; pairs and conversations are one per line, so remove it")
         if self.chains and self.format != "conversations":
             raise ValueError(f"chains is for conversations; for {self.format}, remove it")
+        if self.recovery != "sequence" and self.format == "pairs":
+            raise ValueError(
+                f"recovery: {self.recovery} is for English text and conversations; of pairs the original model knows "
+                "only half, so remove it"
+            )
         if self.target_path is not None and (self.format != "pairs" or self.container not in (None, "lines")):
             raise ValueError("target_path is for pairs in two files of lines; add `format: pairs`, or remove it")
         if self.container in ("datasets", "tfds"):
@@ -141,6 +153,8 @@ def _unweighted(source: Source) -> Source:
     for key in ("weight", "tokens"):
         if getattr(source, key) is not None:
             raise ValueError(f"{key} means nothing here: this source is not part of a mixture; remove it")
+    if source.recovery != "sequence":
+        raise ValueError("recovery means nothing here: this source is not trained on; remove it")
     if source.cleaning != Cleaning():
         raise ValueError("cleaning means nothing here: this source is not trained on; remove it")
     return source

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from transllm_jax.choices import Attention
+from transllm_jax.choices import TRAININGS, Attention
 from transllm_jax.config.marks import escaped
 from transllm_jax.config.section import Location, Section
 from transllm_jax.config.sections import (
@@ -99,9 +99,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _trains_something(self) -> Config:
+        if self.lora is None and (where := self._taught_by_original()):
+            raise ValueError(
+                f"{where}: token and both compare with the original weights, which lora: none trains; take sequence"
+            )
         if self.lora is None and self.vocabulary.adapter is not None:
             raise ValueError("lora is none, but vocabulary.adapter brings adapters; remove one of the two")
         return self
+
+    def _taught_by_original(self) -> str | None:
+        """The first key that has the original model teach a training; None if there is none."""
+        for name in TRAININGS:
+            section = getattr(self, name)
+            if getattr(section, "recovery", "sequence") != "sequence":
+                return f"{name}.recovery"
+            for number, source in enumerate(section.sources):
+                if source.recovery != "sequence":
+                    return f"{name}.sources.{number}.recovery"
+        return None
 
     @property
     def target_marker(self) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from transllm_jax.choices import Remat, Schedule
+from transllm_jax.choices import Recovery, Remat, Schedule
 from transllm_jax.config.data import PairSource, Source, WholeSource
 from transllm_jax.config.section import Positive, Section, Share
 
@@ -136,13 +136,26 @@ class Transfer(Training):
     """Share of the rows that are the original model's English answers, in the same way."""
     translations: float = Field(default=0.25, ge=0)
     """Share of the rows that are translation instructions, in the same way."""
+    recovery: Recovery = "sequence"
+    """How the English answers are learned: as text (`sequence`), by the original model's own distribution of each token
+    (`token`: KL divergence over the base vocabulary, against the frozen weights without adapters in the same step), or
+    both. `token` keeps English closer to the original for a little more time.
+    """
     sources: list[Source] = []
     """Other sources, such as conversations, each with a `weight` relative to the three shares above."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_recovery(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without this key stay as they were.
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if key != "recovery" or self.recovery != "sequence"}
 
     @model_validator(mode="after")
     def _has_weights(self) -> Transfer:
         if any(source.weight is None for source in self.sources):
             raise ValueError("each of the sources needs a weight, as chains, english and translations have")
+        if self.recovery != "sequence" and not self.english:
+            raise ValueError(f"recovery: {self.recovery} has no English answers to act on; raise english above 0")
         if not self.sources and self.chains + self.english + self.translations == 0:
             raise ValueError("nothing is left to train on: raise chains, english or translations above 0")
         return self

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from transllm_jax.choices import TRAININGS, Remat
 from transllm_jax.config import Config, Training
+from transllm_jax.config.training import Transfer
 from transllm_jax.conversion.hf.directory import parse_config
 from transllm_jax.disk import read_model_json
 from transllm_jax.errors import UserError
@@ -22,12 +23,13 @@ from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import Flat, Split, abstract
 from transllm_jax.stages.points import lora_of, trains
-from transllm_jax.stages.training import check_layout, loop_config
+from transllm_jax.stages.training import check_layout, loop_config, rows_taught
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.flops import forward_flops_per_token, mean_keys, train_flops_per_token
 from transllm_jax.training.loop import step_of
 from transllm_jax.training.optimizer import make_optimizer
 from transllm_jax.training.placement import Placement
+from transllm_jax.training.recovery import Teaching
 from transllm_jax.training.step import batch_losses, initial_state
 
 STAGES = (*TRAININGS, "generation")
@@ -156,7 +158,8 @@ def training_program(
     split = model.split(layout)
     # Placeholders for the sources' names, and below for a number of steps that is not known.
     sources = ("a", "b") if stage != "transfer" else ("a", "b", "c")
-    config = loop_config(model.lora, stage, section, section.steps or 1000, seed=0, sources=sources)
+    teaching = _teaching(section, batch_size // accumulate, layout)
+    config = loop_config(model.lora, stage, section, section.steps or 1000, seed=0, sources=sources, teaching=teaching)
     placement = Placement(layout, accumulate)
     make = partial(initial_state, optimizer=make_optimizer(config.optimizer))
     state = placement.shapes(make, split.trainable)
@@ -189,6 +192,22 @@ def training_program(
         remat=remat,
         window=model.shape.sliding_window,
     )
+
+
+def _teaching(section: Training, size: int, layout: Layout) -> Teaching | None:
+    """What the original model teaches in a step, by the config's shares alone; None if it teaches nothing."""
+    sources = getattr(section, "sources", [])
+    taught = [source.weight for source in sources if source.recovery != "sequence"]
+    shares = [source.weight for source in sources]
+    if isinstance(section, Transfer):
+        shares += [section.chains, section.english, section.translations]
+        taught += [section.english] if section.recovery != "sequence" else []
+    if not taught:
+        return None
+    # Without weights the shares are those of sizes, which are not known here: any row may be taught.
+    share = 1.0 if None in shares else sum(filter(None, taught)) / sum(filter(None, shares))
+    rows = rows_taught(min(math.ceil(share * size) + 1, size), size, layout)
+    return Teaching(("token", "sequence", "sequence"), rows, marker=0)
 
 
 def generation_programs(

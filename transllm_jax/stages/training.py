@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transllm_jax.choices import Recovery
 from transllm_jax.config import Source, Training
 from transllm_jax.data.rows.batches import Batches
 from transllm_jax.data.rows.packing import Rows
@@ -33,6 +34,7 @@ from transllm_jax.training.loop import Environment, LoopConfig, Outcome, train
 from transllm_jax.training.optimizer import OptimizerConfig
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Speed
+from transllm_jax.training.recovery import Teaching
 from transllm_jax.training.validation import Watch
 
 # Keys of a training section on which no result depends.
@@ -49,13 +51,15 @@ MAY_CHANGE = ("steps", "epochs", "validation", *METHOD)
 class Part:
     """A source of rows in a mixture: its name, its rows, and its share (None: in proportion to its size).
 
-    items: the number of items that the rows were made from, if known. left_out: how many items were left out or cut, by
-    reason, and bad rows. fields_not_read: fields of its records that are ignored, and how many records have them.
+    recovery: how its rows are trained on. items: the number of items that the rows were made from, if known. left_out:
+    how many items were left out or cut, by reason, and bad rows. fields_not_read: fields of its records that are
+    ignored, and how many records have them.
     """
 
     name: str
     rows: Rows
     weight: float | None
+    recovery: Recovery = "sequence"
     items: int | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
     fields_not_read: Mapping[str, int] = field(default_factory=dict)
@@ -147,11 +151,20 @@ def source_parts(run: Run, name: str) -> list[Part]:
     section, parts = section_of(run, name), []
     for number, source in enumerate(getattr(section, "sources", []), 1):
         rows = planned_rows(run, name, source, section.length)
-        parts.append(part_of(run, name, f"{number} {Path(source.path).name}", source, rows, source.weight))
+        title = f"{number} {Path(source.path).name}"
+        parts.append(part_of(run, name, title, source, rows, source.weight, source.recovery))
     return parts
 
 
-def part_of(run: Run, stage: str, name: str, source: Source, rows: PlannedRows, weight: float | None) -> Part:
+def part_of(
+    run: Run,
+    stage: str,
+    name: str,
+    source: Source,
+    rows: PlannedRows,
+    weight: float | None,
+    recovery: Recovery = "sequence",
+) -> Part:
     """A source's rows as a part of a stage's mixture; prints what was left out of it, except bad rows."""
     items, missing = rows.counts["items"], left_out(rows)
     # Bad rows were printed when the source was read.
@@ -159,7 +172,7 @@ def part_of(run: Run, stage: str, name: str, source: Source, rows: PlannedRows, 
     if reasons:
         what = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         run.progress.say(f"  {stage}: of {items:,} items of {source.path}: {what}", style="yellow")
-    return Part(name, rows, weight, items, missing, fields_not_read(rows))
+    return Part(name, rows, weight, recovery, items, missing, fields_not_read(rows))
 
 
 def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
@@ -210,9 +223,25 @@ def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
         steps,
         seed=seed,
         sources=tuple(part.name for part in parts),
+        teaching=_teaching(run, section, [part.recovery for part in parts], batches, steps),
         speed=_speed(run, section, new_rows=len(whole.trainable["vocabulary.new"])),
     )
     return Job(split, held, batches, parts, config, _watch(run, name, section, split))
+
+
+def _teaching(run: Run, section: Training, modes: Sequence[Recovery], batches: Batches, steps: int) -> Teaching | None:
+    """Which rows of a batch the original model teaches; None if it teaches none."""
+    taught = [number for number, mode in enumerate(modes) if mode != "sequence"]
+    if not taught:
+        return None
+    size = section.batch_size // section.accumulate
+    rows = rows_taught(batches.most_rows(taught, size, steps), size, run.models.layout)
+    return Teaching(tuple(modes), rows, run.models.tokenizer("vocabulary").token_id(run.markers.response))
+
+
+def rows_taught(most: int, size: int, layout: Layout) -> int:
+    """The number of rows for `Teaching`: at least `most` of the `size` rows at once, such that the mesh divides it."""
+    return min(-(-most // layout.batch_parts) * layout.batch_parts, size)
 
 
 def _speed(run: Run, section: Training, new_rows: int) -> Speed:
@@ -239,6 +268,7 @@ def loop_config(
     *,
     seed: int,
     sources: tuple[str, ...],
+    teaching: Teaching | None = None,
     speed: Speed | None = None,
 ) -> LoopConfig:
     """The training loop's settings from a stage's section. Raises UserError if warm-up and decay exceed the steps."""
@@ -254,6 +284,7 @@ def loop_config(
         keep=section.keep_checkpoints,
         max_skipped=section.max_skipped,
         sources=sources,
+        teaching=teaching,
         speed=speed or Speed(),
     )
 

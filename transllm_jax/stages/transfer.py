@@ -59,7 +59,8 @@ def parts(run: Run) -> list[Part]:
         for (name, weight), source in zip(weights.items(), conversation_sources(run), strict=True):
             if weight:
                 rows = chain_rows(run, "transfer", source, section.length)
-                found.append(part_of(run, "transfer", name, source, rows, weight))
+                recovery = section.recovery if name == "english" else "sequence"
+                found.append(part_of(run, "transfer", name, source, rows, weight, recovery))
     return [*found, *known_parts(run)]
 
 

@@ -27,6 +27,7 @@ from transllm_jax.training.record.ledger import Ledger
 from transllm_jax.training.record.metrics import read_rows
 from transllm_jax.training.record.reporting import Reporter, Speed
 from transllm_jax.training.record.trace import Trace
+from transllm_jax.training.recovery import Teaching
 from transllm_jax.training.step import Step, TrainState, compiler_options, initial_state, make_step
 from transllm_jax.training.validation import Validation, Watch
 
@@ -43,7 +44,9 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The loop's settings. sources: the names of the mixture's sources. ahead: batches prepared before their steps."""
+    """The loop's settings. sources: the names of the mixture's sources. teaching: which of them the original model
+    teaches. ahead: batches prepared before their steps.
+    """
 
     optimizer: OptimizerConfig
     checkpoint_every: int
@@ -56,6 +59,7 @@ class LoopConfig:
     keep: int = 2
     max_skipped: int = 5
     sources: tuple[str, ...] = ("all",)
+    teaching: Teaching | None = None
     speed: Speed = field(default_factory=Speed)
     ahead: int = 2
 
@@ -105,6 +109,7 @@ def step_of(config: LoopConfig, split: Split) -> Step:
         accumulate=config.accumulate,
         z_loss=config.z_loss,
         sources=len(config.sources),
+        teaching=config.teaching,
         shardings=None if placement.metrics is None else (placement.shardings(state), placement.metrics),
         options=compiler_options(split.layout),
     )

@@ -16,6 +16,7 @@ from transllm_jax.model.parameters import BASE_ROWS, Flat, merge
 from transllm_jax.model.vocabulary import zero_padding
 from transllm_jax.training.loss import cross_entropy
 from transllm_jax.training.optimizer import Rate
+from transllm_jax.training.recovery import Teaching, recovery_loss, weights_of
 
 # tokens, positions, segment_ids, labels [B, T] int32 and weights [B, T] float32 (see data.rows.packing). Optional, for
 # losses by source: sources [B] int32, the number of each row's source.
@@ -61,9 +62,10 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Measurements of a step's batch.
 
-    loss: mean nats per trained token, without z-loss; tokens: the sum of the weights; gradient_norm: before clipping;
-    padding: the number of places without a token; finite: whether loss and norm are finite, otherwise the update was
-    skipped; source_loss and source_tokens [S]: sums of weighted nats and of weights, by source.
+    loss: mean nats per trained token, without z-loss, and with the divergence of tokens that the original teaches;
+    tokens: the sum of the weights; gradient_norm: before clipping; padding: the number of places without a token;
+    finite: whether loss and norm are finite, otherwise the update was skipped; source_loss and source_tokens [S]: sums
+    of weighted nats and of weights, by source.
     """
 
     loss: jax.Array
@@ -95,11 +97,13 @@ def batch_losses(
     remat: Remat = "none",
     adapters: bool = True,
     z_loss: float = 0.0,
+    teaching: Teaching | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The objective that training minimises, a scalar, and each token's weight * -log p(label) in nats, [B, T].
 
     Only `trainable` gets a gradient. With `adapters=False` they are those of the original model with its frozen base
-    rows; labels may still be new ids.
+    rows; labels may still be new ids. teaching: which rows the original model teaches; their tokens' losses are, or
+    include, weight * KL(original || trained).
     """
     model = merge(structure, trainable, jax.lax.stop_gradient(frozen))
     hidden = model(
@@ -114,19 +118,27 @@ def batch_losses(
     base, new = vocabulary.output_rows(adapters=adapters)
     copy = "_trained" if vocabulary.train_base and adapters else ""
     end = "" if vocabulary.tied else "output_"
-    return cross_entropy(
+    # A table's gradient costs as much as the logits, so it is computed only for a table that trains.
+    trains = {
+        "train_base": f"vocabulary.{end}base{copy}" in trainable,
+        "train_new": f"vocabulary.{end}new" in trainable,
+    }
+    weights = None if teaching is None else weights_of(teaching, batch, vocabulary.base.shape[0])
+    total, losses = cross_entropy(
         hidden,
         base,
         new,
         batch["labels"],
-        batch["weights"],
-        # A table's gradient costs as much as the logits, so it is computed only for a table that trains.
-        train_base=f"vocabulary.{end}base{copy}" in trainable,
-        train_new=f"vocabulary.{end}new" in trainable,
+        batch["weights"] if weights is None else weights.labels,
         padding=vocabulary.padding,
         z_loss=z_loss,
         layout=model.layout,
+        **trains,
     )
+    if teaching is None or weights is None:
+        return total, losses
+    more, taught = recovery_loss(model, teaching, hidden, batch, weights.taught, **trains)
+    return total + more, losses + taught
 
 
 def summed_loss(
@@ -165,6 +177,7 @@ def make_step(
     accumulate: int = 1,
     z_loss: float = 0.0,
     sources: int = 1,
+    teaching: Teaching | None = None,
     shardings: tuple[TrainState, Metrics] | None = None,
     options: dict[str, str | bool] | None = None,
 ) -> Step:
@@ -175,11 +188,12 @@ def make_step(
     the batch, so the result is that of the whole batch.
     If `accumulate` > 1 the batch's fields are [accumulate, B / accumulate, ..], so that each part can be sharded.
     shardings: those of the next state and the metrics on a mesh. options: the compiler's. sources: how many there are.
+    teaching: which rows the original model teaches.
     The dropout key is a function of (seed, step, part), so a resumed run drops the same units as an undisturbed one.
     If loss or gradient norm is not finite, the arrays stay as they were, bit for bit, and the step counts. The
     optimizer is told by its argument `finite`, and then keeps its moments in the same way.
     """
-    part_sums = partial(_part_sums, structure, remat=remat, z_loss=z_loss, sources=sources)
+    part_sums = partial(_part_sums, structure, remat=remat, z_loss=z_loss, sources=sources, teaching=teaching)
 
     def step(state: TrainState, frozen: Flat, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {field: batch[field] for field in _FIELDS if field in batch}
@@ -268,11 +282,14 @@ def _part_sums(
     remat: Remat,
     z_loss: float,
     sources: int,
+    teaching: Teaching | None,
 ) -> _Sums:
     """The sums over a part of a batch. key: the part's dropout key."""
 
     def objective(trainable: Flat) -> tuple[jax.Array, jax.Array]:
-        return batch_losses(structure, trainable, frozen, part, dropout=key, remat=remat, z_loss=z_loss)
+        return batch_losses(
+            structure, trainable, frozen, part, dropout=key, remat=remat, z_loss=z_loss, teaching=teaching
+        )
 
     (_, losses), gradient = jax.value_and_grad(objective, has_aux=True)(trainable)
     return _Sums(

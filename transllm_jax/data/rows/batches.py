@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil, gcd
 from typing import Any
 
@@ -119,6 +120,17 @@ class Batches:
         return [
             f"{self.names[source]}: {' '.join(self._rows[source].places(int(row)))}" for source, row in self.rows(k)
         ]
+
+    def most_rows(self, sources: Sequence[int], size: int, steps: int) -> int:
+        """The most rows of these sources among `size` consecutive ones, of those that the first `steps` batches are cut
+        into; size divides the batch."""
+
+        def before(n: int) -> int:
+            counts = self._proportions.counts(n)
+            return sum(counts[source] for source in sources)
+
+        edges = [before(n) for n in range(0, steps * self.batch_size + 1, size)]
+        return max(after - earlier for earlier, after in pairwise(edges))
 
     def epoch(self, k: int) -> dict[str, float]:
         """By source: how many times its rows were seen before batch k (1.5: one and a half times)."""
