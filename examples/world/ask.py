@@ -2,15 +2,17 @@
 
 MODEL is a run's directory (its original model is asked) or a Hugging Face directory. OUT gets a line for each question:
 {kind, key, question, right, answer}. `make.py --known OUT` then asks only for what was answered rightly, of the kinds
-of which at least half was. The share of right answers is printed by kind. Answers are greedy; a question is asked in
-the first of its ways. `--other-ways` asks in the others, too, and writes the short answers ({kind, key, question, way,
-answer}): they say which instructions `make.py` puts first.
+of which at least half was. An answer is right if its first sentence is: what is named by the way in a long answer is
+not known. The share of right answers is printed by kind. Answers are greedy; a question is asked in the first of its
+ways. `--other-ways` asks in the others, too, and writes the short answers ({kind, key, question, way, answer}): they say
+which instructions `make.py` puts first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,6 +30,10 @@ def _checkable(row: Question, phrases: bool) -> Checkable:
     """A question in English; one of another kind than is judged has no accepted text."""
     judged = (row.kind == "larger") == phrases
     return Checkable(row.ways[0].english, row.accepted[0] if judged else [], row.kind)
+
+
+def first_sentence(answer: str) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", answer.strip(), maxsplit=1)[0]
 
 
 # Characters: a longer answer is not one of those that answers.jsonl holds.
@@ -62,7 +68,7 @@ def main() -> None:
                 row = asked[number]
                 written = {"kind": row.kind, "key": row.fact.key, "question": row.ways[way].english}
                 if way == 0:
-                    written["right"] = judges[row.kind == "larger"].is_right(number, answer.raw)
+                    written["right"] = judges[row.kind == "larger"].is_right(number, first_sentence(answer.raw))
                     total[row.kind] += 1
                     known[row.kind] += written["right"]
                 elif len(answer.raw) > SHORT or answer.cut_off:

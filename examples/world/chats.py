@@ -7,6 +7,7 @@ has a translation; without `--known` they are true ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,27 +32,32 @@ def _asked(*turns: str) -> list[Message]:
     return found
 
 
+def _nearest(question: Question, said: str) -> Line:
+    """The true answer that begins as what the base model says: its knowledge is met best in its own words."""
+    return max(question.answers, key=lambda answer: len(os.path.commonprefix([answer.english, said])))
+
+
 def chains(
     world: World, trained: Sequence[Question], asked: Sequence[Question], everything: Sequence[Fact]
 ) -> Iterator[dict[str, Any]]:
     """Conversations about facts of the training that end with a chain.
 
-    Single questions to which the base model gives no answer that has a translation, with the plainest true answer; and
-    second turns, in the target language and in English.
+    Single questions to which the base model gives no answer that has a translation, with a true answer that begins as
+    its own; and second turns, in the target language and in English.
     """
     markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
     for question in trained:
         answers = {answer.english for answer in question.answers}
         if not any(world.said.get(way.english) in answers for way in question.ways):
-            way, answer = world.random.choice(question.ways), question.answers[0]
+            way = world.random.choice(question.ways)
+            answer = _nearest(question, world.said.get(way.english, ""))
             yield {"messages": _asked(way.target, build_chain(way.english, answer.english, answer.target, markers))}
     for question in asked:
         if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
             continue
         way = question.ways[0]
-        said = world.said_next.get((question.kind, question.fact.key), question.answers[0].english)
-        answer = next((one for one in question.answers if one.english == said), None)
-        if answer is None or _told(world, held, [*question.history, way, answer]):
+        answer = _nearest(question, world.said_next.get((question.kind, question.fact.key), ""))
+        if _told(world, held, [*question.history, way, answer]):
             continue
         before = [line.english for line in question.history]
         chain = build_chain(way.english, answer.english, answer.target, markers)
