@@ -169,7 +169,7 @@ def test_full_fine_tuning_has_no_adapters() -> None:
             ["translate.sources=[{path: a}, {path: b, recovery: token}]", "lora=none"],
             "translate.sources.1.recovery: token and both compare with the original",
         ),
-        (["translate.sources=[{path: a, format: pairs, recovery: token}]"], "recovery: token is for English text and conversations"),
+        (["translate.sources=[{path: a, format: pairs, recovery: token}]"], "recovery: token is for English"),
         (["evaluation.text={path: a, recovery: token}"], "recovery means nothing here"),
         (["pretrain.sources=[{path: a, fields: [a, b]}]"], "text has 0 or 1 fields, not 2"),
         (["pretrain.sources=[{path: a, target_path: b}]"], "target_path is for pairs in two files"),

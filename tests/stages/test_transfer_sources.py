@@ -104,7 +104,8 @@ def test_conversations_are_trained_on_and_weight_0_leaves_a_source_out(adapted: 
     sources, names = manifest["summary"]["sources"], ["1 conversations.jsonl", "2 messages.jsonl", "3 alpaca.jsonl"]
     assert list(sources) == ["english", "translations", *names]
     assert all(sources[name]["items"] == 3 and sources[name]["epochs"] > 0 for name in names)
-    config = load_config(adapted / "run.yaml", ["transfer.english=0", "transfer.recovery=sequence", "transfer.translations=0"])
+    without = ["transfer.english=0", "transfer.recovery=sequence", "transfer.translations=0"]
+    config = load_config(adapted / "run.yaml", without)
     run = Run(config, adapted, Progress(quiet=True), Interrupt())
     tokenizer, parts = run.models.tokenizer("vocabulary"), transfer.parts(run)
     assert [part.name for part in parts] == names and [part.weight for part in parts] == [0.2, 0.3, 0.5]
