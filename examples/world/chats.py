@@ -8,7 +8,7 @@ has a translation; without `--known` they are true ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from names import Fact
@@ -37,21 +37,23 @@ def _nearest(question: Question, said: str) -> Line:
     return max(question.answers, key=lambda answer: len(os.path.commonprefix([answer.english, said])))
 
 
-def chains(
-    world: World, trained: Sequence[Question], asked: Sequence[Question], everything: Sequence[Fact]
-) -> Iterator[dict[str, Any]]:
-    """Conversations about facts of the training that end with a chain.
+def chains(world: World, trained: Sequence[Question], answers: Container[str]) -> Iterator[dict[str, Any]]:
+    """Chains of questions to which the base model gives none of the answers, which have a translation.
 
-    Single questions to which the base model gives no answer that has a translation, with a true answer that begins as
-    its own; and second turns, in the target language and in English.
+    Their own answers are true, and begin as the base model's.
     """
-    markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
+    markers = Markers.for_language(world.target.words["code"])
     for question in trained:
-        answers = {answer.english for answer in question.answers}
-        if not any(world.said.get(way.english) in answers for way in question.ways):
-            way = world.random.choice(question.ways)
-            answer = _nearest(question, world.said.get(way.english, ""))
-            yield {"messages": _asked(way.target, build_chain(way.english, answer.english, answer.target, markers))}
+        for way in question.ways:
+            said = world.said.get(way.english, "")
+            if said not in answers:
+                answer = _nearest(question, said)
+                yield {"messages": _asked(way.target, build_chain(way.english, answer.english, answer.target, markers))}
+
+
+def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    """Second turns about facts of the training, in the target language with a chain as the answer, and in English."""
+    markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
     for question in asked:
         if not (question.history and world.counts(question.kind) and world.in_training(question.fact)):
             continue

@@ -7,8 +7,8 @@
     english.txt         the English side likewise, for replay
     instructions.jsonl  {instruction, translation, kind}: questions about facts of the training
     answers.jsonl       {source, target}: true answers to them, for recover.translate_answers
-    chains.jsonl        conversations that end with a chain: second turns, and questions to which the base model gives no
-                        answer of answers.jsonl
+    chains.jsonl        chains of questions to which the base model gives no answer of answers.jsonl, with true answers
+    follow_ups.jsonl    conversations whose second turn is a question in the target language, answered by a chain
     replay.jsonl        conversations in English with the base model's own answers, for stage translate (needs --known)
     questions.jsonl     {question, answers, question_en, answers_en, kind, key, answer, answer_en}: questions about
                         facts that are held out. answers: what is accepted. question_en: all ways to ask it, the first
@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).parent))
 
 from beside import Beside, read_beside, told
-from chats import chains, replay
+from chats import chains, follow_ups, replay
 from names import HERE, Fact, facts
 from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, messages, questions, used, world_of
 
@@ -152,7 +152,8 @@ def write(
         ),
         "answers.jsonl": _json_lines({"source": source, "target": target} for source, target in answers.items()),
         "questions.jsonl": _json_lines(map(_row, tested)),
-        "chains.jsonl": _json_lines(chains(world, trained, asked, everything)),
+        "chains.jsonl": _json_lines(chains(world, trained, answers)),
+        "follow_ups.jsonl": _json_lines(follow_ups(world, asked, everything)),
         "replay.jsonl": _json_lines(replay(world, asked, everything)),
         "conversations.jsonl": _json_lines(
             {"instruction": line.english, "translation": line.target}
