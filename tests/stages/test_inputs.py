@@ -175,4 +175,7 @@ def test_a_source_of_chains_may_hold_their_markers(tiny_model: Path, tmp_path: P
     assert "recovery" not in loaded.transfer.model_dump(mode="json")
     taught = loaded.transfer.model_copy(update={"recovery": "both"})
     assert taught.model_dump(mode="json")["recovery"] == "both"
+    assert "recovery_weight" not in loaded.translate.model_dump(mode="json")
+    weighted = loaded.translate.model_copy(update={"recovery_weight": 3.0})
+    assert weighted.model_dump(mode="json")["recovery_weight"] == 3.0
     assert Source.model_validate(source | {"recovery": "token"}).model_dump()["recovery"] == "token"

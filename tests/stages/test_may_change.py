@@ -58,6 +58,7 @@ KEYS: Mapping[str, tuple[Any, tuple[bool, bool]]] = {
     "chains": (0.9, NEVER),
     "english": (0.9, NEVER),
     "recovery": ("token", NEVER),
+    "recovery_weight": (2.0, NEVER),
     "translations": (0.9, NEVER),
 }
 VALIDATION = {"source": {"path": str(EXAMPLES / "text.heldout.txt"), "max_bytes": 4000}, "every": 2, "rows": 4}

@@ -108,6 +108,11 @@ def test_the_loss_is_the_divergence_that_evaluation_measures(tied: bool, train_b
     assert wanted > 0.1
     assert objective(split, batch, "token") == pytest.approx(wanted + marker, rel=1e-4)
     assert objective(split, batch, "both") == pytest.approx(wanted + text, rel=1e-4)
+    heavy = batch_losses(
+        split.structure, split.trainable, split.frozen, batch, teaching=Teaching(("token",), 8, MARKER, 3.0)
+    )
+    assert float(heavy[0]) == pytest.approx(3 * wanted + marker, rel=1e-4)
+    assert float(jnp.sum(heavy[1])) == pytest.approx(wanted + marker, rel=1e-4)
     assert objective(split, batch, "sequence", most=1) == pytest.approx(text, rel=1e-5)
 
 

@@ -70,6 +70,10 @@ class Training(Section):
     """Gradients are scaled down to this global norm if theirs is larger."""
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared log of the softmax's normaliser, which is added to the loss (PaLM, arXiv 2204.02311)."""
+    recovery_weight: float = Field(default=1.0, gt=0)
+    """How much the divergence of a token counts where the original model teaches (`recovery: token` or `both`), as a
+    multiple of what a token of text counts.
+    """
     checkpoint_every: Positive = 200
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
@@ -93,6 +97,13 @@ class Training(Section):
     """Measure held-out text during training, and keep the best checkpoint. By default nothing is measured, and the
     stage's result is its last step.
     """
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without these keys stay as they were.
+        found: dict[str, Any] = dump(self)
+        idle = {"recovery": "sequence", "recovery_weight": 1.0}
+        return {key: value for key, value in found.items() if key not in idle or value != idle[key]}
 
     @model_validator(mode="after")
     def _agrees(self) -> Training:
@@ -143,12 +154,6 @@ class Transfer(Training):
     """
     sources: list[Source] = []
     """Other sources, such as conversations, each with a `weight` relative to the three shares above."""
-
-    @model_serializer(mode="wrap")
-    def _without_idle_recovery(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A stage's inputs are its config: those of versions without this key stay as they were.
-        found: dict[str, Any] = dump(self)
-        return {key: value for key, value in found.items() if key != "recovery" or self.recovery != "sequence"}
 
     @model_validator(mode="after")
     def _has_weights(self) -> Transfer:

@@ -236,7 +236,8 @@ def _teaching(run: Run, section: Training, modes: Sequence[Recovery], batches: B
         return None
     size = section.batch_size // section.accumulate
     rows = rows_taught(batches.most_rows(taught, size, steps), size, run.models.layout)
-    return Teaching(tuple(modes), rows, run.models.tokenizer("vocabulary").token_id(run.markers.response))
+    marker = run.models.tokenizer("vocabulary").token_id(run.markers.response)
+    return Teaching(tuple(modes), rows, marker, section.recovery_weight)
 
 
 def rows_taught(most: int, size: int, layout: Layout) -> int:

@@ -25,12 +25,13 @@ class Teaching(NamedTuple):
 
     modes: how each source is trained on, by number. rows: at most this many rows of a batch, or of a part of it if it
     is computed in parts, come from a source that is taught. marker: the id that begins an English answer. The original
-    does not know it, and reads the answer without it.
+    does not know it, and reads the answer without it. weight: of a taught token, where one of text has 1.
     """
 
     modes: tuple[Recovery, ...]
     rows: int
     marker: int | None = None
+    weight: float = 1.0
 
     @property
     def taught(self) -> tuple[bool, ...]:
@@ -59,7 +60,7 @@ def weights_of(teaching: Teaching, batch: Batch, size: int) -> Weights:
         return jnp.array(flags)[batch["sources"]][:, None]
 
     alone = of_rows([mode == "token" for mode in teaching.modes])
-    return Weights(weights * ~(known & alone), weights * (known & of_rows(teaching.taught)))
+    return Weights(weights * ~(known & alone), teaching.weight * weights * (known & of_rows(teaching.taught)))
 
 
 def original_view(teaching: Teaching, batch: Batch, rows: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -138,7 +138,8 @@ def batch_losses(
     if teaching is None or weights is None:
         return total, losses
     more, taught = recovery_loss(model, teaching, hidden, batch, weights.taught, **trains)
-    return total + more, losses + taught
+    # Reported are nats, whatever their weight.
+    return total + more, losses + taught / teaching.weight
 
 
 def summed_loss(
