@@ -46,6 +46,7 @@ class Seq2seqTranslator:
         self._config, self._max_new_tokens = config, max_new_tokens
         name, _, revision = config.model.partition("@")
         given = {"revision": revision} if revision else {}
+        transformers.utils.logging.disable_progress_bar()  # a run has its own
         try:
             path = str(Path(name).expanduser())
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **given)
@@ -66,10 +67,11 @@ class Seq2seqTranslator:
         """The translation of each text, by beam search or greedily. Raises UserError for a direction it lacks."""
         if not texts:
             return []
-        source, target = self._config.source, self._config.target
+        config = self._config
+        source, target = config.source, config.target
         if direction == "to_english":
             if source is None:
-                raise UserError(f"recover.seq2seq: {self._config.model} translates in one direction; give source")
+                raise UserError(f"recover.seq2seq: {config.model} translates in one direction; give source")
             source, target = target, source
         options: dict[str, Any] = {}
         if self._has_languages:
@@ -83,7 +85,7 @@ class Seq2seqTranslator:
             out = self._model.generate(
                 **inputs,
                 max_new_tokens=self._max_new_tokens,
-                num_beams=self._config.beams,
+                num_beams=config.beams,
                 do_sample=False,
                 **options,
             )

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.config import Filters, Recover, Translation
-from transllm_jax.data.read.conversations import SYSTEM_FIELDS, first_question
 from transllm_jax.data.read.files import Place
-from transllm_jax.data.read.records import require
-from transllm_jax.data.read.sources import check_no_special, read_jsonl
+from transllm_jax.data.read.instructions import read_instruction
+from transllm_jax.data.read.sources import check_no_special, read_jsonl, refuse_special
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
@@ -29,17 +28,6 @@ from transllm_jax.stages.run import Run
 from transllm_jax.stages.translations import TRANSLATIONS, By, Kind, printable, translate
 from transllm_jax.tokenizer.chat import default_system_prompt, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
-
-# Fields that other data sets have, which would change the answer and are not supported, each with how to fix it.
-_TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
-_INPUT = ("context", "inputs")
-_OTHER = ("tools", "functions", "image", "images")
-_UNSUPPORTED = {
-    **dict.fromkeys(SYSTEM_FIELDS, "put its text into 'instruction', or remove it"),
-    **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
-    **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
-    **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
-}
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -166,22 +154,10 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     """The instructions, each with its input if it has one, and their places. Raises UserError for a bad record."""
     section = run.config.recover
     loaded = read_jsonl(section.instructions, {}, limit=section.max_instructions)
-    check_no_special(loaded, run.inputs.find_special)
-    return [_instruction(row, place) for row, place in zip(loaded, loaded.places, strict=True)], loaded.places
-
-
-def _instruction(row: Row, place: Place) -> str:
-    """What a record asks for: an instruction with its input, or the question of a conversation."""
-    if "instruction" not in row and (row.get("conversations") is not None or row.get("messages") is not None):
-        return first_question(row, place)
-    instruction = require(row, "instruction", str, place)
-    for name in _UNSUPPORTED.keys() & row.keys():
-        if row[name] not in (None, "", [], {}):
-            raise UserError(f"{place}: field {name!r} is not read ({str(row[name])[:40]!r}): {_UNSUPPORTED[name]}")
-    more = row.get("input") or ""
-    if not isinstance(more, str):
-        raise UserError(f"{place}: field 'input' must be a string, not {str(more)[:40]}; write it as one")
-    return "\n\n".join(part.strip() for part in (instruction, more) if part.strip())
+    texts = [read_instruction(row, place) for row, place in zip(loaded, loaded.places, strict=True)]
+    for text, place in zip(texts, loaded.places, strict=True):
+        refuse_special((text,), run.inputs.find_special, place)
+    return texts, loaded.places
 
 
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:

@@ -129,26 +129,26 @@ class _Judge:
     """Says what is wrong with the translation of a sentence."""
 
     def __init__(self, run: Run, settings: Recover, made: Mapping[Any, Row]) -> None:
-        self._checks, self._max_repeated = settings.checks, settings.filters.max_repeated
+        self._config, self._max_repeated = settings.checks, settings.filters.max_repeated
         self._scripts = _scripts(run)
         ratios = [len(row["translation"]) / len(row["source"]) for row in made.values() if row["translation"]]
         self.usual = median(ratios) if ratios else 1.0
 
     def fault(self, row: Row) -> str | None:
-        source, translation, limits = row["source"], row["translation"], self._checks
+        source, translation, config = row["source"], row["translation"], self._config
         if checks.repeated_share(translation) > max(self._max_repeated, checks.repeated_share(source)):
             return REPETITIVE
-        longest = limits.max_length_factor
+        longest = config.max_length_factor
         if longest is not None and checks.length_factor(source, translation, self.usual) > longest:
             return "wrong length"
-        if limits.min_script_share:
+        if config.min_script_share:
             if checks.is_untranslated(source, translation):
                 return "untranslated"
             share = checks.letters_share(translation, self._scripts)
             # A sentence of a name or a title alone may stay as it is.
-            if share is not None and share < limits.min_script_share and len(source.split()) > checks.UNTRANSLATED:
+            if share is not None and share < config.min_script_share and len(source.split()) > checks.UNTRANSLATED:
                 return "wrong script"
-        return "lost code, address, number or mark" if lost(source, translation, limits.keep) else None
+        return "lost code, address, number or mark" if lost(source, translation, config.keep) else None
 
 
 def _reject_by_round_trip(
