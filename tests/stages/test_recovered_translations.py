@@ -17,8 +17,9 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.translate import Direction, Made
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
-from transllm_jax.stages import recover, translations
+from transllm_jax.stages import pipeline, recover, steps, translations
 from transllm_jax.stages.filters import DROPPED
+from transllm_jax.stages.manifest import Artifact
 from transllm_jax.stages.run import Run
 
 # Instructions, and what the original model answered.
@@ -183,6 +184,34 @@ def test_when_no_chain_is_left_the_reasons_are_said(go: Any, model: Model) -> No
     said = "answers left out: 1 cut off, 1 repetitive; translations rejected: 3 empty; see .*dropped.jsonl"
     with pytest.raises(UserError, match=rf"no chain is left of 5 instructions; {said}"):
         go()
+
+
+def test_with_other_checks_it_goes_on_from_what_is_translated(go: Any, model: Model, translated: Path) -> None:
+    texts = ["Name a colour.", "Count.", "Red is a warm colour.", "Saw"]
+    model.given |= dict.fromkeys(texts, "No se puede traducir esto.")
+    model.given["List two tools."] = None
+    with pytest.raises(UserError, match=r"rejected: .*; with other recover\.checks, the run goes on"):
+        go("recover.checks.min_script_share=1", "recover.checks.max_length_factor=null")
+    asked = list(model.asked)
+    _, summary = go("recover.checks.min_script_share=0", "recover.checks.max_length_factor=null")
+    assert summary["chains"] == 2 and model.asked == asked
+
+
+def test_the_checks_of_a_stage_that_was_stopped_may_change(translated: Path, tmp_path: Path) -> None:
+    def inputs(*changes: str) -> dict[str, Any]:
+        config = load_config(translated, list(changes))
+        return pipeline.look_at_inputs(Run(config, Path(config.workdir), Progress(quiet=True), Interrupt()))["recover"]
+
+    place, may_change = Artifact(tmp_path, "recover"), steps.STEPS[steps.index("recover")].may_change
+    place.begin(inputs())
+    changed = inputs("recover.checks={min_script_share: 0, min_round_trip: 30}")
+    assert place.state(changed, may_change) == "running"
+    with pytest.raises(UserError, match=r"other inputs: recover.filters.max_repeated \(None -> 0.9\)"):
+        place.state(inputs("recover.filters.max_repeated=0.9"), may_change)
+    place.finish(inputs(), {"text": "done"})
+    assert place.state(inputs(), may_change) == "done"
+    with pytest.raises(UserError, match="redo it with --force recover"):
+        place.state(changed, may_change)
 
 
 def test_what_an_older_version_began_to_translate_goes_on_as_it_began(

@@ -57,7 +57,7 @@ def is_untranslated(source: str, translation: str) -> bool:
 
 
 def round_trip(source: str, back: str) -> float:
-    """chrF (Popović 2015, as in sacrebleu) of a text that was translated and translated back, 0 to 100."""
+    """chrF (Popović 2015, as in sacrebleu) of a sentence that was translated and translated back, 0 to 100."""
     import sacrebleu  # slow to import
 
     return float(sacrebleu.sentence_chrf(back, [source]).score)

@@ -66,7 +66,7 @@ def check(run: Run) -> None:
         given = zip(texts, places, translations, strict=True)
         asked = [(text, place) for text, place, translation in given if translation is None]
         run.models.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
-    elif not any(translations):
+    elif section.translate_instructions.missing != "seq2seq" and not any(translations):
         raise UserError(
             f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
             f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
@@ -97,7 +97,8 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     if not chains:
         raise UserError(
             f"recover: no chain is left of {len(instructions)} instructions; answers left out: "
-            f"{shown(left_out) or 'none'}; translations rejected: {shown(reasons) or 'none'}; see {directory}/{DROPPED}"
+            f"{shown(left_out) or 'none'}; translations rejected: {shown(reasons) or 'none'}; "
+            f"see {directory}/{DROPPED}; with other recover.checks, the run goes on from what is translated"
         )
     if run.primary:
         write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))

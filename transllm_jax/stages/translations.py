@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 from transllm_jax.config import Recover
@@ -163,8 +163,9 @@ def _reject_by_round_trip(
         text = given[place]
         if not sentences:  # nothing but code
             continue
-        english = " ".join(back.get((place[0], sentence), "") for sentence in sentences)
-        score = checks.round_trip(" ".join(text.sentences), english)
+        english = [back.get((place[0], sentence), "") for sentence in sentences]
+        # By sentence: the chrF of two long texts is high, whatever they say.
+        score = mean(map(checks.round_trip, text.sentences, english))
         if score < worker.settings.checks.min_round_trip:
             translation = result.found.pop(place)
             result.rejected.append(
@@ -174,7 +175,7 @@ def _reject_by_round_trip(
                     "measure": round(score, 1),
                     "source": text.source,
                     "translation": translation,
-                    "back": english,
+                    "back": " ".join(english),
                 }
             )
 
