@@ -136,18 +136,30 @@ def test_a_model_without_names_is_given_the_name_before_the_text(tmp_path: Path)
 
 
 @pytest.mark.reference
-def test_a_model_that_cannot_be_used_is_refused(nllb: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_used_is_refused(nllb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="has many languages; give source and target"):
         Seq2seqTranslator(Seq2seq(model=str(nllb)), max_new_tokens=NEW)
     named = Seq2seqTranslator(Seq2seq(model=str(nllb), source="eng_Latn", target="thai"), max_new_tokens=NEW)
     with pytest.raises(UserError, match="has no language 'thai'; see the model's page"):
         named.make(["a"], "to_target")
-    with pytest.raises(UserError, match=r"recover.seq2seq.model: .* has no config.json; give a model directory"):
-        check_seq2seq(Seq2seq(model=str(tmp_path)))
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    check_seq2seq(Seq2seq(model=str(tmp_path)))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        Seq2seqTranslator(Seq2seq(model=str(tmp_path)), max_new_tokens=NEW)
+    check_seq2seq(Seq2seq(model=str(nllb)))
+    (tmp_path / "model").mkdir()
+    local = Seq2seq(model=str(tmp_path / "model"))
+    for content in (None, "{}"):
+        if content is not None:
+            (tmp_path / "model" / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"recover\.seq2seq\.model: .*model cannot be loaded: \w+"):
+            check_seq2seq(local)
+        with pytest.raises(UserError, match="cannot be loaded"):
+            Seq2seqTranslator(local, max_new_tokens=NEW)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(UserError, match="is no encoder-decoder; give a translation model"):
+        check_seq2seq(local)
+    with pytest.raises(UserError, match="there is no such directory; correct it"):
+        check_seq2seq(Seq2seq(model=f"{tmp_path}/other"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is a directory model here, and no other in it"):
+        check_seq2seq(Seq2seq(model="model/other"))
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -186,14 +186,14 @@ def test_when_no_chain_is_left_the_reasons_are_said(go: Any, model: Model) -> No
         go()
 
 
-def test_with_other_checks_it_goes_on_from_what_is_translated(go: Any, model: Model, translated: Path) -> None:
-    texts = ["Name a colour.", "Count.", "Red is a warm colour.", "Saw"]
-    model.given |= dict.fromkeys(texts, "No se puede traducir esto.")
+def test_with_other_checks_it_goes_on_from_what_is_translated(go: Any, model: Model) -> None:
+    answers = {**ANSWERS, "Count.": "One and two and three."}
+    model.given |= dict.fromkeys(("Red is a warm colour.", answers["Count."]), "No se puede traducir esto.")
     model.given["List two tools."] = None
     with pytest.raises(UserError, match=r"rejected: .*; with other recover\.checks, the run goes on"):
-        go("recover.checks.min_script_share=1", "recover.checks.max_length_factor=null")
+        go("recover.checks.max_length_factor=null", answers=answers)
     asked = list(model.asked)
-    _, summary = go("recover.checks.min_script_share=0", "recover.checks.max_length_factor=null")
+    _, summary = go("recover.checks={min_script_share: 0, max_length_factor: null}", answers=answers)
     assert summary["chains"] == 2 and model.asked == asked
 
 
@@ -206,7 +206,7 @@ def test_the_checks_of_a_stage_that_was_stopped_may_change(translated: Path, tmp
     place.begin(inputs())
     changed = inputs("recover.checks={min_script_share: 0, min_round_trip: 30}")
     assert place.state(changed, may_change) == "running"
-    with pytest.raises(UserError, match=r"other inputs: recover.filters.max_repeated \(None -> 0.9\)"):
+    with pytest.raises(UserError, match=r"other inputs: recover.filters.max_repeated \(unset -> 0.9\)"):
         place.state(inputs("recover.filters.max_repeated=0.9"), may_change)
     place.finish(inputs(), {"text": "done"})
     assert place.state(inputs(), may_change) == "done"

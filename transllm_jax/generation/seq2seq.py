@@ -13,14 +13,37 @@ from typing import Any
 from transllm_jax.config import Seq2seq
 from transllm_jax.errors import UserError
 from transllm_jax.generation.translate import Direction, Made
+from transllm_jax.hub_name import hub_name_problem
 
 
 def check_seq2seq(config: Seq2seq) -> None:
-    """Raises UserError if transformers or PyTorch is not installed, or if a local model is not there."""
-    _libraries()
-    local = config.model.startswith((".", "/", "~"))
-    if local and not (Path(config.model).expanduser() / "config.json").is_file():
-        raise UserError(f"recover.seq2seq.model: {config.model} has no config.json; give a model directory or hub name")
+    """Find what is wrong before anything is trained: only the model's config.json is read, or fetched.
+
+    Raises UserError if transformers or PyTorch is not installed, and if there is no such model.
+    """
+    _, transformers = _libraries()
+    if not Path(config.model).expanduser().is_dir():
+        path = config.model.startswith((".", "/", "~"))
+        problem = "there is no such directory; correct it" if path else hub_name_problem(config.model)
+        if problem is not None:
+            raise UserError(f"recover.seq2seq.model: {config.model}: {problem}")
+    if not _load(transformers.AutoConfig, config).is_encoder_decoder:
+        raise UserError(
+            f"recover.seq2seq.model: {config.model} is no encoder-decoder; give a translation model such as NLLB-200"
+        )
+
+
+def _load(kind: Any, config: Seq2seq, **options: Any) -> Any:
+    """What a class of transformers reads of the model. Raises UserError with the first line of its error."""
+    local = Path(config.model).expanduser()
+    name, _, revision = (str(local), "", "") if local.is_dir() else config.model.partition("@")
+    if revision:
+        options["revision"] = revision
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"recover.seq2seq.model: {config.model} cannot be loaded: {line}") from error
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -44,18 +67,12 @@ class Seq2seqTranslator:
             raise ValueError("the translation model is not given")
         self._torch, transformers = _libraries()
         self._config, self._max_new_tokens = config, max_new_tokens
-        name, _, revision = config.model.partition("@")
-        given = {"revision": revision} if revision else {}
         transformers.utils.logging.disable_progress_bar()  # a run has its own
-        try:
-            path = str(Path(name).expanduser())
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **given)
-            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, **given)
-        except (OSError, ValueError, KeyError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"recover.seq2seq.model: {config.model} cannot be loaded: {line}") from error
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
-        self._model = model.to(self._device).eval()
+        self._tokenizer = _load(transformers.AutoTokenizer, config)
+        # On a CPU, half precision is slow or not there.
+        dtype = "auto" if self._device == "cuda" else self._torch.float32
+        self._model = _load(transformers.AutoModelForSeq2SeqLM, config, dtype=dtype).to(self._device).eval()
         self._has_languages = hasattr(self._tokenizer, "src_lang")
         if self._has_languages and config.source is None:
             raise UserError(
