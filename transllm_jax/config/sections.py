@@ -207,7 +207,7 @@ class Recover(Section):
     contamination: bool = True
     """Leave out instructions that contain at least half of any text of the evaluation sets."""
     max_new_tokens: Positive = 256
-    """Tokens of an answer, and of a translation by the model, at most."""
+    """Tokens of an answer at most; and of a translation by a model, which is that of one sentence with `sentences`."""
     batch_size: Positive = 32
     """Answers or translations that are generated at once."""
     keep_unfinished: bool = False
