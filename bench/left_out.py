@@ -1,8 +1,8 @@
 """Measures what stage `recover` would leave out of texts that are known to be good: false alarms at each threshold.
 
-    python bench/recovery.py answers FILE ... [--field output]
-    python bench/recovery.py pairs ENGLISH TARGET --language th [ENGLISH TARGET --language ...]
-    python bench/recovery.py unrelated ENGLISH
+    python bench/left_out.py answers FILE ... [--field output]
+    python bench/left_out.py pairs ENGLISH TARGET --language th [ENGLISH TARGET --language ...]
+    python bench/left_out.py unrelated ENGLISH
 
 answers: jsonl files (may be .xz) with an English answer in a field; the share of answers by `filters`. pairs: files of
 lines, each line of TARGET the translation by a person of the same line of ENGLISH; the share of sentences by `checks`,
