@@ -138,6 +138,9 @@ def tiny_run(model: Path, workdir: Path, **changes: object) -> dict[str, object]
             },
             # A random model hardly ever ends an answer by itself.
             "keep_unfinished": True,
+            # What it says repeats itself, in any script.
+            "filters": {"max_repeated": 1, "min_latin_share": 0},
+            "checks": {"max_length_factor": None, "min_script_share": 0, "keep": []},
         },
         "transfer": {**training, "length": 256, "pairs": pairs},
         "evaluation": {

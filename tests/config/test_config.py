@@ -391,3 +391,44 @@ def test_home_is_written_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got == ["/home/me/x"] * 5
     assert Source(path="~/a/*.txt").path == "/home/me/a/*.txt"
     assert open_workdir("~/run").local == Path("/home/me/run")
+
+
+def test_keys_that_older_versions_did_not_have_are_recorded_only_if_they_are_used() -> None:
+    """A stage's inputs are its config: runs of older versions stay as they were."""
+    recover = load_config(DEMO).recover
+    known = {"instructions", "max_instructions", "contamination", "max_new_tokens", "batch_size", "keep_unfinished"}
+    known |= {"translate_instructions", "translate_answers"}
+    assert recover.model_dump().keys() == known
+    for override, key in (
+        ("recover.filters.max_repeated=0.4", "filters"),
+        ("recover.sentences=false", "sentences"),
+        ("recover.checks.min_round_trip=30", "checks"),
+    ):
+        changed = load_config(DEMO, [override]).recover
+        assert changed.model_dump().keys() == known | {key}
+        assert type(changed)(**changed.model_dump()) == changed
+    seq2seq = ["recover.translate_answers.missing=seq2seq", "recover.seq2seq={model: a/b, source: en, target: th}"]
+    assert load_config(DEMO, seq2seq).recover.model_dump().keys() == known | {"seq2seq"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recover.translate_answers.missing=seq2seq"], "missing: seq2seq needs recover.seq2seq"),
+        (["recover.seq2seq={model: a/b}"], "seq2seq is used by nothing"),
+        (["recover.seq2seq={model: a/b, source: en}"], "give target"),
+        (
+            [
+                "recover.translate_answers.missing=seq2seq",
+                "recover.seq2seq={model: a/b}",
+                "recover.checks.min_round_trip=9",
+            ],
+            "translates in one direction; set min_round_trip to 0",
+        ),
+        (["recover.checks.keep=[code, code]"], "a kind is named twice"),
+        (["recover.checks.max_length_factor=1"], "greater than 1"),
+    ],
+)
+def test_translation_by_another_model(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(DEMO, overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from conftest import copy_run, tiny_run
 from transllm_jax.config import load_config
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.pieces import cut, join
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.hosts.site import Site
@@ -103,16 +104,26 @@ def undisturbed(config: Path, translated: Path, tmp_path_factory: pytest.TempPat
 def test_the_translations_are_kept_with_what_they_are_of(undisturbed: dict[str, bytes]) -> None:
     answers = [json.loads(line) for line in undisturbed[ANSWERS].splitlines()]
     rows = [json.loads(line) for line in undisturbed[TRANSLATIONS].splitlines()]
-    assert len(answers) == LIMIT and all(set(row) == {"of", "source", "translation"} for row in rows)
+    assert len(answers) == LIMIT and all(set(row) == {"of", "source", "translation", "finished"} for row in rows)
     sources = {kind: [row["source"] for row in rows if row["of"] == kind] for kind in ("instructions", "answers")}
     whole = [row for row in answers if row["answer"]]
-    assert sorted(sources["instructions"]) == sorted(row["instruction"] for row in whole)
-    assert sorted(sources["answers"]) == sorted(row["answer"] for row in whole)
+
+    def sentences(texts: Iterable[str]) -> list[str]:
+        return sorted({piece.text for text in texts for piece in cut(text) if piece.translate})
+
+    assert sorted(sources["instructions"]) == sentences(row["instruction"] for row in whole)
+    assert sorted(sources["answers"]) == sentences(row["answer"] for row in whole)
     found = {(row["of"], row["source"]): row["translation"] for row in rows}
+
+    def translation(kind: str, text: str) -> str:
+        pieces = cut(text)
+        return join(pieces, [found[kind, piece.text] for piece in pieces if piece.translate])
+
+    assert undisturbed[CHAINS]
     for line in undisturbed[CHAINS].splitlines():
         chain = json.loads(line)
-        assert found["instructions", chain["question_en"]] == chain["question"]
-        assert found["answers", chain["answer_en"]] == chain["answer"]
+        assert translation("instructions", chain["question_en"]) == chain["question"]
+        assert translation("answers", chain["answer_en"]) == chain["answer"]
 
 
 def test_stopped_within_any_batch_it_ends_as_one_that_was_not(
@@ -235,9 +246,11 @@ def test_an_answer_too_long_to_be_translated_is_left_out(config: Path, translate
         "instructions": ["Say hello.", "Say more."],
         "answers": ["Hello.", "hello there " * 300],
     }
-    found, by = recover._translate(run, tmp_path / TRANSLATIONS, texts)
+    found, by, rejected = recover._translate(run, tmp_path, texts, run.config.recover, checked=True)
     assert found["answers"][1] is None and by["answers"][1] == "none"
     assert by["instructions"] == ["model", "model"] and by["answers"][0] == "model"
+    (row,) = rejected
+    assert (row["of"], row["reason"], row["translation"]) == ("translation of answers", "no room", None)
 
 
 # An evaluation

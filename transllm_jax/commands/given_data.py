@@ -16,6 +16,7 @@ from typing import Any
 from transllm_jax.choices import Content
 from transllm_jax.data.clean.cleaning import script_share
 from transllm_jax.data.read.files import COMPRESSED, Collector, resolve, texts_of
+from transllm_jax.data.read.instructions import read_instruction
 from transllm_jax.data.read.shards import PLURAL, Reading, container_of, shards
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
@@ -93,8 +94,11 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
 
 def look_at_instructions(path: str) -> tuple[int, bool, bool]:
     """How many instructions a file has (at most `LOOKED` are counted), whether these are all, and whether each of the
-    first has a field `translation`. Raises UserError for what cannot be read, and without a field `instruction`."""
-    rows = read_jsonl(path, required=("instruction",), limit=LOOKED)
+    first has a field `translation`. Raises UserError for what cannot be read, and for a record without an instruction.
+    """
+    rows = read_jsonl(path, {}, limit=LOOKED)
+    for row, place in zip(rows, rows.places, strict=True):
+        read_instruction(row, place)
     translated = all(isinstance(row.get("translation"), str) and row["translation"] for row in rows[:100])
     return len(rows), len(rows) < LOOKED, translated
 

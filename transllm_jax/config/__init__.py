@@ -2,6 +2,7 @@
 
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
 from transllm_jax.config.load import load_config
+from transllm_jax.config.recovery import Checks, Filters, Seq2seq
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Positive, Section, Share, meanings
 from transllm_jax.config.sections import (
@@ -20,10 +21,12 @@ from transllm_jax.config.training import Pretraining, Training, Transfer, Valida
 
 __all__ = [
     "ChatModel",
+    "Checks",
     "Cleaning",
     "Config",
     "Evaluation",
     "Export",
+    "Filters",
     "Language",
     "Lora",
     "MarkerNames",
@@ -33,6 +36,7 @@ __all__ = [
     "Prompts",
     "Recover",
     "Section",
+    "Seq2seq",
     "Share",
     "Source",
     "Training",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.marks import MARK
+from transllm_jax.config.recovery import Checks, Filters, Seq2seq
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
@@ -173,21 +174,21 @@ class Lora(Section):
 
 
 class Translation(Section):
-    """Where translations come from: a file made by another system, the model of stage `translate`, or both."""
+    """Where translations come from: a file made by another system, a model, or both."""
 
     file: Location | None = None
     """A jsonl file of English texts and their translations, made for instance by a machine translation system."""
     fields: tuple[str, str] = ("source", "target")
     """The names of the file's two fields: the English text, and its translation."""
-    missing: Literal["model", "drop", "error"] = "model"
+    missing: Literal["model", "seq2seq", "drop", "error"] = "model"
     """What to do with a text that the file lacks (without a file: with every text): the model of stage `translate`
-    translates it (`model`), it is left out (`drop`), or the run stops (`error`).
+    translates it (`model`), that of `recover.seq2seq` does, it is left out (`drop`), or the run stops (`error`).
     """
 
     @model_validator(mode="after")
     def _has_a_way(self) -> Translation:
-        if self.file is None and self.missing != "model":
-            raise ValueError(f"without a file, missing must be 'model', not {self.missing!r}")
+        if self.file is None and self.missing in ("drop", "error"):
+            raise ValueError(f"without a file, missing must be 'model' or 'seq2seq', not {self.missing!r}")
         if self.file is None and self.fields != ("source", "target"):
             raise ValueError("fields without a file mean nothing; add the file, or remove them")
         return self
@@ -197,28 +198,59 @@ class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions; both are translated."""
 
     instructions: Location
-    """A jsonl file with a field `instruction` and optionally `input`, which is appended after a blank line (Alpaca's
-    format). Records with a system prompt, earlier turns, or an input under another name are refused.
+    """A file of records: with a field `instruction` and optionally `input`, which is appended after a blank line
+    (Alpaca's format), or conversations (`conversations` or `messages`), of which the first question is used. Answers
+    are not read. Records with a system prompt, earlier turns, or an input under another name are refused.
     """
     max_instructions: Positive | None = None
     """Read only this many instructions, from the start. By default all."""
     contamination: bool = True
     """Leave out instructions that contain at least half of any text of the evaluation sets."""
     max_new_tokens: Positive = 256
-    """Tokens of an answer, and of a translation by the model, at most."""
+    """Tokens of an answer at most; and of a translation by a model, which is that of one sentence with `sentences`."""
     batch_size: Positive = 32
     """Answers or translations that are generated at once."""
     keep_unfinished: bool = False
-    """Also train on answers that `max_new_tokens` cut off."""
+    """Also train on answers, and translations by a model, that `max_new_tokens` cut off."""
+    filters: Filters = Filters()
+    """Which answers are left out."""
     translate_instructions: Translation = Translation()
     """Where the instructions' translations come from."""
     translate_answers: Translation = Translation()
     """Where the answers' translations come from."""
+    sentences: bool = True
+    """Whether a model translates sentence by sentence. Lines, list markers, headings, tables, blocks of code, and code
+    or addresses after a colon are then copied. If not, it translates each text at once.
+    """
+    checks: Checks = Checks()
+    """Which translations by a model are rejected."""
+    seq2seq: Seq2seq | None = None
+    """For `missing: seq2seq`: the translation model."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A stage's inputs are its config: those of versions without these keys stay as they were.
+        idle = {name for name in ("filters", "sentences", "checks", "seq2seq") if getattr(self, name) == _IDLE[name]}
+        return {key: value for key, value in dump(self).items() if key not in idle}
+
+    @model_validator(mode="after")
+    def _has_translation_model(self) -> Recover:
+        wanted = "seq2seq" in (self.translate_instructions.missing, self.translate_answers.missing)
+        if wanted and self.seq2seq is None:
+            raise ValueError("missing: seq2seq needs recover.seq2seq, the translation model; add it")
+        if not wanted and self.seq2seq is not None:
+            raise ValueError("seq2seq is used by nothing; set missing: seq2seq in translate_answers, or remove it")
+        if self.seq2seq is not None and self.seq2seq.source is None and self.checks.min_round_trip:
+            raise ValueError("a seq2seq model without source translates in one direction; set min_round_trip to 0")
+        return self
 
     @model_validator(mode="before")
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
         return without_limit(given, "instructions: name it max_instructions")
+
+
+_IDLE = {name: Recover.model_fields[name].default for name in ("filters", "sentences", "checks", "seq2seq")}
 
 
 class Prompts(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
@@ -13,6 +13,20 @@ from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 Direction = Literal["to_target", "to_english"]
+
+
+class Made(NamedTuple):
+    """A translation that a model made; None if it said nothing. finished: it ended by itself, not at the limit."""
+
+    text: str | None
+    finished: bool
+
+
+class Translator(Protocol):
+    """Translates texts with a model."""
+
+    def make(self, texts: Sequence[str], direction: Direction) -> list[Made]:
+        """The translation of each text."""
 
 
 class FileTranslator:
@@ -61,6 +75,10 @@ class ModelTranslator:
 
     def translate(self, texts: Sequence[str], direction: Direction) -> list[str | None]:
         """Greedy translations; None for a text to which the model answered nothing."""
+        return [made.text for made in self.make(texts, direction)]
+
+    def make(self, texts: Sequence[str], direction: Direction) -> list[Made]:
+        """Greedy translations, each with whether the model ended it."""
         if not texts:
             return []
         tokenizer, markers = self._tokenizer, self._markers
@@ -74,4 +92,7 @@ class ModelTranslator:
             on_tokens=self._on_tokens,
             between=self._between,
         )
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() or None for ids in answers]
+        return [
+            Made(tokenizer.decode(ids, skip_special_tokens=True).strip() or None, len(ids) < self._max_new_tokens)
+            for ids in answers
+        ]

@@ -1,6 +1,7 @@
 """The results of stage `recover` as conversations, which stage `transfer` reads like any other source.
 
-`chains.jsonl` holds the parts of each chain in readable form; the two files of conversations are made from it alone.
+`chains.jsonl` holds the parts of each chain in readable form; the files of conversations are made from it alone, in two
+forms: ours, and that of the reference code (its example_cot.json and example_en.json).
 """
 
 from __future__ import annotations
@@ -31,26 +32,51 @@ def _english(row: Row, markers: Markers) -> tuple[str, str]:
     return row["question_en"], build_english_answer(row["answer_en"], markers)
 
 
+# The reference code puts spaces around markers.
+def _reference_chain(row: Row, markers: Markers) -> tuple[str, str]:
+    parts = zip(markers.in_order(), ("question_en", "answer_en", "answer"), strict=True)
+    return row["question"], " ".join(f"{marker} {row[name].strip()}" for marker, name in parts)
+
+
+def _reference_english(row: Row, markers: Markers) -> tuple[str, str]:
+    return row["question_en"], f"{markers.response} {row['answer_en'].strip()}"
+
+
 # File in the directory of stage `recover` -> a chain's question and answer in it.
 _CONVERSATIONS: dict[str, Callable[[Row, Markers], tuple[str, str]]] = {
     "conversations/chains.jsonl": _chain,
     "conversations/english.jsonl": _english,
 }
 
+_REFERENCE: dict[str, Callable[[Row, Markers], tuple[str, str]]] = {
+    "reference/cot.json": _reference_chain,
+    "reference/en.json": _reference_english,
+}
+
 
 def write_conversations(directory: Path, markers: Markers) -> None:
     """Write the conversations of a directory's chains: a question in the target language with its chain, and a question
-    in English with its answer."""
+    in English with its answer; in conversations/ for stage `transfer`, and in reference/ for the reference code."""
     rows = read_jsonl(directory / CHAINS, required=("question", "question_en", "answer_en", "answer"))
     for name, turn in _CONVERSATIONS.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
         write_text(path, "".join(_record(*turn(row, markers)) for row in rows))
+    for name, turn in _REFERENCE.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        records = ",\n".join(_reference_record(number, *turn(row, markers)) for number, row in enumerate(rows, 1))
+        write_text(path, f"[\n{records}\n]\n")
 
 
 def _record(question: str, answer: str) -> str:
     messages: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def _reference_record(number: int, question: str, answer: str) -> str:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return json.dumps({"id": str(number), "conversations": turns}, ensure_ascii=False, indent=4)
 
 
 def conversation_sources(run: Run) -> tuple[Source, Source]:

@@ -7,45 +7,35 @@ instructions and answers are translated. Each batch is written at once, so a sto
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from transllm_jax.config import Translation
-from transllm_jax.data.read.conversations import SYSTEM_FIELDS
+from transllm_jax.config import Filters, Recover, Translation
 from transllm_jax.data.read.files import Place
-from transllm_jax.data.read.sources import check_no_special, read_jsonl
+from transllm_jax.data.read.instructions import read_instruction
+from transllm_jax.data.read.sources import check_no_special, read_jsonl, refuse_special
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
-from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt
+from transllm_jax.generation.seq2seq import check_seq2seq
+from transllm_jax.generation.translate import FileTranslator
 from transllm_jax.stages.chains import CHAINS, write_conversations
+from transllm_jax.stages.filters import CUT_OFF, DROPPED, EMPTY, counts, shown, sort_out, write_dropped
 from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
-from transllm_jax.tokenizer.chat import encode_prompt
+from transllm_jax.stages.translations import TRANSLATIONS, By, Kind, printable, translate
+from transllm_jax.tokenizer.chat import default_system_prompt, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
-
-# Fields that other data sets have, which would change the answer and are not supported, each with how to fix it.
-_TURNS = ("history", "messages", "conversations", "conversation", "dialog", "dialogue")
-_INPUT = ("context", "inputs")
-_OTHER = ("tools", "functions", "image", "images")
-_UNSUPPORTED = {
-    **dict.fromkeys(SYSTEM_FIELDS, "put its text into 'instruction', or remove it"),
-    **dict.fromkeys(_TURNS, "give each question in an 'instruction' of its own, or remove it"),
-    **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
-    **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
-}
-
-# What is translated.
-Kind = Literal["instructions", "answers"]
 
 
 def inputs(run: Run) -> dict[str, Any]:
     """The stage's inputs: the config sections and files that it reads."""
     section = run.config.recover
     files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
+    if section.seq2seq is not None and Path(section.seq2seq.model).expanduser().is_dir():
+        files.append(f"{section.seq2seq.model}/*")
     return {
         "recover": section.model_dump(),
         "date": run.today.isoformat(),
@@ -59,6 +49,8 @@ def check(run: Run) -> None:
     section, context = run.config.recover, run.models.config.context
     texts, places = _instructions(run)
     run.models.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
+    if section.seq2seq is not None:
+        check_seq2seq(section.seq2seq)
     by_model = "model" in (section.translate_instructions.missing, section.translate_answers.missing)
     if by_model and 2 * (section.max_new_tokens + 2) > context:
         raise UserError(
@@ -74,7 +66,7 @@ def check(run: Run) -> None:
         given = zip(texts, places, translations, strict=True)
         asked = [(text, place) for text, place, translation in given if translation is None]
         run.models.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
-    elif not any(translations):
+    elif section.translate_instructions.missing != "seq2seq" and not any(translations):
         raise UserError(
             f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
             f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
@@ -84,33 +76,67 @@ def check(run: Run) -> None:
 
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
-    """Write answers.jsonl (of the original model), translations.jsonl (of the model itself), chains.jsonl, and the
-    conversations that stage `transfer` trains on."""
-    section = run.config.recover
+    """Write answers.jsonl (of the original model), the models' translations, chains.jsonl, dropped.jsonl (what is left
+    out, with the reasons), and the conversations that stage `transfer` trains on."""
     instructions = _distinct_instructions(run)
     answers = _answer(run, directory / "answers.jsonl", instructions)
-    usable = [row for row in answers if row["answer"] and (row["finished"] or section.keep_unfinished)]
+    section, checked = _settings(run, directory)
+    usable, dropped = sort_out(answers, section.filters, keep_unfinished=section.keep_unfinished)
+    left_out = counts(dropped)
+    if run.primary and checked:
+        write_dropped(directory, dropped)
     texts: dict[Kind, list[str]] = {
         "instructions": [row["instruction"] for row in usable],
         "answers": [row["answer"] for row in usable],
     }
-    translated, by = _translate(run, directory / "translations.jsonl", texts)
+    translated, by, rejected = _translate(run, directory, texts, section, checked=checked)
     chains = _chains(run, usable, translated, by)
+    if run.primary and checked:
+        write_dropped(directory, [*dropped, *rejected])
+    reasons = counts(rejected)
     if not chains:
-        raise UserError(f"recover: no chain is left of {len(instructions)} instructions; see {directory}/answers.jsonl")
+        raise UserError(
+            f"recover: no chain is left of {len(instructions)} instructions; answers left out: "
+            f"{shown(left_out) or 'none'}; translations rejected: {shown(reasons) or 'none'}; "
+            f"see {directory}/{DROPPED}; with other recover.checks, the run goes on from what is translated"
+        )
     if run.primary:
         write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))
         write_conversations(directory, run.markers)
-    unfinished = len(answers) - len(usable)
-    counts = {how: by["answers"].count(how) for how in ("file", "model", "none")}
+    how = {how: by["answers"].count(how) for how in ("file", "model", "seq2seq", "none")}
+    system = default_system_prompt(run.models.tokenizer("base"))
+    said = f" ({shown(left_out)}: left out)" if dropped else ""
+    of_model = f", by the model {how['model']}" + (f", by seq2seq {how['seq2seq']}" if how["seq2seq"] else "")
     return {
-        "text": f"{len(answers)} answers of the original model ({unfinished} cut off or empty, left out), "
-        f"{len(chains)} chains; answers translated by file {counts['file']}, by the model {counts['model']}",
+        "text": f"{len(answers)} answers of the original model{said}, {len(chains)} chains; answers translated by "
+        f"file {how['file']}{of_model}" + (f"; rejected: {shown(reasons)}" if rejected else ""),
         "answers": len(answers),
-        "unfinished": unfinished,
+        "unfinished": left_out.get(EMPTY, 0) + left_out.get(CUT_OFF, 0),
+        "left_out": left_out,
         "chains": len(chains),
-        "answers_translated_by": counts,
+        "answers_translated_by": how,
+        "translations_rejected": reasons,
+        # What the original was told before each instruction: it colours all answers.
+        "system_prompt": system,
     }
+
+
+def _settings(run: Run, directory: Path) -> tuple[Recover, bool]:
+    """The config's section, and whether translations are checked.
+
+    A stage that an older version began to translate goes on as it began: whole texts, no filters, no checks.
+    """
+    section = run.config.recover
+
+    def begun() -> bool:
+        # Since there are filters, the file of what is left out is written before anything is translated.
+        return (directory / TRANSLATIONS["model"]).is_file() and not (directory / DROPPED).is_file()
+
+    if not run.peers.run_on_primary("what an older version began", begun):
+        return section, True
+    run.progress.say("  recover: begun by an older version, goes on without filters and checks", style="yellow")
+    none = Filters(max_repeated=1, min_latin_share=0)
+    return section.model_copy(update={"filters": none, "sentences": False}), False
 
 
 def _distinct_instructions(run: Run) -> list[str]:
@@ -128,17 +154,10 @@ def _distinct_instructions(run: Run) -> list[str]:
 def _instructions(run: Run) -> tuple[list[str], list[Place]]:
     """The instructions, each with its input if it has one, and their places. Raises UserError for a bad record."""
     section = run.config.recover
-    loaded = read_jsonl(section.instructions, limit=section.max_instructions)
-    check_no_special(loaded, run.inputs.find_special)
-    texts = []
-    for row, place in zip(loaded, loaded.places, strict=True):
-        for name in _UNSUPPORTED.keys() & row.keys():
-            if row[name] not in (None, "", [], {}):
-                raise UserError(f"{place}: field {name!r} is not read ({str(row[name])[:40]!r}): {_UNSUPPORTED[name]}")
-        more = row.get("input") or ""
-        if not isinstance(more, str):
-            raise UserError(f"{place}: field 'input' must be a string, not {str(more)[:40]}; write it as one")
-        texts.append("\n\n".join(part.strip() for part in (row["instruction"], more) if part.strip()))
+    loaded = read_jsonl(section.instructions, {}, limit=section.max_instructions)
+    texts = [read_instruction(row, place) for row, place in zip(loaded, loaded.places, strict=True)]
+    for text, place in zip(texts, loaded.places, strict=True):
+        refuse_special((text,), run.inputs.find_special, place)
     return texts, loaded.places
 
 
@@ -160,7 +179,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
         return [
             {
                 "instruction": text,
-                "answer": _printable(tokenizer.decode(ids, skip_special_tokens=True)),
+                "answer": printable(tokenizer.decode(ids, skip_special_tokens=True)),
                 "finished": len(ids) < section.max_new_tokens,
             }
             for text, ids in zip(texts, generated, strict=True)
@@ -173,29 +192,31 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
 
 
 def _translate(
-    run: Run, path: Path, texts: Mapping[Kind, Sequence[str]]
-) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]]]:
-    """Translations of English texts by kind, and who made each: `file`, `model` or `none`.
-
-    `path` keeps those of the model; the ones that it holds are not generated again.
-    """
+    run: Run, directory: Path, texts: Mapping[Kind, Sequence[str]], section: Recover, *, checked: bool
+) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]], list[Row]]:
+    """Translations of English texts by kind; who made each: `file`, `model`, `seq2seq` or `none`; and the rejected ones
+    of models."""
     configs = {kind: _config_of(run, kind) for kind in texts}
-    # From files first: some file may have to hold all translations, which is checked before the model makes any.
+    # From files first: some file may have to hold all translations, which is checked before a model makes any.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
-    missing = [
-        (kind, place)
-        for kind, given in found.items()
-        if configs[kind].missing == "model"
-        for place, text in enumerate(given)
-        if text is None
-    ]
-    wanted = _that_fit(run, texts, missing)
-    known = [{"of": kind, "source": texts[kind][place]} for kind, place in wanted]
-    for (kind, place), row in zip(wanted, _generate_translations(run, path, known), strict=True):
-        if row["translation"] is not None:
-            found[kind][place], by[kind][place] = row["translation"], "model"
-    return found, by
+    rejected: list[Row] = []
+    models: tuple[By, ...] = ("model", "seq2seq")
+    for model in models:
+        missing = {
+            (kind, place): texts[kind][place]
+            for kind, given in found.items()
+            if configs[kind].missing == model
+            for place, text in enumerate(given)
+            if text is None
+        }
+        if not missing:
+            continue
+        made = translate(run, directory, model, missing, section, checked=checked)
+        rejected += made.rejected
+        for (kind, place), text in made.found.items():
+            found[kind][place], by[kind][place] = text, model
+    return found, by, rejected
 
 
 def _config_of(run: Run, kind: Kind) -> Translation:
@@ -215,46 +236,6 @@ def _from_file(texts: Sequence[str], config: Translation, what: str) -> list[str
             f"add them, or set recover.translate_{what}.missing to model or drop"
         )
     return found
-
-
-def _that_fit(
-    run: Run, texts: Mapping[Kind, Sequence[str]], missing: Sequence[tuple[Kind, int]]
-) -> list[tuple[Kind, int]]:
-    """The missing translations for which the context has room, in order of prompt length: batches need less padding."""
-    new_tokens, context = run.config.recover.max_new_tokens, run.models.config.context
-    tokenizer = run.models.tokenizer("vocabulary")
-    lengths = [
-        (len(translation_prompt(tokenizer, run.markers, texts[kind][place], "to_target")), kind, place)
-        for kind, place in missing
-    ]
-    fitting = sorted(key for key in lengths if key[0] + new_tokens <= context)
-    if len(fitting) < len(missing):
-        run.progress.say(
-            f"  recover: {len(missing) - len(fitting)} texts leave no room in the context of {context} for a "
-            f"translation of {new_tokens} tokens, left out",
-            style="yellow",
-        )
-    return [(kind, place) for _, kind, place in fitting]
-
-
-def _generate_translations(run: Run, path: Path, known: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows with the translations that the model of stage `translate` makes. known: the other fields of each row."""
-    section, tokenizer = run.config.recover, run.models.tokenizer("vocabulary")
-    engine = cache(lambda: Engine(run.models.split("translate"), run.models.config, batch_size=section.batch_size))
-
-    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
-        translator = ModelTranslator(
-            engine(), tokenizer, run.markers, max_new_tokens=section.max_new_tokens, on_tokens=on_tokens
-        )
-        made = translator.translate([known[number]["source"] for number in batch], "to_target")
-        return [
-            {**known[number], "translation": None if text is None else _printable(text)}
-            for number, text in zip(batch, made, strict=True)
-        ]
-
-    return generated_rows(
-        run, path, known, make, stage="recover", what="translations", unit="text", batch_size=section.batch_size
-    )
 
 
 def _chains(
@@ -282,8 +263,3 @@ def _chains(
 def _usable(run: Run, text: str | None) -> bool:
     """Whether a text can be part of a chain: it is not empty, and no special token is spelled out in it."""
     return bool(text and text.strip()) and run.models.tokenizer("vocabulary").find_special(text or "") is None
-
-
-def _printable(text: str) -> str:
-    """A model's text without control characters, which files of text may not hold."""
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc").strip()

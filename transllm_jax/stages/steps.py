@@ -84,7 +84,16 @@ STEPS = (
     _evaluation("pretrain"),
     _training("translate", translate, ("pretrain",)),
     _evaluation("translate"),
-    Step("recover", recover.inputs, recover.run_stage, ("translate",), recover.check, resumable=True),
+    Step(
+        "recover",
+        recover.inputs,
+        recover.run_stage,
+        ("translate",),
+        recover.check,
+        resumable=True,
+        # Nothing that was generated depends on them.
+        may_change=("recover.checks",),
+    ),
     _training("transfer", transfer, ("translate", "recover")),
     _evaluation("transfer"),
     Step("export", export.inputs, export.run_stage, ("transfer",), alone=True),

@@ -105,6 +105,23 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
         raise UserError(f"the chat template of {tokenizer.source} refuses the conversation: {error}") from error
 
 
+def default_system_prompt(tokenizer: Tokenizer) -> str | None:
+    """The system message that the template writes if a conversation has none; None if it writes none.
+
+    None, too, for a template that refuses system messages, and for a system message that depends on the user's.
+    """
+    probe: Message = {"role": "user", "content": "question"}
+    try:
+        given = render(tokenizer, [{"role": "system", "content": "\ue000"}, probe], add_generation_prompt=True)
+    except UserError:
+        return None
+    before, mark, after = given.partition("\ue000")
+    own = render(tokenizer, [probe], add_generation_prompt=True)
+    if not mark or not own.startswith(before) or not own.endswith(after) or len(own) <= len(before) + len(after):
+        return None
+    return own[len(before) : len(own) - len(after)]
+
+
 def _check(tokenizer: Tokenizer, messages: Sequence[Message], markers: Sequence[str]) -> None:
     if not messages:
         raise UserError("an empty conversation: give at least one message")

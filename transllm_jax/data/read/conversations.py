@@ -92,6 +92,29 @@ def conversation(record: Record, form: Form, place: Place, collector: Collector)
     return messages
 
 
+def first_question(record: Record, place: Place) -> str:
+    """The question of a conversation (`conversations` or `messages`) of one turn; an answer to it is not used.
+
+    Raises BadRow with the place for a system message, more turns, and what `conversation` refuses.
+    """
+    form = form_of(record, place)
+    _refuse(record, _UNSUPPORTED, str(place))
+    collector = Collector("refuse")
+    messages = _with_system(_turns(record, form, place, collector), record, place, collector)
+    roles = [message["role"] for message in messages]
+    if roles[0] == "system":
+        raise BadRow(
+            f"{place} has a system message, which is not read: put its text into the question, or remove it",
+            "system message",
+        )
+    if roles not in (["user"], ["user", "assistant"]):
+        raise BadRow(
+            f"{place} has the turns {', '.join(roles)[:60]}: give each question in a {place.unit} of its own",
+            "more turns",
+        )
+    return messages[0]["content"].strip()
+
+
 def _refuse(record: Record, names: tuple[str, ...], what: str) -> None:
     found = [name for name in names if record.get(name)]
     if found:
