@@ -17,6 +17,7 @@ from transllm_jax.config import (
     ChatModel,
     Cleaning,
     Config,
+    Endpoint,
     Evaluation,
     Export,
     Language,
@@ -27,9 +28,11 @@ from transllm_jax.config import (
     Recover,
     Section,
     Source,
+    TeacherEndpoint,
     Training,
     Transfer,
     Translation,
+    TranslatorEndpoint,
     Validation,
     Vocabulary,
     load_config,
@@ -53,7 +56,10 @@ HEADINGS: dict[type[Section], list[str]] = {
     Pretraining: ["pretrain"],
     Validation: ["pretrain.validation"],
     Recover: ["recover"],
+    Endpoint: ["recover.teacher"],
+    TeacherEndpoint: ["recover.teacher"],
     Translation: ["recover.translate_instructions"],
+    TranslatorEndpoint: ["recover.translate_instructions.translator", "recover.teacher"],
     Transfer: ["transfer", "pretrain"],
     Evaluation: ["evaluation"],
     Export: ["export"],
@@ -282,6 +288,6 @@ def test_what_is_valid_by_the_schema(
 def test_the_schema_says_what_each_key_means(schema: jsonschema.Draft202012Validator) -> None:
     whole: Any = schema.schema
     assert whole["properties"]["workdir"]["description"] == meanings(Config)["workdir"]
-    for section in set(SECTIONS) - {Config, Training}:  # Training is the base class of two
+    for section in set(SECTIONS) - {Config, Training, Endpoint}:  # the last two are each the base class of two
         for name, node in whole["$defs"][section.__name__]["properties"].items():
             assert node["description"] == meanings(section)[name]

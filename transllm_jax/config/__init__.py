@@ -1,6 +1,7 @@
 """The typed description of a run: YAML with dotted overrides. An unknown key is an error that names it."""
 
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
+from transllm_jax.config.endpoint import Endpoint, TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.load import load_config
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Positive, Section, Share, meanings
@@ -22,6 +23,7 @@ __all__ = [
     "ChatModel",
     "Cleaning",
     "Config",
+    "Endpoint",
     "Evaluation",
     "Export",
     "Language",
@@ -35,9 +37,11 @@ __all__ = [
     "Section",
     "Share",
     "Source",
+    "TeacherEndpoint",
     "Training",
     "Transfer",
     "Translation",
+    "TranslatorEndpoint",
     "Validation",
     "Vocabulary",
     "WholeSource",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
+from transllm_jax.config.endpoint import TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.marks import MARK
-from transllm_jax.config.section import Location, Positive, Section, without_limit
+from transllm_jax.config.section import Location, Positive, Section, without_idle, without_limit
 
 
 class ChatModel(Section):
@@ -179,15 +180,31 @@ class Translation(Section):
     """A jsonl file of English texts and their translations, made for instance by a machine translation system."""
     fields: tuple[str, str] = ("source", "target")
     """The names of the file's two fields: the English text, and its translation."""
-    missing: Literal["model", "drop", "error"] = "model"
+    missing: Literal["model", "endpoint", "drop", "error"] = "model"
     """What to do with a text that the file lacks (without a file: with every text): the model of stage `translate`
-    translates it (`model`), it is left out (`drop`), or the run stops (`error`).
+    translates it (`model`), the `translator` does (`endpoint`; the default if there is one), it is left out (`drop`),
+    or the run stops (`error`).
     """
+    translator: TranslatorEndpoint | None = None
+    """For `missing: endpoint`: what translates, such as `{endpoint: http://localhost:8000/v1, model: NAME}`."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_translator(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_idle("translator", dump(self))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translator_is_for_what_is_missing(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("translator") is not None and "missing" not in given:
+            return {**given, "missing": "endpoint"}
+        return given
 
     @model_validator(mode="after")
     def _has_a_way(self) -> Translation:
-        if self.file is None and self.missing != "model":
-            raise ValueError(f"without a file, missing must be 'model', not {self.missing!r}")
+        if (self.missing == "endpoint") != (self.translator is not None):
+            raise ValueError("missing: endpoint and translator (an endpoint and its model) need each other")
+        if self.file is None and self.missing not in ("model", "endpoint"):
+            raise ValueError(f"without a file, missing must be 'model' or 'endpoint', not {self.missing!r}")
         if self.file is None and self.fields != ("source", "target"):
             raise ValueError("fields without a file mean nothing; add the file, or remove them")
         return self
@@ -210,10 +227,18 @@ class Recover(Section):
     """Answers or translations that are generated at once."""
     keep_unfinished: bool = False
     """Also train on answers that `max_new_tokens` cut off."""
+    teacher: TeacherEndpoint | None = None
+    """Another engine that answers the instructions in place of the run's own, such as
+    `{endpoint: http://localhost:8000/v1, model: NAME}` for `vllm serve RUN/base`.
+    """
     translate_instructions: Translation = Translation()
     """Where the instructions' translations come from."""
     translate_answers: Translation = Translation()
     """Where the answers' translations come from."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_teacher(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_idle("teacher", dump(self))
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,8 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator, translation_prompt
 from transllm_jax.stages.chains import CHAINS, write_conversations
+from transllm_jax.stages.endpoint import MAY_CHANGE as OF_ENDPOINTS
+from transllm_jax.stages.endpoint_rows import add_translations, check_endpoints, teacher_answers
 from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
 from transllm_jax.tokenizer.chat import encode_prompt
@@ -37,6 +39,13 @@ _UNSUPPORTED = {
     **dict.fromkeys(_INPUT, "name it 'input', or remove it"),
     **dict.fromkeys(_OTHER, "remove it, or leave the record out"),
 }
+
+# Keys that may change when a stopped stage goes on, and that may differ when it is done.
+MAY_CHANGE = tuple(
+    f"recover.{section}.{key}"
+    for section in ("teacher", "translate_instructions.translator", "translate_answers.translator")
+    for key in OF_ENDPOINTS
+)
 
 # What is translated.
 Kind = Literal["instructions", "answers"]
@@ -57,6 +66,7 @@ def inputs(run: Run) -> dict[str, Any]:
 def check(run: Run) -> None:
     """Find what is wrong with the stage's config and files before it begins. Raises UserError."""
     section, context = run.config.recover, run.models.config.context
+    check_endpoints(run)
     texts, places = _instructions(run)
     run.models.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
     by_model = "model" in (section.translate_instructions.missing, section.translate_answers.missing)
@@ -74,7 +84,7 @@ def check(run: Run) -> None:
         given = zip(texts, places, translations, strict=True)
         asked = [(text, place) for text, place, translation in given if translation is None]
         run.models.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
-    elif not any(translations):
+    elif section.translate_instructions.missing != "endpoint" and not any(translations):
         raise UserError(
             f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
             f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
@@ -102,10 +112,13 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))
         write_conversations(directory, run.markers)
     unfinished = len(answers) - len(usable)
-    counts = {how: by["answers"].count(how) for how in ("file", "model", "none")}
+    ways = ("file", "model", *(("endpoint",) if section.translate_answers.translator else ()), "none")
+    counts = {how: by["answers"].count(how) for how in ways}
+    who = "the original model" if section.teacher is None else f"{section.teacher.model} at {section.teacher.place}"
+    by_endpoint = f", by the endpoint {counts['endpoint']}" if "endpoint" in ways else ""
     return {
-        "text": f"{len(answers)} answers of the original model ({unfinished} cut off or empty, left out), "
-        f"{len(chains)} chains; answers translated by file {counts['file']}, by the model {counts['model']}",
+        "text": f"{len(answers)} answers of {who} ({unfinished} cut off or empty, left out), {len(chains)} chains; "
+        f"answers translated by file {counts['file']}, by the model {counts['model']}{by_endpoint}",
         "answers": len(answers),
         "unfinished": unfinished,
         "chains": len(chains),
@@ -145,6 +158,8 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not generated again."""
     section = run.config.recover
+    if section.teacher is not None:
+        return teacher_answers(run, path, instructions, _printable)
     tokenizer = run.models.tokenizer("base")
     engine = cache(lambda: Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size))
 
@@ -175,7 +190,7 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
 def _translate(
     run: Run, path: Path, texts: Mapping[Kind, Sequence[str]]
 ) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]]]:
-    """Translations of English texts by kind, and who made each: `file`, `model` or `none`.
+    """Translations of English texts by kind, and who made each: `file`, `model`, `endpoint` or `none`.
 
     `path` keeps those of the model; the ones that it holds are not generated again.
     """
@@ -183,6 +198,7 @@ def _translate(
     # From files first: some file may have to hold all translations, which is checked before the model makes any.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
+    add_translations(run, path.parent, texts, found, by, _printable)
     missing = [
         (kind, place)
         for kind, given in found.items()
