@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """What happens to a request in place of an answer. `hang`: nothing, for these seconds; `drop`: no response at all."""
+    """What happens to a request in place of an answer. hang: nothing, for these seconds. drop: no response at all."""
 
     status: int = 200
     body: Any = None
