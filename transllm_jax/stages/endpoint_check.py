@@ -67,6 +67,12 @@ def check_teacher(
 
     line = run.peers.run_on_primary("the check of the endpoint", compare)
     run.progress.say(str(line))
+    if run.models.tokenizer("base").writes_date:
+        run.progress.say(
+            f"  recover: this model's chat template writes the date, here {run.today}; {settings.place} writes its "
+            f"own, unless {where}.body gives it one (chat_template_kwargs)",
+            style="yellow",
+        )
 
 
 def _evenly(size: int) -> list[int]:
