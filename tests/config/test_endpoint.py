@@ -72,7 +72,7 @@ def test_a_translator_is_for_what_is_missing() -> None:
         ),
         (f"{{missing: drop, file: a, {engine}}}", "need each other"),
         ("{missing: endpoint}", "need each other"),
-        ("{missing: drop}", "without a file, missing must be 'model' or 'endpoint', not 'drop'"),
+        ("{missing: drop}", "or 'endpoint', not 'drop'"),
         (f"{{{engine[:-1]}, prompt: Translate.}}}}", "prompt lacks {text}, which the text replaces"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

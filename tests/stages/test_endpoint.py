@@ -24,6 +24,7 @@ from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Progress
 from transllm_jax.stages import endpoint, endpoint_check, pipeline, recover
 from transllm_jax.stages.endpoint_check import CHECK, Ours, compared
+from transllm_jax.stages.endpoint_rows import add_translations
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import Workdir
 from transllm_jax.tokenizer.chat import encode_prompt
@@ -341,15 +342,23 @@ def test_a_server_translates(go: Go, server: Server, own: Path, tmp_path: Path) 
     assert server.asked == []
 
 
-def test_a_translation_that_is_cut_off_or_refused_is_left_out(go: Go, server: Server, tmp_path: Path) -> None:
-    server.answer = lambda body: ("แปล", "length" if "0" in str(len(body["messages"][0]["content"])) else "stop")
-    server.fail = lambda body: Fault(400, {}) if len(server.bodies) == 1 else None
+def test_a_translation_that_is_cut_off_or_refused_is_left_out(
+    config: Path, translated: Path, server: Server, tmp_path: Path
+) -> None:
+    server.answer = lambda body: ("แปล", "length" if "long" in str(body) else "stop")
+    server.fail = lambda body: Fault(400, {}) if "bad" in str(body) else None
     said = Said()
-    translator = f"{{missing: endpoint, translator: {{endpoint: '{server.url}', model: mt, refused: drop}}}}"
-    summary = go(f"recover.translate_instructions={translator}", progress=said)
-    assert any("has no answer to 1 of " in line and "status 400" in line for line in said.lines)
-    cut_off = sum("0" in str(len(text)) for text in server.asked[1:])
-    assert cut_off and summary["chains"] == len(server.asked) - 1 - cut_off
+    translator = f"{{translator: {{endpoint: '{server.url}', model: mt, refused: drop}}}}"
+    changed = load_config(config, [f"recover.translate_instructions={translator}"])
+    run = Run(changed, translated, said, Interrupt())
+    texts = {"instructions": ["a", "long", "bad", "in a file", "a"], "answers": ["b"]}
+    found: dict[str, list[str | None]] = {"instructions": [None, None, None, "ไฟล์", None], "answers": [None]}
+    by = {"instructions": ["none", "none", "none", "file", "none"], "answers": ["none"]}
+    add_translations(run, tmp_path, texts, found, by, str.strip)
+    assert found == {"instructions": ["แปล", None, None, "ไฟล์", "แปล"], "answers": [None]}
+    assert by == {"instructions": ["endpoint", "none", "none", "file", "endpoint"], "answers": ["none"]}
+    assert len(server.asked) == 3
+    assert any("has no answer to 1 of 3 requests" in line and "status 400" in line for line in said.lines)
 
 
 # Batch files
