@@ -1,6 +1,7 @@
 """The typed description of a run: YAML with dotted overrides. An unknown key is an error that names it."""
 
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
+from transllm_jax.config.endpoint import Endpoint, TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.load import load_config
 from transllm_jax.config.recovery import Checks, Filters, Seq2seq
 from transllm_jax.config.run import Config
@@ -24,6 +25,7 @@ __all__ = [
     "Checks",
     "Cleaning",
     "Config",
+    "Endpoint",
     "Evaluation",
     "Export",
     "Filters",
@@ -39,9 +41,11 @@ __all__ = [
     "Seq2seq",
     "Share",
     "Source",
+    "TeacherEndpoint",
     "Training",
     "Transfer",
     "Translation",
+    "TranslatorEndpoint",
     "Validation",
     "Vocabulary",
     "WholeSource",

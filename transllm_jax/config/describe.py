@@ -131,6 +131,8 @@ def _type_in_words(node: dict[str, Any], section_words: Callable[[str], str]) ->
         return f"{some} {plural}" if "more" in some else f"{some} of {plural}"
     if node["type"] == "string":
         return {None: "text", "path": "path", "date": "date (YYYY-MM-DD)"}[node.get("format")]
+    if node["type"] == "object":
+        return "mapping"
     if node["type"] == "boolean":
         return "`true` or `false`"
     return {"integer": "whole number", "number": "number"}[node["type"]] + _bounds(node)

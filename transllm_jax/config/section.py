@@ -28,6 +28,12 @@ def without_limit(given: Any, successor: str) -> Any:
     return {key: value for key, value in given.items() if key != "limit"}
 
 
+def without_idle(key: str, dumped: dict[str, Any]) -> dict[str, Any]:
+    """A dumped section without a newer key that has no value: a stage's inputs are its config, and those of runs
+    without the key stay as they were."""
+    return {name: value for name, value in dumped.items() if name != key or value is not None}
+
+
 class Section(BaseModel):
     """A part of the config; frozen, and strict about its keys.
 

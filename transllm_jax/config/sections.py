@@ -8,9 +8,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
+from transllm_jax.config.endpoint import TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.marks import MARK
 from transllm_jax.config.recovery import Checks, Filters, Seq2seq
-from transllm_jax.config.section import Location, Positive, Section, without_limit
+from transllm_jax.config.section import Location, Positive, Section, without_idle, without_limit
 
 
 class ChatModel(Section):
@@ -180,15 +181,31 @@ class Translation(Section):
     """A jsonl file of English texts and their translations, made for instance by a machine translation system."""
     fields: tuple[str, str] = ("source", "target")
     """The names of the file's two fields: the English text, and its translation."""
-    missing: Literal["model", "seq2seq", "drop", "error"] = "model"
+    missing: Literal["model", "seq2seq", "endpoint", "drop", "error"] = "model"
     """What to do with a text that the file lacks (without a file: with every text): the model of stage `translate`
-    translates it (`model`), that of `recover.seq2seq` does, it is left out (`drop`), or the run stops (`error`).
+    translates it (`model`), that of `recover.seq2seq` does, the `translator` does (`endpoint`; the default if there is
+    one), it is left out (`drop`), or the run stops (`error`).
     """
+    translator: TranslatorEndpoint | None = None
+    """For `missing: endpoint`: what translates, such as `{endpoint: http://localhost:8000/v1, model: NAME}`."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_translator(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_idle("translator", dump(self))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translator_is_for_what_is_missing(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("translator") is not None and "missing" not in given:
+            return {**given, "missing": "endpoint"}
+        return given
 
     @model_validator(mode="after")
     def _has_a_way(self) -> Translation:
+        if (self.missing == "endpoint") != (self.translator is not None):
+            raise ValueError("missing: endpoint and translator (an endpoint and its model) need each other")
         if self.file is None and self.missing in ("drop", "error"):
-            raise ValueError(f"without a file, missing must be 'model' or 'seq2seq', not {self.missing!r}")
+            raise ValueError(f"without a file, missing must be 'model', 'seq2seq' or 'endpoint', not {self.missing!r}")
         if self.file is None and self.fields != ("source", "target"):
             raise ValueError("fields without a file mean nothing; add the file, or remove them")
         return self
@@ -214,6 +231,10 @@ class Recover(Section):
     """Also train on answers, and translations by a model, that `max_new_tokens` cut off."""
     filters: Filters = Filters()
     """Which answers are left out."""
+    teacher: TeacherEndpoint | None = None
+    """Another engine that answers the instructions in place of the run's own, such as
+    `{endpoint: http://localhost:8000/v1, model: NAME}` for `vllm serve RUN/base`.
+    """
     translate_instructions: Translation = Translation()
     """Where the instructions' translations come from."""
     translate_answers: Translation = Translation()
@@ -230,7 +251,11 @@ class Recover(Section):
     @model_serializer(mode="wrap")
     def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A stage's inputs are its config: those of versions without these keys stay as they were.
-        idle = {name for name in ("filters", "sentences", "checks", "seq2seq") if getattr(self, name) == _IDLE[name]}
+        idle = {
+            name
+            for name in ("filters", "teacher", "sentences", "checks", "seq2seq")
+            if getattr(self, name) == _IDLE[name]
+        }
         return {key: value for key, value in dump(self).items() if key not in idle}
 
     @model_validator(mode="after")
@@ -250,7 +275,7 @@ class Recover(Section):
         return without_limit(given, "instructions: name it max_instructions")
 
 
-_IDLE = {name: Recover.model_fields[name].default for name in ("filters", "sentences", "checks", "seq2seq")}
+_IDLE = {name: Recover.model_fields[name].default for name in ("filters", "teacher", "sentences", "checks", "seq2seq")}
 
 
 class Prompts(Section):

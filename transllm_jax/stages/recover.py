@@ -22,12 +22,21 @@ from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.seq2seq import check_seq2seq
 from transllm_jax.generation.translate import FileTranslator
 from transllm_jax.stages.chains import CHAINS, write_conversations
+from transllm_jax.stages.endpoint import MAY_CHANGE as OF_ENDPOINTS
+from transllm_jax.stages.endpoint_rows import add_translations, check_endpoints, teacher_answers
 from transllm_jax.stages.filters import CUT_OFF, DROPPED, EMPTY, counts, shown, sort_out, write_dropped
 from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.translations import TRANSLATIONS, By, Kind, printable, translate
 from transllm_jax.tokenizer.chat import default_system_prompt, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
+
+# Where other engines are, and how they are asked: this may change when a stopped stage goes on, and when it is done.
+WHERE = tuple(
+    f"recover.{section}.{key}"
+    for section in ("teacher", "translate_instructions.translator", "translate_answers.translator")
+    for key in OF_ENDPOINTS
+)
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -47,6 +56,7 @@ def inputs(run: Run) -> dict[str, Any]:
 def check(run: Run) -> None:
     """Find what is wrong with the stage's config and files before it begins. Raises UserError."""
     section, context = run.config.recover, run.models.config.context
+    check_endpoints(run)
     texts, places = _instructions(run)
     run.models.check_room(zip(texts, places, strict=True), "recover.max_new_tokens", section.max_new_tokens)
     if section.seq2seq is not None:
@@ -66,7 +76,7 @@ def check(run: Run) -> None:
         given = zip(texts, places, translations, strict=True)
         asked = [(text, place) for text, place, translation in given if translation is None]
         run.models.check_room(asked, "recover.max_new_tokens", section.max_new_tokens, chat=False)
-    elif section.translate_instructions.missing != "seq2seq" and not any(translations):
+    elif section.translate_instructions.missing not in ("seq2seq", "endpoint") and not any(translations):
         raise UserError(
             f"{section.translate_instructions.file}: it has no translation of any of the instructions in "
             f"{section.instructions}; add them, or set recover.translate_instructions.missing to model"
@@ -104,11 +114,15 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))
         write_conversations(directory, run.markers)
     how = {how: by["answers"].count(how) for how in ("file", "model", "seq2seq", "none")}
+    if section.translate_answers.translator is not None:
+        how["endpoint"] = by["answers"].count("endpoint")
     system = default_system_prompt(run.models.tokenizer("base"))
     said = f" ({shown(left_out)}: left out)" if dropped else ""
     of_model = f", by the model {how['model']}" + (f", by seq2seq {how['seq2seq']}" if how["seq2seq"] else "")
+    of_model += f", by the endpoint {how['endpoint']}" if "endpoint" in how else ""
+    who = "the original model" if section.teacher is None else f"{section.teacher.model} at {section.teacher.place}"
     return {
-        "text": f"{len(answers)} answers of the original model{said}, {len(chains)} chains; answers translated by "
+        "text": f"{len(answers)} answers of {who}{said}, {len(chains)} chains; answers translated by "
         f"file {how['file']}{of_model}" + (f"; rejected: {shown(reasons)}" if rejected else ""),
         "answers": len(answers),
         "unfinished": left_out.get(EMPTY, 0) + left_out.get(CUT_OFF, 0),
@@ -164,6 +178,8 @@ def _instructions(run: Run) -> tuple[list[str], list[Place]]:
 def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not generated again."""
     section = run.config.recover
+    if section.teacher is not None:
+        return teacher_answers(run, path, instructions, printable)
     tokenizer = run.models.tokenizer("base")
     engine = cache(lambda: Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size))
 
@@ -194,12 +210,13 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
 def _translate(
     run: Run, directory: Path, texts: Mapping[Kind, Sequence[str]], section: Recover, *, checked: bool
 ) -> tuple[dict[Kind, list[str | None]], dict[Kind, list[str]], list[Row]]:
-    """Translations of English texts by kind; who made each: `file`, `model`, `seq2seq` or `none`; and the rejected ones
-    of models."""
+    """Translations of English texts by kind; who made each: `file`, `model`, `seq2seq`, `endpoint` or `none`; and the
+    rejected ones of models."""
     configs = {kind: _config_of(run, kind) for kind in texts}
     # From files first: some file may have to hold all translations, which is checked before a model makes any.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
+    add_translations(run, directory, texts, found, by, printable)
     rejected: list[Row] = []
     models: tuple[By, ...] = ("model", "seq2seq")
     for model in models:

@@ -92,7 +92,8 @@ STEPS = (
         recover.check,
         resumable=True,
         # Nothing that was generated depends on them.
-        may_change=("recover.checks",),
+        may_change=("recover.checks", *recover.WHERE),
+        stays=recover.WHERE,
     ),
     _training("transfer", transfer, ("translate", "recover")),
     _evaluation("transfer"),
