@@ -1,0 +1,157 @@
+"""Text that grows, in lines as wide as the terminal, in any script.
+
+A terminal alone would cut lines in the middle of words. rich counts columns correctly, but it takes the Thai vowel ำ,
+and consonants that Hindi writes as one, for characters of their own (rich 15). `regex` knows what readers take for one
+character (Unicode's extended grapheme clusters), and which scripts write no spaces. Where words end in these, only a
+dictionary can tell: icu4py's, if it is installed. Without it, a line may end after any whole character of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import regex
+from rich.cells import cell_len
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from transllm_jax.evaluation.page.measures import clean
+
+_CHARACTER = regex.compile(r"\X")
+# Scripts without spaces between words (Line_Break SA: Thai, Lao, Khmer, Burmese; ID, CJ, H2, H3: Chinese, Japanese,
+# Korean): a line may end before and after their characters ...
+_WITHOUT_SPACES = regex.compile(r"[\p{LB=SA}\p{LB=ID}\p{LB=CJ}\p{LB=H2}\p{LB=H3}]")
+# ... but not before these: closing punctuation, small kana, vowels and signs that follow a Thai or Lao consonant;
+_NEVER_FIRST = regex.compile(r"[\p{LB=CL}\p{LB=CP}\p{LB=NS}\p{LB=CJ}\p{LB=EX}\p{LB=IS}\p{Pf}\p{Lm}ะาๅฯະາ]")
+# and not after these: opening punctuation, and the vowels that are written before a Thai or Lao consonant.
+_NO_BREAK_SPACES = "\u00a0\u202f"
+_NEVER_LAST = regex.compile(r"[\p{LB=OP}\p{Pi}\p{Logical_Order_Exception}]$")
+
+
+def units(text: str) -> list[str]:
+    """A text in pieces that no line break may divide; spaces belong to the piece before them."""
+    found: list[str] = []
+    for character in _CHARACTER.findall(text):
+        if found and not _may_divide(found[-1], character):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def _may_divide(before: str, after: str) -> bool:
+    if after.isspace():
+        return False
+    if before[-1].isspace():
+        return before[-1] not in _NO_BREAK_SPACES
+    if _NEVER_FIRST.match(after) or _NEVER_LAST.search(before):
+        return False
+    return bool(_WITHOUT_SPACES.match(after) or _WITHOUT_SPACES.match(_CHARACTER.findall(before)[-1]))
+
+
+def words(text: str) -> list[str]:
+    """`units`, by ICU's dictionaries. Raises ImportError where icu4py is not installed."""
+    from icu4py.breakers import LineBreaker
+
+    # The language changes only details of Japanese and Chinese.
+    return list(LineBreaker(text, "en"))
+
+
+def divider() -> tuple[Callable[[str], list[str]], int]:
+    """What cuts a growing text into pieces, and how many of the last ones more text may change."""
+    try:
+        words("")
+    except ImportError:
+        return units, 1
+    # Where a word of Thai ends depends on the words after it.
+    return words, 3
+
+
+class Lines:
+    """Writes a growing text to a terminal. Control characters, which could do anything there, become U+FFFD."""
+
+    def __init__(self, console: Console, divide: tuple[Callable[[str], list[str]], int] | None = None) -> None:
+        """divide: as `divider` returns it, for tests."""
+        self._console = console
+        self._divide, self._open = divide or divider()
+        self._pending, self._style = "", ""
+        self._column, self._spaces = 0, ""
+
+    def write(self, text: str, style: str = "") -> None:
+        """More text. What may belong to a longer word is written with the next text, or at the end."""
+        if style != self._style:
+            self._flush()
+            self._style = style
+        self._pending += clean(text.replace("\r\n", "\n")).replace("\t", "    ")
+        *lines, rest = self._pending.split("\n")
+        for line in lines:
+            self._put(self._divide(line))
+            self._break()
+        pieces = self._divide(rest)
+        self._put(pieces[: -self._open])
+        self._pending = "".join(pieces[-self._open :])
+
+    def end(self) -> None:
+        """Write the rest, and end the line."""
+        self._flush()
+        self._break()
+
+    def _flush(self) -> None:
+        pieces, self._pending = self._divide(self._pending), ""
+        self._put(pieces)
+
+    def _put(self, pieces: list[str]) -> None:
+        for piece in pieces:
+            word = piece.rstrip(" ")
+            width = cell_len(word)
+            if word and self._column and self._column + len(self._spaces) + width > self._console.width:
+                self._break()
+            gap, self._spaces = (self._spaces if word else ""), ("" if word else self._spaces)
+            if word:
+                self._emit(gap)
+                self._emit_word(word)
+            self._spaces += piece[len(word) :]
+
+    def _emit_word(self, word: str) -> None:
+        """A word; one that is longer than a line is divided between its characters."""
+        if self._column + cell_len(word) <= self._console.width:
+            return self._emit(word)
+        part = ""
+        for character in _CHARACTER.findall(word):
+            if self._column + cell_len(part + character) > self._console.width:
+                self._emit(part)
+                self._break()
+                part = ""
+            part += character
+        return self._emit(part)
+
+    def _break(self) -> None:
+        """End the line, without the spaces at its end."""
+        self._raw("\n")
+        self._column, self._spaces = 0, ""
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self._raw(text)
+            self._column += cell_len(text)
+
+    def _raw(self, text: str) -> None:
+        style = Style.parse(self._style) if self._style else None
+        self._console.print(Segments([Segment(text, style)]), end="", crop=False)
+
+
+class Plain:
+    """Writes a growing text as it is, to a file or a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str, style: str = "") -> None:
+        """More text."""
+        if text:
+            self._console.print(Segments([Segment(text)]), end="", crop=False)
+
+    def end(self) -> None:
+        """End the line."""
+        self.write("\n")
