@@ -169,6 +169,7 @@ def show(console: Console, answers: Iterator[Answer], *, show_chain: bool, marke
     on_terminal = console.is_terminal
     out = Lines(console) if on_terminal else Plain(console)
     answer, given = None, 0
+    out.wait()
     for answer in answers:
         text = answer.raw if show_chain else answer.visible
         for more, style in _styled(text, given, markers) if show_chain and on_terminal else [(text[given:], "")]:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from transllm_jax.commands.chat import Session, show
+from transllm_jax.commands.lines import Lines
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer
@@ -148,11 +149,14 @@ class Talk:
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another name") from None
         self._saved = path
-        self._note(f"{len(self._turns)} turns are in {path}")
+        count = len(self._turns)
+        self._note(f"{count} turn{'s are' if count != 1 else ' is'} in {path}")
 
     def _note(self, text: str, style: str = "dim") -> None:
         if self._console.is_terminal:
-            self._console.print(text, style=style, soft_wrap=True)
+            lines = Lines(self._console)
+            lines.write(text, style)
+            lines.end()
         else:
             print(text, file=sys.stderr)
 

@@ -13,15 +13,16 @@ from collections.abc import Callable
 import regex
 from rich.cells import cell_len
 from rich.console import Console
-from rich.segment import Segment, Segments
+from rich.control import Control
+from rich.segment import ControlType, Segment, Segments
 from rich.style import Style
 
 from transllm_jax.evaluation.page.measures import clean
 
 _CHARACTER = regex.compile(r"\X")
-# Scripts without spaces between words (Line_Break SA: Thai, Lao, Khmer, Burmese; ID, CJ, H2, H3: Chinese, Japanese,
-# Korean): a line may end before and after their characters ...
-_WITHOUT_SPACES = regex.compile(r"[\p{LB=SA}\p{LB=ID}\p{LB=CJ}\p{LB=H2}\p{LB=H3}]")
+# Scripts without spaces between words (Thai, Lao, Khmer, Burmese; and what is two columns wide: Chinese, Japanese): a
+# line may end before and after their characters ...
+_WITHOUT_SPACES = regex.compile(r"[\p{LB=SA}\p{EA=W}\p{EA=F}]")
 # ... but not before these: closing punctuation, small kana, vowels and signs that follow a Thai or Lao consonant;
 _NEVER_FIRST = regex.compile(r"[\p{LB=CL}\p{LB=CP}\p{LB=NS}\p{LB=CJ}\p{LB=EX}\p{LB=IS}\p{Pf}\p{Lm}ะาๅฯະາ]")
 # and not after these: opening punctuation, and the vowels that are written before a Thai or Lao consonant.
@@ -77,11 +78,19 @@ class Lines:
         self._divide, self._open = divide or divider()
         self._pending, self._style = "", ""
         self._column, self._spaces = 0, ""
+        # What was put into lines, but not yet sent to the terminal; whether a sign is there that something is awaited.
+        self._lines, self._waiting = "", False
+
+    def wait(self) -> None:
+        """Show that text will come. The sign disappears with the first text."""
+        self._print("…", "dim")
+        self._waiting = True
 
     def write(self, text: str, style: str = "") -> None:
         """More text. What may belong to a longer word is written with the next text, or at the end."""
         if style != self._style:
             self._flush()
+            self._send()
             self._style = style
         self._pending += clean(text.replace("\r\n", "\n")).replace("\t", "    ")
         *lines, rest = self._pending.split("\n")
@@ -91,11 +100,13 @@ class Lines:
         pieces = self._divide(rest)
         self._put(pieces[: -self._open])
         self._pending = "".join(pieces[-self._open :])
+        self._send()
 
     def end(self) -> None:
         """Write the rest, and end the line."""
         self._flush()
         self._break()
+        self._send()
 
     def _flush(self) -> None:
         pieces, self._pending = self._divide(self._pending), ""
@@ -128,17 +139,24 @@ class Lines:
 
     def _break(self) -> None:
         """End the line, without the spaces at its end."""
-        self._raw("\n")
+        self._lines += "\n"
         self._column, self._spaces = 0, ""
 
     def _emit(self, text: str) -> None:
-        if text:
-            self._raw(text)
-            self._column += cell_len(text)
+        self._lines += text
+        self._column += cell_len(text)
 
-    def _raw(self, text: str) -> None:
-        style = Style.parse(self._style) if self._style else None
-        self._console.print(Segments([Segment(text, style)]), end="", crop=False)
+    def _send(self) -> None:
+        if not self._lines:
+            return
+        if self._waiting:
+            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            self._waiting = False
+        self._print(self._lines, self._style)
+        self._lines = ""
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(Segments([Segment(text, Style.parse(style) if style else None)]), end="", crop=False)
 
 
 class Plain:
@@ -146,6 +164,9 @@ class Plain:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def wait(self) -> None:
+        """Nothing: a file waits for nothing."""
 
     def write(self, text: str, style: str = "") -> None:
         """More text."""
