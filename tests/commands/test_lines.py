@@ -64,9 +64,10 @@ def test_lines_fit_and_nothing_is_lost(divide: Divider, name: str, width: int) -
     # No line begins with a mark that belongs to the letter before it, and all letters are whole.
     whole = regex.findall(r"\X", text.replace(" ", ""))
     assert [letter for line in lines for letter in regex.findall(r"\X", line.replace(" ", ""))] == whole
-    if divide[0] is units:
-        # How the text came makes no difference. (Where ICU ends a word depends on what is before it.)
+    if divide[0] is units or name != "km":
+        # How the text came makes no difference. (In Khmer, ICU makes short words of the beginning of a long one.)
         assert lines == lines_of(text, width, divide, 1) == lines_of(text, width, divide, 1000)
+    if divide[0] is units:
         # Lines are filled: the first word of a line, and a space, have no room in the one before.
         for before, after in pairwise(lines):
             assert cell_len(before) + cell_len(units(after)[0].rstrip()) + 1 > width
@@ -89,7 +90,7 @@ def test_words_are_whole_where_icu_is_installed() -> None:
 
 
 def test_line_breaks_indents_and_long_words_are_kept(divide: Divider) -> None:
-    assert lines_of("a  b\n\n  def f():\r\n\treturn 1", 20, divide) == ["a  b", "", "  def f():", "    return 1"]
+    assert lines_of("a  b\n\n  def f():\r\n\treturn 1", 20, divide, 1) == ["a  b", "", "  def f():", "    return 1"]
     assert lines_of("see " + "x" * 25 + " ok", 10, divide) == ["see", "x" * 10, "x" * 10, "xxxxx ok"]
     assert lines_of("ก็" * 25, 10, divide)[0] == "ก็" * 10
 

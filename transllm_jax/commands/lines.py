@@ -78,6 +78,8 @@ class Lines:
         self._divide, self._open = divide or divider()
         self._pending, self._style = "", ""
         self._column, self._spaces = 0, ""
+        # What was put into lines since the last space.
+        self._run = ""
         # What was put into lines, but not yet sent to the terminal; whether a sign is there that something is awaited.
         self._lines, self._waiting = "", False
 
@@ -91,13 +93,14 @@ class Lines:
         if style != self._style:
             self._flush()
             self._send()
-            self._style = style
-        self._pending += clean(text.replace("\r\n", "\n")).replace("\t", "    ")
+            self._style, self._run = style, ""
+        self._pending += clean(text.replace("\r", "")).replace("\t", "    ")
         *lines, rest = self._pending.split("\n")
         for line in lines:
-            self._put(self._divide(line))
+            self._put(self._cut(line))
             self._break()
-        pieces = self._divide(rest)
+            self._run = ""
+        pieces = self._cut(rest)
         self._put(pieces[: -self._open])
         self._pending = "".join(pieces[-self._open :])
         self._send()
@@ -109,10 +112,21 @@ class Lines:
         self._send()
 
     def _flush(self) -> None:
-        pieces, self._pending = self._divide(self._pending), ""
+        pieces, self._pending = self._cut(self._pending), ""
         self._put(pieces)
 
+    def _cut(self, text: str) -> list[str]:
+        """The pieces of a text, given the text before it: where a word of Thai ends depends on that, too."""
+        found, place = [], -len(self._run)
+        for piece in self._divide(self._run + text):
+            place += len(piece)
+            if place > 0:
+                found.append(piece[-place:])
+        return found
+
     def _put(self, pieces: list[str]) -> None:
+        # Nothing before a space matters.
+        self._run = regex.split(r"\s", self._run + "".join(pieces))[-1]
         for piece in pieces:
             word = piece.rstrip(" ")
             width = cell_len(word)
