@@ -54,6 +54,21 @@ class Script:
         yield ids
 
 
+class Typist(Script):
+    """A script that is streamed token by token; a text may also be given as ids, in which characters may be broken."""
+
+    def __init__(self, tokenizer: Tokenizer, *texts: str | Sequence[int], limit: int = 10_000) -> None:
+        super().__init__(tokenizer)
+        self.given, self.limit = list(texts), limit
+
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
+        self.calls.append([list(prompt)])
+        text = self.given.pop(0)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        for size in range(1, min(len(ids), self.limit) + 1):
+            yield ids[:size]
+
+
 def chat_of(script: Script, **options: Any) -> ChainChat:
     engine: Any = script
     return ChainChat(engine, script.tokenizer, MARKERS, max_new_tokens=30, **options)

@@ -22,6 +22,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.cli import main as cli
 from transllm_jax.commands import chat, dry_run
+from transllm_jax.commands.conversation import Talk
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import TokenCost, cost_table
 from transllm_jax.generation.chain import Answer
@@ -29,6 +30,7 @@ from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Phases, Progress, plain_console
 from transllm_jax.stages.training import part_of
 from transllm_jax.storage import open_workdir
+from transllm_jax.tokenizer.chain import MARKERS
 
 ROOT = Path(__file__).parents[2]
 ODD = "[ab] [/bold] [red] :smile: 12"
@@ -118,14 +120,18 @@ def test_an_answer() -> None:
 
 
 def test_a_conversation_by_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(question: str) -> Iterator[Answer]:
+    def refused(question: str, *, original: bool) -> Iterator[Answer]:
         raise UserError(question)
 
-    monkeypatch.setattr(chat, "open_session", lambda *_, **__: SimpleNamespace(name=ODD, ask=refused, forgotten=0))
-    monkeypatch.setattr("builtins.input", lambda _: questions.pop(0))
-    questions = [ODD, "/quit"]
+    session: Any = SimpleNamespace(name=ODD, ask=refused, forgotten=0, chat=SimpleNamespace(markers=MARKERS))
+    voice = Voice(terminal=True)
+    Talk(session, voice.console).run(lambda prompt: iter([ODD, "/quit"]))
+    assert voice.said.count(ODD) == 2
+    # From a pipe, only answers are printed; what was refused is said on stderr.
+    monkeypatch.setattr(chat, "open_session", lambda *_, **__: session)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ODD}\n/quit\n"))
     cli.chat("model")
-    assert capsys.readouterr().out.count(ODD) == 2
+    assert capsys.readouterr() == ("", f"{ODD}\n")
 
 
 def test_commands(tmp_path: Path, tiny_model: Path, transllm: Command) -> None:

@@ -12,11 +12,13 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chain import (
     Chain,
     Markers,
+    Parts,
     build_chain,
     build_english_answer,
     build_translation,
     missing_marker,
     parse,
+    read,
     visible,
 )
 from transllm_jax.tokenizer.chat import (
@@ -293,12 +295,12 @@ def test_any_text_is_read_without_an_error(parts: list[str]) -> None:
         ("<EN> q <RESPONSE> a <TH>  ", None, ""),
         ("<EN> <RESPONSE> a <TH> t", None, "t"),
         ("<EN> q <RESPONSE> <TH> t", None, "t"),
-        ("x <EN> q <RESPONSE> a <TH> t", None, "t"),
-        ("<RESPONSE> a <EN> q <TH> t", None, "t"),
+        ("x <EN> q <RESPONSE> a <TH> t", None, "x\n\nt"),
+        ("<RESPONSE> a <EN> q <TH> t", None, "a\n\nt"),
         ("<EN> q <EN> q <RESPONSE> a <TH> t", None, "t"),
         ("<EN> q <RESPONSE> a <RESPONSE> a <TH> t", None, "t"),
-        ("<EN> q <RESPONSE> a <TH> t <TH> t2", None, "t2"),
-        ("<EN> q <RESPONSE> a <TH> t <EN> u", "<RESPONSE>", "u"),
+        ("<EN> q <RESPONSE> a <TH> t <TH> t2", None, "t"),
+        ("<EN> q <RESPONSE> a <TH> t <EN> u", "<RESPONSE>", "t"),
         ("<en> q <response> a <th> t", "<EN>", "<en> q <response> a <th> t"),
     ],
 )
@@ -306,6 +308,50 @@ def test_broken_chains(text: str, missing: str | None, seen: str) -> None:
     assert parse(text) is None
     assert missing_marker(text) == missing
     assert visible(text) == seen
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", Parts()),
+        (" plain ", Parts(answer="plain")),
+        ("<RESPONSE> a", Parts(answer="a", form="english")),
+        ("<TH> t", Parts(answer="t", form="translation")),
+        ("<EN> q", Parts(answer="q", form="translation")),
+        ("<EN> q <RESPONSE> a <TH> t", Parts("q", "a", "t", "chain")),
+        # What could be read of a broken one is there.
+        ("<EN> q <RESPONSE> a", Parts("q", "a", "a", "broken")),
+        ("<EN> q <RESPONSE> a <TH>", Parts("q", "a", "", "broken")),
+        ("<EN> q <TH> t", Parts("q", "", "t", "broken")),
+        ("<RESPONSE> a <TH> t", Parts("", "", "a\n\nt", "broken")),
+        ("<RESPONSE> a <RESPONSE> b", Parts("", "", "a", "broken")),
+        ("x <EN> q <RESPONSE> a <TH> t", Parts("q", "a", "x\n\nt", "broken")),
+        ("<EN> q <EN> r <RESPONSE> a <RESPONSE> b <TH> t <TH> u <EN> v", Parts("q", "a", "t", "broken")),
+        ("<EN>", Parts(form="broken")),
+    ],
+)
+def test_the_parts_of_an_answer(text: str, parts: Parts) -> None:
+    assert read(text) == parts
+    assert (parts.form == "chain") == (parse(text) is not None)
+
+
+# Also with pieces of markers, and markers without spaces around them.
+PIECES = st.one_of(st.sampled_from((*M.in_order(), "<", "<T", "H>", "<RESP", "ONSE>", " ", "\n")), st.text(max_size=4))
+
+
+@given(text=st.lists(PIECES, max_size=12).map("".join))
+def test_nothing_that_was_read_of_a_beginning_is_taken_back(text: str) -> None:
+    before = read("", whole=False)
+    for size in range(len(text) + 1):
+        now = read(text[:size], whole=False)
+        for name in ("question_en", "answer_en", "answer"):
+            assert getattr(now, name).startswith(getattr(before, name))
+        before = now
+    whole = read(text)
+    assert whole.answer.startswith(before.answer) and whole.answer_en.startswith(before.answer_en)
+    assert whole.question_en.startswith(before.question_en) or before.question_en in whole.answer
+    assert (whole.form == "chain") == (parse(text) is not None)
+    assert not any(marker in part for marker in M.in_order() for part in vars(whole).values())
 
 
 def test_other_answers_and_other_languages() -> None:

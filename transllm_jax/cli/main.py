@@ -224,42 +224,35 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model. /new forgets the conversation, /quit (or Ctrl-D) ends it."""
+    """Talk to a model. In a conversation, /help lists the commands; /quit (or Ctrl-D) ends it.
+
+    Questions may also come through a pipe, one a line; then only answers are printed.
+    """
     prepare_jax()
     require_devices()
     from transllm_jax.commands.chat import open_session, show
+    from transllm_jax.commands.conversation import Talk, remarks, typed
     from transllm_jax.generation.sampling import Sampling
     from transllm_jax.progress import plain_console
 
+    # What is not UTF-8 is refused question by question.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     console = plain_console()
     sampling = Sampling(temperature, top_p, seed)
     session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
-    if question is not None:
-        show(console, session.ask(question), show_chain=show_chain)
-        if session.early:
-            print(session.name, file=sys.stderr)
-        return
-    console.print(f"{session.name}; /new forgets, /quit ends", style="dim")
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
+    try:
+        if question is None:
+            prompted = console.is_terminal and sys.stdin.isatty()
+            Talk(session, console, show_chain=show_chain).run(typed(sys.stdin, prompted=prompted))
             return
-        if text == "/quit":
-            return
-        if text == "/new":
-            session.history.clear()
-        elif text:
-            forgotten = session.forgotten
-            try:
-                show(console, session.ask(text), show_chain=show_chain)
-                if session.forgotten > forgotten:
-                    console.print("the context is full: the oldest turns are forgotten", style="dim")
-            except UserError as error:
-                console.print(str(error), style="red")
-            except KeyboardInterrupt:
-                console.print(" stopped", style="dim")
+        answer = show(console, session.ask(question), show_chain=show_chain, markers=session.chat.markers)
+        for remark in [session.name] * session.early + (remarks(answer, show_chain=show_chain) if answer else []):
+            print(remark, file=sys.stderr)
+    except KeyboardInterrupt:
+        # Caught here because typer would exit with its own code.
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
 
 
 def main() -> None:

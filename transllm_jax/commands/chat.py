@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from transllm_jax.choices import POINTS
+from transllm_jax.commands.lines import Lines, Plain
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
 from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
@@ -26,7 +29,7 @@ from transllm_jax.stages.manifest import Artifact
 from transllm_jax.stages.points import ids_without_token, newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
-from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -36,7 +39,8 @@ class Session:
     """One conversation with a model, and the turns that it remembers (in English where there were chains).
 
     forgotten: how many of the oldest turns were dropped because the model's context was full. early: whether the model
-    is that of a run whose last stage, which teaches chains, is not done.
+    is that of a run whose last stage, which teaches chains, is not done. original: opens the original model inside it;
+    None if there is none.
     """
 
     name: str
@@ -45,28 +49,55 @@ class Session:
     history: list[Message] = field(default_factory=list)
     forgotten: int = 0
     early: bool = False
+    original: Callable[[], ChainChat] | None = None
 
-    def ask(self, question: str) -> Iterator[Answer]:
-        """Yield the answer as it grows. The turn is remembered once the whole answer has been taken.
+    def ask(self, question: str, *, original: bool = False) -> Iterator[Answer]:
+        """Yield the answer as it grows. The turn is remembered once the whole answer has been taken, and only then are
+        older turns forgotten that no longer fit into the model's context.
 
-        Raises UserError for a question with a special token in it, or one that does not fit the context.
+        original: the original model answers, as it was before any training. Raises UserError for a question with a
+        special token or a control character in it, one that does not fit the context, and if there is no original.
         """
-        if not is_utf8(question):
-            raise UserError("the question is not UTF-8; use a UTF-8 locale, such as LANG=C.UTF-8")
-        found = self.tokenizer.find_special(question)
-        if found:
-            raise UserError(f"the question contains the special token {found}; write it in another way")
-        if not question.strip():
-            raise UserError("the question is empty; ask something")
-        asked: Message = {"role": "user", "content": question}
-        while self.history and not self.chat.fits([*self.history, asked]):
-            del self.history[:2]
-            self.forgotten += 1
+        check_question(question, self.tokenizer)
+        chat = self._original() if original else self.chat
+        asked: Message = {"role": "user", "content": question.strip()}
+        kept, left_out = chat.fitting([*self.history, asked])
         answer = None
-        for answer in self.chat.stream([*self.history, asked]):
+        for answer in chat.stream(kept):
             yield answer
         if answer is not None:
-            self.history += remembered(question, answer, self.tokenizer)
+            self.history = [*kept[:-1], *remembered(asked["content"], answer, self.tokenizer)]
+            self.forgotten += left_out
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history, self.forgotten = [], 0
+
+    def _original(self) -> ChainChat:
+        if self.original is None:
+            raise UserError(f"there is no original model beside {self.name}; open a run's work directory")
+        if self._opened is None:
+            self._opened = self.original()
+        return self._opened
+
+    _opened: ChainChat | None = field(default=None, init=False, repr=False)
+
+
+def check_question(question: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError for a question that cannot be asked: an empty one, or one with special tokens, with control
+    characters, or with bytes that are not UTF-8.
+    """
+    if not is_utf8(question):
+        raise UserError("the question is not UTF-8; use a UTF-8 terminal and locale, such as LANG=C.UTF-8")
+    if not question.strip():
+        raise UserError("the question is empty; ask something")
+    # A line break on Windows is `\r\n`.
+    controls = [letter for letter in question if unicodedata.category(letter) == "Cc" and letter not in "\t\r\n"]
+    if controls:
+        raise UserError(f"the question contains the control character U+{ord(controls[0]):04X}; leave it out")
+    found = tokenizer.find_special(question)
+    if found:
+        raise UserError(f"the question contains the special token {found}; write it in another way")
 
 
 def open_session(
@@ -76,7 +107,7 @@ def open_session(
 
     given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
     """
-    early = False
+    early, original = False, None
     mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a work directory or a model directory")
@@ -89,6 +120,13 @@ def open_session(
         engine = Engine(run.models.split(point), run.models.config)
         tokenizer, markers = run.models.tokenizer(point), run.markers
         name = "the original model" if base else f"the model after {point}"
+        if not base:
+
+            def original() -> ChainChat:
+                # The frozen weights are those of the trained model, in memory once.
+                first = Engine(run.models.split("base"), run.models.config)
+                return ChainChat(first, run.models.tokenizer("base"), markers, max_new_tokens=max_new_tokens, mode=mode)
+
         if early := point not in ("base", POINTS[-1]):
             name += f", which has learned no chains yet: {POINTS[-1]} is not done"
     elif (path / "config.json").is_file():
@@ -104,7 +142,7 @@ def open_session(
     else:
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
-    return Session(name, chat, tokenizer, early=early)
+    return Session(name, chat, tokenizer, early=early, original=original)
 
 
 def _fetched(url: str, base: bool) -> Path:
@@ -122,34 +160,35 @@ def _fetched(url: str, base: bool) -> Path:
     return place.local
 
 
-def show(console: Console, answers: Iterator[Answer], *, show_chain: bool) -> None:
-    """Print an answer while it grows: its visible part, with `show_chain` also the chain before it."""
-    printed = ""
+def show(console: Console, answers: Iterator[Answer], *, show_chain: bool, markers: Markers = MARKERS) -> Answer | None:
+    """Print an answer while it grows: what the user sees, or, with `show_chain`, the whole text.
 
-    def print_more(text: str) -> None:
-        nonlocal printed
-        if text.startswith(printed):
-            console.print(text[len(printed) :], end="", soft_wrap=True)
-            printed = text
-
-    answer = None
-    for answer in answers:
-        print_more(_steady(answer, show_chain))
-    if answer is not None:
-        # Print the rest: an answer without a chain is printed only now, and so is what was held back.
-        whole = answer.raw if show_chain else answer.visible
-        if not whole.startswith(printed):
-            console.print()
-            printed = ""
-        print_more(whole)
-    console.print()
-
-
-def _steady(answer: Answer, show_chain: bool) -> str:
-    """The part of a growing answer that can be printed: without `show_chain`, only the chain's last part.
-
-    An incomplete character at the end is held back, since the next tokens will change it.
+    On a terminal, in lines of its width; the English steps of a chain are dim, and each begins a line. Returns the
+    whole answer; None if there was none.
     """
-    if show_chain:
-        return answer.raw.rstrip("\ufffd")
-    return answer.chain.answer_target.rstrip("\ufffd") if answer.chain is not None else ""
+    on_terminal = console.is_terminal
+    out = Lines(console) if on_terminal else Plain(console)
+    answer, given = None, 0
+    out.wait()
+    for answer in answers:
+        text = answer.raw if show_chain else answer.visible
+        for more, style in _styled(text, given, markers) if show_chain and on_terminal else [(text[given:], "")]:
+            out.write(more, style)
+        given = len(text)
+    out.end()
+    return answer
+
+
+def _styled(raw: str, given: int, markers: Markers) -> Iterator[tuple[str, str]]:
+    """A raw text from a place on, in pieces with their styles, and with line breaks before the markers."""
+    place, style, in_chain = 0, "", False
+    for piece in re.split("(" + "|".join(map(re.escape, markers.in_order())) + ")", raw):
+        is_marker = piece in markers.in_order()
+        if is_marker:
+            in_chain = in_chain or piece == markers.english
+            style = "dim" if in_chain and piece != markers.target else ""
+            if 0 < place >= given:
+                yield "\n", ""
+        if place + len(piece) > given:
+            yield piece[max(given - place, 0) :], "dim" if is_marker else style
+        place += len(piece)

@@ -7,26 +7,64 @@ format is continued once, after the missing marker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
+from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import WHOLE, Engine, Mode
-from transllm_jax.tokenizer.chain import Chain, Markers, missing_marker, parse, visible
+from transllm_jax.tokenizer.chain import Chain, Form, Markers, Parts, missing_marker, parse, read, without_begun_marker
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
+from transllm_jax.tokenizer.text_stream import TextStream, text_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+# How an answer was obtained: in a form of `tokenizer/chain.py`, or as a chain that had to be continued.
+How = Literal[Form, "continued"]
+# The parts of an answer in the order in which they come. Only the last one is for the user; the others lead to it.
+Part = Literal["question_en", "answer_en", "answer"]
+PARTS: tuple[Part, ...] = ("question_en", "answer_en", "answer")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `raw`: the whole text. `continued`: whether the fallback was used. `cut_off`: whether the limit of
-    new tokens ended it, and not the model."""
+    """One answer, whole or as far as it is known.
+
+    raw: the whole text. chain: None if the text is no well-formed chain. visible: what the user sees. continued:
+    whether the fallback was used. cut_off: whether the limit of new tokens ended it, and not the model. parts: what
+    could be read, also from a malformed text.
+    """
 
     raw: str
     chain: Chain | None
     visible: str
     continued: bool
     cut_off: bool = False
+    parts: Parts = field(default=Parts(), compare=False)  # what it holds follows from `raw`
+
+    @property
+    def question_en(self) -> str:
+        """The question in English; empty if the text has none."""
+        return self.parts.question_en
+
+    @property
+    def answer_en(self) -> str:
+        """The answer in English before the one in the target language; empty if the text has none."""
+        return self.parts.answer_en
+
+    @property
+    def answer(self) -> str:
+        """The answer that the user sees."""
+        return self.visible
+
+    @property
+    def how(self) -> How:
+        """How it was obtained."""
+        return "continued" if self.continued else self.parts.form
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model ended it, in one of the forms that it is trained to write, or without any marker."""
+        return bool(self.visible) and not self.cut_off and self.parts.form != "broken"
 
     def recorded(self) -> dict[str, Any]:
         """What an evaluation keeps of it (JSON)."""
@@ -34,8 +72,42 @@ class Answer:
         return {"raw": self.raw, "visible": self.visible, "chain": chain, "cut_off": self.cut_off}
 
 
-def _answer(raw: str, markers: Markers, continued: bool, cut_off: bool) -> Answer:
-    return Answer(raw.strip(), parse(raw, markers), visible(raw, markers), continued, cut_off)
+def answer_of(
+    text: str, markers: Markers, *, continued: bool = False, cut_off: bool = False, whole: bool = True
+) -> Answer:
+    """The answer in a text; whole: False for the beginning of one (see `read` in `tokenizer/chain.py`)."""
+    parts = read(text, markers, whole=whole)
+    if not whole:
+        text = without_begun_marker(text, markers)
+    return Answer(text.strip(), parse(text, markers), parts.answer, continued, cut_off, parts)
+
+
+class Delta(NamedTuple):
+    """More text of one part of an answer."""
+
+    part: Part
+    text: str
+
+
+class Deltas:
+    """What a growing answer has more of each time, part by part: what a server sends.
+
+    The texts of a part, put together, are this part; no text is taken back. The one exception is a translation into
+    English: it comes as `question_en` while it grows, and at last, whole, as the answer.
+    """
+
+    def __init__(self) -> None:
+        self._given = dict.fromkeys(PARTS, 0)
+
+    def of(self, answer: Answer) -> list[Delta]:
+        """What is new, given the answer as far as it is known now (`ChainChat.stream`)."""
+        found = []
+        for part in PARTS:
+            text: str = getattr(answer, part)
+            if len(text) > self._given[part]:
+                found.append(Delta(part, text[self._given[part] :]))
+                self._given[part] = len(text)
+        return found
 
 
 class ChainChat:
@@ -46,6 +118,11 @@ class ChainChat:
     ) -> None:
         self._engine, self._tokenizer, self._markers = engine, tokenizer, markers
         self._max_new_tokens, self._mode = max_new_tokens, mode
+
+    @property
+    def markers(self) -> Markers:
+        """The markers of its chains."""
+        return self._markers
 
     def answers(
         self,
@@ -63,18 +140,19 @@ class ChainChat:
         """
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
         generated = self._generate(prompts, on_tokens, between)
-        texts = [self._tokenizer.decode(ids) for ids in generated]
+        texts = [text_of(self._tokenizer, ids) for ids in generated]
         answers = [
-            _answer(text, self._markers, False, self._is_cut_off(ids))
+            answer_of(text, self._markers, cut_off=self._is_cut_off(ids))
             for text, ids in zip(texts, generated, strict=True)
         ]
-        broken = [row for row, text in enumerate(texts) if self._breaks_off(text)] if fallback else []
+        broken = [row for row, answer in enumerate(answers) if self._breaks_off(answer)] if fallback else []
         longer = {row: [*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken}
         longer = {row: prompt for row, prompt in longer.items() if self._has_room(prompt)}
         if longer:
             for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens, between), strict=True):
-                text = self._tokenizer.decode([*generated[row], *self._appended(texts[row]), *ids])
-                answers[row] = _answer(text, self._markers, True, self._is_cut_off(ids))
+                text = text_of(self._tokenizer, [*generated[row], *self._appended(texts[row]), *ids])
+                cut_off = answers[row].cut_off or self._is_cut_off(ids)
+                answers[row] = answer_of(text, self._markers, continued=True, cut_off=cut_off)
         return answers
 
     def fits(self, messages: Sequence[Message]) -> bool:
@@ -84,28 +162,50 @@ class ChainChat:
     def _has_room(self, prompt: Sequence[int]) -> bool:
         return len(prompt) + self._max_new_tokens <= self._engine.config.context
 
+    def fitting(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+        """A conversation without its oldest turns, so that the model's context has room for it and its next answer.
+
+        Returns it, and how many turns were left out. System messages and the last question are kept in any case.
+        """
+        kept, left_out = list(messages), 0
+        while not self.fits(kept):
+            turns = [place for place, message in enumerate(kept) if message["role"] == "user"]
+            if len(turns) < 2:
+                break
+            del kept[turns[0] : turns[1]]
+            left_out += 1
+        return kept, left_out
+
     def stream(self, messages: Sequence[Message]) -> Iterator[Answer]:
         """Yield the next answer of a conversation as it grows, at last the whole one (continued once if it is broken).
 
-        The fallback is that of `answers`.
+        The raw text and the parts only grow (see `Deltas` for the exception): an incomplete character, or marker, at
+        the end is held back. The fallback, and the whole answer, are those of `answers`.
         """
         prompt = encode_prompt(self._tokenizer, messages, self._markers.in_order())
-        ids: list[int] = []
-        for ids in self._stream(prompt):
-            yield _answer(self._tokenizer.decode(ids), self._markers, False, self._is_cut_off(ids))
-        text = self._tokenizer.decode(ids)
-        begun = [*ids, *self._appended(text)]
-        if self._breaks_off(text) and self._has_room([*prompt, *begun]):
-            for more in self._stream([*prompt, *begun]):
-                yield _answer(self._tokenizer.decode([*begun, *more]), self._markers, True, self._is_cut_off(more))
+        text, answer = TextStream(self._tokenizer), None
+        for _ in self._stream(prompt, text, []):
+            answer = answer_of(text.text, self._markers, whole=False)
+            yield answer
+        whole = answer_of(text.whole, self._markers, cut_off=self._is_cut_off(text.ids))
+        begun = [*text.ids, *self._appended(text.whole)]
+        if self._breaks_off(whole) and self._has_room([*prompt, *begun]):
+            for _ in self._stream([*prompt, *begun], text, begun):
+                answer = answer_of(text.text, self._markers, continued=True, whole=False)
+                yield answer
+            cut_off = whole.cut_off or self._is_cut_off(text.ids[len(begun) :])
+            whole = answer_of(text.whole, self._markers, continued=True, cut_off=cut_off)
+        if answer is None or (answer, answer.parts) != (whole, whole.parts):
+            yield whole
 
     def _is_cut_off(self, ids: Sequence[int]) -> bool:
         return len(ids) >= self._max_new_tokens
 
-    def _breaks_off(self, text: str) -> bool:
-        """Whether a chain was begun but lacks a marker. An English answer, or a translation, is complete as it is."""
-        begun = text.lstrip().startswith(self._markers.english) and self._markers.response in text
-        return begun and missing_marker(text, self._markers) is not None
+    def _breaks_off(self, answer: Answer) -> bool:
+        """Whether a chain lacks only its last marker. An English answer, or a translation, is complete as it is."""
+        english, response, target = self._markers.in_order()
+        begun = answer.raw.startswith(english) and response in answer.raw and target not in answer.raw
+        return begun and missing_marker(answer.raw, self._markers) == target
 
     def _appended(self, text: str) -> list[int]:
         return self._tokenizer.encode(missing_marker(text, self._markers) or "")
@@ -122,22 +222,32 @@ class ChainChat:
             between=between,
         )
 
-    def _stream(self, prompt: Sequence[int]) -> Iterator[list[int]]:
-        return self._engine.stream(
+    def _stream(self, prompt: Sequence[int], text: TextStream, begun: Sequence[int]) -> Iterator[None]:
+        """Add what is generated to the text, and yield each time. First, the text gets what it lacks of `begun`."""
+        text.add(begun[len(text.ids) :])
+        for ids in self._engine.stream(
             prompt, max_new_tokens=self._max_new_tokens, stop=end_ids(self._tokenizer), mode=self._mode
-        )
+        ):
+            text.add(ids[len(text.ids) - len(begun) :])
+            yield
 
 
 def remembered(question: str, answer: Answer, tokenizer: Tokenizer) -> list[Message]:
-    """A finished turn as the model sees it from now on: question and answer, in English if there is a chain.
+    """A finished turn as the model sees it from now on: question and answer, in English if it wrote both.
 
     Special tokens that the model wrote are removed, since no prompt may contain one. Empty if nothing is left of the
-    question or of the answer.
+    question or of the answer, or if the chat template cannot write such an answer (Qwen3's cuts what is before
+    `</think>`): the conversation would end there, since every prompt contains what is remembered.
     """
     text = answer.visible
-    if answer.chain is not None:
-        question, text = answer.chain.question_en, answer.chain.answer_en
+    if answer.question_en and answer.answer_en:
+        question, text = answer.question_en, answer.answer_en
     question, text = tokenizer.without_specials(question), tokenizer.without_specials(text)
     if not question or not text:
         return []
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    turn: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    try:
+        encode_prompt(tokenizer, [*turn, {"role": "user", "content": "And?"}])
+    except UserError:
+        return []
+    return turn

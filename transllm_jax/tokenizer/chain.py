@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from transllm_jax.errors import UserError
 
@@ -112,6 +113,80 @@ def missing_marker(text: str, markers: Markers = MARKERS) -> str | None:
     return order[position + 1] if position + 1 < len(order) else None
 
 
+# How an answer is laid out. chain: the three markers once each, in order, with text after each. english: an answer in
+# English. translation: a text after a language's marker. plain: no marker. broken: anything else.
+Form = Literal["chain", "english", "translation", "plain", "broken"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an answer holds, well-formed or not: what it says that the question is, and the answer, in English; and the
+    answer that the user sees. A part that is not there is empty."""
+
+    question_en: str = ""
+    answer_en: str = ""
+    answer: str = ""
+    form: Form = "plain"
+
+
+def read(text: str, markers: Markers = MARKERS, *, whole: bool = True) -> Parts:
+    """The parts of an answer, or, if not `whole`, of the beginning of one. No text makes it fail.
+
+    A part is the text after its marker, up to the next marker, stripped. The text after a marker that is repeated or
+    out of order is ignored. The user sees the answer in the target language; before it, as paragraphs, a text before
+    the first marker and an English answer without an English question. If nothing in the target language was begun, the
+    user also sees the English answer of a chain, or else a translation into English, but only once the answer is whole.
+
+    The parts of a beginning are beginnings of the parts of any longer text; but a translation into English is at first
+    taken for a question. For this, the first characters of a marker at the end of a beginning are ignored.
+    """
+    order = markers.in_order()
+    if not whole:
+        text = without_begun_marker(text, markers)
+    found = [order.index(match.group()) for match in _pattern(markers).finditer(text)]
+    before, *texts = (part.strip() for part in _pattern(markers).split(text))
+    taken: dict[int, str] = {}
+    for rank, part in zip(found, texts, strict=True):
+        if not taken or rank > max(taken):
+            taken[rank] = part
+    question, answer_en, target = (taken.get(rank, "") for rank in range(3))
+    shown = [before]
+    if 1 in taken and 0 not in taken:
+        shown.append(answer_en)
+    if 2 in taken:
+        shown.append(target)
+    elif whole and 0 in taken:
+        shown.append(answer_en if 1 in taken else question)
+    return Parts(
+        "" if whole and found == [0] else question,
+        answer_en if 0 in taken else "",
+        "\n\n".join(filter(None, shown)),
+        _form(found, before, texts),
+    )
+
+
+def _form(found: list[int], before: str, texts: list[str]) -> Form:
+    if not found:
+        return "plain"
+    if before or not all(texts):
+        return "broken"
+    forms: dict[tuple[int, ...], Form] = {
+        (0, 1, 2): "chain",
+        (1,): "english",
+        (0,): "translation",
+        (2,): "translation",
+    }
+    return forms.get(tuple(found), "broken")
+
+
+def without_begun_marker(text: str, markers: Markers = MARKERS) -> str:
+    """The text without the first characters of a marker at its end, which more text may complete."""
+    for size in range(max(map(len, markers.in_order())) - 1, 0, -1):
+        if any(len(marker) > size and text.endswith(marker[:size]) for marker in markers.in_order()):
+            return text[:-size]
+    return text
+
+
 def visible(text: str, markers: Markers = MARKERS) -> str:
-    """What the user sees: the text after the last marker, stripped; the whole text if there is no marker."""
-    return _pattern(markers).split(text)[-1].strip()
+    """What the user sees of a whole answer; see `read`."""
+    return read(text, markers).answer
