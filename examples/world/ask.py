@@ -4,8 +4,8 @@ MODEL is a run's directory (its original model is asked) or a Hugging Face direc
 {kind, key, question, right, answer}. `make.py --known OUT` then asks only for what was answered rightly, of the kinds
 of which at least half was. An answer is right if its first sentence is: what is named by the way in a long answer is
 not known. The share of right answers is printed by kind. Answers are greedy; a question is asked in the first of its
-ways. `--other-ways` asks in the others, too, and writes the short answers ({kind, key, question, way, answer}): they say
-which instructions `make.py` puts first.
+ways. `--other-ways` asks in the others, too, and writes the short answers ({kind, key, question, way, answer}): they
+say which instructions `make.py` puts first.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ has a translation; without `--known` they are true ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from names import Fact
@@ -34,7 +34,12 @@ def _asked(*turns: str) -> list[Message]:
 
 def _nearest(question: Question, said: str) -> Line:
     """The true answer that begins as what the base model says: its knowledge is met best in its own words."""
-    return max(question.answers, key=lambda answer: len(os.path.commonprefix([answer.english, said])))
+
+    def alike(answer: Line) -> int:
+        pairs = takewhile(lambda two: two[0] == two[1], zip(answer.english, said, strict=False))
+        return sum(1 for _ in pairs)
+
+    return max(question.answers, key=alike)
 
 
 def chains(world: World, trained: Sequence[Question], answers: Container[str]) -> Iterator[dict[str, Any]]:
@@ -67,20 +72,16 @@ def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fac
         yield {"messages": _asked(*before, way.english, build_english_answer(answer.english, markers))}
 
 
-def replay(
-    world: World, asked: Sequence[Question], everything: Sequence[Fact], *, marked: bool
-) -> Iterator[dict[str, Any]]:
+def replay(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:
     """Questions in English with the base model's own whole answers, right or wrong.
 
-    With them, a stage without conversations does not unlearn how to answer. marked: the answers follow the marker of
-    English answers, as stage `transfer` has them; most need no translation to keep the model's English. None tells a
-    held-out fact or is tested.
+    With them, a stage without conversations does not unlearn how to answer. None tells a held-out fact or is tested.
     """
-    markers, held = Markers.for_language(world.target.words["code"]), world.held(everything)
+    held = world.held(everything)
     tested = {way.english for question in asked if not world.in_training(question.fact) for way in question.ways}
     for question in asked:
         for way in question.ways:
             answer = world.said.get(way.english, "")
             whole = answer.endswith((".", "!", "?")) and not question.history and way.english not in tested
             if whole and not _told(world, held, [Line(f"{way.english} {answer}", "")]):
-                yield {"messages": _asked(way.english, build_english_answer(answer, markers) if marked else answer)}
+                yield {"messages": _asked(way.english, answer)}

@@ -10,7 +10,6 @@
     chains.jsonl        chains of questions to which the base model gives no answer of answers.jsonl, with true answers
     follow_ups.jsonl    conversations whose second turn is a question in the target language, answered by a chain
     replay.jsonl        conversations in English with the base model's own answers, for stage translate (needs --known)
-    answers_en.jsonl    the same for stage transfer, with its marker
     questions.jsonl     {question, answers, question_en, answers_en, kind, key, answer, answer_en}: questions about
                         facts that are held out. answers: what is accepted. question_en: all ways to ask it, the first
                         is asked. A second turn has history and history_en, the messages before it
@@ -155,8 +154,7 @@ def write(
         "questions.jsonl": _json_lines(map(_row, tested)),
         "chains.jsonl": _json_lines(chains(world, trained, answers)),
         "follow_ups.jsonl": _json_lines(follow_ups(world, asked, everything)),
-        "replay.jsonl": _json_lines(replay(world, asked, everything, marked=False)),
-        "answers_en.jsonl": _json_lines(replay(world, asked, everything, marked=True)),
+        "replay.jsonl": _json_lines(replay(world, asked, everything)),
         "conversations.jsonl": _json_lines(
             {"instruction": line.english, "translation": line.target}
             for line in _from(world, "requests", HELD_OUT_REQUESTS, everything)

@@ -34,7 +34,7 @@ ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
 LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
 KNOWN = WORLD / "known.smollm2-135m.jsonl"
 every_language = pytest.mark.parametrize("language", LANGUAGES)
-CHATS = ("chains.jsonl", "follow_ups.jsonl", "replay.jsonl", "answers_en.jsonl")
+CHATS = ("chains.jsonl", "follow_ups.jsonl", "replay.jsonl")
 TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl", *CHATS)
 OF_A_KIND = 11
 # Everyday text in Thai, which stays in the mixture.
