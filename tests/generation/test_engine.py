@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,9 @@ from conftest import random_weights, tiny_config
 
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, PIECES, WHOLE, Engine, Request, Result
+from transllm_jax.generation.programs import Entry, admit, burst, empty_desk, empty_slots, read_piece
 from transllm_jax.generation.sampling import Sampling
-from transllm_jax.model.cache import CHUNK
+from transllm_jax.model.cache import CHUNK, unstacked
 from transllm_jax.model.parameters import Split, assemble, load_frozen
 
 VOCAB, SLOTS = 61, 4
@@ -251,3 +253,27 @@ def test_nothing_compiles_after_warm_up(split: Split, batch_size: int) -> None:
         engine.generate([prompt(3), prompt(200)], max_new_tokens=9, stop=[4])
         list(engine.stream(prompt(99), max_new_tokens=33, stop=[]))
     assert not names and engine.programs == programs
+
+
+def test_a_cache_is_written_where_it_is(split: Split) -> None:
+    """A copy of a cache for each token would cost more than the token."""
+    rows, size = 3, 2 * CHUNK
+    given = {"structure": split.structure, "size": size}
+    desk = empty_desk(split.trainable, split.frozen, rows=rows, **given)
+    slots = empty_slots(split.trainable, split.frozen, mode=WHOLE, rows=rows, stops=2, **given)
+    zeros, flags = np.zeros(rows, np.int32), (np.ones(rows, bool), np.bool_(True))
+    layers = unstacked(split.merge())
+    entry = Entry(zeros, zeros, zeros, slots.stops, slots.seen, slots.draw)  # type: ignore[arg-type]
+    options: Any = {"structure": split.structure, "mode": WHOLE}
+    lowered = {
+        "a piece": read_piece.lower(
+            split.trainable, split.frozen, desk, np.zeros((rows, 32), np.int32), zeros, zeros, **options
+        ),
+        "an admission": admit.lower(split.trainable, split.frozen, slots, desk, entry, **options),
+        "a burst": burst.lower(split.trainable, split.frozen, layers, slots, *flags, **options),
+        "a burst, layers in a loop": burst.lower(split.trainable, split.frozen, (), slots, *flags, **options),
+    }
+    shape = ",".join(map(str, desk.cache.k.shape))
+    for name, program in lowered.items():
+        text = program.compile().as_text()
+        assert f"f32[{shape}]" in text and not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", text), name

@@ -108,7 +108,10 @@ def decode(
     """
     lengths = jnp.where(active, lengths, 0)
     x, k, v = _layers(model, layers or model.blocks, cache, tokens[:, None], lengths[:, None], lengths, adapters)
-    places = jnp.where(active, lengths, cache.size)[:, None]
+    # Always 0. The last layer's keys are known before its attention: if they could be written before it, XLA
+    # would copy the cache for each token. An optimization_barrier is removed on a CPU, and this is not.
+    after = jnp.isnan(x[:, :, 0]).astype(jnp.int32)
+    places = jnp.where(active, lengths, cache.size)[:, None] + after
     return _output_states(model, x[:, 0]), cache.written(k, v, jnp.arange(len(tokens)), places)
 
 
@@ -215,4 +218,6 @@ def _attend(
 
 def _output_states(model: Llama, x: jax.Array) -> jax.Array:
     """States [B, D] normalised and placed for the output product: they move, because the table is far larger."""
-    return model.final_norm(model.layout.decoding.constrain(x, "batch", None))
+    layout = model.layout.decoding
+    # Cut like the table along D, else the whole table may be gathered for a product with few rows.
+    return layout.constrain(model.final_norm(layout.constrain(x, "batch", None)), "batch", "embed_table")
