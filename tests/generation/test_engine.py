@@ -267,7 +267,7 @@ def test_a_cache_is_written_where_it_is(split: Split) -> None:
     options: Any = {"structure": split.structure, "mode": WHOLE}
     lowered = {
         "a piece": read_piece.lower(
-            split.trainable, split.frozen, desk, np.zeros((rows, 32), np.int32), zeros, zeros, **options
+            split.trainable, split.frozen, desk, np.zeros((rows, 32), np.int32), zeros, zeros, zeros, **options
         ),
         "an admission": admit.lower(split.trainable, split.frozen, slots, desk, entry, **options),
         "a burst": burst.lower(split.trainable, split.frozen, layers, slots, *flags, **options),

@@ -215,7 +215,7 @@ def test_the_logits_of_the_original_mode_are_bit_for_bit_the_base_models(base: S
         model = merge(structure, trainable, frozen)
         tokens = jnp.asarray([PROMPTS[0]])
         cache, start = empty_cache(model, 1, CHUNK), jnp.zeros(1, jnp.int32)
-        first, cache = read(model, cache, tokens[:, :-1], start, start + 8, adapters=mode.adapters)
+        first, cache = read(model, cache, tokens[:, :-1], start, start + 8, start + 8, adapters=mode.adapters)
         given = cache, tokens[:, -1], start + 8, jnp.ones(1, bool)
         second, _ = decode(model, unstacked(model), *given, adapters=mode.adapters)
         first, second = (

@@ -184,7 +184,7 @@ class Engine:
         self.cache_size = max(self.cache_size, longest)
         device = self._device_for(mode, longest, STOPS)
         for width in PIECES:
-            self._read(device, np.zeros((self.desk_rows, width), np.int32), *np.zeros((2, self.desk_rows), np.int32))
+            self._read(device, np.zeros((self.desk_rows, width), np.int32), *np.zeros((3, self.desk_rows), np.int32))
         self._admit(device, {}, {})
         self._burst(device, [None] * self.batch_size, hurry=False)
 
@@ -278,17 +278,19 @@ class Engine:
         whole = PIECES[-1]
         places: dict[int, int] = {}
         left: dict[int, Sequence[int]] = {}
-        starts = np.zeros(self.desk_rows, np.int32)
+        starts, totals = np.zeros((2, self.desk_rows), np.int32)
         for number, row in enumerate(rows):
             prompt = row.request.prompt
+            known = prompt[: len(prompt) - 1] if self._shares(prompt) else ()
             shared = {
-                place: _shared(device.read[place], prompt[: len(prompt) - 1]) // whole * whole
+                place: _shared(device.read[place], known) // whole * whole
                 for place in range(self.desk_rows)
                 if place not in left
             }
             place = max(shared, key=lambda place: shared[place])
             places[number], starts[place], left[place] = place, shared[place], prompt[shared[place] :]
-            device.read[place] = list(prompt[: len(prompt) // whole * whole])
+            totals[place] = len(prompt)
+            device.read[place] = list(prompt[: len(prompt) // whole * whole]) if self._shares(prompt) else []
         while left:
             # Rows whose next piece has another width wait: a piece's width depends on its prompt alone.
             width = _width(len(next(iter(left.values()))))
@@ -299,14 +301,20 @@ class Engine:
                     counts[place] = min(len(ids), width)
                     tokens[place, : counts[place]] = ids[:width]
                     left[place] = ids[width:]
-            self._read(device, tokens, starts.copy(), counts)
+            self._read(device, tokens, starts.copy(), counts, totals)
             starts += counts
             left = {place: ids for place, ids in left.items() if ids}
         return places
 
-    def _read(self, device: _Device, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+    def _shares(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt's length leaves the keys of its beginning alone: dynamic RoPE scaling does not."""
+        scaling = self.config.rope_scaling
+        dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        return not dynamic or len(prompt) <= self.config.max_position_embeddings
+
+    def _read(self, device: _Device, tokens: np.ndarray, *rows: np.ndarray) -> None:
         name = f"a piece of {tokens.shape[1]} tokens"
-        device.desk = self._call(device, name, read_piece, device.desk, tokens, starts, counts)
+        device.desk = self._call(device, name, read_piece, device.desk, tokens, *rows)
 
     def _admit(self, device: _Device, placed: Mapping[int, Row], places: Mapping[int, int]) -> None:
         """Give the prompts at the desk their slots, and take the first tokens of their answers.

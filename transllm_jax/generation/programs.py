@@ -121,13 +121,14 @@ def read_piece(
     tokens: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
+    totals: jax.Array,
     *,
     structure: Any,
     mode: Mode,
 ) -> Desk:
     """Read a piece [R, W] of each prompt at the desk; see `cache.read`. A row with count 0 stays as it is."""
     model = merge(structure, trainable, frozen)
-    hidden, cache = read(model, desk.cache, tokens, starts, counts, adapters=mode.adapters)
+    hidden, cache = read(model, desk.cache, tokens, starts, counts, totals, adapters=mode.adapters)
     return Desk(cache, jnp.where((counts > 0)[:, None], hidden, desk.hidden))
 
 
@@ -254,7 +255,7 @@ def lowered(
     desk, slots = made(empty_desk), made(empty_slots, mode=mode, stops=STOPS)
     options: dict[str, Any] = {"structure": split.structure, "mode": mode}
     tokens = shape((batch_size, width), jnp.int32)
-    piece = partial(read_piece.lower, split.trainable, split.frozen, desk, tokens, rows, rows, **options)
+    piece = partial(read_piece.lower, split.trainable, split.frozen, desk, tokens, rows, rows, rows, **options)
     flags = shape((batch_size,), jnp.bool_), shape((), jnp.bool_)
     tokens_of = partial(burst.lower, split.trainable, split.frozen, (), slots, *flags, **options)
     return piece, tokens_of, slots

@@ -75,17 +75,29 @@ def _chunks(lengths: jax.Array) -> jax.Array:
 
 
 def read(
-    model: Llama, cache: Cache, tokens: jax.Array, starts: jax.Array, counts: jax.Array, *, adapters: bool
+    model: Llama,
+    cache: Cache,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    totals: jax.Array,
+    *,
+    adapters: bool,
 ) -> tuple[jax.Array, Cache]:
     """Read a piece of each row's prompt: its tokens [B, W] from position `starts` [B] on, of which `counts` [B] count.
 
-    Everything before `starts` has to be in the cache. Returns the hidden state of each row's last token that counts,
+    Everything before `starts` has to be in the cache. totals [B]: the lengths of the whole prompts, on which the angles
+    of dynamic RoPE scaling depend. Returns the hidden state of each row's last token that counts,
     [B, D], and the cache with the piece. A row with count 0 is left as it is, and its state means nothing.
     """
     width = tokens.shape[1]
     positions = starts[:, None] + jnp.arange(width)
     # A query attends to no later key, so what is padding behind a piece is not seen.
-    x, k, v = _layers(model, model.blocks, cache, tokens, positions, jnp.where(counts > 0, starts, 0), adapters)
+    ends = totals[:, None] - 1
+    angles = model.angles(jnp.concatenate([jnp.minimum(positions, ends), ends], axis=1))
+    cos, sin = (part[:, :, :-1] for part in angles)
+    lengths = jnp.where(counts > 0, starts, 0)
+    x, k, v = _layers(model, model.blocks, cache, tokens, positions, (cos, sin), lengths, adapters)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     places = jnp.where(jnp.arange(width) < counts[:, None], positions, cache.size)
     return _output_states(model, last), cache.written(k, v, jnp.arange(len(tokens)), places)
@@ -107,7 +119,9 @@ def decode(
     they are, and their states mean nothing.
     """
     lengths = jnp.where(active, lengths, 0)
-    x, k, v = _layers(model, layers or model.blocks, cache, tokens[:, None], lengths[:, None], lengths, adapters)
+    positions = lengths[:, None]
+    angles = model.angles(positions)
+    x, k, v = _layers(model, layers or model.blocks, cache, tokens[:, None], positions, angles, lengths, adapters)
     # Always 0. The last layer's keys are known before its attention: if they could be written before it, XLA
     # would copy the cache for each token. An optimization_barrier is removed on a CPU, and this is not.
     after = jnp.isnan(x[:, :, 0]).astype(jnp.int32)
@@ -136,6 +150,7 @@ def _layers(
     cache: Cache,
     tokens: jax.Array,
     positions: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
     lengths: jax.Array,
     adapters: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -144,7 +159,6 @@ def _layers(
     With one token a row the layout is that for decoding.
     """
     layout = model.layout.decoding if tokens.shape[1] == 1 else model.layout
-    angles = model.angles(positions)
 
     def layer(x: jax.Array, block: Block, index: jax.Array | int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
