@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from names import facts
 from world import Question, messages, questions, world_of
 
-from transllm_jax.commands.chat import open_session
+from transllm_jax.commands.open_chat import open_chat_model
 from transllm_jax.evaluation.answers import Checkable, Judge
+from transllm_jax.generation.chain import ChainChat
+from transllm_jax.generation.engine import Engine
 
 
 def _checkable(row: Question, phrases: bool) -> Checkable:
@@ -49,7 +51,9 @@ def main() -> None:
     parser.add_argument("--other-ways", action="store_true", help="also ask in the other ways")
     given = parser.parse_args()
     asked = list(questions(world_of("en"), list(facts())))
-    session = open_session(given.model, base=(given.model / "run.yaml").is_file(), max_new_tokens=given.max_new_tokens)
+    model = open_chat_model(given.model, base=(given.model / "run.yaml").is_file())
+    engine = Engine(model.split, model.config, batch_size=given.batch)
+    chat = ChainChat(engine, model.tokenizer, model.markers, max_new_tokens=given.max_new_tokens)
     # The phrases that are accepted of `larger` hold the accepted texts of other kinds, and would hide them there.
     judges = [Judge(_checkable(row, phrases) for row in asked) for phrases in (False, True)]
     turns = [(number, 0) for number in range(len(asked))]
@@ -63,7 +67,7 @@ def main() -> None:
                 messages([line.english for line in (*asked[number].history, asked[number].ways[way])])
                 for number, way in batch
             ]
-            answers = session.chat.answers(conversations, fallback=False)
+            answers = chat.answers(conversations, fallback=False)
             for (number, way), answer in zip(batch, answers, strict=True):
                 row = asked[number]
                 written = {"kind": row.kind, "key": row.fact.key, "question": row.ways[way].english}

@@ -20,10 +20,10 @@ from scripted import MARKERS, WHOLE_CHAIN, Script, asked, chain_tokenizer, chat_
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
 from transllm_jax.generation.chain import Answer, remembered
-from transllm_jax.generation.engine import BURST, ORIGINAL, PROMPT_MULTIPLE, WHOLE, Engine, Mode
-from transllm_jax.generation.sampling import Sampling, choose
+from transllm_jax.generation.engine import BURST, ORIGINAL, PIECES, WHOLE, Engine, Mode
+from transllm_jax.generation.sampling import Sampling
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
-from transllm_jax.model.cache import decode, prefill
+from transllm_jax.model.cache import CHUNK, decode, empty_cache, read, unstacked
 from transllm_jax.model.lora import LoraConfig
 from transllm_jax.model.parameters import BASE_ROWS, Split, abstract, assemble, load_frozen, merge
 from transllm_jax.tokenizer.chain import Chain
@@ -61,10 +61,10 @@ def some_prompts(lengths: Sequence[int], vocab_size: int = VOCAB) -> list[list[i
 
 
 # More prompts than a batch holds, the last batch not full, not in the order of their lengths, and two widths.
-PROMPTS = some_prompts([9, 1, PROMPT_MULTIPLE + 2, 5, 3])
+PROMPTS = some_prompts([9, 1, PIECES[0] + 2, 5, 3])
 BATCH = 2
 # Those of one width, for what needs no second one.
-SHORT = [row for row, prompt in enumerate(PROMPTS) if len(prompt) <= PROMPT_MULTIPLE]
+SHORT = [row for row, prompt in enumerate(PROMPTS) if len(prompt) <= PIECES[0]]
 
 
 @partial(jax.jit, static_argnames=("structure", "mode"))
@@ -77,7 +77,7 @@ def _all_logits(trainable: Any, frozen: Any, tokens: jax.Array, *, structure: An
 
 def slow_greedy(split: Split, prompts: Sequence[Sequence[int]], count: int, mode: Mode = WHOLE) -> list[list[int]]:
     """The definition: at each token the whole text so far is read anew. What follows in a row is not seen."""
-    tokens = np.zeros((len(PROMPTS), 2 * PROMPT_MULTIPLE), np.int32)  # one shape for all callers
+    tokens = np.zeros((len(PROMPTS), 2 * PIECES[0]), np.int32)  # one shape for all callers
     ends = np.array([len(prompt) for prompt in prompts])
     rows = np.arange(len(prompts))
     for row, prompt in enumerate(prompts):
@@ -214,8 +214,10 @@ def test_the_logits_of_the_original_mode_are_bit_for_bit_the_base_models(base: S
     def scores(trainable: Any, frozen: Any, *, structure: Any, mode: Mode) -> tuple[jax.Array, jax.Array]:
         model = merge(structure, trainable, frozen)
         tokens = jnp.asarray([PROMPTS[0]])
-        first, cache = prefill(model, tokens[:, :-1], jnp.ones((1, 8), bool), 10, adapters=mode.adapters)
-        second, _ = decode(model, tokens[:, -1], cache, adapters=mode.adapters)
+        cache, start = empty_cache(model, 1, CHUNK), jnp.zeros(1, jnp.int32)
+        first, cache = read(model, cache, tokens[:, :-1], start, start + 8, start + 8, adapters=mode.adapters)
+        given = cache, tokens[:, -1], start + 8, jnp.ones(1, bool)
+        second, _ = decode(model, unstacked(model), *given, adapters=mode.adapters)
         first, second = (
             model.vocabulary.logits(hidden, base_only=mode.base_only, adapters=mode.adapters)
             for hidden in (first, second)
@@ -250,62 +252,6 @@ def test_a_prompt_without_room_is_refused(engine: Engine) -> None:
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
-
-
-choose_at_once = jax.jit(choose, static_argnames="sampling")
-
-
-def sample(logits: Sequence[float], sampling: Sampling, count: int = 4000) -> np.ndarray:
-    """The share of each id among `count` rows of equal logits."""
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    chosen = choose_at_once(rows, sampling, jnp.arange(count), jnp.int32(3))
-    return np.bincount(np.asarray(chosen), minlength=len(logits)) / count
-
-
-def test_samples_have_the_distribution_that_was_asked_for() -> None:
-    probabilities = np.array([0.15, 0.5, 0.05, 0.3])
-    logits = np.log(probabilities).tolist()
-    assert np.abs(sample(logits, Sampling(1.0)) - probabilities).max() < 0.03
-    # Temperature 1/2 squares the probabilities.
-    squares = probabilities**2 / (probabilities**2).sum()
-    assert np.abs(sample(logits, Sampling(0.5)) - squares).max() < 0.03
-    # The fewest likely tokens whose mass reaches top_p, in their own proportions.
-    assert np.abs(sample(logits, Sampling(1.0, top_p=0.7)) - np.array([0, 0.625, 0, 0.375])).max() < 0.03
-    assert sample(logits, Sampling(1.0, top_p=0.45)).tolist() == [0, 1, 0, 0]
-    assert sample(logits, Sampling(0.0)).tolist() == [0, 1, 0, 0]
-
-
-def test_a_small_nucleus_is_greedy() -> None:
-    logits = jax.random.normal(jax.random.key(0), (200, VOCAB))
-
-    def chosen(sampling: Sampling) -> list[int]:
-        return choose_at_once(logits, sampling, jnp.arange(200), jnp.int32(0)).tolist()
-
-    greedy = logits.argmax(axis=-1).tolist()
-    assert chosen(Sampling()) == greedy
-    assert chosen(Sampling(1.5, top_p=1e-6, seed=3)) == greedy
-    assert np.mean(np.equal(chosen(Sampling(1.5, seed=3)), greedy)) < 0.5
-
-
-def test_a_draw_depends_on_seed_row_and_step_alone() -> None:
-    logits = jnp.zeros((3, 1000))
-    rows = jnp.array([5, 2, 9])
-
-    def draw(order: list[int], step: int = 1, seed: int = 0) -> list[int]:
-        at = jnp.asarray(order)
-        return choose_at_once(logits[at], Sampling(1.0, seed=seed), rows[at], jnp.int32(step)).tolist()
-
-    first = draw([0, 1, 2])
-    assert len(set(first)) == 3
-    assert draw([2, 0]) == [first[2], first[0]]
-    assert not set(draw([0, 1, 2], step=2)) & set(first)
-    assert not set(draw([0, 1, 2], seed=1)) & set(first)
-
-
-def test_impossible_sampling_is_refused() -> None:
-    for arguments in ((-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)):
-        with pytest.raises(UserError, match="sampling"):
-            Sampling(*arguments)
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(engine: Engine) -> None:

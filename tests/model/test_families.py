@@ -16,7 +16,7 @@ from tiny_families import BASE, FAMILIES, LLAMA3, VOCAB
 
 from transllm_jax.conversion.hf.directory import read_config, read_weights, write_model
 from transllm_jax.errors import UserError
-from transllm_jax.model.cache import decode, prefill
+from transllm_jax.model.cache import CHUNK, decode, empty_cache, read
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.parameters import Split, assemble, load_frozen, merge
 
@@ -37,17 +37,23 @@ def _whole(structure: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
     return model.vocabulary.logits(model(tokens, positions, jnp.ones_like(tokens)))
 
 
-@partial(jax.jit, static_argnames=("structure", "size"))
-def _prefill(structure: Any, frozen: Any, tokens: jax.Array, valid: jax.Array, size: int) -> Any:
+@partial(jax.jit, static_argnames=("structure", "piece", "padding"))
+def _prefill(structure: Any, frozen: Any, tokens: jax.Array, *, piece: int, padding: int) -> Any:
     model = merge(structure, {}, frozen)
-    hidden, cache = prefill(model, tokens, valid, size, adapters=False)
+    rows, total = tokens.shape
+    cache = empty_cache(model, rows, CHUNK)
+    for start in range(0, total, piece):
+        part = tokens[:, start : start + piece]
+        numbers = (jnp.full(rows, number) for number in (start, part.shape[1], total))
+        hidden, cache = read(model, cache, jnp.pad(part, ((0, 0), (0, padding))), *numbers, adapters=False)
     return model.vocabulary.logits(hidden), cache
 
 
 @partial(jax.jit, static_argnames=("structure",))
-def _decode(structure: Any, frozen: Any, tokens: jax.Array, cache: Any) -> Any:
+def _decode(structure: Any, frozen: Any, tokens: jax.Array, cache: Any, length: jax.Array) -> Any:
     model = merge(structure, {}, frozen)
-    hidden, cache = decode(model, tokens, cache, adapters=False)
+    active = jnp.ones_like(length, bool)
+    hidden, cache = decode(model, (), cache, tokens, length, active, adapters=False)
     return model.vocabulary.logits(hidden), cache
 
 
@@ -55,15 +61,14 @@ def whole(split: Split, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(_whole(split.structure, split.frozen, jnp.asarray(tokens)), np.float32)
 
 
-def cached(split: Split, tokens: np.ndarray, padding: int) -> np.ndarray:
-    """The logits from the prompt's last token on, one token at a time; the prompt padded on its left."""
-    padded = np.pad(tokens[:, :PROMPT], ((0, 0), (padding, 0)))
-    valid = np.arange(PROMPT + padding)[None] >= padding
-    valid = jnp.asarray(np.broadcast_to(valid, padded.shape))
-    logits, cache = _prefill(split.structure, split.frozen, jnp.asarray(padded), valid, LENGTH + padding)
+def cached(split: Split, tokens: np.ndarray, padding: int, piece: int = PROMPT) -> np.ndarray:
+    """The logits from the prompt's last token on, one token at a time; the prompt in pieces, each padded at its end."""
+    prompt = jnp.asarray(tokens[:, :PROMPT])
+    logits, cache = _prefill(split.structure, split.frozen, prompt, piece=piece, padding=padding)
     found = [logits]
     for place in range(PROMPT, LENGTH):
-        logits, cache = _decode(split.structure, split.frozen, jnp.asarray(tokens[:, place]), cache)
+        length = jnp.full(len(tokens), place)
+        logits, cache = _decode(split.structure, split.frozen, jnp.asarray(tokens[:, place]), cache, length)
         found.append(logits)
     return np.asarray(jnp.stack(found, axis=1), np.float32)
 
@@ -101,8 +106,8 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     assert np.abs(ours - wanted).max() < 1e-4
 
     wanted = reference_logits(tmp_path / "model", cache=True)
-    for padding in (0, 5):
-        assert np.abs(cached(split, TOKENS, padding) - wanted).max() < 1e-4
+    for padding, piece in ((0, PROMPT), (5, PROMPT), (5, 4)):
+        assert np.abs(cached(split, TOKENS, padding, piece) - wanted).max() < 1e-4
 
 
 # In bfloat16, families that differ in their arithmetic; test-full has all.

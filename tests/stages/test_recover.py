@@ -54,15 +54,15 @@ class Asked:
         self.batches: list[int] = []
         self.stop_at: int | None = None
         self.interrupt = Interrupt()
-        whole = Engine._begin
+        whole = Engine.generate
 
-        def begin(engine: Engine, prompts: Any, *given: Any) -> Any:
+        def generate(engine: Engine, prompts: Any, **given: Any) -> Any:
             self.batches.append(len(prompts))
             if len(self.batches) == self.stop_at:
                 self.interrupt.requested = True
-            return whole(engine, prompts, *given)
+            return whole(engine, prompts, **given)
 
-        monkeypatch.setattr(Engine, "_begin", begin)
+        monkeypatch.setattr(Engine, "generate", generate)
 
     def anew(self, stop_at: int | None = None) -> None:
         """Begin to count again."""

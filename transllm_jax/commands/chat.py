@@ -8,27 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax.numpy as jnp
 from rich.console import Console
 
-from transllm_jax.choices import POINTS
 from transllm_jax.commands.lines import Lines, Plain
-from transllm_jax.config import load_config
-from transllm_jax.config.sections import Mesh
-from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
-from transllm_jax.conversion.open_directory import open_directory
-from transllm_jax.disk import is_utf8, read_json
+from transllm_jax.commands.open_chat import ChatModel, open_chat_model
+from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Answer, ChainChat, remembered
 from transllm_jax.generation.engine import Engine, Mode
 from transllm_jax.generation.sampling import GREEDY, Sampling
-from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.model.parameters import assemble, load_frozen
-from transllm_jax.progress import Progress
-from transllm_jax.stages.manifest import Artifact
-from transllm_jax.stages.points import ids_without_token, newest_point
-from transllm_jax.stages.run import Run
-from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import MARKERS, Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -107,57 +95,22 @@ def open_session(
 
     given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
     """
-    early, original = False, None
-    mode, path = Mode(sampling=sampling), _fetched(str(given), base) if "://" in str(given) else Path(given)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a work directory or a model directory")
-    if (path / "run.yaml").is_file():
-        # The devices here may differ from those of the training.
-        config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
-        run = Run(config, path, Progress(quiet=True), Interrupt())
-        newest = newest_point(path)
-        point = "base" if base else newest
-        engine = Engine(run.models.split(point), run.models.config)
-        tokenizer, markers = run.models.tokenizer(point), run.markers
-        name = "the original model" if base else f"the model after {point}"
-        if not base:
+    opened = open_chat_model(given, base=base)
 
-            def original() -> ChainChat:
-                # The frozen weights are those of the trained model, in memory once.
-                first = Engine(run.models.split("base"), run.models.config)
-                return ChainChat(first, run.models.tokenizer("base"), markers, max_new_tokens=max_new_tokens, mode=mode)
+    def chat_with(model: ChatModel) -> ChainChat:
+        # One conversation, one answer at a time. A cache of this size seldom has to grow, which takes a compilation.
+        engine = Engine(model.split, model.config, batch_size=1, cache_size=2048)
+        mode = Mode(sampling=sampling)
+        return ChainChat(engine, model.tokenizer, model.markers, max_new_tokens=max_new_tokens, mode=mode)
 
-        if early := point not in ("base", POINTS[-1]):
-            name += f", which has learned no chains yet: {POINTS[-1]} is not done"
-    elif (path / "config.json").is_file():
-        if base:
-            raise UserError(f"{path} is an exported model, without the original model in it; give the work directory")
-        known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
-        markers = Markers(**known["markers"]) if known else Markers()
-        model = open_directory(path)
-        tokenizer, name = load_tokenizer(path), path.name
-        frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
-        padding = ids_without_token(tokenizer, model.config.vocab_size)
-        engine = Engine(assemble(model.config, frozen, padding=padding), model.config)
-    else:
-        raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
-    chat = ChainChat(engine, tokenizer, markers, max_new_tokens=max_new_tokens, mode=mode)
-    return Session(name, chat, tokenizer, early=early, original=original)
-
-
-def _fetched(url: str, base: bool) -> Path:
-    """Mirror the parts of a run on a store that a conversation needs; return the mirror's directory."""
-    place = open_workdir(url)
-    if not place.pull("run.yaml"):
-        raise UserError(f"{url} is not a run's work directory (it has no run.yaml)")
-    for name in ("base", "vocabulary"):
-        place.pull(name)
-    for point in reversed(POINTS):
-        place.pull(point)
-        manifest = Artifact(place.local / point, point).manifest()
-        if base or (manifest is not None and manifest["state"] == "done"):
-            break
-    return place.local
+    first = opened.original
+    return Session(
+        opened.name,
+        chat_with(opened),
+        opened.tokenizer,
+        early=opened.early,
+        original=None if first is None else (lambda: chat_with(first())),
+    )
 
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool, markers: Markers = MARKERS) -> Answer | None:

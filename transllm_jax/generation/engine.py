@@ -1,52 +1,50 @@
-"""Batched generation: prefill, then tokens in short compiled bursts, with few distinct shapes."""
+"""Continuous batching: a fixed number of slots, each with one answer. A finished answer's slot takes the next prompt.
+
+What holds of an answer, to the bit: it depends on its request and on the number of slots, and on nothing else. Each
+piece of a prompt, and each token of an answer, is computed by a program of one shape, whose rows do not affect each
+other. Another number of slots is another program, whose sums may be taken in another order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from transllm_jax.errors import UserError
-from transllm_jax.generation.sampling import GREEDY, Sampling, choose
-from transllm_jax.model.cache import Cache, decode, prefill
+from transllm_jax.generation.programs import (
+    BURST,
+    STOPS,
+    Desk,
+    Entry,
+    Made,
+    Slots,
+    admit,
+    burst,
+    empty_desk,
+    empty_slots,
+    lowered,
+    read_piece,
+)
+from transllm_jax.generation.request import ORIGINAL, WHOLE, Mode, Request, Result
+from transllm_jax.generation.row import Row
+from transllm_jax.generation.sampling import GREEDY, draw_of
+from transllm_jax.model.cache import CHUNK, unstacked
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import Layout
-from transllm_jax.model.parameters import Flat, Split, merge
+from transllm_jax.model.parameters import Split
 
-# Prompts are padded to a multiple of this, so that few shapes are compiled.
-PROMPT_MULTIPLE = 64
-# Tokens that the device generates before the host checks which rows are done (and moves a progress bar).
-BURST = 16
+__all__ = ["BURST", "ORIGINAL", "WHOLE", "Engine", "Mode", "Request", "Result", "lowered", "padded_batch_size"]
 
-
-@dataclass(frozen=True)
-class Mode:
-    """Which model answers: the trained one, or (`adapters=False, base_only=True`) the original inside it."""
-
-    adapters: bool = True
-    base_only: bool = False
-    sampling: Sampling = GREEDY
-
-
-WHOLE = Mode()
-ORIGINAL = Mode(adapters=False, base_only=True)
-
-
-class _State(NamedTuple):
-    """last [B] and out [B, new] token ids, done [B], stops [k] token ids, rows [B] row numbers in the job, step []."""
-
-    last: jax.Array
-    out: jax.Array
-    done: jax.Array
-    stops: jax.Array
-    rows: jax.Array
-    step: jax.Array
-    cache: Cache
+# A prompt is read in pieces of the last of these widths; what is left is padded to the first of them that holds it.
+PIECES = (32, 64, 128)
+# Prompts that are read at once on an accelerator, for each part into which the mesh cuts a batch. On a CPU one prompt
+# alone is enough work.
+AT_DESK = 8
+# On a CPU the layers are taken apart (see `cache.unstacked`), which takes this much memory at most: 4 GiB.
+MOST_APART = 2**32
 
 
 def padded_batch_size(size: int, layout: Layout) -> int:
@@ -54,66 +52,60 @@ def padded_batch_size(size: int, layout: Layout) -> int:
     return -(-size // layout.batch_parts) * layout.batch_parts
 
 
-def _readable(layout: Layout, state: _State) -> _State:
-    """The state with all that the host reads replicated on each device, so that every process can read it."""
-    if layout.replicated is None:
-        return state
-    out, done, step = (
-        jax.lax.with_sharding_constraint(array, layout.replicated) for array in (state.out, state.done, state.step)
-    )
-    return state._replace(out=out, done=done, step=step)
+class _Device:
+    """What the engine has on the devices while it works, for one mode and size of cache.
 
+    read: the ids of the whole pieces that each row of the desk has in its cache. A prompt that begins with them is read
+    from there on: a prefix that prompts share is computed once.
+    """
 
-@partial(jax.jit, static_argnames=("structure", "room", "mode"))
-def _start(
-    trainable: Flat,
-    frozen: Flat,
-    tokens: jax.Array,
-    valid: jax.Array,
-    stops: jax.Array,
-    rows: jax.Array,
-    *,
-    structure: Any,
-    room: int,
-    mode: Mode,
-) -> _State:
-    model = merge(structure, trainable, frozen)
-    hidden, cache = prefill(model, tokens, valid, tokens.shape[1] + room, adapters=mode.adapters)
-    logits = model.vocabulary.choices(hidden, base_only=mode.base_only, adapters=mode.adapters)
-    first = choose(logits, mode.sampling, rows, jnp.int32(0))
-    # A row without a prompt is padding.
-    done = jnp.isin(first, stops) | ~valid.any(axis=1)
-    out = jnp.zeros((tokens.shape[0], room), jnp.int32).at[:, 0].set(first)
-    return _readable(model.layout, _State(first, out, done, stops, rows, jnp.int32(1), cache))
+    def __init__(self, engine: Engine, mode: Mode, size: int, stops: int) -> None:
+        self.mode, self.size, self.stops = mode, size, stops
+        split = engine.split
+        options: dict[str, Any] = {"structure": split.structure, "size": size}
+        arrays = split.trainable, split.frozen
+        self.desk: Desk = empty_desk(*arrays, rows=engine.desk_rows, **options)
+        self.slots: Slots = empty_slots(*arrays, rows=engine.batch_size, mode=mode, stops=stops, **options)
+        self.read: list[list[int]] = [[] for _ in range(engine.desk_rows)]
 
-
-@partial(jax.jit, static_argnames=("structure", "mode"), donate_argnames=("state",))
-def _burst(trainable: Flat, frozen: Flat, state: _State, *, structure: Any, mode: Mode) -> _State:
-    model = merge(structure, trainable, frozen)
-    limit = jnp.minimum(state.step + BURST, state.out.shape[1])
-
-    def proceed(state: _State) -> jax.Array:
-        return (state.step < limit) & ~state.done.all()
-
-    def one(state: _State) -> _State:
-        hidden, cache = decode(model, state.last, state.cache, adapters=mode.adapters)
-        logits = model.vocabulary.choices(hidden, base_only=mode.base_only, adapters=mode.adapters)
-        chosen = choose(logits, mode.sampling, state.rows, state.step)
-        chosen = jnp.where(state.done, state.stops[0], chosen)
-        out = jax.lax.dynamic_update_index_in_dim(state.out, chosen, state.step, axis=1)
-        done = state.done | jnp.isin(chosen, state.stops)
-        return _State(chosen, out, done, state.stops, state.rows, state.step + 1, cache)
-
-    return _readable(model.layout, jax.lax.while_loop(proceed, one, state))
+    def serves(self, mode: Mode, size: int, stops: int) -> bool:
+        """Whether it has room for texts of a size and for so many stop tokens, in a mode."""
+        return self.mode == mode and self.size >= size and self.stops >= stops
 
 
 class Engine:
-    """Generates with one model. Prompts and answers are lists of token ids; ids without a token are never chosen."""
+    """Generates with one model. Prompts and answers are token ids; ids without a token are never chosen.
 
-    def __init__(self, split: Split, config: LlamaConfig, *, batch_size: int = 32) -> None:
-        self.split = split
-        self.config = config
-        self.batch_size = batch_size
+    batch_size: the number of slots, rounded up so that the mesh divides it. It is the number of rows of each step, even
+    if there are fewer prompts. cache_size: the least size of the cache, in tokens of a row; it grows by doubling, and
+    each size needs its own programs. decode: ids to text, for stop strings.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: LlamaConfig,
+        *,
+        batch_size: int = 32,
+        cache_size: int = CHUNK,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self.split, self.config = split, config
+        model = split.merge()
+        layout = model.layout
+        self.batch_size = padded_batch_size(batch_size, layout)
+        self.cache_size = min(cache_size, config.context)
+        parts = layout.batch_parts
+        self.desk_rows = parts if layout.platform == "cpu" else min(AT_DESK * parts, self.batch_size)
+        # The names of the programs that were used; each is compiled once.
+        self.programs: set[str] = set()
+        self._decode = decode
+        self._device: _Device | None = None
+        blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
+        apart = layout.mesh is None and layout.platform == "cpu" and blocks <= MOST_APART
+        self._layers: Any = None if apart else ()
+
+    # --- what is asked ----------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -127,133 +119,253 @@ class Engine:
     ) -> list[list[int]]:
         """Answers in the order of the prompts, each without its stop token.
 
-        `on_tokens` is called with the number of tokens generated since its last call (for progress). `between` is
-        called between two batches; it may raise to stop there.
+        `on_tokens` and `between` are as in `run`. Prompts that are alike are sampled differently.
         Raises UserError for a prompt that leaves no room in the model's context.
         """
-        if not prompts:
-            return []
+        requests = [
+            Request(prompt, max_new_tokens, stop, sampling=mode.sampling.for_row(row))
+            for row, prompt in enumerate(prompts)
+        ]
         answers: list[list[int]] = [[] for _ in prompts]
-        for rows, state in self._batches(prompts, max_new_tokens, stop, mode, on_tokens, between):
-            for row, ids in zip(rows, np.asarray(state.out), strict=False):
-                answers[row] = _until(ids[: int(state.step)].tolist(), stop)
+        for number, result in self.run(requests, mode=mode, on_tokens=on_tokens, between=between):
+            answers[number] = result.ids
         return answers
 
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop: Sequence[int], mode: Mode = WHOLE
     ) -> Iterator[list[int]]:
-        """Yield the answer to one prompt as it grows: all its tokens so far, after each burst."""
-        state = self._begin([prompt], [0], 1, max_new_tokens, stop, mode)
-        while True:
-            yield _until(np.asarray(state.out)[0, : int(state.step)].tolist(), stop)
-            if np.all(state.done) or int(state.step) >= max_new_tokens:
-                return
-            state = self._advance(state, mode)
+        """Yield the answer to one prompt as it grows: all its tokens so far, after each burst.
 
-    def _batches(
+        What was read of the prompt is kept: a conversation's next prompt, which begins with it, is read from there on.
+        """
+        request = Request(prompt, max_new_tokens, stop, sampling=mode.sampling.for_row(0))
+        request.check(self.config.context)
+        size = len(prompt) + max_new_tokens
+        for rows in self._rounds(iter([request]), mode, size, len(stop), lambda count: None, lambda: None):
+            yield list(rows[0].ids)
+
+    def run(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop: Sequence[int],
+        requests: Iterable[Request],
+        *,
+        mode: Mode = WHOLE,
+        longest: int | None = None,
+        stops: int = STOPS,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the number of a request, from 0, and its answer, as answers finish.
+
+        Requests are taken from the iterable one at a time, when a slot is free. longest: the most tokens of a prompt
+        and its answer together, which decides on the size of the cache, and stops: the most stop tokens; without
+        `longest` all requests are looked at first. `on_tokens` is called with the number of tokens generated since its
+        last call (for progress). `between` is called before each burst but the first, and before a slot is taken again;
+        it may raise to stop there.
+        Raises UserError for a request that the model's context has no room for.
+        """
+        if longest is None:
+            requests = list(requests)
+            for request in requests:
+                self.check(request)
+            longest = max((len(one.prompt) + one.max_new_tokens for one in requests), default=0)
+            stops = max((len(one.stop) for one in requests), default=0)
+        if longest:
+            for rows in self._rounds(iter(requests), mode, longest, stops, on_tokens, between):
+                yield from ((row.number, row.result()) for row in rows if row.reason is not None)
+            # Only a conversation needs what was read; a large cache would be in the way of other work.
+            self._device = None
+
+    def check(self, request: Request) -> None:
+        """Raise UserError if the model's context has no room for a request."""
+        request.check(self.config.context, decodes=self._decode is not None)
+
+    def warm_up(self, longest: int, *, mode: Mode = WHOLE) -> None:
+        """Compile all programs for prompts and answers of together up to `longest` tokens. Nothing compiles later."""
+        self.cache_size = max(self.cache_size, longest)
+        device = self._device_for(mode, longest, STOPS)
+        for width in PIECES:
+            self._read(device, np.zeros((self.desk_rows, width), np.int32), *np.zeros((3, self.desk_rows), np.int32))
+        self._admit(device, {}, {})
+        self._burst(device, [None] * self.batch_size, hurry=False)
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    def _rounds(
+        self,
+        requests: Iterator[Request],
         mode: Mode,
+        longest: int,
+        stops: int,
         on_tokens: Callable[[int], None],
         between: Callable[[], None],
-    ) -> Iterator[tuple[list[int], _State]]:
-        # Prompts of similar length share a batch, for little padding. The sort is stable, so the batches are fixed.
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        size = min(self.batch_size, len(prompts))
-        for start in range(0, len(order), size):
-            if start:
-                between()
-            rows = order[start : start + size]
-            state = self._begin([prompts[row] for row in rows], rows, size, max_new_tokens, stop, mode)
-            on_tokens(len(rows))
-            while not np.all(state.done) and int(state.step) < max_new_tokens:
-                before, active = int(state.step), int(np.count_nonzero(~np.asarray(state.done)[: len(rows)]))
-                state = self._advance(state, mode)
-                on_tokens((int(state.step) - before) * active)
-            yield rows, state
+    ) -> Iterator[list[Row]]:
+        """Yield the rows that got tokens, after each admission and each burst; one with a reason has left its slot."""
+        device = self._device_for(mode, longest, stops)
+        # Donated arrays are gone if a call is interrupted, so nothing is kept but what a whole call left.
+        self._device = None
+        waiting = enumerate(requests)
+        following = next(waiting, None)
+        slots: list[Row | None] = [None] * self.batch_size
+        bursts = 0
+        try:
+            while following is not None or any(slots):
+                while following is not None and None in slots:
+                    if following[0] >= self.batch_size:
+                        between()
+                    free = [slot for slot, row in enumerate(slots) if row is None][: self.desk_rows]
+                    placed: dict[int, Row] = {}
+                    while following is not None and free:
+                        self._check_size(following[1], device)
+                        placed[free.pop(0)] = Row(*following)
+                        following = next(waiting, None)
+                    slots[:] = [placed.get(slot, row) for slot, row in enumerate(slots)]
+                    self._admit(device, placed, self._read_prompts(device, list(placed.values())))
+                    yield self._freed(slots, list(placed.values()), on_tokens)
+                if any(slots):
+                    if bursts:
+                        between()
+                    bursts += 1
+                    running = [row for row in slots if row is not None]
+                    self._burst(device, slots, hurry=following is not None)
+                    yield self._freed(slots, running, on_tokens)
+        except GeneratorExit:
+            self._device = device
+            raise
+        self._device = device
 
-    def _begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        size: int,
-        max_new_tokens: int,
-        stop: Sequence[int],
-        mode: Mode,
-    ) -> _State:
-        if not stop or max_new_tokens < 1:
-            raise ValueError("generation needs a stop token and room for a new one")
-        longest = max(len(prompt) for prompt in prompts)
-        if min(len(prompt) for prompt in prompts) == 0:
-            raise UserError("generation: an empty prompt; give at least one token")
-        if longest + max_new_tokens > self.config.context:
-            raise UserError(
-                f"generation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{self.config.context}; shorten the prompt or lower max_new_tokens"
+    def _freed(self, slots: list[Row | None], changed: list[Row], on_tokens: Callable[[int], None]) -> list[Row]:
+        """Free the slots of the rows that ended, at a stop string too; return all rows that got tokens."""
+        on_tokens(sum(row.new for row in changed))
+        for row in changed:
+            if row.request.stop_strings and self._decode is not None:
+                row.look(self._decode)
+        slots[:] = [None if row is None or row.reason is not None else row for row in slots]
+        return changed
+
+    def _check_size(self, request: Request, device: _Device) -> None:
+        self.check(request)
+        if len(request.prompt) + request.max_new_tokens > device.size or len(request.stop) > device.stops:
+            raise ValueError(
+                f"a request of {len(request.prompt)} tokens is longer than was announced, or has more stops"
             )
-        width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        size = padded_batch_size(size, self.split.layout)
-        tokens = np.zeros((size, width), np.int32)
-        valid = np.zeros((size, width), bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-            valid[row, width - len(prompt) :] = True
-        numbers = np.zeros(size, np.int32)
-        numbers[: len(rows)] = rows
-        return _start(
-            self.split.trainable,
-            self.split.frozen,
-            tokens,
-            valid,
-            np.asarray(list(stop), np.int32),
-            numbers,
-            structure=self.split.structure,
-            room=max_new_tokens,
-            mode=mode,
-        )
 
-    def _advance(self, state: _State, mode: Mode) -> _State:
-        return _burst(self.split.trainable, self.split.frozen, state, structure=self.split.structure, mode=mode)
+    def _device_for(self, mode: Mode, longest: int, stops: int) -> _Device:
+        mode = replace(mode, sampling=GREEDY)
+        if self._device is None or not self._device.serves(mode, longest, stops):
+            # Freed first, so that two caches are never in memory.
+            self._device = None
+            size = CHUNK
+            while size < max(longest, self.cache_size):
+                size *= 2
+            size = min(size, -(-self.config.context // CHUNK) * CHUNK)
+            self._device = _Device(self, mode, size, STOPS if stops <= STOPS else 1 << (stops - 1).bit_length())
+        return self._device
+
+    # --- calls of the programs --------------------------------------------------------------------------------------
+
+    def _call(self, device: _Device, name: str, program: Callable[..., Any], *arguments: Any) -> Any:
+        which = "the original" if device.mode.base_only else "the model"
+        self.programs.add(f"{name}, {which}, cache of {device.size}, {device.stops} stops")
+        split = self.split
+        return program(split.trainable, split.frozen, *arguments, structure=split.structure, mode=device.mode)
+
+    def _read_prompts(self, device: _Device, rows: Sequence[Row]) -> dict[int, int]:
+        """Read the prompts at the desk; return the row of the desk of each, by its place in `rows`.
+
+        Each prompt takes the row of the desk whose text it shares most with, and is read from the first piece on that
+        differs. The last piece is always read: the answer begins from its state.
+        """
+        whole = PIECES[-1]
+        places: dict[int, int] = {}
+        left: dict[int, Sequence[int]] = {}
+        starts, totals = np.zeros((2, self.desk_rows), np.int32)
+        for number, row in enumerate(rows):
+            prompt = row.request.prompt
+            known = prompt[: len(prompt) - 1] if self._shares(prompt) else ()
+            shared = {
+                place: _shared(device.read[place], known) // whole * whole
+                for place in range(self.desk_rows)
+                if place not in left
+            }
+            place = max(shared, key=lambda place: shared[place])
+            places[number], starts[place], left[place] = place, shared[place], prompt[shared[place] :]
+            totals[place] = len(prompt)
+            device.read[place] = list(prompt[: len(prompt) // whole * whole]) if self._shares(prompt) else []
+        while left:
+            # Rows whose next piece has another width wait: a piece's width depends on its prompt alone.
+            width = _width(len(next(iter(left.values()))))
+            tokens = np.zeros((self.desk_rows, width), np.int32)
+            counts = np.zeros(self.desk_rows, np.int32)
+            for place, ids in list(left.items()):
+                if _width(len(ids)) == width:
+                    counts[place] = min(len(ids), width)
+                    tokens[place, : counts[place]] = ids[:width]
+                    left[place] = ids[width:]
+            self._read(device, tokens, starts.copy(), counts, totals)
+            starts += counts
+            left = {place: ids for place, ids in left.items() if ids}
+        return places
+
+    def _shares(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt's length leaves the keys of its beginning alone: dynamic RoPE scaling does not."""
+        scaling = self.config.rope_scaling
+        dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        return not dynamic or len(prompt) <= self.config.max_position_embeddings
+
+    def _read(self, device: _Device, tokens: np.ndarray, *rows: np.ndarray) -> None:
+        name = f"a piece of {tokens.shape[1]} tokens"
+        device.desk = self._call(device, name, read_piece, device.desk, tokens, *rows)
+
+    def _admit(self, device: _Device, placed: Mapping[int, Row], places: Mapping[int, int]) -> None:
+        """Give the prompts at the desk their slots, and take the first tokens of their answers.
+
+        placed: the rows by slot. places: the row of the desk of each, by its place in `placed`.
+        """
+        size, rows = self.desk_rows, list(placed.values())
+        at = {place: number for number, place in places.items()}
+        given = [rows[at[place]].request if place in at else Request((), 0) for place in range(size)]
+        slot = np.full(size, self.batch_size, np.int32)
+        slot[list(at)] = [list(placed)[number] for number in at.values()]
+        stops = np.full((size, device.stops), -1, np.int32)
+        seen = np.zeros((size, device.slots.seen.shape[1]), bool)
+        for place, request in enumerate(given):
+            stops[place, : len(request.stop)] = request.stop
+            if request.sampling.repetition_penalty != 1:
+                # An id that the mode does not choose from, as in a prompt for the original model, has no logit.
+                seen[place, [token for token in request.prompt if token < seen.shape[1]]] = True
+        lengths = np.array([len(request.prompt) for request in given], np.int32)
+        limits = np.array([request.max_new_tokens for request in given], np.int32)
+        draw = draw_of([request.sampling for request in given], [request.scored for request in given])
+        entry: Any = Entry(slot, lengths, limits, stops, seen, draw)  # type: ignore[arg-type]
+        device.slots, made = self._call(device, "an admission", admit, device.slots, device.desk, entry)
+        _hand_out(made, {place: rows[number] for number, place in places.items()})
+
+    def _burst(self, device: _Device, slots: Sequence[Row | None], *, hurry: bool) -> None:
+        """More tokens for the answers in the slots."""
+        if self._layers is None:
+            self._layers = unstacked(self.split.merge())
+        running = np.array([row is not None for row in slots])
+        given = self._layers, device.slots, running, np.bool_(hurry)
+        device.slots, made = self._call(device, f"a burst of {BURST} tokens", burst, *given)
+        _hand_out(made, {slot: row for slot, row in enumerate(slots) if row is not None})
 
 
-def lowered(
-    split: Split, batch_size: int, width: int, new_tokens: int, mode: Mode = WHOLE
-) -> tuple[Callable[[], Any], Callable[[], Any], Any]:
-    """The two programs of generation, from shapes: functions that lower them, and the shapes of the state between them.
-
-    The first program reads prompts [B, width]; the second generates a burst of tokens. The layout's devices need not
-    exist: the programs are only compiled.
-    """
-    layout = split.layout
-    shape = partial(jax.ShapeDtypeStruct, sharding=layout.replicated)
-    given = (
-        shape((batch_size, width), jnp.int32),
-        shape((batch_size, width), jnp.bool_),
-        shape((2,), jnp.int32),
-        shape((batch_size,), jnp.int32),
-    )
-    options: dict[str, Any] = {"structure": split.structure, "mode": mode}
-    start = partial(_start.lower, split.trainable, split.frozen, *given, room=new_tokens, **options)
-    made = jax.eval_shape(
-        partial(_start, structure=split.structure, room=new_tokens, mode=mode), split.trainable, split.frozen, *given
-    )
-    where = _shardings(layout)
-    state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), made, where)
-    return start, partial(_burst.lower, split.trainable, split.frozen, state, **options), state
+def _width(left: int) -> int:
+    """The width of the next piece of a prompt of which so many tokens are left."""
+    return next((width for width in PIECES if width >= left), PIECES[-1])
 
 
-def _shardings(layout: Layout) -> _State:
-    """The shardings of a state: the cache is divided by rows and heads, the rest is replicated."""
-    copied: Any = layout.replicated
-    heads: Any = layout.cache_sharding
-    return _State(copied, copied, copied, copied, copied, copied, Cache(heads, heads, copied, copied))
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids at their beginnings are the same."""
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))
 
 
-def _until(ids: list[int], stop: Sequence[int]) -> list[int]:
-    """The ids before the first stop token."""
-    for place, token in enumerate(ids):
-        if token in stop:
-            return ids[:place]
-    return ids
+def _hand_out(made: Made, rows: Mapping[int, Row]) -> None:
+    """Give each row its new tokens, by its place in what was made."""
+    ids, logprobs, counts, active = map(np.asarray, made)
+    for place, row in rows.items():
+        count = int(counts[place])
+        row.take(ids[place, :count].tolist(), logprobs[place, :count].tolist(), bool(active[place]))

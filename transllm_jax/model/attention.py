@@ -40,7 +40,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     kv_heads = k.shape[1]
     # Query heads that share a key head are stacked along T: one product for all, and k is never repeated.
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, size)
-    weights = jax.nn.softmax(_scores(q, k, mask), axis=-1)
+    weights = jax.nn.softmax(masked_scores(q, k, mask), axis=-1)
     return jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).reshape(batch, heads, length, size)
 
 
@@ -56,7 +56,7 @@ def attend_causally(
     return _attend_causally(q, k, v, segment_ids, window).reshape(batch, heads, length, size)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B, K, G * T, H] and k [B, K, S, H] -> masked float32 scores [B, K, G * T, S]; mask [B, 1, T, S]."""
     scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     grouped = scores.reshape(*scores.shape[:2], -1, mask.shape[2], scores.shape[3])
@@ -115,7 +115,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     outs, log_sums = [], []
     for block in _blocks(q.shape[3], window):
-        scores = _scores(block.queries(q), block.keys(k), _block_mask(segment_ids, block, window)[:, None])
+        scores = masked_scores(block.queries(q), block.keys(k), _block_mask(segment_ids, block, window)[:, None])
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -137,7 +137,7 @@ def _backward(
     grad_k, grad_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in _blocks(q.shape[3], window):
         queries, keys, grad_out = block.queries(q), block.keys(k), block.queries(g)
-        scores = _scores(queries, keys, _block_mask(segment_ids, block, window)[:, None])
+        scores = masked_scores(queries, keys, _block_mask(segment_ids, block, window)[:, None])
         weights = jnp.exp(scores - block.queries(log_sum))
         grad_weights = jnp.einsum("BKTH,BKSH->BKTS", grad_out, block.keys(v), preferred_element_type=jnp.float32)
         # The softmax's derivative. A masked score has weight 0, so its gradient is 0.

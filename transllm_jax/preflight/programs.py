@@ -215,12 +215,12 @@ def generation_programs(
 ) -> list[Program]:
     """The two programs of generation: reading prompts, and a burst of new tokens, counted as one token a row.
 
-    prompt, new_tokens: tokens of each of the `batch_size` rows; the prompt is padded to a multiple of PROMPT_MULTIPLE.
+    prompt, new_tokens: tokens of each of the `batch_size` rows; the prompt is read as one piece.
     """
-    from transllm_jax.generation.engine import PROMPT_MULTIPLE, lowered
+    from transllm_jax.generation.engine import PIECES, lowered
 
     split = model.split(layout)
-    width = -(-prompt // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    width = -(-prompt // PIECES[0]) * PIECES[0]
     prefill, burst, state = lowered(split, batch_size, width, new_tokens)
     arguments = {
         "frozen": sum(map(local_bytes, split.frozen.values())),

@@ -1,0 +1,230 @@
+"""`transllm generate`: a line for each record, whatever happens to the process; what cannot be answered is listed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Command
+from processes import wait_for
+from scripted import WHOLE_CHAIN, chain_tokenizer
+
+from transllm_jax.commands.generate import GenerateOptions, _answered, generate
+from transllm_jax.errors import Preempted, UserError
+from transllm_jax.generation.engine import Result
+from transllm_jax.generation.sampling import Sampling
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.tokenizer.chain import Markers
+
+OPTIONS = GenerateOptions(max_new_tokens=6, batch_size=3)
+SAMPLED = GenerateOptions(max_new_tokens=24, batch_size=3, sampling=Sampling(1.0, seed=5))
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answer(model: Path, source: Path, target: Path, options: GenerateOptions = OPTIONS) -> int:
+    return generate(str(model), source, target, options, Progress(quiet=True))
+
+
+RECORDS: list[Any] = [
+    {"id": "talk", "messages": [{"role": "user", "content": "Hello"}], "topic": "ทักทาย"},
+    {"id": 7, "prompt": "The capital of France"},
+    {"instruction": "What do bees make?", "text": "replaced"},
+    {
+        "id": "turns",
+        "messages": [
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "A dog."},
+            {"role": "user", "content": "Why?"},
+        ],
+    },
+]
+
+
+def test_each_record_comes_back_with_its_answer(tiny_model: Path, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", RECORDS), tmp_path / "new" / "out.jsonl"
+    assert answer(tiny_model, source, target) == 0
+    rows = {row["id"]: row for row in read(target)}
+    assert set(rows) == {"talk", 7, 3, "turns"}, "a record without an id has the number of its line"
+    assert rows["talk"]["topic"] == "ทักทาย" and rows["turns"]["messages"] == RECORDS[3]["messages"]
+    for row in rows.values():
+        assert row["text"] != "replaced" and row["finish_reason"] in ("stop", "length") and 0 <= row["tokens"] <= 6
+        assert "chain" not in row
+    assert not (target.parent / "out.rejected.jsonl").exists()
+    # Done: a second run changes nothing.
+    before = target.read_bytes()
+    assert answer(tiny_model, source, target) == 0 and target.read_bytes() == before
+
+
+def test_a_chain_comes_with_its_parts(tmp_path: Path) -> None:
+    tokenizer = chain_tokenizer(tmp_path)
+    opened: Any = SimpleNamespace(tokenizer=tokenizer, markers=Markers())
+
+    def answered(text: str, record: dict[str, Any]) -> dict[str, Any]:
+        return _answered(opened, record, Result(tokenizer.encode(text), "stop", 9))
+
+    parts = {"question_en": "What is it?", "answer_en": "A fox.", "answer_target": "สุนัข"}
+    asked = {"id": 1, "instruction": "อะไร", "chain": "old"}
+    row = answered(WHOLE_CHAIN, asked)
+    assert row == asked | {
+        "text": "สุนัข",
+        "finish_reason": "stop",
+        "tokens": len(tokenizer.encode(WHOLE_CHAIN)),
+        "chain": parts,
+    }
+    broken = answered("<EN>Who?<RESPONSE>A <|im_start|>dog.", asked)
+    assert broken["text"] == "A dog." and "chain" not in broken
+    assert answered(" is Paris", {"id": 1, "prompt": "It"})["text"] == " is Paris"
+
+
+def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    bad = [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({"id": 7, "prompt": "again"}, "line 2 has the id 7, too"),
+        ({"id": 1}, "has none"),
+        ({"id": 2, "prompt": "x", "instruction": "y"}, "has prompt and instruction"),
+        ({"id": 3, "prompt": " "}, "its prompt is no text, or empty"),
+        ({"id": 4, "messages": [{"role": "user"}]}, "messages must be a list"),
+        ({"id": 5, "messages": [{"role": "judge", "content": "x"}]}, "'judge'"),
+        ({"id": 6, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "an answer"),
+        ({"id": 8, "instruction": "a <|im_start|> b"}, "special token"),
+        ({"id": 9, "prompt": "many words " * 600}, "exceed the model's context of 512"),
+        ({"id": [1], "prompt": "x"}, "its id"),
+        ('{"id": 10, "prompt": "\\ud800"}', "surrogate"),
+    ]
+    source = write(tmp_path / "in.jsonl", [*RECORDS, "", *(row for row, _ in bad)])
+    source.write_bytes(source.read_bytes() + b'{"id": 11, "prompt": "\xff"}\n')
+    target = tmp_path / "out.jsonl"
+    assert answer(tiny_model, source, target) == len(bad) + 1
+    assert len(read(target)) == len(RECORDS)
+    rejected = read(tmp_path / "out.rejected.jsonl")
+    assert [row["line"] for row in rejected] == list(range(6, 7 + len(bad)))
+    for row, (line, reason) in zip(rejected, [*bad, (None, "not JSON")], strict=True):
+        assert reason in row["reason"], row
+        assert line is None or row["text"] == (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False))
+    # They are correct now, and the list is gone.
+    write(source, RECORDS)
+    assert answer(tiny_model, source, target) == 0 and not (tmp_path / "out.rejected.jsonl").exists()
+
+
+def test_answers_of_other_settings_are_not_mixed(tiny_model: Path, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", RECORDS[:1]), tmp_path / "out.jsonl"
+    answer(tiny_model, source, target)
+    before = target.read_bytes()
+    with pytest.raises(UserError, match=r"max_new_tokens was 6 and is 24, temperature was 0.0 and is 1.0"):
+        answer(tiny_model, source, target, SAMPLED)
+    other = write(tmp_path / "other.jsonl", [{"id": "talk", "prompt": "another"}])
+    with pytest.raises(UserError, match=r"out.jsonl:1 answers no record of the input"):
+        answer(tiny_model, other, target)
+    with pytest.raises(UserError, match="is the input"):
+        answer(tiny_model, source, source)
+    (tmp_path / "out.settings.json").unlink()
+    with pytest.raises(UserError, match="does not; name another file"):
+        answer(tiny_model, source, target)
+    assert target.read_bytes() == before
+    with target.open("ab") as held, pytest.raises(UserError, match="another process is writing it"):
+        import fcntl
+
+        fcntl.flock(held, fcntl.LOCK_EX)
+        answer(tiny_model, source, target)
+    # How many are answered at once is no such setting.
+    target.unlink()
+    answer(tiny_model, write(source, RECORDS[:2]), target, GenerateOptions(6, batch_size=1))
+    write(source, RECORDS)
+    assert answer(tiny_model, source, target) == 0 and len(read(target)) == len(RECORDS)
+
+
+MANY = [{"id": number, "prompt": f"Number {number} is"} for number in range(150)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    here = tmp_path_factory.mktemp("undisturbed")
+    answer(tiny_model, write(here / "in.jsonl", MANY), here / "out.jsonl", SAMPLED)
+    lines = sorted((here / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len({json.loads(line)["text"] for line in lines}) > 100, "samples differ"
+    return lines
+
+
+def test_killed_it_goes_on_and_no_answer_is_lost_or_doubled(
+    tiny_model: Path, tmp_path: Path, undisturbed: list[str]
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", MANY), tmp_path / "out.jsonl"
+    words = ["generate", tiny_model, source, target, "--max-new-tokens", 24, "--temperature", 1.0, "--seed", 5]
+    command = [sys.executable, "-m", "transllm_jax.cli.main", *map(str, words), "--batch-size", "3"]
+    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: target.exists() and target.read_bytes().count(b"\n") > 10, 300)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    kept = target.read_bytes()
+    assert 10 < kept.count(b"\n") < len(MANY)
+    # As if the kill had come within a write.
+    target.write_bytes(kept + b'{"id": 149, "prompt": "Num')
+    assert answer(tiny_model, source, target, SAMPLED) == 0
+    lines = target.read_text(encoding="utf-8").splitlines()
+    assert target.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
+    assert sorted(lines) == undisturbed
+
+
+def test_stopped_it_says_how_far_it_is(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write(tmp_path / "in.jsonl", MANY[:20]), tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        Interrupt, "requested", property(lambda _: target.stat().st_size > 0, lambda _, __: None), raising=False
+    )
+    with pytest.raises(Preempted, match=r"generate: \d+ of 20 answers: stopped, what is done is saved"):
+        answer(tiny_model, source, target)
+    assert 0 < len(read(target)) < 20
+
+
+def test_the_original_model_is_asked_without_adapters(finished_run: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", RECORDS)
+    for base in (False, True):
+        answer(finished_run, source, tmp_path / f"{base}.jsonl", GenerateOptions(6, batch_size=2, base=base))
+    whole, original = ({row["id"]: row["text"] for row in read(tmp_path / f"{base}.jsonl")} for base in (False, True))
+    assert len(whole) == len(RECORDS) and whole != original
+    answer(finished_run.parent / "model", source, tmp_path / "model.jsonl", GenerateOptions(6, batch_size=2))
+    assert {row["id"]: row["text"] for row in read(tmp_path / "model.jsonl")} == original
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("nothing", "in.jsonl", "out.jsonl"), "nothing does not exist"),
+        (("model", "missing.jsonl", "out.jsonl"), "missing.jsonl: no such file"),
+        (("model", "in.jsonl", "out.jsonl", "--top-p", "2"), "sampling: temperature"),
+        (("model", "in.jsonl", "out.jsonl", "--min-p", "2"), "min_p 2.0 in"),
+        (("model", "in.jsonl", "out.jsonl", "--base"), "without the original model"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(
+    transllm: Command,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", RECORDS)
+    (tmp_path / "model").symlink_to(tiny_model)
+    code, printed = transllm("generate", *arguments)
+    assert code == 2 and problem in printed and len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "out.jsonl").exists()

@@ -1,0 +1,296 @@
+"""Answers to a file of records, one line each, written as they finish. A stopped or killed run goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from transllm_jax.commands.open_chat import ChatModel, open_chat_model
+from transllm_jax.disk import is_utf8, read_json, write_json, write_text
+from transllm_jax.errors import UserError
+from transllm_jax.generation.engine import Engine, Request, Result
+from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.tokenizer.chain import parse, visible
+from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
+
+# What a record may ask with: a conversation, a text to continue, or an instruction. One of them.
+ASKS = ("messages", "prompt", "instruction")
+# What is added to a record. Its own fields of these names are replaced.
+ADDED = ("text", "finish_reason", "tokens", "chain")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How answers are generated; `batch_size` at a time, which is no part of what is asked for."""
+
+    max_new_tokens: int = 512
+    sampling: Sampling = field(default=GREEDY)
+    batch_size: int = 32
+    base: bool = False
+
+
+class _Rejected(Exception):
+    """Why a line of the input is not answered."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A record that is to be answered. tokens: the length of its prompt."""
+
+    record: dict[str, Any]
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """Its id, as JSON: the number 1 and the text "1" differ."""
+        return json.dumps(self.record["id"])
+
+
+def generate(model: str, source: Path, target: Path, options: GenerateOptions, progress: Progress) -> int:
+    """Answer the records of `source` (jsonl) in `target` (jsonl), in the order in which answers finish.
+
+    Lines that cannot be answered are in `TARGET.rejected.jsonl` (without the `.jsonl` of the target), each with its
+    number, the reason and the text. `TARGET.settings.json` keeps what the answers were made with. Returns the number of
+    rejected lines. Raises UserError for input that is not there or does not belong to the target; Preempted if the run
+    was asked to stop.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; give a file of records, one JSON object a line")
+    if source.resolve() == target.resolve():
+        raise UserError(f"{target} is the input; name another file for the answers")
+    opened = open_chat_model(model, base=options.base)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Interrupt() as interrupt, _opened(target) as file:
+        _require_settings(target, {"model": opened.name, **_settings(model, options)})
+        items, rejected = _items(source, opened, options)
+        _write_rejected(_beside(target, "rejected.jsonl"), rejected)
+        done = _done(target, file, {item.key: item for item in items})
+        waiting = [item for item in items if item.key not in done]
+        if rejected:
+            progress.say(
+                f"  {len(rejected)} lines are not answered: {_beside(target, 'rejected.jsonl')}", style="yellow"
+            )
+        _answer(opened, waiting, len(done), file, options, progress, interrupt)
+    progress.say(f"  {len(items)} answers in {target}")
+    return len(rejected)
+
+
+def _answer(
+    opened: ChatModel,
+    waiting: list[_Item],
+    done: int,
+    file: BinaryIO,
+    options: GenerateOptions,
+    progress: Progress,
+    interrupt: Interrupt,
+) -> None:
+    """Answer the items, and write each answer when it is there."""
+    if not waiting:
+        return
+    total, began, first, tokens = done + len(waiting), time.monotonic(), done, 0
+
+    def requests() -> Iterator[Request]:
+        for item in waiting:
+            prompt = _prompt(opened, item.record)
+            sampling = options.sampling.for_row(item.key)
+            yield Request(prompt, options.max_new_tokens, end_ids(opened.tokenizer), sampling=sampling)
+
+    def speed() -> str:
+        elapsed = max(time.monotonic() - began, 1e-3)
+        return f"{(done - first) / elapsed:,.2f} answers/s, {tokens / elapsed:,.0f} tokens/s"
+
+    def count(more: int) -> None:
+        nonlocal tokens
+        tokens += more
+        bar.update(done, speed())
+
+    engine = Engine(opened.split, opened.config, batch_size=min(options.batch_size, len(waiting)))
+    longest = max(item.tokens for item in waiting) + options.max_new_tokens
+    with progress.task("answers", total=total, done=done, unit="answer") as bar:
+        between = lambda: interrupt.check(f"generate: {done} of {total} answers")  # noqa: E731
+        stops = len(end_ids(opened.tokenizer))
+        answers = engine.run(requests(), longest=longest, stops=stops, on_tokens=count, between=between)
+        for number, result in answers:
+            line = json.dumps(_answered(opened, waiting[number].record, result), ensure_ascii=False)
+            # One call, so that a killed process leaves whole lines and at most a part of the last one.
+            file.write(line.encode() + b"\n")
+            file.flush()
+            done += 1
+            bar.update(done, speed())
+
+
+def _answered(opened: ChatModel, record: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """A record with its answer."""
+    tokenizer, raw = opened.tokenizer, opened.tokenizer.decode(result.ids)
+    chain = parse(raw, opened.markers)
+    if "prompt" in record:
+        text = tokenizer.decode(result.ids, skip_special_tokens=True)
+    else:
+        text = tokenizer.without_specials(visible(raw, opened.markers))
+    kept = {name: value for name, value in record.items() if name not in ADDED}
+    answer = {"text": text, "finish_reason": result.finish_reason, "tokens": len(result.ids)}
+    return {**kept, **answer} if chain is None else {**kept, **answer, "chain": vars(chain)}
+
+
+def _prompt(opened: ChatModel, record: Mapping[str, Any]) -> list[int]:
+    """The ids of what a record asks. Raises _Rejected."""
+    tokenizer = opened.tokenizer
+    (name,) = (name for name in ASKS if name in record)
+    asked = record[name]
+    if name == "prompt":
+        ids = [*tokenizer.bos_ids, *tokenizer.encode(asked)]
+        if not ids:
+            raise _Rejected("the prompt is empty")
+        return ids
+    messages: list[Message] = [{"role": "user", "content": asked}] if name == "instruction" else asked
+    try:
+        return encode_prompt(tokenizer, messages, opened.markers.in_order())
+    except UserError as error:
+        raise _Rejected(str(error)) from None
+
+
+def _items(source: Path, opened: ChatModel, options: GenerateOptions) -> tuple[list[_Item], list[dict[str, Any]]]:
+    """The records that can be answered, and the lines that cannot, with their numbers and reasons."""
+    items: list[_Item] = []
+    rejected: list[dict[str, Any]] = []
+    places: dict[str, int] = {}
+    # Bytes, because a line may be no UTF-8; and because str.splitlines would split at more than line breaks.
+    for number, line in enumerate(source.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = _record(line, number)
+            key = json.dumps(record["id"])
+            if key in places:
+                raise _Rejected(f"line {places[key]} has the id {key}, too")
+            prompt = _prompt(opened, record)
+            if len(prompt) + options.max_new_tokens > opened.config.context:
+                more = f"a prompt of {len(prompt)} tokens and {options.max_new_tokens} new ones"
+                raise _Rejected(f"{more} exceed the model's context of {opened.config.context}")
+        except _Rejected as reason:
+            text = line.decode(errors="backslashreplace")
+            rejected.append({"line": number, "reason": str(reason), "text": text})
+            continue
+        places[key] = number
+        items.append(_Item(record, len(prompt)))
+    return items, rejected
+
+
+def _record(line: bytes, number: int) -> dict[str, Any]:
+    """The record of a line, with an id: the line's number if it has none. Raises _Rejected."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise _Rejected(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise _Rejected("not a JSON object")
+    if not is_utf8(json.dumps(record, ensure_ascii=False)):
+        raise _Rejected("half of a character (a lone surrogate) is in it, which no UTF-8 file can hold")
+    if not isinstance(record.setdefault("id", number), str | int) or isinstance(record["id"], bool):
+        raise _Rejected("its id is neither a text nor a whole number")
+    asks = [name for name in ASKS if name in record]
+    if len(asks) != 1:
+        raise _Rejected(f"it needs one of {', '.join(ASKS)}, and has {' and '.join(asks) or 'none'}")
+    asked = record[asks[0]]
+    if asks[0] == "messages":
+        if not _are_messages(asked):
+            raise _Rejected("messages must be a list of {'role': text, 'content': text}")
+        if asked[-1]["role"] == "assistant":
+            raise _Rejected("the last message is an answer already")
+    elif not isinstance(asked, str) or not asked.strip():
+        raise _Rejected(f"its {asks[0]} is no text, or empty")
+    return record
+
+
+def _are_messages(value: Any) -> bool:
+    def is_message(one: Any) -> bool:
+        return isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+def _beside(target: Path, name: str) -> Path:
+    return target.with_name(f"{target.name.removesuffix('.jsonl')}.{name}")
+
+
+@contextmanager
+def _opened(target: Path) -> Iterator[BinaryIO]:
+    """The target, to be appended to by this process alone."""
+    with target.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{target}: another process is writing it; wait for it or stop it") from None
+        yield file
+
+
+def _settings(model: str, options: GenerateOptions) -> dict[str, Any]:
+    return {
+        "path": model if "://" in model else str(Path(model).resolve()),
+        "base": options.base,
+        "max_new_tokens": options.max_new_tokens,
+        **asdict(options.sampling),
+    }
+
+
+def _require_settings(target: Path, wanted: Mapping[str, Any]) -> None:
+    """Keep the settings beside the target. Raises UserError if its answers were made with others."""
+    path = _beside(target, "settings.json")
+    if path.exists():
+        known = read_json(path)
+        other = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+        if other and target.stat().st_size:
+            changes = ", ".join(f"{name} was {known.get(name)!r} and is {wanted.get(name)!r}" for name in other)
+            raise UserError(f"{target} has answers of other settings ({changes}); use these, or name another file")
+    elif target.stat().st_size:
+        raise UserError(f"{target} exists, and {path.name}, which says how it was made, does not; name another file")
+    write_json(path, dict(wanted))
+
+
+def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
+    if rejected:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _done(target: Path, file: BinaryIO, items: Mapping[str, _Item]) -> set[str]:
+    """The ids of the answers in the target. A line that a killed process did not finish is cut off.
+
+    Raises UserError for a line that is no answer to one of the items; the file is then left as it is.
+    """
+    file.seek(0)
+    data = file.read()
+    lines = data.split(b"\n")[:-1]
+    done: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            key = json.dumps(row["id"])
+            asked = items[key].record
+            right = key not in done and all(row.get(name) == asked[name] for name in asked if name not in ADDED)
+        except (ValueError, TypeError, KeyError):
+            right = False
+        if not right:
+            raise UserError(
+                f"{target}:{number} answers no record of the input, or one that another line answers; correct the "
+                "line, or name another file"
+            )
+        done.add(key)
+    size = sum(len(line) + 1 for line in lines)
+    if size < len(data):
+        os.truncate(target, size)
+    return done
