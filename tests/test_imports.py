@@ -200,7 +200,7 @@ DOORS = {
         "transllm_jax.stages.new_rows",
         "transllm_jax.stages.models",
         "transllm_jax.stages.training",
-        "transllm_jax.commands.chat",
+        "transllm_jax.commands.open_chat",
         "transllm_jax.commands.dry_run",
         "transllm_jax.cli.main",
         "transllm_jax.cli.devices",
