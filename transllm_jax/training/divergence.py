@@ -5,8 +5,6 @@ The teacher's distribution has no new tokens, so probability that the trained mo
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +12,12 @@ from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.vocabulary import Padding
 from transllm_jax.training.logits import (
     ChunkLoss,
-    Gradients,
     Options,
     Tables,
     log_probs,
     new_rows_of,
-    on_all_devices,
+    objective,
     options_of,
-    rounded,
-    scaled,
-    with_gradients,
-    without_gradients,
 )
 
 
@@ -54,45 +47,10 @@ def divergence(
         weights.shape, chunk, train_base=train_base, train_new=train_new, padding=padding, z_loss=0.0, layout=layout
     )
     original = None if original is None else jax.lax.stop_gradient(original)
-    total, losses = _divergence(hidden, base, new, original, jax.lax.stop_gradient(teacher), weights, options)
+    total, losses = objective(
+        hidden, Tables(base, new, original), jax.lax.stop_gradient(teacher), weights, _of_chunk, options
+    )
     return total, jax.lax.stop_gradient(losses)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _divergence(
-    hidden: jax.Array,
-    base: jax.Array,
-    new: jax.Array | None,
-    original: jax.Array | None,
-    teacher: jax.Array,
-    weights: jax.Array,
-    options: Options,
-) -> tuple[jax.Array, jax.Array]:
-    local = partial(without_gradients, _of_chunk)
-    return on_all_devices(local, hidden, Tables(base, new, original), teacher, weights, options)[0]
-
-
-def _forward(
-    hidden: jax.Array,
-    base: jax.Array,
-    new: jax.Array | None,
-    original: jax.Array | None,
-    teacher: jax.Array,
-    weights: jax.Array,
-    options: Options,
-) -> tuple[tuple[jax.Array, jax.Array], Gradients]:
-    tables, local = Tables(base, new, original), partial(with_gradients, _of_chunk)
-    result, gradients = on_all_devices(local, hidden, tables, teacher, weights, options)
-    return result, rounded(gradients, tables)
-
-
-def _backward(
-    options: Options, gradients: Gradients, g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None, None, None, None]:
-    return (*scaled(gradients, g[0]), None, None, None)
-
-
-_divergence.defvjp(_forward, _backward)
 
 
 def _of_chunk(

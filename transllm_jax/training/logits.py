@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -252,16 +253,34 @@ def _row_gradients(of_logits: jax.Array, h: jax.Array) -> jax.Array:
     return jnp.einsum("CV,CD->VD", of_logits, h, preferred_element_type=jnp.float32)
 
 
-def rounded(gradients: Gradients, tables: Tables) -> Gradients:
-    """The gradients in the dtype of their tables: rounded once, after the sum over devices."""
-    d_hidden, d_base, d_new = gradients
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def objective(
+    hidden: jax.Array, tables: Tables, targets: jax.Array, weights: jax.Array, of_chunk: OfChunk, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of a loss over all tokens, a float32 scalar, and each token's part, [...].
+
+    hidden [..., D], targets [...] or [..., D], weights [...]; of_chunk: the loss. Differentiable with respect to
+    `hidden`, and to the base and new rows if `options` say that they train.
+    """
+    return on_all_devices(partial(without_gradients, of_chunk), hidden, tables, targets, weights, options)[0]
+
+
+def _forward(
+    hidden: jax.Array, tables: Tables, targets: jax.Array, weights: jax.Array, of_chunk: OfChunk, options: Options
+) -> tuple[tuple[jax.Array, jax.Array], Gradients]:
+    local = partial(with_gradients, of_chunk)
+    result, (d_hidden, d_base, d_new) = on_all_devices(local, hidden, tables, targets, weights, options)
+    # Rounded once, after the sum over devices.
     d_base = None if d_base is None else d_base.astype(tables.base.dtype)
     d_new = None if d_new is None or tables.new is None else d_new.astype(tables.new.dtype)
-    return d_hidden, d_base, d_new
+    return result, (d_hidden, d_base, d_new)
 
 
-def scaled(gradients: Gradients, factor: jax.Array) -> Gradients:
-    """The gradients times a scalar, in their own dtypes."""
-    d_hidden, d_base, d_new = (None if d is None else d * factor.astype(d.dtype) for d in gradients)
-    assert d_hidden is not None
-    return d_hidden, d_base, d_new
+def _backward(
+    of_chunk: OfChunk, options: Options, gradients: Gradients, g: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, tuple[jax.Array | None, ...], None, None]:
+    d_hidden, d_base, d_new = (None if d is None else d * g[0].astype(d.dtype) for d in gradients)
+    return d_hidden, Tables(d_base, d_new, None), None, None  # type: ignore[arg-type]
+
+
+objective.defvjp(_forward, _backward)

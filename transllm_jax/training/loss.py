@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -11,18 +9,13 @@ from transllm_jax.model.layout import SINGLE, Layout
 from transllm_jax.model.vocabulary import Padding
 from transllm_jax.training.logits import (
     ChunkLoss,
-    Gradients,
     LogProbs,
     Options,
     Tables,
     log_probs,
     new_rows_of,
-    on_all_devices,
+    objective,
     options_of,
-    rounded,
-    scaled,
-    with_gradients,
-    without_gradients,
 )
 
 
@@ -56,43 +49,8 @@ def cross_entropy(
     options = options_of(
         labels.shape, chunk, train_base=train_base, train_new=train_new, padding=padding, z_loss=z_loss, layout=layout
     )
-    total, losses = _cross_entropy(hidden, base, new, labels, weights, options)
+    total, losses = objective(hidden, Tables(base, new), labels, weights, _of_chunk, options)
     return total, jax.lax.stop_gradient(losses)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _cross_entropy(
-    hidden: jax.Array,
-    base: jax.Array,
-    new: jax.Array | None,
-    labels: jax.Array,
-    weights: jax.Array,
-    options: Options,
-) -> tuple[jax.Array, jax.Array]:
-    local = partial(without_gradients, _of_chunk)
-    return on_all_devices(local, hidden, Tables(base, new), labels, weights, options)[0]
-
-
-def _forward(
-    hidden: jax.Array,
-    base: jax.Array,
-    new: jax.Array | None,
-    labels: jax.Array,
-    weights: jax.Array,
-    options: Options,
-) -> tuple[tuple[jax.Array, jax.Array], Gradients]:
-    tables, local = Tables(base, new), partial(with_gradients, _of_chunk)
-    result, gradients = on_all_devices(local, hidden, tables, labels, weights, options)
-    return result, rounded(gradients, tables)
-
-
-def _backward(
-    options: Options, gradients: Gradients, g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None, None, None]:
-    return (*scaled(gradients, g[0]), None, None)
-
-
-_cross_entropy.defvjp(_forward, _backward)
 
 
 def _of_chunk(
@@ -100,9 +58,9 @@ def _of_chunk(
 ) -> ChunkLoss:
     logp = log_probs(h, tables.base, new_rows_of(tables), options.padding)
     losses = -_chosen(logp, label)
-    objective = losses + options.z_loss * logp.log_z**2 if options.z_loss else losses
+    minimised = losses + options.z_loss * logp.log_z**2 if options.z_loss else losses
     found = _logit_gradients(logp, label, weight, options) if gradients else None
-    return jnp.sum(objective * weight), losses * weight, found
+    return jnp.sum(minimised * weight), losses * weight, found
 
 
 def _chosen(logp: LogProbs, label: jax.Array) -> jax.Array:
