@@ -19,7 +19,7 @@ from scripted import WHOLE_CHAIN, chain_tokenizer
 
 from transllm_jax.commands.generate import GenerateOptions, _answered, generate
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.generation.engine import Result
+from transllm_jax.generation.engine import Engine, Result
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -71,6 +71,31 @@ def test_each_record_comes_back_with_its_answer(tiny_model: Path, tmp_path: Path
     # Done: a second run changes nothing.
     before = target.read_bytes()
     assert answer(tiny_model, source, target) == 0 and target.read_bytes() == before
+
+
+def test_a_command_that_goes_on_has_the_slots_of_the_whole_file(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With others, answers might be rounded differently."""
+    engines: list[Engine] = []
+    run = Engine.run
+
+    def kept(engine: Engine, *given: Any, **options: Any) -> Any:
+        engines.append(engine)
+        return run(engine, *given, **options)
+
+    monkeypatch.setattr(Engine, "run", kept)
+    source, target = write(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl"
+    options = GenerateOptions(6, batch_size=32)
+    answer(tiny_model, source, target, options)
+    lines = target.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    target.write_bytes(lines[0])
+    answer(tiny_model, source, target, options)
+    assert sorted(target.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    for engine in engines:
+        assert [" 4 rows," in name for name in engine.programs if "burst" in name] == [True]
+    assert len(engines) == 2
 
 
 def test_a_chain_comes_with_its_parts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine's slots: an answer depends on its request alone, to the bit, and nothing compiles after warm-up."""
+"""The engine's slots: an answer depends on its request and their number, to the bit; nothing compiles after warm-up."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def results(engine: Engine, requests: Sequence[Request], **options: Any) -> list[Result]:
-    """The answers in the order of the requests."""
-    found = dict(engine.run(requests, **options))
+    """The answers in the order of the requests, in all slots of the engine, however few they are."""
+    found = dict(engine.run(requests, **{"at_once": engine.batch_size, **options}))
     return [found[number] for number in range(len(requests))]
 
 
@@ -102,6 +102,45 @@ def test_engines_of_other_sizes_give_the_same_ids(split: Split, alone: list[Resu
     for found, wanted in zip(other, alone, strict=False):
         assert found.ids == wanted.ids and found.logprobs is not None and wanted.logprobs is not None
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def rows_of(engine: Engine) -> dict[str, set[int]]:
+    """The numbers of rows of the programs that were used, by what they do."""
+    found: dict[str, set[int]] = {}
+    for name in engine.programs:
+        what, rows = re.fullmatch(r"(.*?), the .*?, (\d+) rows, .*", name).groups()  # type: ignore[union-attr]
+        found.setdefault(what.split()[1], set()).add(int(rows))
+    return found
+
+
+def test_few_prompts_get_few_rows(split: Split) -> None:
+    """The least power of two; the answers are those of an engine that has no more, to the bit."""
+    many = [Request(prompt(5 + number, number), 20, scored=True) for number in range(9)]
+    sizes: dict[int, int] = {1: 1, 3: 4, 5: 6, 9: 6}
+    for count, rows in sizes.items():
+        engine = Engine(split, CONFIG, batch_size=6)
+        found = dict(engine.run(many[:count]))
+        assert rows_of(engine) == {"piece": {1}, "admission": {rows}, "burst": {rows}}
+        other = Engine(split, CONFIG, batch_size=rows)
+        assert found == dict(other.run(iter(many[:count]), longest=34)) and rows_of(other) == rows_of(engine)
+    engine = Engine(split, CONFIG, batch_size=32)
+    prompts = [one.prompt for one in many[:3]]
+    options: Any = {"max_new_tokens": 20, "stop": []}
+    answers = engine.generate(prompts, **options)
+    assert rows_of(engine)["burst"] == {4} and answers == Engine(split, CONFIG, batch_size=4).generate(
+        prompts, **options
+    )
+    *_, streamed = engine.stream(prompts[0], **options)
+    assert rows_of(engine)["burst"] == {1, 4} and streamed == engine.generate(prompts[:1], **options)[0]
+    assert rows_of(engine)["burst"] == {1, 4}
+
+
+def test_the_rest_of_a_work_is_answered_as_in_the_whole(engine: Engine) -> None:
+    """To the bit, if the run is told how many requests there were."""
+    many = [Request(prompt(5 + number, number), 20, scored=True) for number in range(SLOTS + 2)]
+    whole = dict(engine.run(many))
+    rest = dict(engine.run(many[-1:], at_once=len(many)))
+    assert rest == {0: whole[len(many) - 1]}
 
 
 def test_a_finished_answers_slot_takes_the_next_prompt_at_once(engine: Engine) -> None:
@@ -242,14 +281,18 @@ def test_nothing_compiles_after_warm_up(split: Split, batch_size: int) -> None:
     config = replace(CONFIG, max_position_embeddings=500 + batch_size)
     own = assemble(config, split.frozen)
     engine = Engine(own, config, batch_size=batch_size)
+    sizes = {1, 2, batch_size} if batch_size > 1 else {1}
     with compilations() as names:
-        engine.warm_up(ROOM, mode=WHOLE)
+        for at_once in sizes:
+            engine.warm_up(ROOM, mode=WHOLE, at_once=at_once)
     assert names, "compilations are seen"
     programs = set(engine.programs)
-    assert len(programs) == len(PIECES) + 2
+    assert len(programs) == len(PIECES) + 2 * len(sizes) and rows_of(engine)["burst"] == sizes
     with compilations() as names:
         for requests in (REQUESTS, REQUESTS[:1], [replace(one, stop=[1, 2, 3], scored=False) for one in REQUESTS]):
             results(engine, requests)
+        list(engine.run(iter(REQUESTS), longest=ROOM))
+        engine.warm_up(ROOM)
         engine.generate([prompt(3), prompt(200)], max_new_tokens=9, stop=[4])
         list(engine.stream(prompt(99), max_new_tokens=33, stop=[]))
     assert not names and engine.programs == programs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from conftest import copy_run, tiny_run
 
 from transllm_jax.config import load_config
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.generation.engine import Engine
+from transllm_jax.generation import translate
+from transllm_jax.generation.engine import Engine, Request
 from transllm_jax.generation.pieces import cut, join
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.hosts.runtime import Peers
@@ -27,6 +28,19 @@ from transllm_jax.storage import Workdir
 ANSWERS, TRANSLATIONS, CHAINS = "answers.jsonl", "translations.jsonl", "chains.jsonl"
 FILES = (ANSWERS, TRANSLATIONS, CHAINS)
 LIMIT, BATCH = 10, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uneven() -> Iterator[None]:
+    """Answers of many lengths, which are done in another order than they begin. The tiny model's own are all alike."""
+
+    def request(prompt: Sequence[int], room: int, stop: Sequence[int]) -> Request:
+        return Request(prompt, 1 + sum(prompt) % room, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recover, "Request", request)
+        patch.setattr(translate, "Request", request)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +62,34 @@ def translated(config: Path) -> Path:
 
 
 class Asked:
-    """Counts the batches that engines are asked for, and stops the run within one of them."""
+    """Counts what engines are asked in each of their runs, and their answers; stops the run at one of these."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[int] = []
-        self.stop_at: int | None = None
-        self.interrupt = Interrupt()
-        whole = Engine.generate
+        self.anew()
+        whole = Engine.run
 
-        def generate(engine: Engine, prompts: Any, **given: Any) -> Any:
-            self.batches.append(len(prompts))
-            if len(self.batches) == self.stop_at:
-                self.interrupt.requested = True
-            return whole(engine, prompts, **given)
+        def run(engine: Engine, requests: Iterable[Request], **given: Any) -> Any:
+            self.runs.append(0)
 
-        monkeypatch.setattr(Engine, "generate", generate)
+            def counted() -> Iterator[Request]:
+                for request in requests:
+                    self.runs[-1] += 1
+                    yield request
+
+            for found in whole(engine, counted(), **given):
+                self.answered += 1
+                if self.answered == self.stop_at:
+                    self.interrupt.requested = True
+                yield found
+            self.bursts |= {name for name in engine.programs if "burst" in name}
+
+        monkeypatch.setattr(Engine, "run", run)
 
     def anew(self, stop_at: int | None = None) -> None:
         """Begin to count again."""
-        self.batches, self.stop_at, self.interrupt = [], stop_at, Interrupt()
+        self.runs: list[int] = []
+        self.bursts: set[str] = set()
+        self.answered, self.stop_at, self.interrupt = 0, stop_at, Interrupt()
 
 
 @pytest.fixture
@@ -126,31 +149,64 @@ def test_the_translations_are_kept_with_what_they_are_of(undisturbed: dict[str, 
         assert translation("answers", chain["answer_en"]) == chain["answer"]
 
 
-def test_stopped_within_any_batch_it_ends_as_one_that_was_not(
+def test_stopped_at_any_answer_it_ends_as_one_that_was_not(
     run_recover: Callable[[], Path], undisturbed: dict[str, bytes], asked: Asked
 ) -> None:
     asked.anew()
     directory = run_recover()
-    wanted = list(asked.batches)
-    assert contents(directory) == undisturbed and len(wanted) == 8
+    total = {"answers": LIMIT, "translations": len(undisturbed[TRANSLATIONS].splitlines())}
+    # All in one run each, so that a slot never waits for the answers in the others.
+    assert contents(directory) == undisturbed and asked.runs == list(total.values())
     shutil.rmtree(directory)
-    batches: list[int] = []
-    said = []
-    for _ in range(20):
-        asked.anew(stop_at=1)
+    directory.mkdir()
+
+    def done() -> dict[str, int]:
+        """The rows in the files, which hold the beginnings of the undisturbed ones."""
+        found = {}
+        for what, name in (("answers", ANSWERS), ("translations", TRANSLATIONS)):
+            data = (directory / name).read_bytes() if (directory / name).exists() else b""
+            assert undisturbed[name].startswith(data) and data[-1:] in (b"", b"\n")
+            found[what] = data.count(b"\n")
+        return found
+
+    stops: list[tuple[str, int]] = []
+    for stop_at in range(1, sum(total.values())):
+        missing = [total[what] - count for what, count in done().items() if count < total[what]]
+        asked.anew(stop_at)
         try:
             run_recover()
             break
         except Preempted as stopped:
-            said.append(str(stopped))
-        finally:
-            batches += asked.batches
-    # Each process did one batch, and nothing was asked twice.
-    assert batches == wanted and len(said) == 8
-    rows = len(undisturbed[TRANSLATIONS].splitlines())
-    assert said[0] == f"recover: 4 of {LIMIT} answers: stopped, what is done is saved"
-    assert said[3] == f"recover: 4 of {rows} translations: stopped, what is done is saved"
-    assert contents(directory) == undisturbed
+            what = "translations" if done()["translations"] or "translations" in str(stopped) else "answers"
+            stops.append((what, done()[what]))
+            assert str(stopped) == f"recover: {stops[-1][1]} of {total[what]} {what}: stopped, what is done is saved"
+        # What is in the files is not asked again.
+        assert all(count <= left for count, left in zip(asked.runs, missing, strict=False))
+    assert asked.runs == missing and contents(directory) == undisturbed
+    # Also between two places that are multiples of the number of slots.
+    for what in total:
+        assert any(count % BATCH for kind, count in stops if kind == what)
+
+
+def test_a_slot_takes_the_next_instruction_when_its_answer_is_done(
+    config: Path, translated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of ten answers are long. In four slots they overlap; batch by batch, one would begin after the other."""
+    long, limits = 33, [33 if number % BATCH == 0 else 2 for number in range(LIMIT)]
+    steps: list[int] = []
+    whole, left = Engine._burst, iter(limits)
+
+    def burst(engine: Engine, device: Any, slots: Any, **given: Any) -> None:
+        whole(engine, device, slots, **given)
+        steps.append(max(row.new for row in slots if row is not None))
+
+    monkeypatch.setattr(Engine, "_burst", burst)
+    monkeypatch.setattr(recover, "Request", lambda prompt, room, stop: Request(prompt, next(left), ()))
+    settings = load_config(config, [f"recover.max_new_tokens={long}"])
+    run = Run(settings, translated, Progress(quiet=True), Interrupt())
+    rows = recover._answer(run, tmp_path / ANSWERS, [f"Say {number}." for number in range(LIMIT)])
+    assert [row["instruction"] for row in rows] == [f"Say {number}." for number in range(LIMIT)]
+    assert next(left, None) is None and long - 1 <= sum(steps) < 2 * long
 
 
 def cuts(data: bytes) -> Iterator[int]:
@@ -181,18 +237,24 @@ def test_cut_off_at_any_byte_it_ends_as_one_that_was_not(
         with opened(directory / name, "rb+") as file:
             file.truncate(0)
             file.write(data[:size])
-        asked.anew(stop_at=1)
-        whole = data[:size].count(b"\n")
-        kept = whole if whole == len(lines) else whole // BATCH * BATCH
+        asked.anew(stop_at=BATCH)
+        kept = data[:size].count(b"\n")
         if kept < len(lines):
-            with pytest.raises(Preempted):
+            try:
                 run_recover()
-            # What there was stands, and the batch that follows it.
-            assert (directory / name).read_bytes() == b"".join(lines[: kept + BATCH])
+            except Preempted:
+                assert asked.answered >= BATCH
+            else:
+                assert len(lines) - kept < BATCH
+            # What there was stands, and what was done since follows it.
+            before, kept = kept, (directory / name).read_bytes().count(b"\n")
+            assert (directory / name).read_bytes() == b"".join(lines[:kept]) and kept >= before
         asked.anew()
         run_recover()
         assert contents(directory) == undisturbed
-        assert len(asked.batches) == max(0, -(-(len(lines) - kept) // BATCH) - 1)
+        assert asked.runs == ([len(lines) - kept] if kept < len(lines) else [])
+        # The number of slots is that of the whole file, however little is left.
+        assert all(f" {BATCH} rows," in name for name in asked.bursts) and len(asked.bursts) == len(asked.runs)
 
 
 @pytest.mark.parametrize("name", [ANSWERS, TRANSLATIONS])
@@ -215,20 +277,30 @@ def test_a_row_that_does_not_belong_there_is_named_and_nothing_is_lost(
 
 def test_of_several_processes_one_writes_and_all_stop(config: Path, translated: Path, tmp_path: Path) -> None:
     class Other(Peers):
-        """A process that is not the primary; another one is asked to stop when it has asked `stop_at` times."""
+        """One of two processes; the other one is asked to stop when this one has asked `stop_at` times."""
 
-        def __init__(self, stop_at: int) -> None:
+        def __init__(self, stop_at: int, number: int = 1) -> None:
             super().__init__()
-            self.number, self.left = 1, stop_at
+            self.number, self.left = number, stop_at
 
         def any(self, flag: bool) -> bool:
             assert not flag
             self.left -= 1
             return self.left == 0
 
-    run = Run(load_config(config), Site(Workdir(translated), Other(2)), Progress(quiet=True), Interrupt())
-    with pytest.raises(Preempted, match=rf"8 of {LIMIT} answers"):
-        recover.run_stage(run, tmp_path)
+    said = []
+    written = tmp_path / "primary"
+    written.mkdir()
+    for number, directory in enumerate((written, tmp_path)):
+        run = Run(load_config(config), Site(Workdir(translated), Other(4, number)), Progress(quiet=True), Interrupt())
+        with pytest.raises(Preempted) as stopped:
+            recover.run_stage(run, directory)
+        said.append(str(stopped.value))
+    # Both have the same rows when they ask for the fourth time, and the primary has them in its file.
+    rows = (written / ANSWERS).read_bytes().count(b"\n")
+    assert 0 < rows < LIMIT
+    assert said == [f"recover: {rows} of {LIMIT} answers: stopped, what is done is saved"] * 2
+    shutil.rmtree(written)
     assert not list(tmp_path.iterdir())
     with pytest.raises(Preempted, match="evaluation/translate: 0 of 5 parts"):
         evaluate.run_evaluation(
@@ -261,24 +333,24 @@ def evaluated(config: Path, workdir: Path, interrupt: Interrupt, *changes: str) 
     pipeline.run_pipeline(settings, workdir, Progress(quiet=True), interrupt, until="base")
 
 
-def test_an_evaluation_stops_between_batches_and_goes_on(
+def test_an_evaluation_stops_between_answers_and_goes_on(
     config: Path, translated: Path, tmp_path: Path, asked: Asked
 ) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(translated / "base", workdir / "base")
     asked.anew()
     evaluated(config, workdir, asked.interrupt)
-    # Of the answers, of both translations and of the conversations, two each.
-    assert asked.batches == [2, 1] * 4
+    # The answers, both translations and the conversations, in two slots.
+    assert asked.runs == [3] * 4
     place, original = workdir / "evaluation" / "base", workdir / "evaluation" / evaluate.ORIGINAL
     wanted = (place / "results.json").read_bytes(), original.read_bytes()
     shutil.rmtree(workdir / "evaluation")
     stopped = []
-    for stop_at in (1, 2, 2, 1, 2, 2):
+    for stop_at in (1, 3, 3, 1, 3, 3):
         asked.anew(stop_at)
         with pytest.raises(Preempted) as raised:
             evaluated(config, workdir, asked.interrupt)
-        assert len(asked.batches) == stop_at
+        assert len(asked.runs) == 1 and (asked.answered == 3 if stop_at == 3 else asked.answered < 3)
         stopped.append(str(raised.value))
         assert json.loads((place / "manifest.json").read_text(encoding="utf-8"))["state"] == "running"
     said = "evaluation/base: {} of 5 parts: stopped, what is done is saved"
@@ -289,7 +361,7 @@ def test_an_evaluation_stops_between_batches_and_goes_on(
     assert not (place / evaluate.SO_FAR).exists()
     # An evaluation that is not done is begun anew with another config, of which nothing that was found is used.
     shutil.rmtree(place)
-    asked.anew(stop_at=4)
+    asked.anew(stop_at=6)
     with pytest.raises(Preempted):
         evaluated(config, workdir, asked.interrupt)
     asked.anew()

@@ -68,6 +68,10 @@ class Model:
         default: Callable[[str], str | None] = thai if direction == "to_target" else lambda text: back.get(text, "No.")
         return [Made(self.given.get(text, default(text)), text not in self.cut_off) for text in texts]
 
+    def each(self, texts: Sequence[str], direction: Direction, first: int) -> list[tuple[int, Made]]:
+        """From the last to the first: an engine is done in any order."""
+        return list(enumerate(self.make(texts[first:], direction), first))[::-1]
+
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
@@ -184,6 +188,36 @@ def test_when_no_chain_is_left_the_reasons_are_said(go: Any, model: Model) -> No
     said = "answers left out: 1 cut off, 1 repetitive; translations rejected: 3 empty; see .*dropped.jsonl"
     with pytest.raises(UserError, match=rf"no chain is left of 5 instructions; {said}"):
         go()
+
+
+def test_a_seq2seq_model_gets_the_same_batches_wherever_it_goes_on(
+    translated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its translations depend on the batch; batches of an older version, or a part of one, are in the file."""
+    asked: list[list[str]] = []
+
+    class Seq2seq:
+        def make(self, texts: Sequence[str], direction: Direction) -> list[Made]:
+            asked.append(list(texts))
+            return [Made(f"{text} with {' '.join(texts)}", True) for text in texts]
+
+    monkeypatch.setattr(translations, "Seq2seqTranslator", lambda *given, **options: Seq2seq())
+    config = load_config(translated)
+    run = Run(config, Path(config.workdir), Progress(quiet=True), Interrupt())
+    known = [{"of": "answers", "source": "abcdefgh"[number]} for number in range(8)]
+    path = tmp_path / "translations.seq2seq.jsonl"
+
+    def rows() -> list[dict[str, Any]]:
+        del asked[:]
+        return translations._Worker(run, "seq2seq", config.recover).rows(path, "to_target", known, "translations")
+
+    whole = rows()
+    data = path.read_bytes()
+    assert asked == [["a", "b", "c"], ["d", "e", "f"], ["g", "h"]] and len(whole) == 8
+    for kept in range(8):
+        path.write_bytes(b"".join(data.splitlines(keepends=True)[:kept]) + b'{"of": "ans')
+        assert rows() == whole and path.read_bytes() == data
+        assert len(asked) == 3 - kept // 3
 
 
 def test_with_other_checks_it_goes_on_from_what_is_translated(go: Any, model: Model) -> None:

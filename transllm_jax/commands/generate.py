@@ -114,12 +114,13 @@ def _answer(
         tokens += more
         bar.update(done, speed())
 
-    engine = Engine(opened.split, opened.config, batch_size=min(options.batch_size, len(waiting)))
+    engine = Engine(opened.split, opened.config, batch_size=options.batch_size)
     longest = max(item.tokens for item in waiting) + options.max_new_tokens
     with progress.task("answers", total=total, done=done, unit="answer") as bar:
         between = lambda: interrupt.check(f"generate: {done} of {total} answers")  # noqa: E731
         stops = len(end_ids(opened.tokenizer))
-        answers = engine.run(requests(), longest=longest, stops=stops, on_tokens=count, between=between)
+        # The slots of all answers, so that those of a resumed run are rounded as in an undisturbed one.
+        answers = engine.run(requests(), longest=longest, stops=stops, at_once=total, on_tokens=count, between=between)
         for number, result in answers:
             line = json.dumps(_answered(opened, waiting[number].record, result), ensure_ascii=False)
             # One call, so that a killed process leaves whole lines and at most a part of the last one.

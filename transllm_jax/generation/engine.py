@@ -2,7 +2,8 @@
 
 What holds of an answer, to the bit: it depends on its request and on the number of slots, and on nothing else. Each
 piece of a prompt, and each token of an answer, is computed by a program of one shape, whose rows do not affect each
-other. Another number of slots is another program, whose sums may be taken in another order.
+other. Another number of slots is another program, whose sums may be taken in another order. Few requests get few slots
+(see `Engine`); work that is done in parts says how many there are of all (`at_once`), and so keeps to one number.
 """
 
 from __future__ import annotations
@@ -53,32 +54,34 @@ def padded_batch_size(size: int, layout: Layout) -> int:
 
 
 class _Device:
-    """What the engine has on the devices while it works, for one mode and size of cache.
+    """What the engine has on the devices while it works, for one mode, number of slots and size of cache.
 
     read: the ids of the whole pieces that each row of the desk has in its cache. A prompt that begins with them is read
     from there on: a prefix that prompts share is computed once.
     """
 
-    def __init__(self, engine: Engine, mode: Mode, size: int, stops: int) -> None:
-        self.mode, self.size, self.stops = mode, size, stops
+    def __init__(self, engine: Engine, mode: Mode, rows: int, size: int, stops: int) -> None:
+        self.mode, self.rows, self.size, self.stops = mode, rows, size, stops
+        self.desk_rows = min(engine.desk_rows, rows)
         split = engine.split
         options: dict[str, Any] = {"structure": split.structure, "size": size}
         arrays = split.trainable, split.frozen
-        self.desk: Desk = empty_desk(*arrays, rows=engine.desk_rows, **options)
-        self.slots: Slots = empty_slots(*arrays, rows=engine.batch_size, mode=mode, stops=stops, **options)
-        self.read: list[list[int]] = [[] for _ in range(engine.desk_rows)]
+        self.desk: Desk = empty_desk(*arrays, rows=self.desk_rows, **options)
+        self.slots: Slots = empty_slots(*arrays, rows=rows, mode=mode, stops=stops, **options)
+        self.read: list[list[int]] = [[] for _ in range(self.desk_rows)]
 
-    def serves(self, mode: Mode, size: int, stops: int) -> bool:
-        """Whether it has room for texts of a size and for so many stop tokens, in a mode."""
-        return self.mode == mode and self.size >= size and self.stops >= stops
+    def serves(self, mode: Mode, rows: int, size: int, stops: int) -> bool:
+        """Whether it has so many slots, and room for texts of a size and for so many stop tokens, in a mode."""
+        return self.mode == mode and self.rows == rows and self.size >= size and self.stops >= stops
 
 
 class Engine:
     """Generates with one model. Prompts and answers are token ids; ids without a token are never chosen.
 
-    batch_size: the number of slots, rounded up so that the mesh divides it. It is the number of rows of each step, even
-    if there are fewer prompts. cache_size: the least size of the cache, in tokens of a row; it grows by doubling, and
-    each size needs its own programs. decode: ids to text, for stop strings.
+    batch_size: the most slots, which are the rows of each step. A run over fewer requests has the smallest power of two
+    that holds them: few numbers, since each needs its own programs. Every number is rounded up so that the mesh divides
+    it. cache_size: the least size of the cache, in tokens of a row; it grows by doubling, and each size needs its own
+    programs. decode: ids to text, for stop strings.
     """
 
     def __init__(
@@ -95,8 +98,9 @@ class Engine:
         layout = model.layout
         self.batch_size = padded_batch_size(batch_size, layout)
         self.cache_size = min(cache_size, config.context)
-        parts = layout.batch_parts
-        self.desk_rows = parts if layout.platform == "cpu" else min(AT_DESK * parts, self.batch_size)
+        self._layout = layout
+        # The most prompts that are read at once.
+        self.desk_rows = layout.batch_parts * (1 if layout.platform == "cpu" else AT_DESK)
         # The names of the programs that were used; each is compiled once.
         self.programs: set[str] = set()
         self._decode = decode
@@ -119,7 +123,8 @@ class Engine:
     ) -> list[list[int]]:
         """Answers in the order of the prompts, each without its stop token.
 
-        `on_tokens` and `between` are as in `run`. Prompts that are alike are sampled differently.
+        An answer depends on its prompt, and on the number of slots that so many prompts get (see `Engine`). `on_tokens`
+        and `between` are as in `run`. Prompts that are alike are sampled differently.
         Raises UserError for a prompt that leaves no room in the model's context.
         """
         requests = [
@@ -136,12 +141,14 @@ class Engine:
     ) -> Iterator[list[int]]:
         """Yield the answer to one prompt as it grows: all its tokens so far, after each burst.
 
-        What was read of the prompt is kept: a conversation's next prompt, which begins with it, is read from there on.
+        It is the answer of `generate` to this prompt alone. What was read of the prompt is kept: a conversation's next
+        prompt, which begins with it, is read from there on.
         """
         request = Request(prompt, max_new_tokens, stop, sampling=mode.sampling.for_row(0))
         request.check(self.config.context)
         size = len(prompt) + max_new_tokens
-        for rows in self._rounds(iter([request]), mode, size, len(stop), lambda count: None, lambda: None):
+        device = self._device_for(mode, 1, size, len(stop))
+        for rows in self._rounds(iter([request]), device, lambda count: None, lambda: None):
             yield list(rows[0].ids)
 
     def run(
@@ -151,6 +158,7 @@ class Engine:
         mode: Mode = WHOLE,
         longest: int | None = None,
         stops: int = STOPS,
+        at_once: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
         between: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Result]]:
@@ -158,7 +166,11 @@ class Engine:
 
         Requests are taken from the iterable one at a time, when a slot is free. longest: the most tokens of a prompt
         and its answer together, which decides on the size of the cache, and stops: the most stop tokens; without
-        `longest` all requests are looked at first. `on_tokens` is called with the number of tokens generated since its
+        `longest` all requests are looked at first. at_once: how many requests need slots (see `Engine`); without it
+        their number, or with `longest`, when it is unknown, `batch_size`. A run over the rest of some requests gives
+        the answers of a run over all of them, to the bit, if `at_once` is the number of all.
+
+        `on_tokens` is called with the number of tokens generated since its
         last call (for progress). `between` is called before each burst but the first, and before a slot is taken again;
         it may raise to stop there.
         Raises UserError for a request that the model's context has no room for.
@@ -169,8 +181,10 @@ class Engine:
                 self.check(request)
             longest = max((len(one.prompt) + one.max_new_tokens for one in requests), default=0)
             stops = max((len(one.stop) for one in requests), default=0)
+            at_once = len(requests) if at_once is None else at_once
         if longest:
-            for rows in self._rounds(iter(requests), mode, longest, stops, on_tokens, between):
+            device = self._device_for(mode, at_once, longest, stops)
+            for rows in self._rounds(iter(requests), device, on_tokens, between):
                 yield from ((row.number, row.result()) for row in rows if row.reason is not None)
             # Only a conversation needs what was read; a large cache would be in the way of other work.
             self._device = None
@@ -179,40 +193,41 @@ class Engine:
         """Raise UserError if the model's context has no room for a request."""
         request.check(self.config.context, decodes=self._decode is not None)
 
-    def warm_up(self, longest: int, *, mode: Mode = WHOLE) -> None:
-        """Compile all programs for prompts and answers of together up to `longest` tokens. Nothing compiles later."""
+    def warm_up(self, longest: int, *, mode: Mode = WHOLE, at_once: int | None = None) -> None:
+        """Compile all programs for prompts and answers of together up to `longest` tokens.
+
+        at_once: for a run over so many requests; without it, for `batch_size` slots. Such a run compiles nothing then.
+        """
         self.cache_size = max(self.cache_size, longest)
-        device = self._device_for(mode, longest, STOPS)
+        device = self._device_for(mode, at_once, longest, STOPS)
+        size = device.desk_rows
         for width in PIECES:
-            self._read(device, np.zeros((self.desk_rows, width), np.int32), *np.zeros((3, self.desk_rows), np.int32))
+            self._read(device, np.zeros((size, width), np.int32), *np.zeros((3, size), np.int32))
         self._admit(device, {}, {})
-        self._burst(device, [None] * self.batch_size, hurry=False)
+        self._burst(device, [None] * device.rows, hurry=False)
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def _rounds(
         self,
         requests: Iterator[Request],
-        mode: Mode,
-        longest: int,
-        stops: int,
+        device: _Device,
         on_tokens: Callable[[int], None],
         between: Callable[[], None],
     ) -> Iterator[list[Row]]:
         """Yield the rows that got tokens, after each admission and each burst; one with a reason has left its slot."""
-        device = self._device_for(mode, longest, stops)
         # Donated arrays are gone if a call is interrupted, so nothing is kept but what a whole call left.
         self._device = None
         waiting = enumerate(requests)
         following = next(waiting, None)
-        slots: list[Row | None] = [None] * self.batch_size
+        slots: list[Row | None] = [None] * device.rows
         bursts = 0
         try:
             while following is not None or any(slots):
                 while following is not None and None in slots:
-                    if following[0] >= self.batch_size:
+                    if following[0] >= device.rows:
                         between()
-                    free = [slot for slot, row in enumerate(slots) if row is None][: self.desk_rows]
+                    free = [slot for slot, row in enumerate(slots) if row is None][: device.desk_rows]
                     placed: dict[int, Row] = {}
                     while following is not None and free:
                         self._check_size(following[1], device)
@@ -249,23 +264,29 @@ class Engine:
                 f"a request of {len(request.prompt)} tokens is longer than was announced, or has more stops"
             )
 
-    def _device_for(self, mode: Mode, longest: int, stops: int) -> _Device:
-        mode = replace(mode, sampling=GREEDY)
-        if self._device is None or not self._device.serves(mode, longest, stops):
+    def _device_for(self, mode: Mode, at_once: int | None, longest: int, stops: int) -> _Device:
+        mode, rows = replace(mode, sampling=GREEDY), self._rows(at_once)
+        if self._device is None or not self._device.serves(mode, rows, longest, stops):
             # Freed first, so that two caches are never in memory.
             self._device = None
             size = CHUNK
             while size < max(longest, self.cache_size):
                 size *= 2
             size = min(size, -(-self.config.context // CHUNK) * CHUNK)
-            self._device = _Device(self, mode, size, STOPS if stops <= STOPS else 1 << (stops - 1).bit_length())
+            self._device = _Device(self, mode, rows, size, STOPS if stops <= STOPS else 1 << (stops - 1).bit_length())
         return self._device
+
+    def _rows(self, at_once: int | None) -> int:
+        """The number of slots where so many are wanted."""
+        if at_once is None:
+            return self.batch_size
+        return min(padded_batch_size(1 << max(at_once - 1, 0).bit_length(), self._layout), self.batch_size)
 
     # --- calls of the programs --------------------------------------------------------------------------------------
 
-    def _call(self, device: _Device, name: str, program: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, device: _Device, name: str, rows: int, program: Callable[..., Any], *arguments: Any) -> Any:
         which = "the original" if device.mode.base_only else "the model"
-        self.programs.add(f"{name}, {which}, cache of {device.size}, {device.stops} stops")
+        self.programs.add(f"{name}, {which}, {rows} rows, cache of {device.size}, {device.stops} stops")
         split = self.split
         return program(split.trainable, split.frozen, *arguments, structure=split.structure, mode=device.mode)
 
@@ -278,13 +299,13 @@ class Engine:
         whole = PIECES[-1]
         places: dict[int, int] = {}
         left: dict[int, Sequence[int]] = {}
-        starts, totals = np.zeros((2, self.desk_rows), np.int32)
+        starts, totals = np.zeros((2, device.desk_rows), np.int32)
         for number, row in enumerate(rows):
             prompt = row.request.prompt
             known = prompt[: len(prompt) - 1] if self._shares(prompt) else ()
             shared = {
                 place: _shared(device.read[place], known) // whole * whole
-                for place in range(self.desk_rows)
+                for place in range(device.desk_rows)
                 if place not in left
             }
             place = max(shared, key=lambda place: shared[place])
@@ -294,8 +315,8 @@ class Engine:
         while left:
             # Rows whose next piece has another width wait: a piece's width depends on its prompt alone.
             width = _width(len(next(iter(left.values()))))
-            tokens = np.zeros((self.desk_rows, width), np.int32)
-            counts = np.zeros(self.desk_rows, np.int32)
+            tokens = np.zeros((device.desk_rows, width), np.int32)
+            counts = np.zeros(device.desk_rows, np.int32)
             for place, ids in list(left.items()):
                 if _width(len(ids)) == width:
                     counts[place] = min(len(ids), width)
@@ -314,17 +335,17 @@ class Engine:
 
     def _read(self, device: _Device, tokens: np.ndarray, *rows: np.ndarray) -> None:
         name = f"a piece of {tokens.shape[1]} tokens"
-        device.desk = self._call(device, name, read_piece, device.desk, tokens, *rows)
+        device.desk = self._call(device, name, device.desk_rows, read_piece, device.desk, tokens, *rows)
 
     def _admit(self, device: _Device, placed: Mapping[int, Row], places: Mapping[int, int]) -> None:
         """Give the prompts at the desk their slots, and take the first tokens of their answers.
 
         placed: the rows by slot. places: the row of the desk of each, by its place in `placed`.
         """
-        size, rows = self.desk_rows, list(placed.values())
+        size, rows = device.desk_rows, list(placed.values())
         at = {place: number for number, place in places.items()}
         given = [rows[at[place]].request if place in at else Request((), 0) for place in range(size)]
-        slot = np.full(size, self.batch_size, np.int32)
+        slot = np.full(size, device.rows, np.int32)
         slot[list(at)] = [list(placed)[number] for number in at.values()]
         stops = np.full((size, device.stops), -1, np.int32)
         seen = np.zeros((size, device.slots.seen.shape[1]), bool)
@@ -337,7 +358,7 @@ class Engine:
         limits = np.array([request.max_new_tokens for request in given], np.int32)
         draw = draw_of([request.sampling for request in given], [request.scored for request in given])
         entry: Any = Entry(slot, lengths, limits, stops, seen, draw)  # type: ignore[arg-type]
-        device.slots, made = self._call(device, "an admission", admit, device.slots, device.desk, entry)
+        device.slots, made = self._call(device, "an admission", device.rows, admit, device.slots, device.desk, entry)
         _hand_out(made, {place: rows[number] for number, place in places.items()})
 
     def _burst(self, device: _Device, slots: Sequence[Row | None], *, hurry: bool) -> None:
@@ -346,7 +367,7 @@ class Engine:
             self._layers = unstacked(self.split.merge())
         running = np.array([row is not None for row in slots])
         given = self._layers, device.slots, running, np.bool_(hurry)
-        device.slots, made = self._call(device, f"a burst of {BURST} tokens", burst, *given)
+        device.slots, made = self._call(device, f"a burst of {BURST} tokens", device.rows, burst, *given)
         _hand_out(made, {slot: row for slot, row in enumerate(slots) if row is not None})
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.errors import UserError
-from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.engine import Engine, Request
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -81,18 +81,44 @@ class ModelTranslator:
         """Greedy translations, each with whether the model ended it."""
         if not texts:
             return []
-        tokenizer, markers = self._tokenizer, self._markers
-        prompts = [translation_prompt(tokenizer, markers, text, direction) for text in texts]
-        ends = {tokenizer.document_end_id, *end_ids(tokenizer)}
-        ends |= {token for marker in markers.in_order() if (token := tokenizer.token_id(marker)) is not None}
         answers = self._engine.generate(
-            prompts,
+            [self._prompt(text, direction) for text in texts],
             max_new_tokens=self._max_new_tokens,
-            stop=sorted(ends),
+            stop=self._ends(),
             on_tokens=self._on_tokens,
             between=self._between,
         )
-        return [
-            Made(tokenizer.decode(ids, skip_special_tokens=True).strip() or None, len(ids) < self._max_new_tokens)
-            for ids in answers
-        ]
+        return [self._made(ids) for ids in answers]
+
+    def each(self, texts: Sequence[str], direction: Direction, first: int = 0) -> Iterator[tuple[int, Made]]:
+        """Yield the number and the greedy translation of each text from number `first` on, as the engine is done.
+
+        Whatever `first` is, a text's translation is the same, to the bit: all `texts` together decide on the slots.
+        """
+        longest = max((len(self._prompt(text, direction)) for text in texts), default=0) + self._max_new_tokens
+        stop = self._ends()
+        answers = self._engine.run(
+            (Request(self._prompt(text, direction), self._max_new_tokens, stop) for text in texts[first:]),
+            longest=longest,
+            stops=len(stop),
+            at_once=len(texts),
+            on_tokens=self._on_tokens,
+            between=self._between,
+        )
+        for number, result in answers:
+            yield first + number, self._made(result.ids)
+
+    def _prompt(self, text: str, direction: Direction) -> list[int]:
+        return translation_prompt(self._tokenizer, self._markers, text, direction)
+
+    def _ends(self) -> list[int]:
+        """The tokens that end a translation."""
+        tokenizer = self._tokenizer
+        markers = {tokenizer.token_id(marker) for marker in self._markers.in_order()}
+        return sorted(
+            {tokenizer.document_end_id, *end_ids(tokenizer), *(token for token in markers if token is not None)}
+        )
+
+    def _made(self, ids: Sequence[int]) -> Made:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Made(text or None, len(ids) < self._max_new_tokens)

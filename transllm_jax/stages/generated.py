@@ -1,11 +1,11 @@
-"""Rows that a model generates in batches. Each batch is appended to a file, so that a stopped run can continue."""
+"""Rows that a model generates. They are appended to a file as they are done, so that a stopped run can continue."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from transllm_jax.errors import Preempted, UserError
 from transllm_jax.stages.run import Run
 
 Row = dict[str, Any]
-# Makes the rows with these numbers, which are one batch. The second argument is to be called with new tokens' counts.
-Make = Callable[[Sequence[int], Callable[[int], None]], Sequence[Row]]
+# Makes the rows from a number on: gives each row with its number, in any order. The second argument is to be called
+# with new tokens' counts, the third now and then, at the same moments in all processes: it saves the rows given so far.
+Make = Callable[[int, Callable[[int], None], Callable[[], None]], Iterable[tuple[int, Row]]]
 
 # Seconds between two copies of the file to a store.
 KEEP_EVERY = 60.0
@@ -29,43 +30,47 @@ def generated_rows(
     stage: str,
     what: str,
     unit: str,
-    batch_size: int,
 ) -> list[Row]:
     """The rows of `path`, one JSON object per line, in the order of `known`. Missing rows are made and appended.
 
-    known: the fields of each row that are known before it is made. make: returns a batch's complete rows. The file
-    grows by whole batches and is never rewritten: a resumed run makes the same batches, and the same bytes, as an
-    undisturbed one. All processes take part; the primary writes.
-    Raises Preempted after a batch when asked to stop; UserError if the file holds other rows.
+    known: the fields of each row that are known before it is made. make: gives complete rows; each has to be the same
+    whatever number it begins with. So the file, which grows row by row and is never rewritten, has the same bytes after
+    a resumed run as after an undisturbed one. A row that is done before one of a lower number waits for it in memory.
+    All processes take part, and `make` gives the same rows at the same moments in all of them; the primary writes.
+    Raises Preempted when asked to stop, after what is done is saved; UserError if the file holds other rows.
     """
-
-    def kept() -> list[Row]:
-        return _kept(path, known, batch_size, stage)
-
-    rows: list[Row] = run.peers.run_on_primary(f"the {what} so far", kept) or []
+    rows: list[Row] = run.peers.run_on_primary(f"the {what} so far", lambda: _kept(path, known, stage)) or []
     if len(rows) == len(known):
         return rows
+    waiting: dict[int, Row] = {}
     pushed = time.monotonic()
+
+    def save() -> None:
+        nonlocal pushed
+        saved = len(rows)
+        while len(rows) in waiting:
+            rows.append(waiting.pop(len(rows)))
+        if run.primary and len(rows) > saved:
+            with path.open("ab") as file:
+                file.write(b"".join(map(_line, rows[saved:])))
+        stops = run.peers.any(run.interrupt.requested)
+        if stops or time.monotonic() - pushed > KEEP_EVERY:
+            run.push(stage)
+            pushed = time.monotonic()
+        if stops:
+            raise Preempted(f"{stage}: {len(rows)} of {len(known)} {what}: stopped, what is done is saved")
+
     with run.progress.task(what, total=len(known), done=len(rows), unit=unit) as bar:
-        while len(rows) < len(known):
-            batch = range(len(rows), min(len(rows) + batch_size, len(known)))
-            made = make(batch, bar.tokens)
-            rows += made
-            if run.primary:
-                with path.open("ab") as file:
-                    file.write(b"".join(_line(row) for row in made))
-            bar.update(len(rows))
-            stops = run.peers.any(run.interrupt.requested)
-            if stops or time.monotonic() - pushed > KEEP_EVERY:
-                run.push(stage)
-                pushed = time.monotonic()
-            if stops:
-                raise Preempted(f"{stage}: {len(rows)} of {len(known)} {what}: stopped, what is done is saved")
+        for number, row in make(len(rows), bar.tokens, save):
+            waiting[number] = row
+            bar.update(len(rows) + len(waiting))
+        save()
+    assert len(rows) == len(known), "not all rows were made"
     return rows
 
 
-def _kept(path: Path, known: Sequence[Mapping[str, Any]], batch_size: int, stage: str) -> list[Row]:
-    """The rows of the file's complete batches. The rest of the file, such as an unfinished line, is cut off.
+def _kept(path: Path, known: Sequence[Mapping[str, Any]], stage: str) -> list[Row]:
+    """The rows of the file. An unfinished line at its end is cut off.
 
     Raises UserError for a line that is damaged or belongs to another row; the file is then left as it is.
     """
@@ -85,9 +90,7 @@ def _kept(path: Path, known: Sequence[Mapping[str, Any]], batch_size: int, stage
                 f"rows again, or redo the stage with --force {stage}"
             )
         rows.append(row)
-    if len(rows) < len(known):
-        del rows[len(rows) // batch_size * batch_size :]
-    size = sum(len(line) + 1 for line in lines[: len(rows)])
+    size = sum(len(line) + 1 for line in lines)
     if size < len(data):
         os.truncate(path, size)
     return rows

@@ -1,14 +1,13 @@
 """Stage 4, first half: Recovery KD (TransLLM, arXiv 2405.13923).
 
 The original chat model, which is the base weights with the adapters off, answers English instructions. Then
-instructions and answers are translated. Each batch is written at once, so a stopped run goes on from there.
+instructions and answers are translated. What is done is written at once, so a stopped run goes on from there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transllm_jax.data.read.instructions import read_instruction
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, refuse_special
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
-from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.engine import Engine, Request
 from transllm_jax.generation.seq2seq import check_seq2seq
 from transllm_jax.generation.translate import FileTranslator
 from transllm_jax.stages.chains import CHAINS, write_conversations
@@ -181,30 +180,30 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     if section.teacher is not None:
         return teacher_answers(run, path, instructions, printable)
     tokenizer = run.models.tokenizer("base")
-    engine = cache(lambda: Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size))
+    stop, room = end_ids(tokenizer), section.max_new_tokens
 
-    def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
-        texts = [instructions[number] for number in batch]
-        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-        generated = engine().generate(
-            prompts,
-            max_new_tokens=section.max_new_tokens,
-            stop=end_ids(tokenizer),
+    def prompt(text: str) -> list[int]:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+
+    def make(first: int, on_tokens: Callable[[int], None], between: Callable[[], None]) -> Iterator[tuple[int, Row]]:
+        engine = Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size)
+        answers = engine.run(
+            (Request(prompt(text), room, stop) for text in instructions[first:]),
+            longest=max(len(prompt(text)) for text in instructions) + room,
+            stops=len(stop),
+            # All of them, however many are left: with other slots, an answer might be rounded differently.
+            at_once=len(instructions),
             on_tokens=on_tokens,
+            between=between,
         )
-        return [
-            {
-                "instruction": text,
-                "answer": printable(tokenizer.decode(ids, skip_special_tokens=True)),
-                "finished": len(ids) < section.max_new_tokens,
-            }
-            for text, ids in zip(texts, generated, strict=True)
-        ]
+        for number, result in answers:
+            text = instructions[first + number]
+            answer = printable(tokenizer.decode(result.ids, skip_special_tokens=True))
+            finished = result.finish_reason == "stop"
+            yield first + number, {"instruction": text, "answer": answer, "finished": finished}
 
     known = [{"instruction": text} for text in instructions]
-    return generated_rows(
-        run, path, known, make, stage="recover", what="answers", unit="answer", batch_size=section.batch_size
-    )
+    return generated_rows(run, path, known, make, stage="recover", what="answers", unit="answer")
 
 
 def _translate(

@@ -1,13 +1,13 @@
-"""Texts of stage `recover` translated by a model: cut into sentences, translated in batches, checked, put together.
+"""Texts of stage `recover` translated by a model: cut into sentences, translated, checked, put together.
 
-Each batch is appended to a file, so that a stopped run can continue. What was cut, and what is rejected, is computed
-from these rows alone.
+Translations are appended to a file as they are done, so that a stopped run can continue. What was cut, and what is
+rejected, is computed from these rows alone.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
@@ -18,7 +18,7 @@ from transllm_jax.generation import checks
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.pieces import Piece, cut, join, lost
 from transllm_jax.generation.seq2seq import Seq2seqTranslator
-from transllm_jax.generation.translate import Direction, ModelTranslator, translation_prompt
+from transllm_jax.generation.translate import Direction, Made, ModelTranslator, translation_prompt
 from transllm_jax.stages.filters import CUT_OFF, EMPTY, REPETITIVE
 from transllm_jax.stages.generated import Row, generated_rows
 from transllm_jax.stages.run import Run
@@ -195,32 +195,59 @@ class _Worker:
         """A row for each of the known ones for which there is room: with `translation`, and whether it `finished`."""
         known = self._in_order(known, direction)
 
-        def make(batch: Sequence[int], on_tokens: Callable[[int], None]) -> list[Row]:
-            sources = [known[number]["source"] for number in batch]
-            made = self._make(sources, direction, on_tokens)
-            return [
-                {**known[number], "translation": None if text is None else printable(text), "finished": finished}
-                for number, (text, finished) in zip(batch, made, strict=True)
-            ]
+        sources = [row["source"] for row in known]
 
-        size = self.settings.batch_size
-        return generated_rows(self._run, path, known, make, stage="recover", what=what, unit="text", batch_size=size)
+        def make(
+            first: int, on_tokens: Callable[[int], None], between: Callable[[], None]
+        ) -> Iterator[tuple[int, Row]]:
+            if self._by == "seq2seq":
+                made = self._by_seq2seq(sources, direction, first, between)
+            else:
+                made = self._by_model(sources, direction, first, on_tokens, between)
+            for number, (text, finished) in made:
+                translation = None if text is None else printable(text)
+                yield number, {**known[number], "translation": translation, "finished": finished}
 
-    def _make(self, texts: Sequence[str], direction: Direction, on_tokens: Callable[[int], None]) -> Any:
-        if self._by == "seq2seq":
-            # On one process: others might round differently, and go on with other rows.
-            return self._run.peers.run_on_primary("a batch", lambda: self._seq2seq().make(texts, direction))
+        return generated_rows(self._run, path, known, make, stage="recover", what=what, unit="text")
+
+    def _by_model(
+        self,
+        texts: Sequence[str],
+        direction: Direction,
+        first: int,
+        on_tokens: Callable[[int], None],
+        between: Callable[[], None],
+    ) -> Iterator[tuple[int, Made]]:
         translator = ModelTranslator(
             self._engine(),
             self._tokenizer,
             self._run.markers,
             max_new_tokens=self.settings.max_new_tokens,
             on_tokens=on_tokens,
+            between=between,
         )
-        return translator.make(texts, direction)
+        return translator.each(texts, direction, first)
+
+    def _by_seq2seq(
+        self, texts: Sequence[str], direction: Direction, first: int, between: Callable[[], None]
+    ) -> Iterator[tuple[int, Made]]:
+        """In batches, which are the same whatever `first` is: a translation may depend on those beside it."""
+        size = self.settings.batch_size
+
+        def batch(start: int) -> list[Made]:
+            some = texts[start : start + size]
+            # On one process: others might round differently, and go on with other rows.
+            made = self._run.peers.run_on_primary("a batch", lambda: self._seq2seq().make(some, direction))
+            return [Made(*one) for one in made or []]
+
+        for start in range(first // size * size, len(texts), size):
+            if start > first:
+                between()
+            yield from [(number, one) for number, one in enumerate(batch(start), start) if number >= first]
 
     def _in_order(self, known: Sequence[Mapping[str, str]], direction: Direction) -> list[Mapping[str, str]]:
-        """The rows in order of prompt length, so that batches need less padding; those without room are left out."""
+        """The rows in order of prompt length, so that batches of a seq2seq model need less padding; those without room
+        are left out."""
         run = self._run
         lengths = [len(translation_prompt(self._tokenizer, run.markers, row["source"], direction)) for row in known]
         order = sorted(range(len(known)), key=lambda number: (lengths[number], known[number]["of"], number))
