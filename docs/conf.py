@@ -9,7 +9,7 @@ project = "transllm-jax"
 release = re.search(r'__version__ = "(.+)"', (ROOT / "transllm_jax" / "__init__.py").read_text())[1]
 extensions = ["myst_parser"]
 # Links to headings, with the names that GitHub gives them.
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 
 html_theme = "furo"
 html_title = f"transllm-jax {release}"
