@@ -25,6 +25,8 @@ from transllm_jax.storage import open_workdir
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo.yaml"
+# All weights train, so that no original is left to teach.
+ALL_WEIGHTS = ["lora=none", "translate.sources=[{path: a}]", "transfer.sources=[]", "transfer.recovery=sequence"]
 THAI = ROOT / "examples" / "thai"
 
 
@@ -136,10 +138,10 @@ def test_which_vocabulary_rows_train() -> None:
 
 
 def test_full_fine_tuning_has_no_adapters() -> None:
-    assert load_config(DEMO, ["lora=none"]).lora is None
+    assert load_config(DEMO, ALL_WEIGHTS).lora is None
     with pytest.raises(UserError, match="lora: it has no value; write `none` for full fine-tuning"):
         load_config(DEMO, ["lora="])
-    both = ["lora=none", "vocabulary={adapter: somewhere}"]
+    both = [*ALL_WEIGHTS, "vocabulary={adapter: somewhere}"]
     with pytest.raises(UserError, match=r"lora is none, but vocabulary\.adapter brings adapters; remove one"):
         load_config(DEMO, both)
 
@@ -158,13 +160,14 @@ def test_full_fine_tuning_has_no_adapters() -> None:
         (["pretrain.validation={source: {path: a}, evry: 2}"], "did you mean 'every'?"),
         (["pretrain.validation={every: 2, source: {path: a, tokens: 3}}"], "tokens means nothing here"),
         (
-            ["transfer.chains=0", "transfer.english=0", "transfer.translations=0", "transfer.sources=[]"],
+            [f"transfer.{key}=0" for key in ("chains", "english", "translations")]
+            + ["transfer.sources=[]", "transfer.recovery=sequence"],
             "nothing is left to train on",
         ),
         (["transfer.sources=[{path: a.jsonl, format: conversations}]"], "each of the sources needs a weight"),
         (["transfer.recovery=tokens"], "transfer.recovery: Input should be 'sequence', 'token' or 'both'"),
         (["transfer.recovery=token", "transfer.english=0"], "recovery: token has no English answers to act on"),
-        (["transfer.recovery=both", "lora=none"], "transfer.recovery: token and both compare with the original"),
+        ([*ALL_WEIGHTS, "transfer.recovery=both"], "transfer.recovery: token and both compare with the original"),
         (
             ["translate.sources=[{path: a}, {path: b, recovery: token}]", "lora=none"],
             "translate.sources.1.recovery: token and both compare with the original",
@@ -185,7 +188,7 @@ def test_training_that_contradicts_itself(given: list[str], said: str) -> None:
 
 def test_a_config_that_was_written_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    changes = ["lora=none", "pretrain.warmup_ratio=null", "pretrain.warmup_steps=3", "pretrain.schedule=wsd"]
+    changes = [*ALL_WEIGHTS, "pretrain.warmup_ratio=null", "pretrain.warmup_steps=3", "pretrain.schedule=wsd"]
     for given in ([], changes, ["pretrain.steps=null", "pretrain.epochs=1.5"]):
         config = load_config(DEMO, given)
         path.write_text(config.to_yaml(), encoding="utf-8")
