@@ -113,7 +113,9 @@ def test_the_page_on_pypi(built: tuple[Path, Path]) -> None:
     # What the page tells people to install is there.
     extras = set(page.get_all("Provides-Extra") or [])
     assert (
-        set(re.findall(r"transllm-jax\[(\w+)\]", text)) == {"tpu", "gcs", "align", "icu", "seq2seq", "data"} <= extras
+        set(re.findall(r"transllm-jax\[(\w+)\]", text))
+        == {"tpu", "gcs", "align", "icu", "seq2seq", "data", "endpoint"}
+        <= extras
     )
 
 
@@ -159,7 +161,7 @@ def test_what_is_imported_is_required(built: tuple[Path, Path]) -> None:
         for name in imports_of(content.decode(), file)
     }
     outside = imported - set(sys.stdlib_module_names) - {"transllm_jax"}
-    known = set().union(*(required[extra] for extra in ("core", "data", "icu", "align", "seq2seq")))
+    known = set().union(*(required[extra] for extra in ("core", "data", "icu", "align", "seq2seq", "endpoint")))
     assert not {name for name in outside if not projects.get(name, set()) & known}
     used = {project for name in outside for project in projects.get(name, ())}
     assert required["core"] <= used
