@@ -142,7 +142,7 @@ def test_the_chains_of_a_server_are_those_of_the_own_engine(
     here = tmp_path / "run" / "recover"
     for name in (ANSWERS, CHAINS, "conversations/chains.jsonl", "conversations/english.jsonl"):
         assert (here / name).read_bytes() == (own / name).read_bytes()
-    assert summary["text"].startswith(f"{LIMIT} answers of small at {server.url} (")
+    assert summary["text"].startswith(f"{LIMIT} answers of small at {server.url}, ")
     # The check's first tokens, and then each instruction once, as messages.
     assert len(server.asked) == 2 * LIMIT and sorted(server.asked[LIMIT:]) == sorted(set(server.asked))
     assert all(body["messages"][0]["role"] == "user" and len(body["messages"]) == 1 for body in server.bodies)
@@ -524,6 +524,8 @@ def test_a_run_without_other_engines_has_the_inputs_that_it_had(config: Path, tr
     assert set(found) == {
         *("instructions", "max_instructions", "contamination", "max_new_tokens", "batch_size", "keep_unfinished"),
         *("translate_instructions", "translate_answers"),
+        # The tiny run switches these off.
+        *("filters", "checks"),
     }
     assert set(found["translate_answers"]) == {"file", "fields", "missing"}
     assert "teacher" not in load_config(config).to_yaml() and "translator" not in load_config(config).to_yaml()
