@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from transllm_jax.choices import Container, Content, Controls, OnBadRows, Recovery, Separator
 from transllm_jax.config.section import Location, Positive, Section, Share, without_limit
@@ -45,6 +45,8 @@ class Source(Section):
 
     `weight`, `tokens` and `cleaning` are for what is trained on: the `sources` of a training stage.
     """
+
+    newer: ClassVar[tuple[str, ...]] = ("chains", "recovery")
 
     path: Location
     """A file or a glob (.gz, .xz and .zst are decompressed). For `container: datasets`, a local directory or a hub
@@ -104,13 +106,6 @@ class Source(Section):
     """Train on at most this many tokens of the source: items are chosen at random, by the run's seed."""
     cleaning: Cleaning = Cleaning()
     """Which items are left out of training."""
-
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A stage's inputs are its config: those of versions without these keys stay as they were.
-        found: dict[str, Any] = dump(self)
-        idle = {"chains": not self.chains, "recovery": self.recovery == "sequence"}
-        return {key: value for key, value in found.items() if not idle.get(key)}
 
     @model_validator(mode="before")
     @classmethod

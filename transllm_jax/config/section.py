@@ -6,9 +6,17 @@ import ast
 import inspect
 import os
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 # A path in which `~` is the home directory, as in a shell.
 Location = Annotated[str, AfterValidator(os.path.expanduser), Field(json_schema_extra={"format": "path"})]
@@ -28,19 +36,21 @@ def without_limit(given: Any, successor: str) -> Any:
     return {key: value for key, value in given.items() if key != "limit"}
 
 
-def without_idle(key: str, dumped: dict[str, Any]) -> dict[str, Any]:
-    """A dumped section without a newer key that has no value: a stage's inputs are its config, and those of runs
-    without the key stay as they were."""
-    return {name: value for name, value in dumped.items() if name != key or value is not None}
-
-
 class Section(BaseModel):
     """A part of the config; frozen, and strict about its keys.
 
     The string below a field is its meaning, in Markdown: see `meanings`.
+    newer: keys that are written only where they differ from their defaults. A stage's inputs are its config, and those
+    of runs that were made before there were these keys stay as they were.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    newer: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = {name for name in self.newer if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in dump(self).items() if name not in idle}
 
     @model_validator(mode="before")
     @classmethod

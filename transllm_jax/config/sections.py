@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.endpoint import TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.marks import MARK
 from transllm_jax.config.recovery import Checks, Filters, Seq2seq
-from transllm_jax.config.section import Location, Positive, Section, without_idle, without_limit
+from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
 class ChatModel(Section):
@@ -177,6 +177,8 @@ class Lora(Section):
 class Translation(Section):
     """Where translations come from: a file made by another system, a model, or both."""
 
+    newer: ClassVar[tuple[str, ...]] = ("translator",)
+
     file: Location | None = None
     """A jsonl file of English texts and their translations, made for instance by a machine translation system."""
     fields: tuple[str, str] = ("source", "target")
@@ -188,10 +190,6 @@ class Translation(Section):
     """
     translator: TranslatorEndpoint | None = None
     """For `missing: endpoint`: what translates, such as `{endpoint: http://localhost:8000/v1, model: NAME}`."""
-
-    @model_serializer(mode="wrap")
-    def _without_idle_translator(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_idle("translator", dump(self))
 
     @model_validator(mode="before")
     @classmethod
@@ -213,6 +211,8 @@ class Translation(Section):
 
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions; both are translated."""
+
+    newer: ClassVar[tuple[str, ...]] = ("filters", "teacher", "sentences", "checks", "seq2seq")
 
     instructions: Location
     """A file of records: with a field `instruction` and optionally `input`, which is appended after a blank line
@@ -248,16 +248,6 @@ class Recover(Section):
     seq2seq: Seq2seq | None = None
     """For `missing: seq2seq`: the translation model."""
 
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A stage's inputs are its config: those of versions without these keys stay as they were.
-        idle = {
-            name
-            for name in ("filters", "teacher", "sentences", "checks", "seq2seq")
-            if getattr(self, name) == _IDLE[name]
-        }
-        return {key: value for key, value in dump(self).items() if key not in idle}
-
     @model_validator(mode="after")
     def _has_translation_model(self) -> Recover:
         wanted = "seq2seq" in (self.translate_instructions.missing, self.translate_answers.missing)
@@ -273,9 +263,6 @@ class Recover(Section):
     @classmethod
     def _has_no_limit(cls, given: Any) -> Any:
         return without_limit(given, "instructions: name it max_instructions")
-
-
-_IDLE = {name: Recover.model_fields[name].default for name in ("filters", "teacher", "sentences", "checks", "seq2seq")}
 
 
 class Prompts(Section):

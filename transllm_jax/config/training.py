@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from transllm_jax.choices import Recovery, Remat, Schedule
 from transllm_jax.config.data import PairSource, Source, WholeSource
@@ -31,6 +31,8 @@ class Validation(Section):
 
 class Training(Section):
     """How a stage trains."""
+
+    newer: ClassVar[tuple[str, ...]] = ("recovery_weight",)
 
     steps: Positive | None = None
     """Optimizer steps. Give `steps` or `epochs`."""
@@ -98,13 +100,6 @@ class Training(Section):
     stage's result is its last step.
     """
 
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A stage's inputs are its config: those of versions without these keys stay as they were.
-        found: dict[str, Any] = dump(self)
-        idle = {"recovery": "sequence", "recovery_weight": 1.0}
-        return {key: value for key, value in found.items() if key not in idle or value != idle[key]}
-
     @model_validator(mode="after")
     def _agrees(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
@@ -136,6 +131,8 @@ class Pretraining(Training):
 
 class Transfer(Training):
     """Stage 4, second half: a mixture of chains, English answers, translation instructions and other sources."""
+
+    newer: ClassVar[tuple[str, ...]] = (*Training.newer, "recovery")
 
     pairs: PairSource
     """The pairs from which translation instructions are made."""
