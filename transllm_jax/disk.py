@@ -10,7 +10,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,21 @@ def _read_json(path: Path, *, missing: str, fix: str, damaged: str = "is damaged
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__} where an object belongs; {fix}")
     return value
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to; none if there is no file.
+
+    What is behind the last line break is left out: it is empty, or a line that a killed process did not finish.
+    """
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def cut_behind(path: Path, lines: Sequence[bytes]) -> None:
+    """Cut off what a file has behind these `whole_lines` of it."""
+    size = sum(len(line) + 1 for line in lines)
+    if path.exists() and size < path.stat().st_size:
+        os.truncate(path, size)
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from transllm_jax.commands.open_chat import ChatModel, open_chat_model
-from transllm_jax.disk import is_utf8, read_json, write_json, write_text
+from transllm_jax.disk import cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine, Request, Result
 from transllm_jax.generation.sampling import GREEDY, Sampling
@@ -74,7 +73,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         _require_settings(target, {"model": opened.name, **_settings(model, options)})
         items, rejected = _items(source, opened, options)
         _write_rejected(_beside(target, "rejected.jsonl"), rejected)
-        done = _done(target, file, {item.key: item for item in items})
+        done = _done(target, {item.key: item for item in items})
         waiting = [item for item in items if item.key not in done]
         if rejected:
             progress.say(
@@ -268,14 +267,12 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _done(target: Path, file: BinaryIO, items: Mapping[str, _Item]) -> set[str]:
+def _done(target: Path, items: Mapping[str, _Item]) -> set[str]:
     """The ids of the answers in the target. A line that a killed process did not finish is cut off.
 
     Raises UserError for a line that is no answer to one of the items; the file is then left as it is.
     """
-    file.seek(0)
-    data = file.read()
-    lines = data.split(b"\n")[:-1]
+    lines = whole_lines(target)
     done: set[str] = set()
     for number, line in enumerate(lines, 1):
         try:
@@ -291,7 +288,5 @@ def _done(target: Path, file: BinaryIO, items: Mapping[str, _Item]) -> set[str]:
                 "line, or name another file"
             )
         done.add(key)
-    size = sum(len(line) + 1 for line in lines)
-    if size < len(data):
-        os.truncate(target, size)
+    cut_behind(target, lines)
     return done

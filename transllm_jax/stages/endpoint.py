@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transllm_jax.config import Endpoint
-from transllm_jax.disk import sha256_of_json
-from transllm_jax.errors import Preempted, UserError
+from transllm_jax.disk import cut_behind, sha256_of_json, whole_lines
+from transllm_jax.errors import UserError
 from transllm_jax.generation.batch_files import read_responses, write_requests
 from transllm_jax.generation.endpoint import Client, Reply, Request, check_client, read_key, request_body
-from transllm_jax.stages.generated import KEEP_EVERY
+from transllm_jax.stages.generated import Keeper
 from transllm_jax.stages.run import Run
 
 # Keys of an endpoint that may change while a stage goes on, and when it is done: where the model is served, and how it
@@ -117,18 +116,13 @@ def _of_server(
                 bar.tokens(reply.completion_tokens or 0)
             return new
 
-        pushed = time.monotonic()
+        keeper = Keeper(run, stage)
         try:
             while len(found) < len(requests):
                 new = run.peers.run_on_primary(what, proceed) or []
                 found.update({row["id"]: Reply(**row) for row in new})
                 bar.update(len(found))
-                stops = run.peers.any(run.interrupt.requested)
-                if stops or time.monotonic() - pushed > KEEP_EVERY:
-                    run.push(stage)
-                    pushed = time.monotonic()
-                if stops:
-                    raise Preempted(f"{stage}: {len(found)} of {len(requests)} {what}: stopped, what is done is saved")
+                keeper.look(f"{len(found)} of {len(requests)} {what}")
         except UserError:
             # What came before a server failed is kept on a run's store, too.
             with contextlib.suppress(UserError, OSError):
@@ -142,9 +136,9 @@ def _kept(path: Path, requests: Sequence[Request], stage: str) -> list[dict[str,
 
     Raises UserError for a line that is damaged, or that is a reply to no request of this run; the file stays as it is.
     """
-    data = path.read_bytes() if path.exists() else b""
+    lines = whole_lines(path)
     wanted, rows = {request.id for request in requests}, []
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = Reply(**json.loads(line)).record()
             wanted.remove(row["id"])
@@ -154,9 +148,7 @@ def _kept(path: Path, requests: Sequence[Request], stage: str) -> list[dict[str,
                 f"for all of them again, or redo the stage with --force {stage}"
             ) from None
         rows.append(row)
-    size = data.rfind(b"\n") + 1
-    if size < len(data):
-        os.truncate(path, size)
+    cut_behind(path, lines)
     return rows
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.disk import cut_behind, whole_lines
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.stages.run import Run
 
@@ -19,6 +19,25 @@ Make = Callable[[int, Callable[[int], None], Callable[[], None]], Iterable[tuple
 
 # Seconds between two copies of the file to a store.
 KEEP_EVERY = 60.0
+
+
+class Keeper:
+    """While a stage adds to its files: copies them to the run's store now and then, and stops if it was asked to."""
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self._run, self._stage, self._pushed = run, stage, time.monotonic()
+
+    def look(self, done: str) -> None:
+        """To be called at the same moments in all processes. done: how far the stage is, such as `3 of 9 answers`.
+
+        Raises Preempted in all of them if one was asked to stop.
+        """
+        stops = self._run.peers.any(self._run.interrupt.requested)
+        if stops or time.monotonic() - self._pushed > KEEP_EVERY:
+            self._run.push(self._stage)
+            self._pushed = time.monotonic()
+        if stops:
+            raise Preempted(f"{self._stage}: {done}: stopped, what is done is saved")
 
 
 def generated_rows(
@@ -43,22 +62,16 @@ def generated_rows(
     if len(rows) == len(known):
         return rows
     waiting: dict[int, Row] = {}
-    pushed = time.monotonic()
+    keeper = Keeper(run, stage)
 
     def save() -> None:
-        nonlocal pushed
         saved = len(rows)
         while len(rows) in waiting:
             rows.append(waiting.pop(len(rows)))
         if run.primary and len(rows) > saved:
             with path.open("ab") as file:
                 file.write(b"".join(map(_line, rows[saved:])))
-        stops = run.peers.any(run.interrupt.requested)
-        if stops or time.monotonic() - pushed > KEEP_EVERY:
-            run.push(stage)
-            pushed = time.monotonic()
-        if stops:
-            raise Preempted(f"{stage}: {len(rows)} of {len(known)} {what}: stopped, what is done is saved")
+        keeper.look(f"{len(rows)} of {len(known)} {what}")
 
     with run.progress.task(what, total=len(known), done=len(rows), unit=unit) as bar:
         for number, row in make(len(rows), bar.tokens, save):
@@ -74,9 +87,7 @@ def _kept(path: Path, known: Sequence[Mapping[str, Any]], stage: str) -> list[Ro
 
     Raises UserError for a line that is damaged or belongs to another row; the file is then left as it is.
     """
-    data = path.read_bytes() if path.exists() else b""
-    # The last piece is empty, or a line that a killed process did not finish.
-    lines = data.split(b"\n")[:-1]
+    lines = whole_lines(path)
     rows: list[Row] = []
     for number, line in enumerate(lines):
         try:
@@ -90,9 +101,7 @@ def _kept(path: Path, known: Sequence[Mapping[str, Any]], stage: str) -> list[Ro
                 f"rows again, or redo the stage with --force {stage}"
             )
         rows.append(row)
-    size = sum(len(line) + 1 for line in lines)
-    if size < len(data):
-        os.truncate(path, size)
+    cut_behind(path, lines)
     return rows
 
 
