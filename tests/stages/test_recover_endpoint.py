@@ -354,7 +354,7 @@ def test_a_translation_that_is_cut_off_or_refused_is_left_out(
     texts = {"instructions": ["a", "long", "bad", "in a file", "a"], "answers": ["b"]}
     found: dict[str, list[str | None]] = {"instructions": [None, None, None, "ไฟล์", None], "answers": [None]}
     by = {"instructions": ["none", "none", "none", "file", "none"], "answers": ["none"]}
-    add_translations(run, tmp_path, texts, found, by, str.strip)
+    add_translations(run, tmp_path, texts, found, by)
     assert found == {"instructions": ["แปล", None, None, "ไฟล์", "แปล"], "answers": [None]}
     assert by == {"instructions": ["endpoint", "none", "none", "file", "endpoint"], "answers": ["none"]}
     assert len(server.asked) == 3
@@ -362,6 +362,11 @@ def test_a_translation_that_is_cut_off_or_refused_is_left_out(
 
 
 # Batch files
+
+
+def by_batch(directory: Path, more: str = "") -> str:
+    """The setting of a teacher that answers batch files."""
+    return f"recover.teacher={{batch: '{directory}', model: small{more}}}"
 
 
 def respond(directory: Path, table: dict[str, tuple[str, str]], tokens: Callable[[Any], int | None]) -> list[Any]:
@@ -384,7 +389,7 @@ def test_a_batch_is_written_and_read(
     go: Go, server: Server, table: dict[str, tuple[str, str]], own: Path, tmp_path: Path
 ) -> None:
     batch = tmp_path / "batch"
-    settings = f"recover.teacher={{batch: '{batch}', model: small}}"
+    settings = by_batch(batch)
     with pytest.raises(UserError) as raised:
         go(settings)
     assert str(raised.value) == (
@@ -415,7 +420,7 @@ def test_missing_and_failed_ids_of_a_batch_are_named_and_counted(
     go: Go, server: Server, table: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
     batch = tmp_path / "batch"
-    settings = f"recover.teacher={{batch: '{batch}', model: small}}"
+    settings = by_batch(batch)
     with pytest.raises(UserError):
         go(settings)
     rows = respond(batch, table, server.tokens)
@@ -431,7 +436,7 @@ def test_missing_and_failed_ids_of_a_batch_are_named_and_counted(
     )
     assert len((batch / "requests.again.jsonl").read_bytes().splitlines()) == 7
     said = Said()
-    summary = go(f"recover.teacher={{batch: '{batch}', model: small, refused: drop}}", progress=said)
+    summary = go(by_batch(batch, ", refused: drop"), progress=said)
     assert summary["answers"] == 10 and summary["unfinished"] >= 7 and summary["chains"] <= 3
     assert any(
         f"{batch} has no answer to 7 of 10 requests, left out; the first, {ids[0]}: too late" in x for x in said.lines
@@ -449,7 +454,7 @@ def test_a_batch_of_another_model_stops_the_run(
     go: Go, server: Server, table: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
     batch = tmp_path / "batch"
-    settings = f"recover.teacher={{batch: '{batch}', model: small}}"
+    settings = by_batch(batch)
     with pytest.raises(UserError):
         go(settings)
     write_lines(batch / "responses.jsonl", respond(batch, table, lambda messages: (server.tokens(messages) or 0) + 1))

@@ -61,11 +61,16 @@ class Session:
         """Forget the conversation."""
         self.history, self.forgotten = [], 0
 
-    def _original(self) -> ChainChat:
+    def require_original(self) -> Callable[[], ChainChat]:
+        """What opens the original model. Raises UserError if there is none."""
         if self.original is None:
             raise UserError(f"there is no original model beside {self.name}; open a run's work directory")
+        return self.original
+
+    def _original(self) -> ChainChat:
+        opens = self.require_original()
         if self._opened is None:
-            self._opened = self.original()
+            self._opened = opens()
         return self._opened
 
     _opened: ChainChat | None = field(default=None, init=False, repr=False)

@@ -121,8 +121,7 @@ class Talk:
             self._note("the context is full: the oldest turns are forgotten")
 
     def _base(self, question: str) -> None:
-        if self._session.original is None:
-            raise UserError(f"there is no original model beside {self._session.name}; open a run's work directory")
+        self._session.require_original()
         if question:
             self._ask(question, True)
             return

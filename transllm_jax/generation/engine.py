@@ -170,9 +170,8 @@ class Engine:
         their number, or with `longest`, when it is unknown, `batch_size`. A run over the rest of some requests gives
         the answers of a run over all of them, to the bit, if `at_once` is the number of all.
 
-        `on_tokens` is called with the number of tokens generated since its
-        last call (for progress). `between` is called before each burst but the first, and before a slot is taken again;
-        it may raise to stop there.
+        `on_tokens` is called with the number of tokens generated since its last call (for progress). `between` is
+        called before each burst but the first, and before a slot is taken again; it may raise to stop there.
         Raises UserError for a request that the model's context has no room for.
         """
         if longest is None:

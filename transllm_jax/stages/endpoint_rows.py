@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from transllm_jax.stages.endpoint import BatchWanted, check_endpoint, replies_to
 from transllm_jax.stages.endpoint_check import check_teacher
 from transllm_jax.stages.generated import Row
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.translations import printable
 
 K = TypeVar("K", bound=str)
 
@@ -29,10 +30,10 @@ def check_endpoints(run: Run) -> None:
             check_endpoint(translator, f"recover.translate_{kind}.translator")
 
 
-def teacher_answers(run: Run, path: Path, instructions: Sequence[str], clean: Callable[[str], str]) -> list[Row]:
+def teacher_answers(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the teacher's endpoint, in order, as the run's own engine makes them; written to `path`.
 
-    clean: makes an answer's text fit for files. Raises UserError if the endpoint serves another model, unless the
+    Raises UserError if the endpoint serves another model, unless the
     config says that it may; and as `replies_to` does.
     """
     section, where = run.config.recover, "recover.teacher"
@@ -47,7 +48,7 @@ def teacher_answers(run: Run, path: Path, instructions: Sequence[str], clean: Ca
     if teacher.check and teacher.batch is not None:
         check_teacher(run, path.parent, instructions, teacher, where, replies)
     rows = [
-        {"instruction": text, "answer": clean(reply.text), "finished": reply.finished}
+        {"instruction": text, "answer": printable(reply.text), "finished": reply.finished}
         for text, reply in zip(instructions, replies, strict=True)
     ]
     if run.primary:
@@ -61,7 +62,6 @@ def add_translations(
     texts: Mapping[K, Sequence[str]],
     found: Mapping[K, list[str | None]],
     by: Mapping[K, list[str]],
-    clean: Callable[[str], str],
 ) -> None:
     """Put the translations of endpoints in the places of `found` that have none yet, and `endpoint` into `by` there.
 
@@ -75,7 +75,7 @@ def add_translations(
         places = [place for place, text in enumerate(found[kind]) if text is None]
         wanted = list(dict.fromkeys(texts[kind][place] for place in places))
         try:
-            made = _translated(run, directory, translator, kind, wanted, clean)
+            made = _translated(run, directory, translator, kind, wanted)
         except BatchWanted as error:
             batches.append(error)
             continue
@@ -101,7 +101,6 @@ def _translated(
     translator: TranslatorEndpoint,
     kind: str,
     texts: Sequence[str],
-    clean: Callable[[str], str],
 ) -> dict[str, str]:
     """The translation of each text; empty if there is none that can be used."""
     prompts = [_prompt(run, translator, text) for text in texts]
@@ -117,7 +116,7 @@ def _translated(
         what=f"translations of {kind}",
         unit="text",
     )
-    return {text: clean(reply.text) if reply.finished else "" for text, reply in zip(texts, replies, strict=True)}
+    return {text: printable(reply.text) if reply.finished else "" for text, reply in zip(texts, replies, strict=True)}
 
 
 def _prompt(run: Run, translator: TranslatorEndpoint, text: str) -> str:

@@ -178,18 +178,16 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     """Answers of the original model, in order; those that `path` holds are not generated again."""
     section = run.config.recover
     if section.teacher is not None:
-        return teacher_answers(run, path, instructions, printable)
+        return teacher_answers(run, path, instructions)
     tokenizer = run.models.tokenizer("base")
     stop, room = end_ids(tokenizer), section.max_new_tokens
 
-    def prompt(text: str) -> list[int]:
-        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
-
     def make(first: int, on_tokens: Callable[[int], None], between: Callable[[], None]) -> Iterator[tuple[int, Row]]:
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in instructions]
         engine = Engine(run.models.split("base"), run.models.config, batch_size=section.batch_size)
         answers = engine.run(
-            (Request(prompt(text), room, stop) for text in instructions[first:]),
-            longest=max(len(prompt(text)) for text in instructions) + room,
+            (Request(prompt, room, stop) for prompt in prompts[first:]),
+            longest=max(map(len, prompts)) + room,
             stops=len(stop),
             # All of them, however many are left: with other slots, an answer might be rounded differently.
             at_once=len(instructions),
@@ -215,7 +213,7 @@ def _translate(
     # From files first: some file may have to hold all translations, which is checked before a model makes any.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
-    add_translations(run, directory, texts, found, by, printable)
+    add_translations(run, directory, texts, found, by)
     rejected: list[Row] = []
     models: tuple[By, ...] = ("model", "seq2seq")
     for model in models:
