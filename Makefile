@@ -77,7 +77,7 @@ lock: $(VENV)/.installed
 	  $(BIN)/uv pip compile --quiet --upgrade setup.cfg --all-extras --python-version $$version \
 	    --python-platform x86_64-manylinux_2_31 --no-annotate --custom-compile-command 'make lock' \
 	    --output-file constraints/$$version.txt || exit 1; \
-	  sed -i '/^torch==/d; /^nvidia-/d; /^cuda-/d; /^triton==/d' constraints/$$version.txt; \
+	  sed -i '/^torch==/d; /^pip==/d; /^nvidia-/d; /^cuda-/d; /^triton==/d' constraints/$$version.txt; \
 	done
 
 # The source distribution, and the wheel that is built from it, in dist/.
