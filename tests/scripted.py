@@ -10,6 +10,7 @@ from typing import Any
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.generation.chain import ChainChat
+from transllm_jax.generation.request import Mode, Request, Result
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class Script:
         self.config = SimpleNamespace(context=10_000)
         self.calls: list[list[list[int]]] = []
         self.options: list[dict[str, Any]] = []
+        self.at_once: list[int | None] = []
 
     def generate(
         self,
@@ -47,6 +49,13 @@ class Script:
         answers = [self.tokenizer.encode(self.texts.pop(0)) for _ in prompts]
         on_tokens(sum(map(len, answers)))
         return answers
+
+    def run(self, requests: Sequence[Request], *, mode: Mode, at_once: int | None, **seen: Any) -> Any:
+        self.at_once.append(at_once)
+        first = requests[0]
+        options = {"max_new_tokens": first.max_new_tokens, "stop": first.stop, "mode": mode}
+        answers = self.generate([request.prompt for request in requests], **options, **seen)
+        yield from ((number, Result(ids, "stop", len(ids))) for number, ids in enumerate(answers))
 
     def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
         (ids,) = self.generate([prompt], **options)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from transllm_jax.errors import UserError
-from transllm_jax.generation.engine import WHOLE, Engine, Mode
+from transllm_jax.generation.engine import WHOLE, Engine, Mode, Request
+from transllm_jax.generation.sampling import Sampling
 from transllm_jax.tokenizer.chain import Chain, Form, Markers, Parts, missing_marker, parse, read, without_begun_marker
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
@@ -132,28 +133,48 @@ class ChainChat:
         on_tokens: Callable[[int], None] = lambda count: None,
         between: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The next answer in each conversation.
+        """The next answer in each conversation; see `each`."""
+        found = dict(self.each(conversations, fallback=fallback, on_tokens=on_tokens, between=between))
+        return [found[number] for number in range(len(conversations))]
 
-        With `fallback`, a broken chain is continued once, if the model's context has room for `max_new_tokens` more.
+    def each(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        samplings: Sequence[Sampling] | None = None,
+        at_once: int | None = None,
+        fallback: bool = True,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield the number of a conversation, from 0, and its next answer, as answers finish.
 
-        on_tokens, between: as in `Engine.generate`.
+        With `fallback`, a broken chain is continued once, if the model's context has room for `max_new_tokens` more;
+        such answers come last.
+
+        samplings: one for each conversation; without them, the mode's, with a seed for each. at_once, on_tokens,
+        between: as in `Engine.run`. Raises UserError for a prompt that leaves no room in the context.
         """
+        if samplings is None:
+            samplings = [self._mode.sampling.for_row(row) for row in range(len(conversations))]
         prompts = [encode_prompt(self._tokenizer, messages, self._markers.in_order()) for messages in conversations]
-        generated = self._generate(prompts, on_tokens, between)
-        texts = [text_of(self._tokenizer, ids) for ids in generated]
-        answers = [
-            answer_of(text, self._markers, cut_off=self._is_cut_off(ids))
-            for text, ids in zip(texts, generated, strict=True)
-        ]
-        broken = [row for row, answer in enumerate(answers) if self._breaks_off(answer)] if fallback else []
-        longer = {row: [*prompts[row], *generated[row], *self._appended(texts[row])] for row in broken}
-        longer = {row: prompt for row, prompt in longer.items() if self._has_room(prompt)}
-        if longer:
-            for row, ids in zip(longer, self._generate(list(longer.values()), on_tokens, between), strict=True):
-                text = text_of(self._tokenizer, [*generated[row], *self._appended(texts[row]), *ids])
-                cut_off = answers[row].cut_off or self._is_cut_off(ids)
-                answers[row] = answer_of(text, self._markers, continued=True, cut_off=cut_off)
-        return answers
+        # By number: the prompt that is continued, the ids that the answer has so far, and the answer.
+        broken: dict[int, tuple[list[int], list[int], Answer]] = {}
+        for number, ids in self._run(list(zip(prompts, samplings, strict=True)), at_once, on_tokens, between):
+            text = text_of(self._tokenizer, ids)
+            answer = answer_of(text, self._markers, cut_off=self._is_cut_off(ids))
+            begun = [*ids, *self._appended(text)]
+            if fallback and self._breaks_off(answer) and self._has_room([*prompts[number], *begun]):
+                broken[number] = [*prompts[number], *begun], begun, answer
+            else:
+                yield number, answer
+        numbers = sorted(broken)
+        again = [(broken[number][0], samplings[number]) for number in numbers]
+        for row, ids in self._run(again, at_once, on_tokens, between):
+            _, begun, answer = broken[numbers[row]]
+            text = text_of(self._tokenizer, [*begun, *ids])
+            cut_off = answer.cut_off or self._is_cut_off(ids)
+            yield numbers[row], answer_of(text, self._markers, continued=True, cut_off=cut_off)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether the model's context has room for a conversation and its next answer."""
@@ -210,17 +231,19 @@ class ChainChat:
     def _appended(self, text: str) -> list[int]:
         return self._tokenizer.encode(missing_marker(text, self._markers) or "")
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], on_tokens: Callable[[int], None], between: Callable[[], None]
-    ) -> list[list[int]]:
-        return self._engine.generate(
-            prompts,
-            max_new_tokens=self._max_new_tokens,
-            stop=end_ids(self._tokenizer),
-            mode=self._mode,
-            on_tokens=on_tokens,
-            between=between,
-        )
+    def _run(
+        self,
+        asked: Sequence[tuple[Sequence[int], Sampling]],
+        at_once: int | None,
+        on_tokens: Callable[[int], None],
+        between: Callable[[], None],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield the number and the ids of each answer, as answers finish. asked: prompts and their sampling."""
+        stop = end_ids(self._tokenizer)
+        requests = [Request(prompt, self._max_new_tokens, stop, sampling=sampling) for prompt, sampling in asked]
+        options: dict[str, Any] = {"mode": self._mode, "at_once": at_once, "on_tokens": on_tokens, "between": between}
+        for number, result in self._engine.run(requests, **options) if requests else ():
+            yield number, result.ids
 
     def _stream(self, prompt: Sequence[int], text: TextStream, begun: Sequence[int]) -> Iterator[None]:
         """Add what is generated to the text, and yield each time. First, the text gets what it lacks of `begun`."""
