@@ -168,6 +168,11 @@ class Phases:
         self._bar.update(min(round(100 * share), 100))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: `1 line`, `2,000 lines`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes}:{seconds:02d}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from conftest import Command
 from processes import wait_for
 from scripted import WHOLE_CHAIN, chain_tokenizer
 
-from transllm_jax.commands.generate import GenerateOptions, _answered, generate
+from transllm_jax.commands.generate import GenerateOptions, _answered, generate, parse_share
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine, Result
 from transllm_jax.generation.sampling import Sampling
@@ -148,6 +149,24 @@ def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Pa
     # They are correct now, and the list is gone.
     write(source, RECORDS)
     assert answer(tiny_model, source, target) == 0 and not (tmp_path / "out.rejected.jsonl").exists()
+
+
+def test_machines_share_the_records(tiny_model: Path, tmp_path: Path) -> None:
+    records = [*RECORDS, {"id": 1}, {"id": 2, "prompt": "x"}, {"id": 2, "prompt": "again"}]
+    source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    assert answer(tiny_model, source, target) == 2
+    shares = [answer(tiny_model, source, target, replace(OPTIONS, share=(number, 3))) for number in (1, 2, 3)]
+    assert shares == [1, 1, 0], "a line that is wrong is listed by its share alone"
+    parts = [read(tmp_path / f"out.{number}-of-3.jsonl") for number in (1, 2, 3)]
+    assert [len(part) for part in parts] == [2, 1, 2]
+    by_id = {str(row["id"]): row for row in read(target)}
+    assert {str(row["id"]): row for part in parts for row in part} == by_id
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2", "a/b", "1/0"])
+def test_a_share_is_one_of_several(share: str) -> None:
+    with pytest.raises(UserError, match=r"--share .* such as 2/8"):
+        parse_share(share)
 
 
 def test_answers_of_other_settings_are_not_mixed(tiny_model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 32,
     base: Annotated[bool, typer.Option("--base", help="Ask the original model.")] = False,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Answer every Nth record only: one of N machines, from 1/N to N/N.")
+    ] = "1/1",
 ) -> None:
     """Answer a file of prompts. The same command goes on with what a stopped or killed one left."""
     from transllm_jax.generation.sampling import Sampling
@@ -33,10 +36,10 @@ def generate(
     sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
     prepare_jax()
     require_devices()
-    from transllm_jax.commands.generate import GenerateOptions
+    from transllm_jax.commands.generate import GenerateOptions, parse_share
     from transllm_jax.commands.generate import generate as answer
     from transllm_jax.progress import Progress
 
-    options = GenerateOptions(max_new_tokens, sampling, batch_size, base)
+    options = GenerateOptions(max_new_tokens, sampling, batch_size, base, parse_share(share))
     with Progress() as progress:
         answer(model, source, target, options, progress)

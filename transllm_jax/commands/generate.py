@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import Engine, Request, Result
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.hosts.interrupt import Interrupt
-from transllm_jax.progress import Progress
+from transllm_jax.progress import Progress, counted
 from transllm_jax.tokenizer.chain import parse, visible
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
@@ -30,12 +31,24 @@ ADDED = ("text", "finish_reason", "tokens", "chain")
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How answers are generated; `batch_size` at a time, which is no part of what is asked for."""
+    """How answers are generated; `batch_size` at a time, which is no part of what is asked for.
+
+    share: (2, 8) is the second of eight shares of the records, for eight machines; (1, 1) is all of them.
+    """
 
     max_new_tokens: int = 512
     sampling: Sampling = field(default=GREEDY)
     batch_size: int = 32
     base: bool = False
+    share: tuple[int, int] = (1, 1)
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Parse a share such as `2/8`. Raises UserError."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--share {text}: give the number of a share, from 1, and how many there are, such as 2/8")
+    return int(found[1]), int(found[2])
 
 
 class _Rejected(Exception):
@@ -61,12 +74,15 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
     Lines that cannot be answered are in `TARGET.rejected.jsonl` (without the `.jsonl` of the target), each with its
     number, the reason and the text. `TARGET.settings.json` keeps what the answers were made with. Returns the number of
     rejected lines. Raises UserError for input that is not there or does not belong to the target; Preempted if the run
-    was asked to stop.
+    was asked to stop. The answers of one share of several are in `TARGET.2-of-8.jsonl`.
     """
     if not source.is_file():
         raise UserError(f"{source}: no such file; give a file of records, one JSON object a line")
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is the input; name another file for the answers")
+    number, of = options.share
+    if of > 1:
+        target = _beside(target, f"{number}-of-{of}.jsonl")
     opened = open_chat_model(model, base=options.base)
     target.parent.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, _opened(target) as file:
@@ -76,11 +92,10 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         done = _done(target, {item.key: item for item in items})
         waiting = [item for item in items if item.key not in done]
         if rejected:
-            progress.say(
-                f"  {len(rejected)} lines are not answered: {_beside(target, 'rejected.jsonl')}", style="yellow"
-            )
+            place = _beside(target, "rejected.jsonl")
+            progress.say(f"  {counted(len(rejected), 'line')} not answered: {place}", style="yellow")
         _answer(opened, waiting, len(done), file, options, progress, interrupt)
-    progress.say(f"  {len(items)} answers in {target}")
+    progress.say(f"  {counted(len(items), 'answer')} in {target}")
     return len(rejected)
 
 
@@ -164,10 +179,14 @@ def _items(source: Path, opened: ChatModel, options: GenerateOptions) -> tuple[l
     items: list[_Item] = []
     rejected: list[dict[str, Any]] = []
     places: dict[str, int] = {}
+    share, of = options.share
+    order = 0
     # Bytes, because a line may be no UTF-8; and because str.splitlines would split at more than line breaks.
     for number, line in enumerate(source.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
+        order += 1
+        mine = order % of == share % of
         try:
             record = _record(line, number)
             key = json.dumps(record["id"])
@@ -179,10 +198,13 @@ def _items(source: Path, opened: ChatModel, options: GenerateOptions) -> tuple[l
                 raise _Rejected(f"{more} exceed the model's context of {opened.config.context}")
         except _Rejected as reason:
             text = line.decode(errors="backslashreplace")
+            if not mine:
+                continue
             rejected.append({"line": number, "reason": str(reason), "text": text})
             continue
         places[key] = number
-        items.append(_Item(record, len(prompt)))
+        if mine:
+            items.append(_Item(record, len(prompt)))
     return items, rejected
 
 
