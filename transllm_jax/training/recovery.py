@@ -113,11 +113,12 @@ def recovery_loss(
     """
     vocabulary, layout = model.vocabulary, model.layout
     # First the rows that are taught. There are at most `teaching.rows`, so the others need not be read again.
-    rows = jnp.argsort(~jnp.any(weights > 0, axis=1), stable=True)[: teaching.rows]
+    taught = jnp.any(weights > 0, axis=1)
+    rows = jnp.argsort(~taught, stable=True)[: teaching.rows]
     read, place = original_view(teaching, batch, rows)
     read = {name: _by_rows(layout, array) for name, array in read.items()}
-    states = model(read["tokens"], read["positions"], read["segment_ids"], adapters=False)
-    states = jax.lax.stop_gradient(jnp.take_along_axis(states, place[..., None], axis=1))
+    states = _original_states(jax.lax.stop_gradient(model), read, jnp.sum(taught))
+    states = jnp.take_along_axis(states, place[..., None], axis=1)
     base, new = vocabulary.output_rows()
     total, losses = divergence(
         _by_rows(layout, hidden[rows]),
@@ -132,6 +133,24 @@ def recovery_loss(
         layout=layout,
     )
     return total, jnp.zeros(hidden.shape[:2], losses.dtype).at[rows].add(losses, unique_indices=True)
+
+
+def _original_states(model: Any, read: dict[str, jax.Array], count: jax.Array) -> jax.Array:
+    """The original's states [R, T, D] of the rows that it reads; only those of the first `count` are needed."""
+
+    def states(rows: dict[str, jax.Array]) -> jax.Array:
+        return model(rows["tokens"], rows["positions"], rows["segment_ids"], adapters=False)
+
+    if model.layout.platform != "cpu" or model.layout.mesh is not None:
+        return states(read)
+
+    # Batches differ in how many of their rows are taught, and on a CPU one row is enough work at once.
+    def put(number: jax.Array, found: jax.Array) -> jax.Array:
+        row = {name: jax.lax.dynamic_slice_in_dim(array, number, 1) for name, array in read.items()}
+        return jax.lax.dynamic_update_slice_in_dim(found, states(row), number, axis=0)
+
+    shape = jax.eval_shape(states, read)
+    return jax.lax.fori_loop(0, count, put, jnp.zeros(shape.shape, shape.dtype))
 
 
 def _by_rows(layout: Layout, array: jax.Array) -> jax.Array:
