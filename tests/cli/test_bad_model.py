@@ -114,11 +114,11 @@ def test_an_evaluation_longer_than_the_models_context(refused: Refused, config: 
 
 def test_a_directory_without_a_run(refused: Refused, tmp_path: Path, tiny_model: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    says(refused("chat", nowhere, "Hi"), "nowhere does not exist", "give a work directory or a model directory")
+    says(refused("chat", nowhere, "Hi"), "nowhere' does not exist", "give a directory, a .gguf file")
     says(refused("chat", tmp_path, "Hi"), "neither a work directory (run.yaml) nor a model directory (config.json)")
     says(refused("status", tmp_path), "is not a run's work directory", "run.yaml")
     says(refused("status", nowhere), "is not a run's work directory")
-    says(refused("chat", tiny_model, "Hi", "--base"), "without the original model in it", "give the work directory")
+    says(refused("chat", tiny_model, "Hi", "--base"), "has no original model in it", "give the run's work directory")
 
 
 def test_an_export_with_a_damaged_markers_file(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:

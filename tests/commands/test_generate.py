@@ -251,11 +251,11 @@ def test_the_original_model_is_asked_without_adapters(finished_run: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("nothing", "in.jsonl", "out.jsonl"), "nothing does not exist"),
+        (("nothing", "in.jsonl", "out.jsonl"), "'nothing' does not exist"),
         (("model", "missing.jsonl", "out.jsonl"), "missing.jsonl: no such file"),
         (("model", "in.jsonl", "out.jsonl", "--top-p", "2"), "sampling: temperature"),
         (("model", "in.jsonl", "out.jsonl", "--min-p", "2"), "min_p 2.0 in"),
-        (("model", "in.jsonl", "out.jsonl", "--base"), "without the original model"),
+        (("model", "in.jsonl", "out.jsonl", "--base"), "has no original model in it"),
     ],
 )
 def test_bad_arguments_end_with_one_line(

@@ -11,7 +11,10 @@ from transllm_jax.cli.devices import prepare_jax, require_devices
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A run's directory (or gs://...), or an exported model directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's directory (or gs://...), or a model: a directory, a .gguf file, org/name."),
+    ],
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="Records, one JSON object a line: messages, prompt or instruction.")
     ],

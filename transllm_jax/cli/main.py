@@ -217,7 +217,10 @@ def explain_config(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run's directory (or gs://...), or an exported model directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's directory (or gs://...), or a model: a directory, a .gguf file, org/name."),
+    ],
     question: Annotated[str | None, typer.Argument(help="Ask this and exit; without it, a conversation.")] = None,
     show_chain: Annotated[bool, typer.Option("--show-chain", help="Show the English steps too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Talk to the original model, for comparison.")] = False,

@@ -1,4 +1,4 @@
-"""A conversation with a run's model, its original, or an exported model."""
+"""A conversation with a run's model, its original, or another model."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def check_question(question: str, tokenizer: Tokenizer) -> None:
 def open_session(
     given: Path | str, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY
 ) -> Session:
-    """Open a session with a work directory's newest point (or its original model), or with an exported model.
+    """Open a session with a work directory's newest point (or its original model), or with another model.
 
-    given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
+    given: see `open_chat_model`, also for errors.
     """
     opened = open_chat_model(given, base=base)
 

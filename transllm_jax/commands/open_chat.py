@@ -1,4 +1,4 @@
-"""Open a model to talk to: a run's work directory, on a disk or a store, its original model, or an exported model."""
+"""Open a model to talk to: a run's work directory, on a disk or a store, its original model, or any other model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from transllm_jax.choices import POINTS
+from transllm_jax.commands.open_model import Source, open_source, tokenizer_of
 from transllm_jax.config import load_config
 from transllm_jax.config.sections import Mesh
-from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
-from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.conversion.adapter import ADAPTER
+from transllm_jax.conversion.hf.directory import stacked
+from transllm_jax.conversion.peft.config import CONFIG as PEFT
 from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.hosts.interrupt import Interrupt
@@ -43,13 +45,12 @@ class ChatModel:
 
 
 def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
-    """Open a work directory's newest point (with `base`, its original model), or an exported model.
+    """Open a work directory's newest point (with `base`, its original model), or any model of `open_source`.
 
-    given: a directory, or the URL of a run on an object store. Raises UserError for a directory that is neither.
+    given: a directory, the URL of a run on an object store, a GGUF file, or a name on the Hugging Face hub. Raises
+    UserError for anything else.
     """
-    path = _fetched(str(given), base) if "://" in str(given) else Path(given)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a work directory or a model directory")
+    path = _fetched(str(given), base) if "://" in str(given) else Path(given).expanduser()
     if (path / "run.yaml").is_file():
         # The devices here may differ from those of the training.
         config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
@@ -57,17 +58,21 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
         newest = newest_point(path)
         # The frozen weights of the original are those of the trained model: they are in memory once.
         return _at(run, "base") if base else _at(run, newest, original=lambda: _at(run, "base"))
-    if not (path / "config.json").is_file():
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER, PEFT)):
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     if base:
-        raise UserError(f"{path} is an exported model, without the original model in it; give the work directory")
-    known = read_json(path / "transllm.json") if (path / "transllm.json").exists() else None
-    markers = Markers(**known["markers"]) if known else Markers()
-    model = open_directory(path)
-    tokenizer = load_tokenizer(path)
-    frozen = load_frozen(model.config, model.weights(), jnp.dtype("float32"))
-    padding = ids_without_token(tokenizer, model.config.vocab_size)
-    return ChatModel(path.name, assemble(model.config, frozen, padding=padding), model.config, tokenizer, markers)
+        raise UserError(f"{given} is no work directory, and has no original model in it; give the run's work directory")
+    source = open_source(str(given))
+    tokenizer, shape = tokenizer_of(source), source.model.config
+    frozen = load_frozen(shape, stacked(source.model), jnp.dtype("float32"))
+    split = assemble(shape, frozen, padding=ids_without_token(tokenizer, shape.vocab_size))
+    return ChatModel(source.name, split, shape, tokenizer, _markers(source))
+
+
+def _markers(source: Source) -> Markers:
+    """The markers that an export says it was trained with, or the usual ones."""
+    about = None if source.tokenizer is None else source.tokenizer / "transllm.json"
+    return Markers(**read_json(about)["markers"]) if about is not None and about.exists() else Markers()
 
 
 def _at(run: Run, point: str, original: Callable[[], ChatModel] | None = None) -> ChatModel:
