@@ -318,8 +318,15 @@ def test_instructions_are_taken_evenly() -> None:
 # Translations
 
 
+def in_thai(text: str) -> str:
+    """A Thai letter for each Latin one."""
+    return "".join(
+        chr(ord("ก") + ord(letter) % 32) if letter.isascii() and letter.isalpha() else letter for letter in text
+    )
+
+
 def test_a_server_translates(go: Go, server: Server, own: Path, tmp_path: Path) -> None:
-    server.answer = lambda body: (body["messages"][0]["content"].upper(), "stop")
+    server.answer = lambda body: (in_thai(body["messages"][0]["content"]), "stop")
     server.tokens = lambda messages: None
     translator = (
         f"{{translator: {{endpoint: '{server.url}', model: mt, prompt: 'Into {{language}}: {{text}}', max_tokens: 9}}}}"
@@ -329,8 +336,8 @@ def test_a_server_translates(go: Go, server: Server, own: Path, tmp_path: Path) 
     chains = [json.loads(line) for line in (here / CHAINS).read_text(encoding="utf-8").splitlines()]
     assert chains and (here / ANSWERS).read_bytes() == (own / ANSWERS).read_bytes()
     for chain in chains:
-        assert chain["question"] == f"INTO THAI: {chain['question_en'].upper()}"
-        assert chain["answer"] == f"INTO THAI: {chain['answer_en'].upper()}".strip()
+        assert chain["question"] == in_thai(f"Into Thai: {chain['question_en']}")
+        assert chain["answer"] == in_thai(f"Into Thai: {chain['answer_en']}").strip()
         assert chain["translated_by"] == {"question": "endpoint", "answer": "endpoint"}
     assert {body["max_tokens"] for body in server.bodies} == {9} and {body["model"] for body in server.bodies} == {"mt"}
     assert len(set(server.asked)) == len(server.asked)
@@ -354,11 +361,37 @@ def test_a_translation_that_is_cut_off_or_refused_is_left_out(
     texts = {"instructions": ["a", "long", "bad", "in a file", "a"], "answers": ["b"]}
     found: dict[str, list[str | None]] = {"instructions": [None, None, None, "ไฟล์", None], "answers": [None]}
     by = {"instructions": ["none", "none", "none", "file", "none"], "answers": ["none"]}
-    add_translations(run, tmp_path, texts, found, by)
+    assert add_translations(run, tmp_path, texts, found, by, changed.recover) == []
     assert found == {"instructions": ["แปล", None, None, "ไฟล์", "แปล"], "answers": [None]}
     assert by == {"instructions": ["endpoint", "none", "none", "file", "endpoint"], "answers": ["none"]}
     assert len(server.asked) == 3
     assert any("has no answer to 1 of 3 requests" in line and "status 400" in line for line in said.lines)
+
+
+def test_the_translations_of_a_server_are_checked(
+    config: Path, translated: Path, server: Server, tmp_path: Path
+) -> None:
+    replies = {"It is 9 pm now in Rome.": "ตอนนี้เป็นเวลาสามทุ่มที่โรม", "Bees make sweet honey.": "Bees make sweet honey."}
+    server.answer = lambda body: (
+        replies.get(text := body["messages"][0]["content"].split(": ")[1], in_thai(text)),
+        "stop",
+    )
+    translator = f"{{translator: {{endpoint: '{server.url}', model: mt, prompt: 'Into {{language}}: {{text}}'}}}}"
+    checks = ["recover.checks.keep=[numbers]", "recover.checks.min_script_share=0.3"]
+    changed = load_config(config, [f"recover.translate_answers={translator}", *checks])
+    run = Run(changed, translated, Said(), Interrupt())
+    texts = {"answers": [*replies, "The dog sleeps in the sun."]}
+    for settings in (changed.recover, None):
+        found: dict[str, list[str | None]] = {"answers": [None] * 3}
+        by = {"answers": ["none"] * 3}
+        rejected = add_translations(run, tmp_path, texts, found, by, settings)
+        if settings is None:
+            assert rejected == [] and found["answers"][:2] == list(replies.values())
+        else:
+            reasons = ["lost code, address, number or mark", "untranslated"]
+            assert [row["reason"] for row in rejected] == reasons
+            assert [(row["source"], row["translation"]) for row in rejected] == list(replies.items())
+            assert by["answers"] == ["none", "none", "endpoint"]
 
 
 # Batch files

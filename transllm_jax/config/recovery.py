@@ -28,7 +28,7 @@ class Filters(Section):
 class Checks(Section):
     """Which translations by a model are rejected, sentence by sentence. `recover/dropped.jsonl` lists them.
 
-    Translations from a file are not checked.
+    Those by an endpoint are checked as whole texts, and are not translated back. Those from a file are not checked.
     """
 
     max_length_factor: Annotated[float, Field(gt=1)] | None = 2.5

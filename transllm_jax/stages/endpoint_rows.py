@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transllm_jax.config import TranslatorEndpoint
+from transllm_jax.config import Recover, TranslatorEndpoint
 from transllm_jax.disk import write_text
 from transllm_jax.stages.endpoint import BatchWanted, check_endpoint, replies_to, requests_of
 from transllm_jax.stages.endpoint_check import check_teacher
 from transllm_jax.stages.generated import Row
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.translations import printable
+from transllm_jax.stages.translations import TranslationChecks, printable
 
 K = TypeVar("K", bound=str)
 
@@ -62,13 +62,17 @@ def add_translations(
     texts: Mapping[K, Sequence[str]],
     found: Mapping[K, list[str | None]],
     by: Mapping[K, list[str]],
-) -> None:
+    settings: Recover | None,
+) -> list[Row]:
     """Put the translations of endpoints in the places of `found` that have none yet, and `endpoint` into `by` there.
 
     All three by kind of texts. Texts that are equal are translated once. A translation that is empty, cut off or
-    refused stays None. Raises as `replies_to`, after the batch files of all kinds are written.
+    refused stays None, and so does one that the checks of `settings` reject (as whole texts; None: there are no
+    checks). Returns the rejected ones, as lines of `dropped.jsonl`. Raises as `replies_to`, after the batch files of
+    all kinds are written.
     """
     batches: list[BatchWanted] = []
+    rejected: list[Row] = []
     for kind, translator in _translators(run).items():
         if translator is None or kind not in texts:
             continue
@@ -79,11 +83,26 @@ def add_translations(
         except BatchWanted as error:
             batches.append(error)
             continue
+        faults = _faults(run, settings, made)
         for place in places:
-            if translation := made[texts[kind][place]]:
+            source = texts[kind][place]
+            if fault := faults.get(source):
+                line = {"of": f"translation of {kind}", "reason": fault, "source": source, "translation": made[source]}
+                rejected.append(line)
+            elif translation := made[source]:
                 found[kind][place], by[kind][place] = translation, "endpoint"
     if batches:
         raise BatchWanted("; ".join(map(str, batches)))
+    return rejected
+
+
+def _faults(run: Run, settings: Recover | None, made: Mapping[str, str]) -> dict[str, str]:
+    """By source: why a translation is rejected."""
+    if settings is None:
+        return {}
+    rows = [{"source": source, "translation": text} for source, text in made.items() if text]
+    checks = TranslationChecks(run, settings, rows)
+    return {row["source"]: fault for row in rows if (fault := checks.fault(row))}
 
 
 def _translators(run: Run) -> dict[Any, TranslatorEndpoint | None]:

@@ -213,8 +213,7 @@ def _translate(
     # From files first: some file may have to hold all translations, which is checked before a model makes any.
     found = {kind: _from_file(given, configs[kind], kind) for kind, given in texts.items()}
     by = {kind: ["none" if text is None else "file" for text in given] for kind, given in found.items()}
-    add_translations(run, directory, texts, found, by)
-    rejected: list[Row] = []
+    rejected = add_translations(run, directory, texts, found, by, section if checked else None)
     models: tuple[By, ...] = ("model", "seq2seq")
     for model in models:
         missing = {

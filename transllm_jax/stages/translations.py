@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from transllm_jax.config import Recover
 from transllm_jax.generation import checks
@@ -69,14 +69,14 @@ def translate(
     worker = _Worker(run, by, settings)
     rows = worker.rows(directory / TRANSLATIONS[by], "to_target", _wanted(given, settings), "translations")
     made = {(row["of"], row["source"]): row for row in rows}
-    judge = _Judge(run, settings, made) if checked else None
+    checks_of = TranslationChecks(run, settings, rows) if checked else None
     between = "" if _NO_SPACE & set(_scripts(run)) else " "
     result = Translated({}, [])
     kept: dict[Place, list[str]] = {}
     for place, text in given.items():
         found = [made.get((place[0], sentence)) for sentence in text.sentences]
         for sentence, row in zip(text.sentences, found, strict=True):
-            fault = "no room" if row is None else _plain_fault(row, settings) or (judge and judge.fault(row))
+            fault = "no room" if row is None else _plain_fault(row, settings) or (checks_of and checks_of.fault(row))
             if fault:
                 result.rejected.append(_rejected(place, text, fault, sentence, row))
                 break
@@ -125,16 +125,17 @@ def _rejected(place: Place, text: _Text, reason: str, sentence: str, row: Row | 
     }
 
 
-class _Judge:
-    """Says what is wrong with the translation of a sentence."""
+class TranslationChecks:
+    """Says what is wrong with a translation. rows: all translations of the run, with `source` and `translation`."""
 
-    def __init__(self, run: Run, settings: Recover, made: Mapping[Any, Row]) -> None:
+    def __init__(self, run: Run, settings: Recover, rows: Sequence[Row]) -> None:
         self._config, self._max_repeated = settings.checks, settings.filters.max_repeated
         self._scripts = _scripts(run)
-        ratios = [len(row["translation"]) / len(row["source"]) for row in made.values() if row["translation"]]
+        ratios = [len(row["translation"]) / len(row["source"]) for row in rows if row["translation"]]
         self.usual = median(ratios) if ratios else 1.0
 
     def fault(self, row: Row) -> str | None:
+        """The reason to reject a row; None if there is none."""
         source, translation, config = row["source"], row["translation"], self._config
         if checks.repeated_share(translation) > max(self._max_repeated, checks.repeated_share(source)):
             return REPETITIVE
