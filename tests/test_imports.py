@@ -214,6 +214,7 @@ DOORS = {
         "transllm_jax.cli.main",
         "transllm_jax.cli.convert",
         "transllm_jax.cli.init",
+        "transllm_jax.cli.evaluate",
         "transllm_jax.cli.generate",
         "transllm_jax.cli.preflight",
         "transllm_jax.cli.tokenizer",

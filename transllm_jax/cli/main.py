@@ -23,6 +23,7 @@ from rich.text import Text
 from transllm_jax import __version__
 from transllm_jax.cli.convert import app as convert_app
 from transllm_jax.cli.devices import prepare_jax, require_devices
+from transllm_jax.cli.evaluate import app as evaluate_app
 from transllm_jax.cli.generate import generate
 from transllm_jax.cli.init import init
 from transllm_jax.cli.preflight import preflight
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(evaluate_app, name="evaluate")
 # Arguments that are too many are init's to refuse: it knows where they come from.
 app.command(context_settings={"allow_extra_args": True})(init)
 app.command()(preflight)

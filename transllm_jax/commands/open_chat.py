@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -32,7 +33,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class ChatModel:
     """An opened model. name: for people. early: whether it is that of a run whose last stage, which teaches chains, is
-    not done. original: opens the original model inside it; None if there is none.
+    not done. original: opens the original model inside it; None if there is none. in_chains: whether it was trained to
+    answer in chains. files: where it was read from, unless it is a run's.
     """
 
     name: str
@@ -42,6 +44,8 @@ class ChatModel:
     markers: Markers
     early: bool = False
     original: Callable[[], ChatModel] | None = None
+    in_chains: bool = False
+    files: tuple[Path, ...] = ()
 
 
 def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
@@ -52,12 +56,9 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
     """
     path = _fetched(str(given), base) if "://" in str(given) else Path(given).expanduser()
     if (path / "run.yaml").is_file():
-        # The devices here may differ from those of the training.
-        config = load_config(path / "run.yaml").model_copy(update={"mesh": Mesh()})
-        run = Run(config, path, Progress(quiet=True), Interrupt())
-        newest = newest_point(path)
+        run, newest = open_run(path), newest_point(path)
         # The frozen weights of the original are those of the trained model: they are in memory once.
-        return _at(run, "base") if base else _at(run, newest, original=lambda: _at(run, "base"))
+        return at_point(run, "base") if base else at_point(run, newest, original=lambda: at_point(run, "base"))
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER, PEFT)):
         raise UserError(f"{path} is neither a work directory (run.yaml) nor a model directory (config.json)")
     if base:
@@ -66,22 +67,39 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
     tokenizer, shape = tokenizer_of(source), source.model.config
     frozen = load_frozen(shape, stacked(source.model), jnp.dtype("float32"))
     split = assemble(shape, frozen, padding=ids_without_token(tokenizer, shape.vocab_size))
-    return ChatModel(source.name, split, shape, tokenizer, _markers(source))
+    places = {path, source.files, source.tokenizer, Path(source.model.where)} - {None}
+    files = tuple(sorted(place for place in places if place is not None and place.exists()))
+    in_chains = _about(source) is not None
+    return ChatModel(source.name, split, shape, tokenizer, _markers(source), in_chains=in_chains, files=files)
 
 
 def _markers(source: Source) -> Markers:
     """The markers that an export says it was trained with, or the usual ones."""
-    about = None if source.tokenizer is None else source.tokenizer / "transllm.json"
-    return Markers(**read_json(about)["markers"]) if about is not None and about.exists() else Markers()
+    about = _about(source)
+    return Markers() if about is None else Markers(**about["markers"])
 
 
-def _at(run: Run, point: str, original: Callable[[], ChatModel] | None = None) -> ChatModel:
+def _about(source: Source) -> dict[str, Any] | None:
+    """What an export says of itself; None for another model."""
+    path = None if source.tokenizer is None else source.tokenizer / "transllm.json"
+    return read_json(path) if path is not None and path.exists() else None
+
+
+def open_run(workdir: Path) -> Run:
+    """A run whose models are only used."""
+    # The devices here may differ from those of the training.
+    config = load_config(workdir / "run.yaml").model_copy(update={"mesh": Mesh()})
+    return Run(config, workdir, Progress(quiet=True), Interrupt())
+
+
+def at_point(run: Run, point: str, original: Callable[[], ChatModel] | None = None) -> ChatModel:
     """The model of a run at a point."""
     name = "the original model" if point == "base" else f"the model after {point}"
     if early := point not in ("base", POINTS[-1]):
         name += f", which has learned no chains yet: {POINTS[-1]} is not done"
     models = run.models
-    return ChatModel(name, models.split(point), models.config, models.tokenizer(point), run.markers, early, original)
+    split, tokenizer = models.split(point), models.tokenizer(point)
+    return ChatModel(name, split, models.config, tokenizer, run.markers, early, original, point == POINTS[-1])
 
 
 def _fetched(url: str, base: bool) -> Path:

@@ -2,7 +2,7 @@
 
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
 from transllm_jax.config.endpoint import Endpoint, TeacherEndpoint, TranslatorEndpoint
-from transllm_jax.config.load import load_config
+from transllm_jax.config.load import load_config, load_section
 from transllm_jax.config.recovery import Checks, Filters, Seq2seq
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Positive, Section, Share, meanings
@@ -50,5 +50,6 @@ __all__ = [
     "Vocabulary",
     "WholeSource",
     "load_config",
+    "load_section",
     "meanings",
 ]

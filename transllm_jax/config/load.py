@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -87,6 +87,23 @@ def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
+S = TypeVar("S", bound=Section)
+
+
+def load_section(kind: type[S], values: Mapping[str, Any], overrides: Sequence[str], where: str) -> S:
+    """A section alone, from values and then `key=value` overrides (values are YAML), as commands take it.
+
+    Raises UserError that begins with `where`.
+    """
+    tree = dict(values)
+    for override in overrides:
+        _override(tree, override, set())
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, kind)}") from None
+
+
 def recorded_date(path: Path) -> date | None:
     """The `date` in a run.yaml that an earlier session wrote, or None.
 
@@ -141,7 +158,7 @@ def _override(tree: dict[str, Any], override: str, given: Set[str]) -> None:
         node.pop(other, None)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: type[Section] = Config) -> str:
     """All errors in one line, each with its key path; for a misspelt key, also the closest known key."""
     import difflib
 
@@ -151,7 +168,7 @@ def _explain(error: ValidationError) -> str:
             continue
         path = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
-            known = _fields(fault["loc"][:-1])
+            known = _fields(fault["loc"][:-1], section)
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
             faults.append(f"{path}: unknown key; {hint}")
@@ -165,9 +182,8 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
-def _fields(path: Sequence[str | int]) -> list[str]:
-    """The keys of the section at a path."""
-    section: Any = Config
+def _fields(path: Sequence[str | int], section: Any) -> list[str]:
+    """The keys of the section at a path below a section."""
     for name in path:
         if isinstance(name, int):
             continue

@@ -47,7 +47,8 @@ class Request:
 class Reply:
     """What came back for a request. tokens: as the server counts them, None if it does not.
 
-    error: why there is no answer; the text is then empty.
+    error: why there is no answer; the text is then empty. reasoning: what the model wrote before its answer, where the
+    server sends it apart.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    reasoning: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -63,8 +65,8 @@ class Reply:
         return self.error is None and self.finish_reason not in _CUT_OFF
 
     def record(self) -> dict[str, Any]:
-        """The reply as a JSON object; `Reply(**record)` reads it back."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """The reply as a JSON object, without its reasoning; `Reply(**record)` reads it back."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "reasoning"}
 
 
 def request_body(settings: Endpoint, messages: Sequence[Message], max_tokens: int, seed: int) -> dict[str, Any]:
@@ -85,15 +87,23 @@ def parse_reply(id: str, body: Any) -> Reply:
     """The reply in the body of a chat completion. Raises ValueError that says what is wrong with it."""
     try:
         choice, usage = body["choices"][0], body.get("usage") or {}
-        text = choice["message"].get("content") or ""
+        message = choice["message"]
+        text = message.get("content") or ""
+        # Servers name it one or the other way.
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or None
         reason, counts = choice.get("finish_reason"), [usage.get(f"{of}_tokens") for of in ("prompt", "completion")]
     except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError(f"with no chat completion: {_short(body)}") from None
     if not isinstance(text, str) or any(not isinstance(count, int | None) for count in counts):
         raise ValueError(f"with a chat completion of another form: {_short(body)}")
-    # JSON can spell half of a pair of surrogates, which no file of text can hold.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return Reply(id, text, None if reason is None else str(reason), *counts)
+    thought = _writable(reasoning) if isinstance(reasoning, str) else None
+    ended = None if reason is None else str(reason)
+    return Reply(id, _writable(text), ended, counts[0], counts[1], reasoning=thought)
+
+
+def _writable(text: str) -> str:
+    """JSON can spell half of a pair of surrogates, which no file of text can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_key(settings: Endpoint, where: str) -> str | None:

@@ -90,10 +90,13 @@ class ModelTranslator:
         )
         return [self._made(ids) for ids in answers]
 
-    def each(self, texts: Sequence[str], direction: Direction, first: int = 0) -> Iterator[tuple[int, Made]]:
+    def each(
+        self, texts: Sequence[str], direction: Direction, first: int = 0, *, at_once: int | None = None
+    ) -> Iterator[tuple[int, Made]]:
         """Yield the number and the greedy translation of each text from number `first` on, as the engine is done.
 
-        Whatever `first` is, a text's translation is the same, to the bit: all `texts` together decide on the slots.
+        Whatever `first` is, a text's translation is the same, to the bit: all `texts` together decide on the slots, or
+        `at_once`, if these are not all.
         """
         longest = max((len(self._prompt(text, direction)) for text in texts), default=0) + self._max_new_tokens
         stop = self._ends()
@@ -101,7 +104,7 @@ class ModelTranslator:
             (Request(self._prompt(text, direction), self._max_new_tokens, stop) for text in texts[first:]),
             longest=longest,
             stops=len(stop),
-            at_once=len(texts),
+            at_once=len(texts) if at_once is None else at_once,
             on_tokens=self._on_tokens,
             between=self._between,
         )

@@ -148,6 +148,15 @@ class EvaluationTexts:
 
     def found_in(self, text: str) -> str | None:
         """The name of the first evaluation set that has a text in this document, or None."""
+        numbers = self._sets_in(text)
+        return self.names[min(numbers)] if numbers else None
+
+    def every_found_in(self, text: str) -> set[str]:
+        """The names of all evaluation sets that have a text in this document."""
+        return {self.names[number] for number in self._sets_in(text)}
+
+    def _sets_in(self, text: str) -> set[int]:
+        """The numbers of the sets that have a text in a document."""
         codes = compared(text)
         longs, shorts = [], False
         # In chunks, to bound memory; they overlap so that no n-gram is lost between two of them.
@@ -156,28 +165,24 @@ class EvaluationTexts:
             shorts = shorts or len(self._starts.places(halves)) > 0
             longs.append(self._table.places(_doubled(halves)))
         places = longs[0] if len(longs) == 1 else np.unique(np.concatenate(longs))
-        number = len(self.names)
-        if len(places):
-            number = self._first_held(places)
+        numbers = self._held(places) if len(places) else set()
         if shorts:
             document = _string(codes)
-            number = min([number, *(of_set for short, of_set in self._shorts.items() if short in document)])
-            found = [held for normalised, held in self._wholes.items() if held[0] < number and normalised in document]
+            numbers |= {of_set for short, of_set in self._shorts.items() if short in document}
+            found = [held for normalised, held in self._wholes.items() if normalised in document]
             spelled = words(text) if found else ""
-            number = min(
-                [number, *(of_set for of_set, whole in found if next(word_places(spelled, whole), None) is not None)]
-            )
-        return self.names[number] if number < len(self.names) else None
+            numbers |= {of_set for of_set, whole in found if next(word_places(spelled, whole), None) is not None}
+        return numbers
 
-    def _first_held(self, places: np.ndarray) -> int:
-        """The lowest number of a set with a text that contaminates the document; the number of sets if there is none.
+    def _held(self, places: np.ndarray) -> set[int]:
+        """The numbers of the sets with a text that contaminates the document.
 
         places: indices in the table of the document's n-grams.
         """
         first, counts = self._offsets[places], self._offsets[places + 1] - self._offsets[places]
         skipped = np.repeat(first - np.append(0, counts.cumsum()[:-1]), counts)
         held = np.bincount(self._owners[skipped + np.arange(len(skipped))], minlength=len(self._needed))
-        return int(self._sets[held >= self._needed].min(initial=len(self.names)))
+        return set(self._sets[held >= self._needed].tolist())
 
 
 def _string(codes: np.ndarray) -> str:

@@ -24,7 +24,9 @@ class Results:
     score: the suite's one measure, named `measure`; None if nothing could be measured. asked: all questions, which is
     the denominator. parsed: those that have a score (an answer that a judge's verdict could be read for; elsewhere,
     that was given). best, worst: the score if all that could not be parsed were as good, or as bad, as can be. more:
-    further measures, each a number, an `Interval` as a dict, or counts. groups: the same by category or kind.
+    further measures, each an `Interval` as a dict, or counts. groups: the same by category or kind. notes: what a
+    reader of the numbers has to know. contamination: how many of the questions occur in the training data of the
+    system's run; None if that was not looked for.
     """
 
     suite: str
@@ -40,6 +42,8 @@ class Results:
     more: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    contamination: dict[str, Any] | None = None
 
     def recorded(self) -> dict[str, Any]:
         """As JSON."""

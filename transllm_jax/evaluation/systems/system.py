@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.generation.translate import Direction
 from transllm_jax.tokenizer.chat import Message
 
 Language = Literal["target", "english"]
@@ -16,8 +17,10 @@ Language = Literal["target", "english"]
 class Asked:
     """A question, or the first of several: each later turn is asked after the answer to the one before.
 
-    turns: what the user says, in order. history: turns before the first, with their answers. language: of the
-    questions and of the wanted answers. sampling: its seed is this question's own.
+    turns: what the user says, in order. history: turns before the first, with their answers; history_en: the same in
+    English, for systems that remember earlier turns in English. language: of the questions and of the wanted answers.
+    sampling: its seed is this question's own. translate: the turn asks for this translation; a system that was trained
+    on another format of translations uses that.
     """
 
     id: str
@@ -26,6 +29,8 @@ class Asked:
     max_new_tokens: int = 512
     sampling: Sampling = GREEDY
     history: tuple[Message, ...] = ()
+    history_en: tuple[Message, ...] = ()
+    translate: tuple[Direction, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ class System(Protocol):
     def identity(self) -> Mapping[str, Any]: ...
 
     def answers(
-        self, asked: Sequence[Asked], between: Callable[[], None] = lambda: None
+        self, asked: Sequence[Asked], between: Callable[[], None] = lambda: None, *, at_once: int | None = None
     ) -> Iterator[tuple[Asked, list[Turn]]]:
         """Yield each question with its answered turns, in the order in which they are done.
 
-        `between` is called between parts of the work and may raise. Raises UserError for faults that are not of one
-        question, such as a server that refuses the key.
+        at_once: how many questions there are of all, if some are answered already: the rest then gets the answers that
+        it would have got with them, to the bit, where the system allows it. `between` is called between parts of the
+        work and may raise. Raises UserError for faults that are not of one question, such as a server that refuses the
+        key.
         """
         ...

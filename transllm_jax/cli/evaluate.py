@@ -1,0 +1,118 @@
+"""The commands `transllm evaluate ...`: they parse arguments and call, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from transllm_jax.cli.devices import prepare_jax, require_devices
+
+DEFAULT = "suites"
+
+
+class _WithDefault(TyperGroup):
+    """A group that takes words which name no command as the arguments of the default one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_WithDefault,
+    help="Measure models, servers and files of answers: suites, with intervals, side by side.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _group() -> None:
+    """The group's own options: none."""
+
+
+@app.command(DEFAULT, epilog="`transllm evaluate sheets` makes sheets for people: see its --help.")
+def suites(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM...",
+            help="WORKDIR, WORKDIR#original, WORKDIR#POINT, a model directory, URL#MODEL, answers:FILE or "
+            "bridge:WORKDIR; NAME=SYSTEM names it. The others are compared with the first.",
+        ),
+    ],
+    suite: Annotated[
+        list[str],
+        typer.Option(help="answers, perplexity, translation, retention ...; several with commas, or repeated."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="By default WORKDIR/evaluation/suites, or evaluation.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Questions with known answers, or other ones for a judge.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text in the target language, for perplexity; repeatable.")
+    ] = None,
+    english_text: Annotated[list[str] | None, typer.Option(help="Text in English, the same.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="English<TAB>target lines, for translation.")] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="English instructions (jsonl), for retention: what the original answers.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="The target language's code, such as th, where no work directory says it.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first questions, texts or pairs only.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens in an answer, chain included.")] = None,
+    max_answer_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens in a short English answer.")] = None,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For servers: key=ENVIRONMENT_VARIABLE, concurrency=8, timeout=600, body={...}; repeatable.",
+        ),
+    ] = None,
+    translator: Annotated[
+        str | None, typer.Option(metavar="SYSTEM", help="What translates for bridge:, such as URL#MODEL.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers of a local model at a time.")] = 32,
+    contamination: Annotated[
+        bool, typer.Option(help="Whether questions are looked for in the training data of the run.")
+    ] = True,
+) -> None:
+    """Run suites on systems. The same command goes on with what a stopped or killed one left.
+
+    Files that are not given are those of the first work directory's config.
+    """
+    prepare_jax()
+    require_devices()
+    from transllm_jax.commands.evaluate import Given, evaluate
+    from transllm_jax.progress import Progress
+
+    given = Given(
+        systems=systems,
+        suites=[name for names in suite for name in names.split(",") if name],
+        out=out,
+        questions=questions,
+        text=tuple(text or ()),
+        english_text=tuple(english_text or ()),
+        pairs=pairs,
+        instructions=instructions,
+        language=language,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        max_answer_tokens=max_answer_tokens,
+        endpoint=tuple(endpoint or ()),
+        translator=translator,
+        batch_size=batch_size,
+        contamination=contamination,
+    )
+    with Progress() as progress:
+        evaluate(given, progress)
+
+
+# `transllm evaluate sheets` is a command of this group: @app.command("sheets").

@@ -1,0 +1,142 @@
+"""Opens what is evaluated: systems as they are written on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.choices import POINTS
+from transllm_jax.commands.open_chat import ChatModel, at_point, open_chat_model, open_run
+from transllm_jax.config import Endpoint, load_section
+from transllm_jax.disk import FileHashes, cache_directory, sha256_of_json
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.systems.answers_file import AnswersFile
+from transllm_jax.evaluation.systems.endpoint import EndpointSystem
+from transllm_jax.evaluation.systems.local import LocalSystem, Weights
+from transllm_jax.evaluation.systems.named import ORIGINAL, Named
+from transllm_jax.evaluation.systems.system import System
+from transllm_jax.stages.points import newest_point
+from transllm_jax.stages.run import Run
+from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.ends import end_ids
+from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+_PROBE: tuple[Message, ...] = ({"role": "user", "content": "?"},)
+
+
+@dataclass
+class Systems:
+    """Opens systems. Those of one run share its frozen weights.
+
+    endpoint: `key=value` of the config's section `Endpoint`, for every server. batch_size: answers of a local
+    model at a time.
+    """
+
+    say: Callable[[str], None]
+    endpoint: Sequence[str] = ()
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self._run = cache(open_run)
+        self._hashes = FileHashes(cache_directory() / "hashes.json")
+
+    def open(self, named: Named) -> System:
+        """The system. Raises UserError if it is not there."""
+        if named.kind == "endpoint":
+            # A request that a server refuses is a question without an answer; it counts.
+            given = {"refused": "drop", "endpoint": named.where, "model": named.part}
+            return EndpointSystem(named.name, load_section(Endpoint, given, self.endpoint, named.name), self.say)
+        if named.kind == "answers":
+            return AnswersFile(named.name, Path(named.where).expanduser())
+        return self.model(named)
+
+    def model(self, named: Named) -> LocalSystem:
+        """A run at a point, or a model directory. Raises UserError for another path or point."""
+        path = Path(named.where).expanduser()
+        if is_run(named.where):
+            return self._of_run(named, path)
+        if named.part:
+            raise UserError(f"{named.where} is not a run's work directory, so it has no #{named.part}; leave it out")
+        opened = open_chat_model(named.where)
+        return self._system(named.name, opened, self._of_files(opened))
+
+    def _of_run(self, named: Named, workdir: Path) -> LocalSystem:
+        run = self._run(workdir)
+        point = {ORIGINAL: "base", "": newest_point(workdir)}.get(named.part, named.part)
+        if point not in POINTS:
+            raise UserError(
+                f"{named.where}#{named.part}: a run has no point of this name; use {ORIGINAL} or one of "
+                f"{', '.join(POINTS[1:])}"
+            )
+        if point != "base" and not run.models.trainable(point).is_dir():
+            raise UserError(f"{workdir}: stage {point} is not done yet; the newest is {newest_point(workdir)}")
+        system = self._system(
+            named.name,
+            at_point(run, point),
+            self._of_point(run, point),
+            in_pairs=point == "translate",
+        )
+        if point != "base":
+            system.original = cache(lambda: self._of_run(replace(named, part=ORIGINAL), workdir))
+        return system
+
+    def _system(
+        self, name: str, opened: ChatModel, identity: Mapping[str, Any], *, in_pairs: bool = False
+    ) -> LocalSystem:
+        weights = Weights(opened.split, opened.config, opened.tokenizer, opened.markers, opened.in_chains, in_pairs)
+        return LocalSystem(name, weights, identity, self.batch_size)
+
+    def _of_point(self, run: Run, point: str) -> dict[str, Any]:
+        """All that the answers of a run's point depend on."""
+        models = run.models
+        trained = None if point == "base" else self._hash_of([models.trainable(point)])
+        return {
+            "kind": "model",
+            "weights": self._hash_of([models.base]),
+            "point": point,
+            "trained": trained,
+            "scale": models.scale,
+            "dtype": run.config.model.dtype,
+            **_format(models.tokenizer(point), run.markers),
+        }
+
+    def _of_files(self, opened: ChatModel) -> dict[str, Any]:
+        return {
+            "kind": "model",
+            "weights": self._hash_of(opened.files),
+            "dtype": "float32",
+            **_format(opened.tokenizer, opened.markers),
+        }
+
+    def _hash_of(self, places: Sequence[Path]) -> str:
+        """A hash of all files but notes for people; large ones are hashed once, however often they are evaluated."""
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        found = sha256_of_json(
+            [
+                (str(file.relative_to(place)), self._hashes(file))
+                for place in places
+                for file in (sorted(place.rglob("*")) if place.is_dir() else [place])
+                if file.is_file() and file.suffix not in (".md", ".lock")
+            ]
+        )
+        self._hashes.write()
+        return found
+
+
+def _format(tokenizer: Tokenizer, markers: Markers) -> dict[str, Any]:
+    """How a model is asked: tokenizer, chat template, a prompt (which may have the date in it), ends."""
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "prompt": encode_prompt(tokenizer, _PROBE),
+        "ends": list(end_ids(tokenizer)),
+        "markers": list(markers.in_order()),
+    }
+
+
+def is_run(where: str) -> bool:
+    """Whether a path is a run's work directory."""
+    return (Path(where).expanduser() / "run.yaml").is_file()

@@ -1,0 +1,51 @@
+"""The suites by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.suites import answers
+from transllm_jax.evaluation.suites.measure import Measure
+from transllm_jax.evaluation.suites.results import Results
+from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
+from transllm_jax.evaluation.systems.system import System
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite.
+
+    run: measures a system; it goes on with what a stopped or killed run left, and writes items.jsonl and results.json.
+    measures: what is compared between two systems, from their items; the first is the suite's own. check: raises
+    UserError for options that are missing or wrong, before the first suite begins; check_system: for a system that the
+    suite cannot measure. texts: what may not occur in training data, each with the id of its item: as a whole, or half
+    of it (`data/clean/contamination.py`) unless `whole`.
+    """
+
+    what: str
+    run: Callable[[SuiteRun], Results]
+    measures: tuple[Measure, ...]
+    check: Callable[[SuiteOptions], None] = lambda options: None
+    check_system: Callable[[System], None] = lambda system: None
+    texts: Callable[[SuiteOptions], Iterable[tuple[str, str]]] = lambda options: ()
+    whole: bool = True
+
+
+SUITES: dict[str, Suite] = {
+    "answers": Suite(
+        "questions with known answers, in both languages",
+        answers.run,
+        answers.MEASURES,
+        answers.check,
+        texts=answers.texts,
+    ),
+}
+
+
+def suite_named(name: str) -> Suite:
+    """The suite of a name. Raises UserError if there is none."""
+    if name not in SUITES:
+        raise UserError(f"there is no suite {name!r}; choose from {', '.join(SUITES)}")
+    return SUITES[name]

@@ -1,0 +1,114 @@
+"""Answers that are in a file already, whoever gave them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transllm_jax.disk import sha256_of
+from transllm_jax.errors import UserError
+from transllm_jax.evaluation.systems.system import Asked, Turn
+
+# The fields in which a row may have its id, its question, and its answer, in the order in which they are looked for.
+_IDS = ("id", "question_id")
+_QUESTIONS = ("question", "instruction", "prompt")
+_ANSWERS = ("answers", "answer", "output", "text", "visible", "turns", "choices")
+
+
+class AnswersFile:
+    """A file of answers, a JSON object a line (or one JSON list of them).
+
+    A row belongs to a question by its id (`id` or `question_id`), or else by the question's text (`question`,
+    `instruction` or `prompt`). Its answer is a text or a list of texts, one a turn, in `answer`, `answers`, `output` or
+    `text`; FastChat's `choices` and the answers.jsonl of our suites are read as well.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Raises UserError with file and line for a row that is no answer, and for two rows of one question."""
+        self.name, self._path = name, path
+        self._by_id: dict[str, list[Turn]] = {}
+        self._by_text: dict[str, list[Turn]] = {}
+        for place, row in _rows(path):
+            self._add(place, row)
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The file's content."""
+        return {"kind": "answers", "sha256": sha256_of(self._path)}
+
+    def answers(
+        self, asked: Sequence[Asked], between: Callable[[], None] = lambda: None, *, at_once: int | None = None
+    ) -> Iterator[tuple[Asked, list[Turn]]]:
+        """As `System.answers`; a question without an answer in the file is a turn with an error."""
+        for one in asked:
+            found = self._by_id.get(one.id) or self._by_text.get(one.turns[0].strip()) or []
+            turns = []
+            for number, question in enumerate(one.turns):
+                if number < len(found):
+                    turns.append(found[number])
+                else:
+                    error = f"{self._path} has no answer to turn {number + 1} of question {one.id}"
+                    turns.append(Turn([{"role": "user", "content": question}], "", "", error=error))
+            yield one, turns
+
+    def _add(self, place: str, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is no JSON object; give one for each answer")
+        field = next((name for name in _ANSWERS if name in row), None)
+        if field is None:
+            raise UserError(f"{place} has no answer; put it into the field answer (a text, or a list: one a turn)")
+        id = next((str(row[name]) for name in _IDS if name in row), None)
+        question = next((row[name] for name in _QUESTIONS if isinstance(row.get(name), str)), None)
+        if id is None and question is None:
+            raise UserError(f"{place} names no question; give its id, or its text in the field question")
+        asked = [question] if question is not None else []
+        turns = [self._turn(place, one, asked if not number else []) for number, one in enumerate(_texts(row, field))]
+        for table, key in ((self._by_id, id), (self._by_text, None if question is None else question.strip())):
+            if key is not None:
+                if table is self._by_id and key in table:
+                    raise UserError(f"{place}: another row above has the id {key}; remove one of them")
+                table.setdefault(key, turns)
+
+    def _turn(self, place: str, given: Any, asked: Sequence[str]) -> Turn:
+        if isinstance(given, dict) and isinstance(given.get("visible"), str):
+            try:
+                return Turn(**given)
+            except TypeError:
+                given = given["visible"]
+        if not isinstance(given, str):
+            raise UserError(f"{place}: an answer is a {type(given).__name__}; give a text, or a list of texts")
+        text = given.strip()
+        return Turn([{"role": "user", "content": question} for question in asked], given, text)
+
+
+def _texts(row: Mapping[str, Any], field: str) -> list[Any]:
+    value = row[field]
+    if field == "choices":  # FastChat's: [{"index": 0, "turns": [...]}]
+        value = value[0].get("turns") if isinstance(value, list) and value and isinstance(value[0], dict) else None
+    return value if isinstance(value, list) else [value]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a file of answers after answers:")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); correct it") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); correct it") from None
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not JSON ({error}); correct the line") from None
+            yield f"{path}:{number}", row
