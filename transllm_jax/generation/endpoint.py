@@ -135,8 +135,9 @@ def check_client() -> None:
 class Client:
     """Sends requests to the server of an endpoint."""
 
-    def __init__(self, settings: Endpoint, where: str, say: Callable[[str], None]) -> None:
-        """where: the config's section, for messages. say: prints a line, from any thread.
+    def __init__(self, settings: Endpoint, where: str, say: Callable[[str], None], *, stop: bool = True) -> None:
+        """where: the config's section, for messages. say: prints a line, from any thread. stop: whether a request that
+        failed at its last attempt ends the run; otherwise its reply has the error.
 
         Raises UserError if a library or the key is missing.
         """
@@ -145,12 +146,13 @@ class Client:
         self._url = f"{settings.endpoint.rstrip('/')}/chat/completions"
         self._key = read_key(settings, where)
         self._httpx, self._tenacity = _libraries()
-        self._repeated, self._told = 0, -TELL_EVERY
+        self._stop, self._repeated, self._told = stop, 0, -TELL_EVERY
 
     def replies(self, requests: Sequence[Request]) -> Generator[Reply | None, None, None]:
         """Yields each reply when it comes, in any order, and None after each `POLL` seconds without one.
 
-        A request that the server refuses gets a reply with an error, if the config says so. Closing the iterator ends
+        A request that the server refuses gets a reply with an error, if the config says so; so does one whose last
+        attempt failed, if the client does not stop. Closing the iterator ends
         the requests that are under way. Raises UserError for faults that do not pass, and after the last attempt.
         """
         found: queue.SimpleQueue[Reply | BaseException | None] = queue.SimpleQueue()
@@ -210,9 +212,11 @@ class Client:
             reply: Reply = await attempts(self._once, client, request)
         except _PassingFault as fault:
             many = f"{self.settings.attempts} attempts failed" if self.settings.attempts > 1 else "the attempt failed"
+            failed = f"{self._url}: {many}, the last with {fault}"
+            if not self._stop:
+                return Reply(request.id, error=failed)
             raise UserError(
-                f"{self._where}: {self._url}: {many}, the last with {fault}; see whether the server works, and start "
-                "the run again: it goes on from here"
+                f"{self._where}: {failed}; see whether the server works, and start the run again: it goes on from here"
             ) from None
         return reply
 
