@@ -215,6 +215,7 @@ DOORS = {
         "transllm_jax.cli.convert",
         "transllm_jax.cli.init",
         "transllm_jax.cli.evaluate",
+        "transllm_jax.cli.sheets",
         "transllm_jax.cli.generate",
         "transllm_jax.cli.preflight",
         "transllm_jax.cli.tokenizer",
@@ -235,6 +236,9 @@ DOORS = {
     "zstandard": {"transllm_jax.data.read.files"},
     "tensorboardX": {"transllm_jax.training.record.board"},
     "sentencepiece": {"transllm_jax.tokenizer.sentencepiece_model"},
+    "openpyxl": {"transllm_jax.evaluation.people.files"},
+    "krippendorff": {"transllm_jax.evaluation.people.agreement"},
+    "scipy": {"transllm_jax.evaluation.statistics"},
     "peft": set(),
     "pickle": set(),
 }

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
+from transllm_jax.cli.sheets import app as sheets_app
 
 DEFAULT = "suites"
 
@@ -115,4 +116,4 @@ def suites(
         evaluate(given, progress)
 
 
-# `transllm evaluate sheets` is a command of this group: @app.command("sheets").
+app.add_typer(sheets_app, name="sheets")

@@ -45,6 +45,22 @@ class Wanted:
     form: Form = field(default_factory=Form)
 
 
+def form_of(tie: str, ratings: int | None, instructions: Path | None) -> Form:
+    """What annotators fill in. Raises UserError for a word that means something else, and for a file without text."""
+    tie = tie.strip()
+    if not tie or tie.casefold() in ("a", "b") or set(tie) & set('",'):
+        raise UserError(f"--tie {tie!r}: give a word that is not A or B, without commas and quotes")
+    text = ""
+    if instructions is not None:
+        try:
+            text = instructions.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{instructions} cannot be read as UTF-8 text: {error}") from None
+        if not text:
+            raise UserError(f"{instructions} is empty; write what annotators should do, or leave --instructions out")
+    return Form(tie, ratings, text)
+
+
 def write(wanted: Wanted, say: Callable[[str], None]) -> dict[str, Any]:
     """Write the sheets and the key, which is returned. Raises UserError for what is missing or does not fit."""
     check_openpyxl()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from transllm_jax.evaluation.people.sheet import BETTER, CODE, COMMENT, Form, Ro
 
 EXTENSIONS = (".xlsx", ".csv")
 
-# A row of Excel is at most 409 points high, which is 31 lines of 10 points: cells are as wide as their texts need.
-_LINES, _NARROWEST, _WIDEST = 28, 40, 110
+# A row of Excel is at most 409 points high, which is 22 lines of Thai: columns are as wide as their longest text needs.
+_HIGHEST, _LINE, _LINES, _NARROWEST, _WIDEST = 409, 18, 20, 40, 110
 
 
 def check_openpyxl() -> None:
@@ -30,7 +32,7 @@ def check_openpyxl() -> None:
 def write_xlsx(path: Path, rows: Sequence[Row], form: Form) -> None:
     """Write a sheet. Texts are texts whatever they begin with, wrap, and run in the direction of their script."""
     from openpyxl import Workbook
-    from openpyxl.styles import Alignment, Font, PatternFill
+    from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
     from openpyxl.utils import get_column_letter
     from openpyxl.worksheet.datavalidation import DataValidation
 
@@ -52,13 +54,19 @@ def write_xlsx(path: Path, rows: Sequence[Row], form: Form) -> None:
             cell.alignment = Alignment(wrap_text=True, vertical="top", readingOrder=order)
         for number in range(len(values) + 1, len(form.columns) + 1):
             sheet.cell(line, number).alignment = Alignment(wrap_text=True, vertical="top")
+        for number in range(1, len(form.columns) + 1):
+            sheet.cell(line, number).border = Border(bottom=Side(style="thin", color="BBBBBB"))
+    widths = [_width([values[number] for values in texts]) for number in (1, 2, 3)]
+    for line, values in enumerate(texts, 2):
+        # Programs do not fit the height of rows whose heights the file leaves out.
+        lines = max(_lines(text, width) for text, width in zip(values[1:], widths, strict=True))
+        sheet.row_dimensions[line].height = min(lines * _LINE + 6, _HIGHEST)
     last = max(len(rows) + 1, 2)
     for number, heading in enumerate(form.columns, 1):
         letter = get_column_letter(number)
         column = sheet.column_dimensions[letter]
         if number in (2, 3, 4):
-            longest = max((len(values[number - 1]) for values in texts), default=0)
-            column.width = min(max(longest / _LINES, _NARROWEST), _WIDEST)
+            column.width = widths[number - 2]
         else:
             column.width = 30 if heading == COMMENT else 10 if heading == CODE else 14
         if heading not in (CODE, COMMENT) and number > 4:
@@ -81,9 +89,36 @@ def write_xlsx(path: Path, rows: Sequence[Row], form: Form) -> None:
     cell.value, cell.data_type = form.text, "s"
     order = 2 if is_right_to_left(form.text) else 1
     cell.alignment = Alignment(wrap_text=True, vertical="top", readingOrder=order)
+    how.row_dimensions[1].height = min(_lines(form.text, 100) * _LINE + 6, _HIGHEST)
+    sheet.row_dimensions[1].height = 2 * _LINE
     # A file says when it was made; nothing else differs between two files of the same rows.
     with whole(path) as partial:
         book.save(partial)
+
+
+def _width(texts: Sequence[str]) -> float:
+    """The width of a column in which each text fits, in letters."""
+    return next(
+        (width for width in range(_NARROWEST, _WIDEST, 5) if all(_lines(text, width) <= _LINES for text in texts)),
+        _WIDEST,
+    )
+
+
+def _lines(text: str, width: float) -> int:
+    """How many lines a text takes at a width; words that do not fit leave a tenth of each empty."""
+    return sum(max(1, math.ceil(1.1 * _letters(line) / width)) for line in text.split("\n"))
+
+
+def _letters(line: str) -> int:
+    """The width of a line: vowels above and below letters take no place, Chinese letters two."""
+    return sum(
+        0
+        if unicodedata.combining(letter) or unicodedata.category(letter) == "Mn"
+        else 2
+        if unicodedata.east_asian_width(letter) in "WF"
+        else 1
+        for letter in line
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Row], form: Form) -> None:

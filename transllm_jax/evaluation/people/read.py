@@ -128,7 +128,7 @@ def _rows(
     if places is None:
         return
     # A row whose texts are those of another one was sorted apart from its code.
-    owners = {same(text): code for code, row in known.items() for text in row["texts"][1:]}
+    owners = {(row["annotator"], same(text)): code for code, row in known.items() for text in row["texts"]}
     seen: dict[str, int] = {}
     for number, cells in rows:
         if number <= top:
@@ -170,7 +170,7 @@ def _rows(
         )
         if changed is not None:
             column, text = changed
-            owner = owners.get(same(_text(text)), code)
+            owner = owners.get((row["annotator"], same(_text(text))), code)
             problem(
                 column,
                 f"this is not the text of code {code}; copy it from the sheet as it was sent"

@@ -117,7 +117,13 @@ def write_sheets(
             }
             sheet.append(row)
         sheets.append(sheet)
-    key = {**about, "plan": asdict(plan), "form": asdict(form), "pairs": pairs, "rows": rows}
+    key = {
+        **about,
+        "plan": {**asdict(plan), "pairs": [list(pair) for pair in plan.pairs]},
+        "form": asdict(form),
+        "pairs": pairs,
+        "rows": rows,
+    }
     for person, sheet in enumerate(sheets, 1):
         for extension, write in zip(EXTENSIONS, (write_xlsx, write_csv), strict=True):
             write(directory / SHEETS / f"annotator-{person}{extension}", sheet, form)
