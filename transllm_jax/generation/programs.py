@@ -148,7 +148,7 @@ def admit(
 
     seen = entry.seen.at[jnp.arange(len(first)), first].set(True)
     slots = Slots(
-        cache=slots.cache.copied(desk.cache, entry.slot, jnp.where(taken, entry.length, 0)),
+        cache=slots.cache.copied(desk.cache, entry.slot, jnp.where(taken, entry.length, 0), model.layout),
         length=put(slots.length, entry.length),
         last=put(slots.last, first),
         made=put(slots.made, jnp.ones_like(first)),

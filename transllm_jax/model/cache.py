@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from transllm_jax.model.attention import masked_scores
+from transllm_jax.model.layout import Layout
 from transllm_jax.model.llama import Block, Llama
 
 # Keys that attention reads at once. The number of places of a cache is a multiple of it.
@@ -32,30 +34,80 @@ class Cache(NamedTuple):
         """The number of places S of a row."""
         return int(self.k.shape[3])
 
-    def written(self, k: jax.Array, v: jax.Array, rows: jax.Array, places: jax.Array) -> Cache:
-        """The cache with k and v [L, R, K, T, H] at `places` [R, T] of its `rows` [R].
+    def written(
+        self, k: jax.Array, v: jax.Array, starts: jax.Array, layout: Layout, rows: jax.Array | None = None
+    ) -> Cache:
+        """The cache with k and v [L, R, K, T, H] in its `rows` [R], from the places `starts` [R] on.
 
-        A row or a place beyond the end is left out.
+        Without `rows`, each goes to the row of its own number. A row or a start beyond the end is left out; before the
+        end, all T places have to be there.
         """
+        own = rows is None
+        numbers = jnp.arange(k.shape[1]) if rows is None else rows
+        if not _is_written_in_place(layout):
+            places = starts[:, None] + jnp.arange(k.shape[3])
 
-        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            # The two indexed axes come first in what is written.
-            new = new.transpose(1, 3, 0, 2, 4)
-            return cache.at[:, rows[:, None], :, places].set(new, mode="drop", unique_indices=True)
+            def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+                # The two indexed axes come first in what is written.
+                new = new.transpose(1, 3, 0, 2, 4)
+                return cache.at[:, numbers[:, None], :, places].set(new, mode="drop", unique_indices=True)
 
-        return Cache(put(self.k, k), put(self.v, v))
+            return Cache(put(self.k, k), put(self.v, v))
+        if layout.cache_sharding is None:
+            return Cache(_put_rows(self.k, k, numbers, starts), _put_rows(self.v, v, numbers, starts))
+        spec = layout.cache_sharding.spec
+        batch = spec[1]
 
-    def copied(self, source: Cache, rows: jax.Array, lengths: jax.Array) -> Cache:
+        def put_own(cache: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+            return _put_rows(cache, new, jnp.arange(cache.shape[1]), starts)
+
+        def put_any(cache: jax.Array, new: jax.Array, starts: jax.Array, rows: jax.Array) -> jax.Array:
+            new = jax.lax.all_gather(new, batch, axis=1, tiled=True)
+            return _put_rows(cache, new, rows - jax.lax.axis_index(batch) * cache.shape[1], starts)
+
+        given = (starts,) if own else (starts, numbers)
+        on_mesh = jax.shard_map(
+            put_own if own else put_any,
+            mesh=layout.mesh,
+            in_specs=(spec, spec, *[PartitionSpec(batch) if own else PartitionSpec()] * len(given)),
+            out_specs=spec,
+            check_vma=False,
+        )
+        return Cache(on_mesh(self.k, k, *given), on_mesh(self.v, v, *given))
+
+    def copied(self, source: Cache, rows: jax.Array, lengths: jax.Array, layout: Layout) -> Cache:
         """The cache with the first `lengths` [R] places of the source's rows (L, R, K, S, H) in its `rows` [R]."""
 
         def copy(chunk: jax.Array, cache: Cache) -> Cache:
             start = (0, 0, 0, chunk * CHUNK, 0)
             shape = (*source.k.shape[:3], CHUNK, source.k.shape[4])
             k, v = (jax.lax.dynamic_slice(part, start, shape) for part in source)
-            places = jnp.broadcast_to(chunk * CHUNK + jnp.arange(CHUNK), (len(rows), CHUNK))
-            return cache.written(k, v, rows, places)
+            return cache.written(k, v, jnp.full(len(rows), chunk * CHUNK), layout, rows)
 
         return jax.lax.fori_loop(0, _chunks(lengths), copy, self)
+
+
+def _is_written_in_place(layout: Layout) -> bool:
+    """Whether the cache is written a row at a time.
+
+    For a scatter, a TPU's compiler brings the whole cache into another order of axes, and back, for each token.
+    """
+    return layout.platform == "tpu"
+
+
+def _put_rows(cache: jax.Array, new: jax.Array, rows: jax.Array, starts: jax.Array) -> jax.Array:
+    """`Cache.written` for keys or values on one device: row i of `new` goes to row `rows[i]`, if there is one."""
+    width = new.shape[3]
+
+    def put(number: jax.Array, cache: jax.Array) -> jax.Array:
+        row, start, zero = rows[number], starts[number], jnp.zeros_like(number)
+        there = (row >= 0) & (row < cache.shape[1]) & (start < cache.shape[3])
+        at = (zero, jnp.clip(row, 0, cache.shape[1] - 1), zero, jnp.minimum(start, cache.shape[3] - width), zero)
+        mine = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
+        kept = jax.lax.dynamic_slice(cache, at, mine.shape)
+        return jax.lax.dynamic_update_slice(cache, jnp.where(there, mine, kept), at)
+
+    return jax.lax.fori_loop(0, len(rows), put, cache)
 
 
 def empty_cache(model: Llama, rows: int, size: int) -> Cache:
@@ -99,8 +151,8 @@ def read(
     lengths = jnp.where(counts > 0, starts, 0)
     x, k, v = _layers(model, model.blocks, cache, tokens, positions, (cos, sin), lengths, adapters)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    places = jnp.where(jnp.arange(width) < counts[:, None], positions, cache.size)
-    return _output_states(model, last), cache.written(k, v, jnp.arange(len(tokens)), places)
+    # What is padding is written, too: behind the end of the text, where nothing is read.
+    return _output_states(model, last), cache.written(k, v, jnp.where(counts > 0, starts, cache.size), model.layout)
 
 
 def decode(
@@ -125,8 +177,8 @@ def decode(
     # Always 0. The last layer's keys are known before its attention: if they could be written before it, XLA
     # would copy the cache for each token. An optimization_barrier is removed on a CPU, and this is not.
     after = jnp.isnan(x[:, :, 0]).astype(jnp.int32)
-    places = jnp.where(active, lengths, cache.size)[:, None] + after
-    return _output_states(model, x[:, 0]), cache.written(k, v, jnp.arange(len(tokens)), places)
+    places = jnp.where(active, lengths, cache.size) + after[:, 0]
+    return _output_states(model, x[:, 0]), cache.written(k, v, places, model.layout)
 
 
 def unstacked(model: Llama) -> tuple[Block, ...]:

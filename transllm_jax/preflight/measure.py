@@ -82,7 +82,7 @@ def measure(program: Program, topology: Topology) -> Measured:
     # A donated array (alias) is both an argument and a result.
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts = count_hlo(compiled.as_text(), partial(_explain, program.window))
+    counts = count_hlo(compiled.as_text(), partial(_explain, program.window), program.rounds)
     mesh = program.layout.mesh
     assert mesh is not None
     coordinates = [device.coords for device in mesh.devices.flat]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,10 @@ class Program:
     remat: str = ""
     # The most keys that a query attends to, which the compiled kernel does not show.
     window: int | None = None
+    # The rounds of loops that depend on data, by `op_name`; see `count_hlo`.
+    rounds: Callable[[str], int | None] | None = None
+    # Bytes on one device that have to be read once, whatever the program is, by kind; of generating a token.
+    least: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,11 @@ def generation_programs(
 ) -> list[Program]:
     """The two programs of generation: reading prompts, and a burst of new tokens, counted as one token a row.
 
-    prompt, new_tokens: tokens of each of the `batch_size` rows; the prompt is read as one piece.
+    prompt, new_tokens: tokens of each of the `batch_size` rows; the prompt is read as one piece. The token is the last
+    one of the longest answer, which attends to the most keys.
     """
     from transllm_jax.generation.engine import PIECES, lowered
+    from transllm_jax.model.cache import CHUNK
 
     split = model.split(layout)
     width = -(-prompt // PIECES[0]) * PIECES[0]
@@ -225,6 +231,12 @@ def generation_programs(
     arguments = {
         "frozen": sum(map(local_bytes, split.frozen.values())),
         "adapters": sum(map(local_bytes, split.trainable.values())),
+    }
+    # Of a table of embeddings that is not the output table as well, only a few rows are read.
+    looked_up = set() if model.shape.tie_word_embeddings else {"vocabulary.base", "vocabulary.new"}
+    read = {
+        kind: sum(local_bytes(leaf) for path, leaf in arrays.items() if path not in looked_up)
+        for kind, arrays in (("frozen", split.frozen), ("adapters", split.trainable))
     }
     cache = {"cache": sum(map(local_bytes, jax.tree.leaves(state)))}
     buffers = _largest({"frozen": split.frozen, "trained": split.trainable})
@@ -245,6 +257,7 @@ def generation_programs(
             about=f"{batch_size} prompts of {width} tokens",
             rows=f"{batch_size}x{width}",
             window=window,
+            rounds=partial(_attention_rounds, 0),
         ),
         Program(
             stage="generation: a token",
@@ -259,8 +272,17 @@ def generation_programs(
             about=f"{batch_size} rows, up to {longest} tokens each",
             rows=f"{batch_size}x{longest}",
             window=window,
+            rounds=partial(_attention_rounds, -(-longest // CHUNK)),
+            least=read | {"cache": sum(map(local_bytes, jax.tree.leaves(state.cache)))},
         ),
     ]
+
+
+def _attention_rounds(chunks: int, op_name: str) -> int | None:
+    """How often attention reads a chunk of the cache; 1 for the loop over the tokens of a burst; None for others."""
+    if op_name.endswith("closed_call/while"):
+        return chunks
+    return 1 if op_name == "jit(burst)/while" else None
 
 
 def local_bytes(leaf: Any) -> int:

@@ -118,6 +118,14 @@ def _show_speed(say: Callable[..., None], found: Measured) -> None:
         f"  step           {_seconds(best.seconds)} (bound by {best.bound}): compute {_seconds(best.compute)}, HBM "
         f"{_seconds(best.memory)}, links {network or '0'} ({_seconds(best.exposed)} of it not overlapped)"
     )
+    if program.least:
+        needed, chip = sum(program.least.values()), found.topology.chip
+        shortest = needed / chip.hbm_bandwidth
+        kinds = ", ".join(f"{kind} {size(amount)}" for kind, amount in program.least.items())
+        say(
+            f"  must read      {size(needed)} a chip ({kinds}): {_seconds(shortest)} at {chip.hbm_bandwidth / 1e9:.0f} "
+            f"GB/s, {shortest / best.seconds:.0%} of the step"
+        )
     if found.kept:
         say(
             f"  utilisation    MFU {best.mfu:.1%}, HFU {best.hfu:.1%} at {BEST:.0%} of the peak while products run; "
@@ -173,6 +181,7 @@ def as_json(found: Measured) -> dict[str, Any]:
         "model_flops": found.program.model_flops,
         "executed_ratio": found.executed if counts else None,
         "hbm_bytes": counts.hbm_bytes if counts else None,
+        "least_hbm_bytes": found.program.least,
         "collectives": {
             kind: {"executions": times, "result_bytes": result, "link_bytes": link}
             for kind, (times, result, link) in (counts.by_kind() if counts else {}).items()

@@ -51,6 +51,7 @@ class CustomCall:
 
 # Returns FLOPs and bytes of main memory of one execution, or None if unknown. Bytes None: operands and results once.
 Explain = Callable[[CustomCall], tuple[float, float | None] | None]
+Rounds = Callable[[str], int | None]
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,22 @@ class Counts:
         self.unexplained += [line for line in other.unexplained if line not in self.unexplained]
 
 
-def count_hlo(text: str, explain: Explain | None = None) -> Counts:
-    """Counts a program from `compiled.as_text()`. Raises ValueError if that is no HLO text."""
+def count_hlo(text: str, explain: Explain | None = None, rounds: Rounds | None = None) -> Counts:
+    """Counts a program from `compiled.as_text()`. Raises ValueError if that is no HLO text.
+
+    rounds: the rounds of a loop that depend on data, from its `op_name`; None for a loop that it does not know.
+    """
     module = parse_hlo(text)
-    counter = _Counter(module, explain)
+    counter = _Counter(module, explain, rounds)
     counter.walk(module.entry, 1, {}, "")
     return counter.counts
 
 
 class _Counter:
-    def __init__(self, module: Module, explain: Explain | None) -> None:
+    def __init__(self, module: Module, explain: Explain | None, rounds: Rounds | None = None) -> None:
         self.module = module
         self.explain = explain
+        self.rounds = rounds
         self.loops = Loops(module)
         self.traffic = Traffic(module)
         self.counts = Counts()
@@ -180,6 +185,8 @@ class _Counter:
         self, computation: Computation, loop: Instruction, times: int, known: Mapping[int, int], path: str
     ) -> None:
         trips = self.loops.trip_count(computation, loop, known)
+        if trips is None and self.rounds is not None:
+            trips = self.rounds(loop.op_name)
         if trips is None:
             self.counts.unexplained.append(f"while {loop.name} ({loop.op_name}): rounds unknown, counted once")
             trips = 1
