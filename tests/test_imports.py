@@ -207,7 +207,11 @@ DOORS = {
         "transllm_jax.cli.devices",
     },
     "matplotlib": {"transllm_jax.evaluation.page.plots"},
-    "sacrebleu": {"transllm_jax.evaluation.point", "transllm_jax.generation.checks"},
+    "sacrebleu": {
+        "transllm_jax.evaluation.point",
+        "transllm_jax.evaluation.translation_scores",
+        "transllm_jax.generation.checks",
+    },
     "pydantic": {"transllm_jax.config"},
     "yaml": {"transllm_jax.config"},
     "typer": {

@@ -10,6 +10,7 @@ from typing import Any
 from transllm_jax.commands.contaminated import Contamination
 from transllm_jax.commands.open_systems import Systems, is_run
 from transllm_jax.config import Config, Language, load_config
+from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.registry import Suite, suite_named
@@ -19,6 +20,7 @@ from transllm_jax.evaluation.systems.named import Named, parse_systems
 from transllm_jax.evaluation.systems.system import System
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
+from transllm_jax.stages.inputs import reading
 
 # Where the results of a work directory are kept, and those of other systems.
 IN_WORKDIR, ELSEWHERE = Path("evaluation") / "suites", Path("evaluation")
@@ -63,7 +65,7 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
     for suite in suites.values():
         suite.check(options)
     out = given.out or _default_out(named)
-    opener = Systems(progress.say, given.endpoint, given.batch_size)
+    opener = Systems(progress.say, options, given.endpoint, given.translator, given.batch_size)
     systems = {one.name: opener.open(one) for one in named}
     for suite in suites.values():
         for system in systems.values():
@@ -138,8 +140,8 @@ def options_of(given: Given, config: Config | None) -> SuiteOptions:
     """The options of the suites. Raises UserError for a language that is none."""
     options = SuiteOptions(
         questions=given.questions,
-        text=given.text,
-        english_text=given.english_text,
+        text=tuple(Reading(path) for path in given.text),
+        english_text=tuple(Reading(path) for path in given.english_text),
         pairs=given.pairs,
         instructions=given.instructions,
         limit=given.limit,
@@ -149,7 +151,7 @@ def options_of(given: Given, config: Config | None) -> SuiteOptions:
         options = replace(
             options,
             questions=options.questions or (None if section.answers is None else Path(section.answers)),
-            text=options.text or (section.text.path,),
+            text=options.text or (reading(section.text),),
             pairs=options.pairs or Path(section.pairs),
             instructions=options.instructions or Path(section.instructions),
             instruction_field=section.instruction_fields[0] if given.instructions is None else "instruction",

@@ -10,19 +10,23 @@ from typing import Any
 
 from transllm_jax.choices import POINTS
 from transllm_jax.commands.open_chat import ChatModel, at_point, open_chat_model, open_run
-from transllm_jax.config import Endpoint, load_section
+from transllm_jax.config import Endpoint, TranslatorEndpoint, load_section
 from transllm_jax.disk import FileHashes, cache_directory, sha256_of_json
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.suites.suite_run import SuiteOptions
 from transllm_jax.evaluation.systems.answers_file import AnswersFile
+from transllm_jax.evaluation.systems.bridge import Bridge, EndpointTranslator, PairTranslator, TextTranslator
 from transllm_jax.evaluation.systems.endpoint import EndpointSystem
 from transllm_jax.evaluation.systems.local import LocalSystem, Weights
-from transllm_jax.evaluation.systems.named import ORIGINAL, Named
+from transllm_jax.evaluation.systems.named import ORIGINAL, Named, parse_system
 from transllm_jax.evaluation.systems.system import System
 from transllm_jax.stages.points import newest_point
 from transllm_jax.stages.run import Run
+from transllm_jax.stages.translations import NO_SPACE
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
+from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 _PROBE: tuple[Message, ...] = ({"role": "user", "content": "?"},)
@@ -32,12 +36,15 @@ _PROBE: tuple[Message, ...] = ({"role": "user", "content": "?"},)
 class Systems:
     """Opens systems. Those of one run share its frozen weights.
 
-    endpoint: `key=value` of the config's section `Endpoint`, for every server. batch_size: answers of a local
-    model at a time.
+    options: for the language and the limits of a bridge. endpoint: `key=value` of the config's section `Endpoint`, for
+    every server. translator: what translates for bridges; None: a run's own stage `translate`. batch_size: answers of a
+    local model at a time.
     """
 
     say: Callable[[str], None]
+    options: SuiteOptions
     endpoint: Sequence[str] = ()
+    translator: str | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -52,7 +59,32 @@ class Systems:
             return EndpointSystem(named.name, load_section(Endpoint, given, self.endpoint, named.name), self.say)
         if named.kind == "answers":
             return AnswersFile(named.name, Path(named.where).expanduser())
+        if named.kind == "bridge":
+            return self._bridge(named)
         return self.model(named)
+
+    def _bridge(self, named: Named) -> Bridge:
+        """The original of a run between translations by its stage `translate`, or by the translator."""
+        if is_run(named.where):
+            inner: System = self.model(replace(named, kind="model", part=named.part or ORIGINAL))
+        else:
+            inner = self.model(replace(named, kind="model"))
+        return Bridge(named.name, inner, self._translator(named))
+
+    def _translator(self, named: Named) -> TextTranslator:
+        options, limit = self.options, self.options.max_new_tokens
+        if self.translator is None and not is_run(named.where):
+            raise UserError(f"bridge:{named.where} is no work directory with a stage translate; give --translator")
+        given = parse_system(self.translator or f"{named.where}#translate")
+        if given.kind == "endpoint":
+            keys = {"refused": "drop", "endpoint": given.where, "model": given.part}
+            settings = load_section(TranslatorEndpoint, keys, self.endpoint, "--translator")
+            return EndpointTranslator(settings, options.language.name, limit, self.say)
+        if given.kind != "model" or not is_run(given.where) or given.part != "translate":
+            raise UserError("--translator: give a server's model (URL#MODEL), or WORKDIR#translate")
+        language = options.language
+        scripts = script_of(language.code, language.scripts).scripts
+        return PairTranslator(self.model(given), limit, "" if NO_SPACE & set(scripts) else " ")
 
     def model(self, named: Named) -> LocalSystem:
         """A run at a point, or a model directory. Raises UserError for another path or point."""
@@ -80,8 +112,8 @@ class Systems:
             self._of_point(run, point),
             in_pairs=point == "translate",
         )
-        if point != "base":
-            system.original = cache(lambda: self._of_run(replace(named, part=ORIGINAL), workdir))
+        original = cache(lambda: self._of_run(replace(named, part=ORIGINAL), workdir))
+        system.original = (lambda: system) if point == "base" else original
         return system
 
     def _system(

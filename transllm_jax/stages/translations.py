@@ -33,7 +33,7 @@ Place = tuple[Kind, int]
 TRANSLATIONS = {"model": "translations.jsonl", "seq2seq": "translations.seq2seq.jsonl"}
 ROUND_TRIPS = {"model": "round_trips.jsonl", "seq2seq": "round_trips.seq2seq.jsonl"}
 # Scripts that put no space between two sentences.
-_NO_SPACE = {"Han", "Hiragana", "Katakana"}
+NO_SPACE = {"Han", "Hiragana", "Katakana"}
 
 
 class Translated(NamedTuple):
@@ -70,7 +70,7 @@ def translate(
     rows = worker.rows(directory / TRANSLATIONS[by], "to_target", _wanted(given, settings), "translations")
     made = {(row["of"], row["source"]): row for row in rows}
     checks_of = TranslationChecks(run, settings, rows) if checked else None
-    between = "" if _NO_SPACE & set(_scripts(run)) else " "
+    between = "" if NO_SPACE & set(_scripts(run)) else " "
     result = Translated({}, [])
     kept: dict[Place, list[str]] = {}
     for place, text in given.items():

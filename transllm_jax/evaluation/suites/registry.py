@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.suites import answers
+from transllm_jax.evaluation.suites import answers, perplexity, retention, translation
 from transllm_jax.evaluation.suites.measure import Measure
 from transllm_jax.evaluation.suites.results import Results
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
@@ -40,6 +40,29 @@ SUITES: dict[str, Suite] = {
         answers.MEASURES,
         answers.check,
         texts=answers.texts,
+    ),
+    "perplexity": Suite(
+        "bits per byte of text, in both languages",
+        perplexity.run,
+        perplexity.MEASURES,
+        perplexity.check,
+        perplexity.check_system,
+        texts=lambda options: perplexity.documents(options).items(),
+        whole=False,
+    ),
+    "translation": Suite(
+        "chrF, chrF++ and spBLEU of pairs, in both directions",
+        translation.run,
+        translation.MEASURES,
+        translation.check,
+        texts=translation.texts,
+    ),
+    "retention": Suite(
+        "what the transfer cost in English",
+        retention.run,
+        retention.MEASURES,
+        retention.check,
+        retention.check_system,
     ),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.config import Language, Prompts
+from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import sha256_of_json, write_json, write_text
 from transllm_jax.evaluation.suites.records import open_records
 from transllm_jax.evaluation.suites.results import Results
@@ -24,14 +25,15 @@ ANSWERS, ITEMS, RESULTS = "answers.jsonl", "items.jsonl", "results.json"
 class SuiteOptions:
     """What the user gives, or else the config of the first work directory among the systems.
 
-    text, english_text: files of text in the target language and in English. pairs: a file of `English<TAB>target`
-    lines. limit: the first questions, texts or pairs of each file, at most this many. comet: a file of scores by
-    `comet-score`, or None.
+    text, english_text: text in the target language and in English. pairs: a file of `English<TAB>target` lines.
+    instructions: a file of English instructions, in `instruction_field`. limit: the first questions, texts or pairs of
+    each file, at most this many. max_new_tokens: of an answer, chain included; max_answer_tokens: of a short answer in
+    English. length: tokens of a row of text.
     """
 
     questions: Path | None = None
-    text: tuple[str, ...] = ()
-    english_text: tuple[str, ...] = ()
+    text: tuple[Reading, ...] = ()
+    english_text: tuple[Reading, ...] = ()
     pairs: Path | None = None
     instructions: Path | None = None
     instruction_field: str = "instruction"

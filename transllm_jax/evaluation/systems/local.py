@@ -44,8 +44,8 @@ class LocalSystem:
     """Answers with our own engine.
 
     Where the model answers in chains, a broken one is continued once, earlier turns are remembered in English, and an
-    answer in English begins with the marker of English answers. original: opens the original model of its run; None if
-    it has none, or is it. batch_size: answers at a time.
+    answer in English begins with the marker of English answers. original: opens the original model of its run, which
+    may be this one; None if there is none. batch_size: answers at a time.
     """
 
     name: str
