@@ -121,11 +121,15 @@ async def _stream(server: Server, body: dict[str, Any], reply: Reply, request: R
     sent = 0
     for sent, delta in enumerate(reply.deltas()):
         if sent == reply.hold:
-            while not server.released.is_set():
-                if await request.is_disconnected():
-                    server.gone += 1
-                    return
-                await asyncio.sleep(0.01)
+            try:
+                while not server.released.is_set():
+                    if await request.is_disconnected():
+                        server.gone += 1
+                        return
+                    await asyncio.sleep(0.01)
+            except asyncio.CancelledError:  # starlette was told first
+                server.gone += 1
+                raise
         if sent == reply.drop:
             raise ConnectionResetError("the server is gone")
         if sent == reply.fail:
