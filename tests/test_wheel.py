@@ -88,7 +88,7 @@ def test_what_is_in_the_wheel(built: tuple[Path, Path]) -> None:
         f"transllm_jax/{path.relative_to(ROOT / 'transllm_jax')}" for path in ROOT.glob("transllm_jax/**/*.j2")
     }
     assert "transllm_jax/conversion/hf/export.py" in modules and len(templates) > 1
-    wanted = modules | templates | {"transllm_jax/py.typed"}
+    wanted = modules | templates | {"transllm_jax/py.typed", "transllm_jax/serving/page.html"}
     assert {name for name in names if "dist-info" not in name} == wanted
 
 
