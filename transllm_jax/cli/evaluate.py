@@ -12,6 +12,7 @@ from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.sheets import app as sheets_app
 
 DEFAULT = "suites"
+_JUDGE: dict[str, Any] = {"rich_help_panel": "Judge"}
 
 
 class _WithDefault(TyperGroup):
@@ -48,13 +49,20 @@ def suites(
     ],
     suite: Annotated[
         list[str],
-        typer.Option(help="answers, perplexity, translation, retention ...; several with commas, or repeated."),
+        typer.Option(
+            help="answers, perplexity, translation, retention, mt_bench, alpaca_eval, questions, safety; several with "
+            "commas."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="By default WORKDIR/evaluation/suites, or evaluation.")
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Questions with known answers, or other ones for a judge.")
+        list[str] | None,
+        typer.Option(
+            metavar="[SUITE=]FILE",
+            help="Questions with known answers, or open ones for a judge; SUITE=FILE for one suite alone; repeatable.",
+        ),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Text in the target language, for perplexity; repeatable.")
@@ -84,6 +92,44 @@ def suites(
     contamination: Annotated[
         bool, typer.Option(help="Whether questions are looked for in the training data of the run.")
     ] = True,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="URL#MODEL", help="Who judges: a server's model, or a local one.", **_JUDGE),
+    ] = None,
+    judge_endpoint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="For the judge's server: as --endpoint; repeatable.", **_JUDGE),
+    ] = None,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a verdict.", **_JUDGE)] = 2048,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="SYSTEM", help="What answers are compared with, in pairs and both orders.", **_JUDGE),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="fastchat, or transllm-as-published.", **_JUDGE)
+    ] = "fastchat",
+    references: Annotated[
+        str, typer.Option(metavar="NAME", help="For mt_bench: corrected, gpt4 or none.", **_JUDGE)
+    ] = "corrected",
+    reference_file: Annotated[
+        Path | None, typer.Option(help="For mt_bench: FastChat's reference_answer/gpt-4.jsonl.", **_JUDGE)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Verdicts on each answer or pair.", **_JUDGE)] = 1,
+    asked_in: Annotated[
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="target or english; by default as the file says.", **_JUDGE),
+    ] = None,
+    max_cost: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT", help="Most tokens (200000, 2M), or money with --judge-prices.", **_JUDGE),
+    ] = None,
+    judge_prices: Annotated[
+        str | None,
+        typer.Option(metavar="IN/OUT", help="Of a million tokens, read and written, such as 2.5/10.", **_JUDGE),
+    ] = None,
+    judge_is_system: Annotated[
+        bool, typer.Option("--judge-is-system", help="Let a judge judge its own answers.", **_JUDGE)
+    ] = False,
 ) -> None:
     """Run suites on systems. The same command goes on with what a stopped or killed one left.
 
@@ -91,14 +137,17 @@ def suites(
     """
     prepare_jax()
     require_devices()
-    from transllm_jax.commands.evaluate import Given, evaluate
+    from transllm_jax.commands.evaluate import Given, evaluate, questions_given
+    from transllm_jax.commands.open_judge import JudgeGiven
     from transllm_jax.progress import Progress
 
+    for_all, for_one = questions_given(questions or ())
     given = Given(
         systems=systems,
         suites=[name for names in suite for name in names.split(",") if name],
         out=out,
-        questions=questions,
+        questions=for_all,
+        questions_of=for_one,
         text=tuple(text or ()),
         english_text=tuple(english_text or ()),
         pairs=pairs,
@@ -111,6 +160,20 @@ def suites(
         translator=translator,
         batch_size=batch_size,
         contamination=contamination,
+        judge=JudgeGiven(
+            judge=judge,
+            endpoint=tuple(judge_endpoint or ()),
+            max_tokens=judge_tokens,
+            preset=preset,
+            repeats=repeats,
+            references=references,
+            reference_file=reference_file,
+            baseline=baseline,
+            max_cost=max_cost,
+            prices=judge_prices,
+            is_system=judge_is_system,
+            asked_in=asked_in,
+        ),
     )
     with Progress() as progress:
         evaluate(given, progress)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transllm_jax.commands.contaminated import Contamination
+from transllm_jax.commands.open_judge import JudgeGiven, judging_of, opened
 from transllm_jax.commands.open_systems import Systems, is_run
 from transllm_jax.config import Config, Language, load_config
 from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.suites.registry import Suite, suite_named
+from transllm_jax.evaluation.suites.registry import SUITES, Suite, suite_named
 from transllm_jax.evaluation.suites.suite_run import RESULTS, SuiteOptions, SuiteRun
 from transllm_jax.evaluation.suites.table import compared, remarks, shown
 from transllm_jax.evaluation.systems.named import Named, parse_systems
@@ -30,7 +31,10 @@ TABLE = "table.json"
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave. What is None, or empty, comes from the config of the first work directory."""
+    """What the user gave. What is None, or empty, comes from the config of the first work directory.
+
+    questions_of: files of questions for single suites, in place of `questions`.
+    """
 
     systems: Sequence[str]
     suites: Sequence[str]
@@ -48,6 +52,8 @@ class Given:
     translator: str | None = None
     batch_size: int = 32
     contamination: bool = True
+    questions_of: Mapping[str, Path] = field(default_factory=dict)
+    judge: JudgeGiven = field(default_factory=JudgeGiven)
 
 
 def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
@@ -61,22 +67,23 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
     if not suites:
         raise UserError("give a suite, such as --suite answers")
     config = _config_of(named)
-    options = options_of(given, config)
-    for suite in suites.values():
-        suite.check(options)
     out = given.out or _default_out(named)
+    judging = judging_of(given.judge, out)
+    options = replace(options_of(given, config), judging=judging)
+    for name, suite in suites.items():
+        suite.check(_own(options, given, name, suite))
     opener = Systems(progress.say, options, given.endpoint, given.translator, given.batch_size)
     systems = {one.name: opener.open(one) for one in named}
     for suite in suites.values():
         for system in systems.values():
             suite.check_system(system)
+    options = replace(options, judging=opened(judging, given.judge, opener, systems, named))
     contamination = Contamination(out / "contamination.json", progress) if given.contamination else None
     found = []
     with Interrupt() as interrupt:
         for name, suite in suites.items():
-            comparison = _compare(
-                name, suite, systems, {one.name: one for one in named}, out, options, contamination, progress, interrupt
-            )
+            own, by_name = _own(options, given, name, suite), {one.name: one for one in named}
+            comparison = _compare(name, suite, systems, by_name, out, own, contamination, progress, interrupt)
             found.append(comparison)
             progress.say(shown(comparison))
             for remark in remarks(comparison):
@@ -119,6 +126,32 @@ def _compare(
             write_json(directories[of] / RESULTS, found.recorded())
         results[of] = found.recorded()
     return compared(name, suite.measures, directories, results)
+
+
+def questions_given(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
+    """Files of questions, as FILE for all suites and SUITE=FILE for single ones.
+
+    Raises UserError for two files for one suite.
+    """
+    usual: Path | None = None
+    own: dict[str, Path] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if equals and name in SUITES and not Path(one).exists():
+            if name in own:
+                raise UserError(f"--questions: {name} has two files, {own[name]} and {path}; give one")
+            own[name] = Path(path)
+        elif usual is not None:
+            raise UserError(f"--questions: {usual} and {one} are both for all suites; write SUITE=FILE")
+        else:
+            usual = Path(one)
+    return usual, own
+
+
+def _own(options: SuiteOptions, given: Given, name: str, suite: Suite) -> SuiteOptions:
+    """The options of one suite: a config's questions have known answers, and are of no use to suites with a judge."""
+    usual = given.questions if suite.open else options.questions
+    return replace(options, questions=given.questions_of.get(name, usual))
 
 
 def _config_of(named: Sequence[Named]) -> Config | None:

@@ -83,10 +83,10 @@ def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def _filled(prompt: Prompt, values: Mapping[str, str]) -> list[Message]:
-    return [{"role": "system", "content": prompt.system}, {"role": "user", "content": _fill(prompt.template, values)}]
+    return [{"role": "system", "content": prompt.system}, {"role": "user", "content": fill(prompt.template, values)}]
 
 
-def _fill(template: str, values: Mapping[str, str]) -> str:
+def fill(template: str, values: Mapping[str, str]) -> str:
     """A template with its places filled, each once: what an answer has in braces stays as it is."""
     return _PLACE.sub(lambda place: values[place[1]], template)
 
@@ -116,5 +116,5 @@ def _as_published(name: str, values: Mapping[str, str], language: str) -> list[M
         text = text.replace(published, theirs, 1)
     return [
         {"role": "system", "content": "You are a friendlt and helpful assistant"},
-        {"role": "user", "content": _fill(text, values)},
+        {"role": "user", "content": fill(text, values)},
     ]

@@ -21,9 +21,12 @@ PUBLISHED = "lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/reference_answer/
 
 @dataclass(frozen=True)
 class References:
-    """Right answers by question id, one for each turn. choice: where they are from. corrected: the ids of ours."""
+    """Right answers by question id, one for each turn.
 
-    choice: Choice
+    choice: where they are from; `file`: the file of questions. corrected: the ids of ours.
+    """
+
+    choice: Choice | Literal["file"]
     by_id: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     corrected: tuple[str, ...] = ()
 

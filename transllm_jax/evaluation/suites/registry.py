@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.suites import answers, perplexity, retention, translation
+from transllm_jax.evaluation.suites import answers, judged, perplexity, retention, safety, translation
 from transllm_jax.evaluation.suites.measure import Measure
 from transllm_jax.evaluation.suites.results import Results
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
@@ -21,7 +21,8 @@ class Suite:
     measures: what is compared between two systems, from their items; the first is the suite's own. check: raises
     UserError for options that are missing or wrong, before the first suite begins; check_system: for a system that the
     suite cannot measure. texts: what may not occur in training data, each with the id of its item: as a whole, or half
-    of it (`data/clean/contamination.py`) unless `whole`.
+    of it (`data/clean/contamination.py`) unless `whole`. open: whether it has questions of its own, and
+    not those with known answers that a config names.
     """
 
     what: str
@@ -31,6 +32,7 @@ class Suite:
     check_system: Callable[[System], None] = lambda system: None
     texts: Callable[[SuiteOptions], Iterable[tuple[str, str]]] = lambda options: ()
     whole: bool = True
+    open: bool = False
 
 
 SUITES: dict[str, Suite] = {
@@ -63,6 +65,22 @@ SUITES: dict[str, Suite] = {
         retention.MEASURES,
         retention.check,
         retention.check_system,
+    ),
+    **{
+        suite.name: Suite(what, suite.run, judged.MEASURES, suite.check, texts=suite.texts, open=True)
+        for suite, what in (
+            (judged.MT_BENCH, "MT-Bench's questions of two turns, rated by a judge"),
+            (judged.ALPACA_EVAL, "AlpacaEval's questions, compared by a judge with a baseline"),
+            (judged.QUESTIONS, "any open questions of one turn or more, rated by a judge"),
+        )
+    },
+    "safety": Suite(
+        "harmful requests: are they refused?",
+        safety.run,
+        safety.MEASURES,
+        safety.check,
+        texts=safety.texts,
+        open=True,
     ),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from transllm_jax.config import Language, Prompts
 from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import sha256_of_json, write_json, write_text
+from transllm_jax.evaluation.suites.judging import Judging
 from transllm_jax.evaluation.suites.records import open_records
 from transllm_jax.evaluation.suites.results import Results
 from transllm_jax.evaluation.systems.system import Asked, System, Turn
@@ -28,7 +29,7 @@ class SuiteOptions:
     text, english_text: text in the target language and in English. pairs: a file of `English<TAB>target` lines.
     instructions: a file of English instructions, in `instruction_field`. limit: the first questions, texts or pairs of
     each file, at most this many. max_new_tokens: of an answer, chain included; max_answer_tokens: of a short answer in
-    English. length: tokens of a row of text.
+    English. length: tokens of a row of text. judging: the judge, for suites that have one.
     """
 
     questions: Path | None = None
@@ -43,6 +44,7 @@ class SuiteOptions:
     length: int = 512
     language: Language = field(default_factory=Language)
     prompts: Prompts = field(default_factory=Prompts)
+    judging: Judging = field(default_factory=Judging)
 
 
 @dataclass(frozen=True)
