@@ -191,7 +191,7 @@ def test_the_cost_is_estimated_before_the_first_request(server: Server, tmp_path
         judge.say = said.append
         judge.verdicts(few)
         assert len(server.bodies) == 1 and len(said) == 1
-        assert "judge judge: 1 request, about 180 tokens" in said[0] and "at most 2.05k)" in said[0]
+        assert "  judge judge: 1 request, about 180 tokens" in said[0] and "at most 2.05k)" in said[0]
         with pytest.raises(UserError, match=r"10 requests.*more than --max-cost .* tokens, of which"):
             judge.verdicts(many)
         # What is known costs nothing.

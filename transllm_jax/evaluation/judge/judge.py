@@ -77,7 +77,7 @@ class Judge:
             for name, reply in first.items()
             if reply.error is None and asks[name].read(spoken(reply.text)) is None
         }
-        second = self._replies(unclear, between, lambda done: None)
+        second = self._replies(unclear, between, lambda done: None, why=", asked again")
         return {name: _verdict(ask, first[name], second.get(name)) for name, ask in asks.items()}
 
     def recorded(self) -> dict[str, Any]:
@@ -90,7 +90,12 @@ class Judge:
         }
 
     def _replies(
-        self, prompts: Mapping[str, Prompt], between: Callable[[], None], on_verdict: Callable[[int], None]
+        self,
+        prompts: Mapping[str, Prompt],
+        between: Callable[[], None],
+        on_verdict: Callable[[int], None],
+        *,
+        why: str = "",
     ) -> dict[str, Reply]:
         keys = {name: prompt_key(self.model, prompt) for name, prompt in prompts.items()}
         found = {key: reply for key in keys.values() if (reply := self.cache.get(key)) is not None}
@@ -99,7 +104,7 @@ class Judge:
         on_verdict(len(found))
         if missing:
             plan = self.spending.check_plan([prompt.messages for prompt in missing.values()], self.model.max_tokens)
-            self.say(f"  judge {self.model.name}: {plan}")
+            self.say(f"  judge {self.model.name}{why}: {plan}")
         silent = 0
         for reply in self.model.replies(missing, between) if missing else ():
             prompt, found[reply.id] = missing[reply.id], reply
