@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,10 @@ import pytest
 from conftest import random_weights, tiny_config
 
 from transllm_jax.errors import UserError
+from transllm_jax.generation.device import Device
 from transllm_jax.generation.engine import ORIGINAL, PIECES, WHOLE, Engine, Request, Result
 from transllm_jax.generation.programs import Entry, admit, burst, empty_desk, empty_slots, read_piece
+from transllm_jax.generation.row import Row
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.model.cache import CHUNK, unstacked
 from transllm_jax.model.parameters import Split, assemble, load_frozen
@@ -155,6 +158,29 @@ def test_a_finished_answers_slot_takes_the_next_prompt_at_once(engine: Engine) -
     assert sum(running) == 60 + 39 * 3
 
 
+def test_a_batch_takes_requests_while_others_go_on(engine: Engine, alone: list[Result]) -> None:
+    """Piece by piece, in bursts of any size, and with some that are taken back: answers stay the same, to the bit."""
+    batch = engine.batch(ROOM)
+    rows = [Row(number, request) for number, request in enumerate(REQUESTS)]
+    waiting, dropped = list(rows), {2, 6}
+    steps = itertools.cycle([1, 5, 16])
+    while waiting or batch.running:
+        if waiting and batch.room:
+            row = waiting.pop(0)
+            for pieces, _ in enumerate(batch.admitting([row])):
+                batch.burst(steps=next(steps))
+                if row.number == 6 and pieces == 0:
+                    batch.take_back(row)
+            assert (row.number == 6) == (not row.ids)
+        if rows[2] in batch.running and len(rows[2].ids) > 4:
+            batch.take_back(rows[2])
+        batch.burst(steps=next(steps))
+    assert [row.result() for row in rows if row.number not in dropped] == [
+        result for number, result in enumerate(alone) if number not in dropped
+    ]
+    assert 4 < len(rows[2].ids) < len(alone[2].ids) and batch.room == engine.desk_rows
+
+
 def test_log_probabilities_are_those_of_the_tokens(engine: Engine, split: Split, alone: list[Result]) -> None:
     model = split.merge()
     for request, result in ((REQUESTS[0], alone[0]), (REQUESTS[5], alone[5])):
@@ -221,13 +247,13 @@ def test_a_request_is_checked_before_it_gets_a_slot(engine: Engine, split: Split
 def pieces(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The widths of the pieces that are read."""
     seen: list[int] = []
-    read: Callable[..., None] = Engine._read
+    read: Callable[..., None] = Device._read
 
-    def counted(self: Engine, device: Any, tokens: np.ndarray, *given: Any) -> None:
+    def counted(self: Device, tokens: np.ndarray, *given: Any) -> None:
         seen.append(tokens.shape[1])
-        read(self, device, tokens, *given)
+        read(self, tokens, *given)
 
-    monkeypatch.setattr(Engine, "_read", counted)
+    monkeypatch.setattr(Device, "_read", counted)
     return seen
 
 
@@ -304,7 +330,7 @@ def test_a_cache_is_written_where_it_is(split: Split) -> None:
     given = {"structure": split.structure, "size": size}
     desk = empty_desk(split.trainable, split.frozen, rows=rows, **given)
     slots = empty_slots(split.trainable, split.frozen, mode=WHOLE, rows=rows, stops=2, **given)
-    zeros, flags = np.zeros(rows, np.int32), (np.ones(rows, bool), np.bool_(True))
+    zeros, flags = np.zeros(rows, np.int32), (np.ones(rows, bool), np.bool_(True), np.int32(3))
     layers = unstacked(split.merge())
     entry = Entry(zeros, zeros, zeros, slots.stops, slots.seen, slots.draw)  # type: ignore[arg-type]
     options: Any = {"structure": split.structure, "mode": WHOLE}

@@ -15,6 +15,7 @@ from conftest import copy_run, tiny_run
 from transllm_jax.config import load_config
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation import translate
+from transllm_jax.generation.device import Device
 from transllm_jax.generation.engine import Engine, Request
 from transllm_jax.generation.pieces import cut, join
 from transllm_jax.hosts.interrupt import Interrupt
@@ -194,13 +195,13 @@ def test_a_slot_takes_the_next_instruction_when_its_answer_is_done(
     """Three of ten answers are long. In four slots they overlap; batch by batch, one would begin after the other."""
     long, limits = 33, [33 if number % BATCH == 0 else 2 for number in range(LIMIT)]
     steps: list[int] = []
-    whole, left = Engine._burst, iter(limits)
+    whole, left = Device.burst, iter(limits)
 
-    def burst(engine: Engine, device: Any, slots: Any, **given: Any) -> None:
-        whole(engine, device, slots, **given)
+    def burst(device: Device, slots: Any, **given: Any) -> None:
+        whole(device, slots, **given)
         steps.append(max(row.new for row in slots if row is not None))
 
-    monkeypatch.setattr(Engine, "_burst", burst)
+    monkeypatch.setattr(Device, "burst", burst)
     monkeypatch.setattr(recover, "Request", lambda prompt, room, stop: Request(prompt, next(left), ()))
     settings = load_config(config, [f"recover.max_new_tokens={long}"])
     run = Run(settings, translated, Progress(quiet=True), Interrupt())

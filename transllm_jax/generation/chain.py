@@ -6,7 +6,7 @@ format is continued once, after the missing marker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -111,6 +111,78 @@ class Deltas:
         return found
 
 
+class Writing:
+    """An answer while its tokens come, and how it goes on where its chain breaks off.
+
+    markers: None for a model that writes no chains: all its text is the answer. hidden: ids that are left out of the
+    text, such as special tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, markers: Markers | None, prompt: Sequence[int], *, hidden: Container[int] = ()
+    ) -> None:
+        self._tokenizer, self._markers, self._prompt, self._hidden = tokenizer, markers, prompt, hidden
+        self._text = TextStream(tokenizer)
+        self._begun = 0
+        self._cut_off = self._continued = False
+        # All tokens, with the marker that was appended.
+        self.ids: list[int] = []
+
+    def grow(self, ids: Sequence[int]) -> Answer:
+        """The answer as far as it is known, given all tokens of the present generation so far.
+
+        The raw text and the parts only grow (see `Deltas` for the exception): an incomplete character, or marker, at
+        the end is held back.
+        """
+        self._add(ids[len(self.ids) - self._begun :])
+        return self._answer(self._text.text, whole=False)
+
+    def end(self, *, cut_off: bool) -> Answer:
+        """The whole answer, when its generation has ended. cut_off: the limit of new tokens ended it."""
+        self._cut_off = self._cut_off or cut_off
+        return self._answer(self._text.whole)
+
+    def longer(self) -> list[int] | None:
+        """The prompt to continue the answer from, if its chain lacks only its last marker; at most once.
+
+        After `go_on`, more tokens belong to the continuation.
+        """
+        if self._markers is None or self._continued or not _breaks_off(self._answer(self._text.whole), self._markers):
+            return None
+        return [*self._prompt, *self.ids, *self._appended()]
+
+    def go_on(self) -> None:
+        """Continue a chain that breaks off."""
+        self._continued = True
+        self._add(self._appended())
+        self._begun = len(self.ids)
+
+    def _add(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self._text.add([token for token in ids if token not in self._hidden])
+
+    def _appended(self) -> list[int]:
+        assert self._markers is not None
+        return _appended(self._tokenizer, self._text.whole, self._markers)
+
+    def _answer(self, text: str, *, whole: bool = True) -> Answer:
+        options: dict[str, Any] = {"continued": self._continued, "cut_off": whole and self._cut_off}
+        if self._markers is None:
+            return Answer(text, None, text, **options, parts=Parts(answer=text))
+        return answer_of(text, self._markers, whole=whole, **options)
+
+
+def _breaks_off(answer: Answer, markers: Markers) -> bool:
+    """Whether a chain lacks only its last marker. An English answer, or a translation, is complete as it is."""
+    english, response, target = markers.in_order()
+    begun = answer.raw.startswith(english) and response in answer.raw and target not in answer.raw
+    return begun and missing_marker(answer.raw, markers) == target
+
+
+def _appended(tokenizer: Tokenizer, text: str, markers: Markers) -> list[int]:
+    return tokenizer.encode(missing_marker(text, markers) or "")
+
+
 class ChainChat:
     """Answers with chains, in one conversation or a batch of them."""
 
@@ -163,8 +235,9 @@ class ChainChat:
         for number, ids in self._run(list(zip(prompts, samplings, strict=True)), at_once, on_tokens, between):
             text = text_of(self._tokenizer, ids)
             answer = answer_of(text, self._markers, cut_off=self._is_cut_off(ids))
-            begun = [*ids, *self._appended(text)]
-            if fallback and self._breaks_off(answer) and self._has_room([*prompts[number], *begun]):
+            begun = [*ids, *_appended(self._tokenizer, text, self._markers)]
+            continues = fallback and _breaks_off(answer, self._markers)
+            if continues and self._has_room([*prompts[number], *begun]):
                 broken[number] = [*prompts[number], *begun], begun, answer
             else:
                 yield number, answer
@@ -203,33 +276,25 @@ class ChainChat:
         The raw text and the parts only grow (see `Deltas` for the exception): an incomplete character, or marker, at
         the end is held back. The fallback, and the whole answer, are those of `answers`.
         """
-        prompt = encode_prompt(self._tokenizer, messages, self._markers.in_order())
-        text, answer = TextStream(self._tokenizer), None
-        for _ in self._stream(prompt, text, []):
-            answer = answer_of(text.text, self._markers, whole=False)
-            yield answer
-        whole = answer_of(text.whole, self._markers, cut_off=self._is_cut_off(text.ids))
-        begun = [*text.ids, *self._appended(text.whole)]
-        if self._breaks_off(whole) and self._has_room([*prompt, *begun]):
-            for _ in self._stream([*prompt, *begun], text, begun):
-                answer = answer_of(text.text, self._markers, continued=True, whole=False)
-                yield answer
-            cut_off = whole.cut_off or self._is_cut_off(text.ids[len(begun) :])
-            whole = answer_of(text.whole, self._markers, continued=True, cut_off=cut_off)
-        if answer is None or (answer, answer.parts) != (whole, whole.parts):
+        prompt: Sequence[int] | None = encode_prompt(self._tokenizer, messages, self._markers.in_order())
+        writing = Writing(self._tokenizer, self._markers, prompt or ())
+        options: Any = {"max_new_tokens": self._max_new_tokens, "stop": end_ids(self._tokenizer), "mode": self._mode}
+        while prompt is not None:
+            last, ids = None, []
+            for ids in self._engine.stream(prompt, **options):
+                last = writing.grow(ids)
+                yield last
+            whole = writing.end(cut_off=self._is_cut_off(ids))
+            prompt = writing.longer()
+            if prompt is not None and self._has_room(prompt):
+                writing.go_on()
+            else:
+                prompt = None
+        if last is None or (last, last.parts) != (whole, whole.parts):
             yield whole
 
     def _is_cut_off(self, ids: Sequence[int]) -> bool:
         return len(ids) >= self._max_new_tokens
-
-    def _breaks_off(self, answer: Answer) -> bool:
-        """Whether a chain lacks only its last marker. An English answer, or a translation, is complete as it is."""
-        english, response, target = self._markers.in_order()
-        begun = answer.raw.startswith(english) and response in answer.raw and target not in answer.raw
-        return begun and missing_marker(answer.raw, self._markers) == target
-
-    def _appended(self, text: str) -> list[int]:
-        return self._tokenizer.encode(missing_marker(text, self._markers) or "")
 
     def _run(
         self,
@@ -244,15 +309,6 @@ class ChainChat:
         options: dict[str, Any] = {"mode": self._mode, "at_once": at_once, "on_tokens": on_tokens, "between": between}
         for number, result in self._engine.run(requests, **options) if requests else ():
             yield number, result.ids
-
-    def _stream(self, prompt: Sequence[int], text: TextStream, begun: Sequence[int]) -> Iterator[None]:
-        """Add what is generated to the text, and yield each time. First, the text gets what it lacks of `begun`."""
-        text.add(begun[len(text.ids) :])
-        for ids in self._engine.stream(
-            prompt, max_new_tokens=self._max_new_tokens, stop=end_ids(self._tokenizer), mode=self._mode
-        ):
-            text.add(ids[len(text.ids) - len(begun) :])
-            yield
 
 
 def remembered(question: str, answer: Answer, tokenizer: Tokenizer) -> list[Message]:

@@ -8,39 +8,34 @@ other. Another number of slots is another program, whose sums may be taken in an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import numpy as np
 
-from transllm_jax.generation.programs import (
-    BURST,
-    STOPS,
-    Desk,
-    Entry,
-    Made,
-    Slots,
-    admit,
-    burst,
-    empty_desk,
-    empty_slots,
-    lowered,
-    read_piece,
-)
+from transllm_jax.generation.device import PIECES, Batch, Device
+from transllm_jax.generation.programs import BURST, STOPS, lowered
 from transllm_jax.generation.request import ORIGINAL, WHOLE, Mode, Request, Result
 from transllm_jax.generation.row import Row
-from transllm_jax.generation.sampling import GREEDY, draw_of
 from transllm_jax.model.cache import CHUNK, unstacked
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import Layout
+from transllm_jax.model.llama import Block
 from transllm_jax.model.parameters import Split
 
-__all__ = ["BURST", "ORIGINAL", "WHOLE", "Engine", "Mode", "Request", "Result", "lowered", "padded_batch_size"]
+__all__ = [
+    "BURST",
+    "ORIGINAL",
+    "PIECES",
+    "WHOLE",
+    "Batch",
+    "Engine",
+    "Mode",
+    "Request",
+    "Result",
+    "lowered",
+    "padded_batch_size",
+]
 
-# A prompt is read in pieces of the last of these widths; what is left is padded to the first of them that holds it.
-PIECES = (32, 64, 128)
 # Prompts that are read at once on an accelerator, for each part into which the mesh cuts a batch. On a CPU one prompt
 # alone is enough work.
 AT_DESK = 8
@@ -51,28 +46,6 @@ MOST_APART = 2**32
 def padded_batch_size(size: int, layout: Layout) -> int:
     """A batch size, rounded up so that the mesh divides it."""
     return -(-size // layout.batch_parts) * layout.batch_parts
-
-
-class _Device:
-    """What the engine has on the devices while it works, for one mode, number of slots and size of cache.
-
-    read: the ids of the whole pieces that each row of the desk has in its cache. A prompt that begins with them is read
-    from there on: a prefix that prompts share is computed once.
-    """
-
-    def __init__(self, engine: Engine, mode: Mode, rows: int, size: int, stops: int) -> None:
-        self.mode, self.rows, self.size, self.stops = mode, rows, size, stops
-        self.desk_rows = min(engine.desk_rows, rows)
-        split = engine.split
-        options: dict[str, Any] = {"structure": split.structure, "size": size}
-        arrays = split.trainable, split.frozen
-        self.desk: Desk = empty_desk(*arrays, rows=self.desk_rows, **options)
-        self.slots: Slots = empty_slots(*arrays, rows=rows, mode=mode, stops=stops, **options)
-        self.read: list[list[int]] = [[] for _ in range(self.desk_rows)]
-
-    def serves(self, mode: Mode, rows: int, size: int, stops: int) -> bool:
-        """Whether it has so many slots, and room for texts of a size and for so many stop tokens, in a mode."""
-        return self.mode == mode and self.rows == rows and self.size >= size and self.stops >= stops
 
 
 class Engine:
@@ -104,10 +77,10 @@ class Engine:
         # The names of the programs that were used; each is compiled once.
         self.programs: set[str] = set()
         self._decode = decode
-        self._device: _Device | None = None
+        self._device: Device | None = None
         blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
         apart = layout.mesh is None and layout.platform == "cpu" and blocks <= MOST_APART
-        self._layers: Any = None if apart else ()
+        self._apart: Sequence[Block] | None = None if apart else ()
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
@@ -198,19 +171,21 @@ class Engine:
         at_once: for a run over so many requests; without it, for `batch_size` slots. Such a run compiles nothing then.
         """
         self.cache_size = max(self.cache_size, longest)
-        device = self._device_for(mode, at_once, longest, STOPS)
-        size = device.desk_rows
-        for width in PIECES:
-            self._read(device, np.zeros((size, width), np.int32), *np.zeros((3, size), np.int32))
-        self._admit(device, {}, {})
-        self._burst(device, [None] * device.rows, hurry=False)
+        self._device_for(mode, at_once, longest, STOPS).warm_up()
+
+    def batch(self, longest: int, *, mode: Mode = WHOLE, stops: int = STOPS) -> Batch:
+        """`batch_size` slots of their own for texts of up to `longest` tokens: for work whose end is not known.
+
+        Several may be used in turn, one for each mode. Requests have to be checked (`check`) before they are admitted.
+        """
+        return Batch(self._new_device(mode, self.batch_size, longest, stops), self._decode)
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def _rounds(
         self,
         requests: Iterator[Request],
-        device: _Device,
+        device: Device,
         on_tokens: Callable[[int], None],
         between: Callable[[], None],
     ) -> Iterator[list[Row]]:
@@ -219,173 +194,72 @@ class Engine:
         self._device = None
         waiting = enumerate(requests)
         following = next(waiting, None)
-        slots: list[Row | None] = [None] * device.rows
+        batch = Batch(device, self._decode)
         bursts = 0
         try:
-            while following is not None or any(slots):
-                while following is not None and None in slots:
+            while following is not None or batch.running:
+                while following is not None and batch.room:
                     if following[0] >= device.rows:
                         between()
-                    free = [slot for slot, row in enumerate(slots) if row is None][: device.desk_rows]
-                    placed: dict[int, Row] = {}
-                    while following is not None and free:
+                    rows: list[Row] = []
+                    while following is not None and len(rows) < batch.room:
                         self._check_size(following[1], device)
-                        placed[free.pop(0)] = Row(*following)
+                        rows.append(Row(*following))
                         following = next(waiting, None)
-                    slots[:] = [placed.get(slot, row) for slot, row in enumerate(slots)]
-                    self._admit(device, placed, self._read_prompts(device, list(placed.values())))
-                    yield self._freed(slots, list(placed.values()), on_tokens)
-                if any(slots):
+                    for _ in batch.admitting(rows):
+                        pass
+                    on_tokens(sum(row.new for row in rows))
+                    yield rows
+                if batch.running:
                     if bursts:
                         between()
                     bursts += 1
-                    running = [row for row in slots if row is not None]
-                    self._burst(device, slots, hurry=following is not None)
-                    yield self._freed(slots, running, on_tokens)
+                    rows = batch.burst(hurry=following is not None)
+                    on_tokens(sum(row.new for row in rows))
+                    yield rows
         except GeneratorExit:
             self._device = device
             raise
         self._device = device
 
-    def _freed(self, slots: list[Row | None], changed: list[Row], on_tokens: Callable[[int], None]) -> list[Row]:
-        """Free the slots of the rows that ended, at a stop string too; return all rows that got tokens."""
-        on_tokens(sum(row.new for row in changed))
-        for row in changed:
-            if row.request.stop_strings and self._decode is not None:
-                row.look(self._decode)
-        slots[:] = [None if row is None or row.reason is not None else row for row in slots]
-        return changed
-
-    def _check_size(self, request: Request, device: _Device) -> None:
+    def _check_size(self, request: Request, device: Device) -> None:
         self.check(request)
         if len(request.prompt) + request.max_new_tokens > device.size or len(request.stop) > device.stops:
             raise ValueError(
                 f"a request of {len(request.prompt)} tokens is longer than was announced, or has more stops"
             )
 
-    def _device_for(self, mode: Mode, at_once: int | None, longest: int, stops: int) -> _Device:
-        mode, rows = replace(mode, sampling=GREEDY), self._rows(at_once)
+    def _device_for(self, mode: Mode, at_once: int | None, longest: int, stops: int) -> Device:
+        rows = self._rows(at_once)
         if self._device is None or not self._device.serves(mode, rows, longest, stops):
             # Freed first, so that two caches are never in memory.
             self._device = None
-            size = CHUNK
-            while size < max(longest, self.cache_size):
-                size *= 2
-            size = min(size, -(-self.config.context // CHUNK) * CHUNK)
-            self._device = _Device(self, mode, rows, size, STOPS if stops <= STOPS else 1 << (stops - 1).bit_length())
+            self._device = self._new_device(mode, rows, longest, stops)
         return self._device
+
+    def _new_device(self, mode: Mode, rows: int, longest: int, stops: int) -> Device:
+        size = CHUNK
+        while size < max(longest, self.cache_size):
+            size *= 2
+        return Device(
+            self.split,
+            self.config,
+            mode,
+            rows=rows,
+            desk_rows=self.desk_rows,
+            size=min(size, -(-self.config.context // CHUNK) * CHUNK),
+            stops=STOPS if stops <= STOPS else 1 << (stops - 1).bit_length(),
+            layers=self._layers,
+            programs=self.programs,
+        )
+
+    def _layers(self) -> Sequence[Block]:
+        if self._apart is None:
+            self._apart = unstacked(self.split.merge())
+        return self._apart
 
     def _rows(self, at_once: int | None) -> int:
         """The number of slots where so many are wanted."""
         if at_once is None:
             return self.batch_size
         return min(padded_batch_size(1 << max(at_once - 1, 0).bit_length(), self._layout), self.batch_size)
-
-    # --- calls of the programs --------------------------------------------------------------------------------------
-
-    def _call(self, device: _Device, name: str, rows: int, program: Callable[..., Any], *arguments: Any) -> Any:
-        which = "the original" if device.mode.base_only else "the model"
-        self.programs.add(f"{name}, {which}, {rows} rows, cache of {device.size}, {device.stops} stops")
-        split = self.split
-        return program(split.trainable, split.frozen, *arguments, structure=split.structure, mode=device.mode)
-
-    def _read_prompts(self, device: _Device, rows: Sequence[Row]) -> dict[int, int]:
-        """Read the prompts at the desk; return the row of the desk of each, by its place in `rows`.
-
-        Each prompt takes the row of the desk whose text it shares most with, and is read from the first piece on that
-        differs. The last piece is always read: the answer begins from its state.
-        """
-        whole = PIECES[-1]
-        places: dict[int, int] = {}
-        left: dict[int, Sequence[int]] = {}
-        starts, totals = np.zeros((2, device.desk_rows), np.int32)
-        for number, row in enumerate(rows):
-            prompt = row.request.prompt
-            known = prompt[: len(prompt) - 1] if self._shares(prompt) else ()
-            shared = {
-                place: _shared(device.read[place], known) // whole * whole
-                for place in range(device.desk_rows)
-                if place not in left
-            }
-            place = max(shared, key=lambda place: shared[place])
-            places[number], starts[place], left[place] = place, shared[place], prompt[shared[place] :]
-            totals[place] = len(prompt)
-            device.read[place] = list(prompt[: len(prompt) // whole * whole]) if self._shares(prompt) else []
-        while left:
-            # Rows whose next piece has another width wait: a piece's width depends on its prompt alone.
-            width = _width(len(next(iter(left.values()))))
-            tokens = np.zeros((device.desk_rows, width), np.int32)
-            counts = np.zeros(device.desk_rows, np.int32)
-            for place, ids in list(left.items()):
-                if _width(len(ids)) == width:
-                    counts[place] = min(len(ids), width)
-                    tokens[place, : counts[place]] = ids[:width]
-                    left[place] = ids[width:]
-            self._read(device, tokens, starts.copy(), counts, totals)
-            starts += counts
-            left = {place: ids for place, ids in left.items() if ids}
-        return places
-
-    def _shares(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt's length leaves the keys of its beginning alone: dynamic RoPE scaling does not."""
-        scaling = self.config.rope_scaling
-        dynamic = scaling is not None and scaling.rope_type == "dynamic"
-        return not dynamic or len(prompt) <= self.config.max_position_embeddings
-
-    def _read(self, device: _Device, tokens: np.ndarray, *rows: np.ndarray) -> None:
-        name = f"a piece of {tokens.shape[1]} tokens"
-        device.desk = self._call(device, name, device.desk_rows, read_piece, device.desk, tokens, *rows)
-
-    def _admit(self, device: _Device, placed: Mapping[int, Row], places: Mapping[int, int]) -> None:
-        """Give the prompts at the desk their slots, and take the first tokens of their answers.
-
-        placed: the rows by slot. places: the row of the desk of each, by its place in `placed`.
-        """
-        size, rows = device.desk_rows, list(placed.values())
-        at = {place: number for number, place in places.items()}
-        given = [rows[at[place]].request if place in at else Request((), 0) for place in range(size)]
-        slot = np.full(size, device.rows, np.int32)
-        slot[list(at)] = [list(placed)[number] for number in at.values()]
-        stops = np.full((size, device.stops), -1, np.int32)
-        seen = np.zeros((size, device.slots.seen.shape[1]), bool)
-        for place, request in enumerate(given):
-            stops[place, : len(request.stop)] = request.stop
-            if request.sampling.repetition_penalty != 1:
-                # An id that the mode does not choose from, as in a prompt for the original model, has no logit.
-                seen[place, [token for token in request.prompt if token < seen.shape[1]]] = True
-        lengths = np.array([len(request.prompt) for request in given], np.int32)
-        limits = np.array([request.max_new_tokens for request in given], np.int32)
-        draw = draw_of([request.sampling for request in given], [request.scored for request in given])
-        entry: Any = Entry(slot, lengths, limits, stops, seen, draw)  # type: ignore[arg-type]
-        device.slots, made = self._call(device, "an admission", device.rows, admit, device.slots, device.desk, entry)
-        _hand_out(made, {place: rows[number] for number, place in places.items()})
-
-    def _burst(self, device: _Device, slots: Sequence[Row | None], *, hurry: bool) -> None:
-        """More tokens for the answers in the slots."""
-        if self._layers is None:
-            self._layers = unstacked(self.split.merge())
-        running = np.array([row is not None for row in slots])
-        given = self._layers, device.slots, running, np.bool_(hurry)
-        device.slots, made = self._call(device, f"a burst of {BURST} tokens", device.rows, burst, *given)
-        _hand_out(made, {slot: row for slot, row in enumerate(slots) if row is not None})
-
-
-def _width(left: int) -> int:
-    """The width of the next piece of a prompt of which so many tokens are left."""
-    return next((width for width in PIECES if width >= left), PIECES[-1])
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids at their beginnings are the same."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))
-
-
-def _hand_out(made: Made, rows: Mapping[int, Row]) -> None:
-    """Give each row its new tokens, by its place in what was made."""
-    ids, logprobs, counts, active = map(np.asarray, made)
-    for place, row in rows.items():
-        count = int(counts[place])
-        row.take(ids[place, :count].tolist(), logprobs[place, :count].tolist(), bool(active[place]))

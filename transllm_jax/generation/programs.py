@@ -169,11 +169,12 @@ def burst(
     slots: Slots,
     running: jax.Array,
     hurry: jax.Array,
+    steps: jax.Array,
     *,
     structure: Any,
     mode: Mode,
 ) -> tuple[Slots, Made]:
-    """Generate up to BURST tokens for each active slot.
+    """Generate up to `steps` [] tokens, at most BURST, for each active slot.
 
     layers: see `cache.unstacked`; may be empty. running, bool [B]: slots that the host has not taken back. hurry, bool
     []: return as soon as an answer ends, because a prompt waits for its slot.
@@ -185,7 +186,7 @@ def burst(
 
     def proceed(carry: tuple[Slots, Made, jax.Array]) -> jax.Array:
         slots, _, step = carry
-        return (step < BURST) & slots.active.any() & ~(hurry & (began & ~slots.active).any())
+        return (step < steps) & slots.active.any() & ~(hurry & (began & ~slots.active).any())
 
     def one(carry: tuple[Slots, Made, jax.Array]) -> tuple[Slots, Made, jax.Array]:
         slots, made, step = carry
@@ -256,6 +257,6 @@ def lowered(
     options: dict[str, Any] = {"structure": split.structure, "mode": mode}
     tokens = shape((batch_size, width), jnp.int32)
     piece = partial(read_piece.lower, split.trainable, split.frozen, desk, tokens, rows, rows, rows, **options)
-    flags = shape((batch_size,), jnp.bool_), shape((), jnp.bool_)
-    tokens_of = partial(burst.lower, split.trainable, split.frozen, (), slots, *flags, **options)
+    given = shape((batch_size,), jnp.bool_), shape((), jnp.bool_), shape((), jnp.int32)
+    tokens_of = partial(burst.lower, split.trainable, split.frozen, (), slots, *given, **options)
     return piece, tokens_of, slots

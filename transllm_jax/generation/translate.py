@@ -57,6 +57,12 @@ def translation_prompt(tokenizer: Tokenizer, markers: Markers, text: str, direct
     return [*tokenizer.bos_ids, *tokenizer.encode(f"{first}{text.strip()}{second}")]
 
 
+def translation_ends(tokenizer: Tokenizer, markers: Markers) -> list[int]:
+    """The tokens that end a translation."""
+    marks = {tokenizer.token_id(marker) for marker in markers.in_order()}
+    return sorted({tokenizer.document_end_id, *end_ids(tokenizer), *(token for token in marks if token is not None)})
+
+
 class ModelTranslator:
     """Translates with the model, as stage `translate` trained it: the model continues `<EN>text<TH>`."""
 
@@ -84,7 +90,7 @@ class ModelTranslator:
         answers = self._engine.generate(
             [self._prompt(text, direction) for text in texts],
             max_new_tokens=self._max_new_tokens,
-            stop=self._ends(),
+            stop=translation_ends(self._tokenizer, self._markers),
             on_tokens=self._on_tokens,
             between=self._between,
         )
@@ -99,7 +105,7 @@ class ModelTranslator:
         `at_once`, if these are not all.
         """
         longest = max((len(self._prompt(text, direction)) for text in texts), default=0) + self._max_new_tokens
-        stop = self._ends()
+        stop = translation_ends(self._tokenizer, self._markers)
         answers = self._engine.run(
             (Request(self._prompt(text, direction), self._max_new_tokens, stop) for text in texts[first:]),
             longest=longest,
@@ -113,14 +119,6 @@ class ModelTranslator:
 
     def _prompt(self, text: str, direction: Direction) -> list[int]:
         return translation_prompt(self._tokenizer, self._markers, text, direction)
-
-    def _ends(self) -> list[int]:
-        """The tokens that end a translation."""
-        tokenizer = self._tokenizer
-        markers = {tokenizer.token_id(marker) for marker in self._markers.in_order()}
-        return sorted(
-            {tokenizer.document_end_id, *end_ids(tokenizer), *(token for token in markers if token is not None)}
-        )
 
     def _made(self, ids: Sequence[int]) -> Made:
         text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
