@@ -90,9 +90,10 @@ ALLOWED = {
     "conversion": BOTTOM | {"model", "tokenizer"},
     "stages": COMMON | TOOLS | {"training", "generation", "evaluation", "conversion"},
     "preflight": COMMON | TOOLS | {"stages", "training", "generation", "conversion"},
-    "commands": COMMON | TOOLS | {"stages", "training", "generation", "evaluation", "conversion", "storage"},
+    "serving": COMMON | TOOLS | {"generation"},
+    "commands": COMMON | TOOLS | {"serving", "stages", "training", "generation", "evaluation", "conversion", "storage"},
     # The doors: they parse, call, and say how it ended.
-    "cli": COMMON | {"commands", "stages", "preflight", "generation", "evaluation", "conversion", "storage"},
+    "cli": COMMON | {"commands", "serving", "stages", "preflight", "generation", "evaluation", "conversion", "storage"},
     # `from transllm_jax import __version__`
     "": set(),
 }
@@ -221,6 +222,7 @@ DOORS = {
         "transllm_jax.cli.evaluate",
         "transllm_jax.cli.sheets",
         "transllm_jax.cli.generate",
+        "transllm_jax.cli.serve",
         "transllm_jax.cli.preflight",
         "transllm_jax.cli.tokenizer",
         "transllm_jax.cli.stopping",
@@ -229,6 +231,8 @@ DOORS = {
     "fontTools": {"transllm_jax.tokenizer.scripts"},
     "httpx2": {"transllm_jax.generation.endpoint"},
     "tenacity": {"transllm_jax.generation.endpoint"},
+    "starlette": {"transllm_jax.serving", "transllm_jax.cli.serve"},
+    "uvicorn": {"transllm_jax.commands.serve", "transllm_jax.cli.serve"},
     "thot": {"transllm_jax.stages.alignment"},
     "icu4py": {"transllm_jax.tokenizer.growing.icu_words", "transllm_jax.commands.lines"},
     "regex": {"transllm_jax.commands.lines"},

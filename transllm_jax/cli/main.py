@@ -27,6 +27,7 @@ from transllm_jax.cli.evaluate import app as evaluate_app
 from transllm_jax.cli.generate import generate
 from transllm_jax.cli.init import init
 from transllm_jax.cli.preflight import preflight
+from transllm_jax.cli.serve import serve
 from transllm_jax.cli.tokenizer import app as tokenizer_app
 from transllm_jax.errors import LOST, PREEMPTED, Diverged, PeerLost, Preempted, UserError
 
@@ -53,6 +54,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.command(context_settings={"allow_extra_args": True})(init)
 app.command()(preflight)
 app.command()(generate)
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)

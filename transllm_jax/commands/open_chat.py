@@ -34,7 +34,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class ChatModel:
     """An opened model. name: for people. early: whether it is that of a run whose last stage, which teaches chains, is
     not done. original: opens the original model inside it; None if there is none. in_chains: whether it was trained to
-    answer in chains. files: where it was read from, unless it is a run's.
+    answer in chains. files: where it was read from, unless it is a run's. holds_original: whether its split, in the mode
+    ORIGINAL, is the original: not after full fine-tuning.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ChatModel:
     original: Callable[[], ChatModel] | None = None
     in_chains: bool = False
     files: tuple[Path, ...] = ()
+    holds_original: bool = False
 
 
 def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
@@ -98,8 +100,17 @@ def at_point(run: Run, point: str, original: Callable[[], ChatModel] | None = No
     if early := point not in ("base", POINTS[-1]):
         name += f", which has learned no chains yet: {POINTS[-1]} is not done"
     models = run.models
-    split, tokenizer = models.split(point), models.tokenizer(point)
-    return ChatModel(name, split, models.config, tokenizer, run.markers, early, original, point == POINTS[-1])
+    return ChatModel(
+        name,
+        models.split(point),
+        models.config,
+        models.tokenizer(point),
+        run.markers,
+        early,
+        original,
+        in_chains=point == POINTS[-1],
+        holds_original=point != "base" and models.lora is not None,
+    )
 
 
 def _fetched(url: str, base: bool) -> Path:
