@@ -34,7 +34,7 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class ChatModel:
     """An opened model. name: for people. early: whether it is that of a run whose last stage, which teaches chains, is
     not done. original: opens the original model inside it; None if there is none. in_chains: whether it was trained to
-    answer in chains. files: where it was read from, unless it is a run's. holds_original: whether its split, in the mode
+    answer in chains. files: where it was read from, unless it is a run's. holds_original: whether its split, in mode
     ORIGINAL, is the original: not after full fine-tuning.
     """
 

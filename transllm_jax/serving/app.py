@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import math
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from transllm_jax.errors import UserError
@@ -30,13 +26,13 @@ from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.serving.guard import Guard
 from transllm_jax.serving.history import English, Memory, Source, Turn, as_said, seen_by_model
 from transllm_jax.serving.metrics import Metrics
+from transllm_jax.serving.page import page
 from transllm_jax.serving.protocol import ApiError, Asked, Said, read_body, read_chat, read_completion, wrong
 from transllm_jax.serving.responses import Envelope, Fields, Reasoning, message_of, model_object, usage_of
 from transllm_jax.serving.served import EngineFailed, Reply, Served
 from transllm_jax.serving.stream import EventStream, event, to_json, unless_gone
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 
-PAGE = Path(__file__).with_name("page.html")
 MIB = 2**20
 # A body above the limit is read and thrown away up to this size, so that its sender gets to read the answer.
 MOST_READ = 64 * MIB
@@ -113,10 +109,8 @@ class Server:
     # --- what is not generated ----------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
-        if not PAGE.is_file():
-            return PlainTextResponse("The page is not installed. The API is at /v1.\n")
-        html = PAGE.read_text(encoding="utf-8")
-        return HTMLResponse(html, headers=page_headers(html))
+        found = page()
+        return Response(found.html, headers=found.headers)
 
     async def _health(self, request: Request) -> Response:
         alive = self._first.thread.alive
@@ -332,7 +326,7 @@ class Server:
     def _authorise(self, request: Request) -> None:
         key = self._settings.key
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        if key is not None and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             raise ApiError(
                 401,
                 "the key is wrong or missing; send the header Authorization: Bearer KEY",
@@ -395,32 +389,6 @@ class Server:
 
     def _observe(self, name: str, meaning: str, began: float, reply: Reply) -> None:
         self._metrics.observe(name, meaning, time.monotonic() - began, model=reply.model.name)
-
-
-def page_headers(html: str) -> dict[str, str]:
-    """A policy that lets the page run its own scripts and styles, and ask this server, and nothing else."""
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, re.DOTALL)
-        found = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-        return " ".join(f"'sha256-{one}'" for one in found) or "'none'"
-
-    policy = {
-        "default-src": "'none'",
-        "script-src": hashes("script"),
-        "style-src": hashes("style"),
-        "img-src": "data:",
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    return {
-        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
 
 
 def _too_long(model: Served, message: str, param: str) -> ApiError:
