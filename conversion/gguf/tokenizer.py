@@ -7,6 +7,8 @@ pre-tokenizer by `tokenizer.ggml.pre` (src/llama-vocab.cpp); only names whose ru
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +19,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transllm_jax.conversion.hf.sentencepiece_tokenizer import build_tokenizer
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
+from transllm_jax.tokenizer.growing.runs import GPT2_PATTERN
+from transllm_jax.tokenizer.llama_cpp import base_cuts, stand_in
 
 _CONTROL = 3
 _USER_DEFINED = 4
+_UNUSED = 5
+# A whole tokenizer.json, for programs that read those.
+HF_JSON = "tokenizer.huggingface.json"
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 # Options that are false by default and would change the ids if true.
 _REFUSED = ("add_eos_token", "add_sep_token", "remove_extra_whitespaces")
@@ -66,6 +73,62 @@ def _rules() -> dict[str, _Rule]:
         "llama3": llama3,
         "llama-v3": llama3,
     }
+
+
+def pre_of(state: dict[str, Any]) -> str | None:
+    """llama.cpp's name of the pre-tokenizer in `state`, a byte-level tokenizer.json; None if it is none of ours.
+
+    For one that keeps runs of a script whole it is the one that comes nearest (`tokenizer.llama_cpp.stand_in`).
+    """
+    cuts, run = base_cuts(state)
+    if run is not None and (nearest := stand_in(state)) is not None:
+        return nearest
+    for name, rule in _rules().items():
+        probe = Tokenizer(models.BPE())
+        probe.pre_tokenizer = rule.pre_tokenizer
+        if _steps(json.loads(probe.to_str())["pre_tokenizer"]) == _steps(cuts):
+            return name
+    return None
+
+
+def tokens_across_cuts(state: dict[str, Any], name: str) -> dict[str, str]:
+    """Tokens of whole runs that llama.cpp's merges never make, as its pre-tokenizer `name` cuts them: token -> text.
+
+    Empty for a tokenizer.json that keeps no runs whole. For a name that is not known here, the base's own cuts count.
+    """
+    cuts, run = base_cuts(state)
+    if run is None:
+        return {}
+    if name in (rules := _rules()):
+        pre_tokenizer = rules[name].pre_tokenizer
+    else:
+        pre_tokenizer = Tokenizer.from_str(json.dumps({**state, "pre_tokenizer": cuts})).pre_tokenizer
+    whole, decoder = re.compile(run), decoders.ByteLevel()
+    found = {}
+    for token in state["model"]["vocab"]:
+        text = decoder.decode([token])
+        if whole.fullmatch(text) and len(pre_tokenizer.pre_tokenize_str(text)) > 1:
+            found[token] = text
+    return found
+
+
+def ignores_merges(name: str) -> bool:
+    """Whether llama.cpp takes a word that is a token as that token, whatever the merges say, for a pre-tokenizer."""
+    rule = _rules().get(name)
+    return rule is not None and rule.ignore_merges
+
+
+def _steps(step: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The steps of a pre-tokenizer in one form: GPT-2's pattern may be a step of its own or a part of ByteLevel."""
+    found: list[tuple[str, str]] = []
+    for part in [] if step is None else step.get("pretokenizers", [step]):
+        if part["type"] == "Split":
+            found.append(("Split", part["pattern"].get("Regex", "")))
+        elif part["type"] == "ByteLevel" and part["use_regex"]:
+            found += [("Split", GPT2_PATTERN), ("ByteLevel", "")]
+        else:
+            found.append((part["type"], "one by one" if part.get("individual_digits") else ""))
+    return found
 
 
 def special_ids(fields: dict[str, Any]) -> dict[str, int]:
@@ -117,7 +180,9 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     if outside := [f"{key} {number}" for key, number in ids.items() if not 0 <= number < len(tokens)]:
         raise UserError(f"{where}: {', '.join(outside)} is outside of the vocabulary of {len(tokens)} tokens")
 
-    if model == "gpt2":
+    if HF_JSON in fields:
+        tokenizer = _from_json(fields[HF_JSON], tokens, types, where)
+    elif model == "gpt2":
         tokenizer = _byte_level(fields, tokens, types, where)
     else:
         tokenizer = build_tokenizer(
@@ -128,7 +193,7 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
             bos=_bos(fields, True, where),
             add_space_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         )
-    if tokenizer.get_vocab_size() != len(tokens):
+    if HF_JSON not in fields and tokenizer.get_vocab_size() != len(tokens):
         raise UserError(f"{where}: its special tokens are not in its vocabulary; use another file of the model")
 
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -145,6 +210,28 @@ def write_tokenizer(fields: dict[str, Any], directory: str | Path, where: str | 
     # `newline=""` keeps the template exact, even if it contains carriage returns.
     with (directory / "chat_template.jinja").open("w", encoding="utf-8", newline="") as file:
         file.write(template)
+
+
+def _from_json(text: Any, tokens: list[str], types: list[int], where: str | Path) -> Tokenizer:
+    """The tokenizer.json in a file, which says more than the other fields; its ids have to be theirs."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception for any broken text
+        raise UserError(f"{where}: {HF_JSON} cannot be read ({error}); use another file of the model") from None
+    named, decoder = {number: token for token, number in tokenizer.get_vocab().items()}, decoders.ByteLevel()
+    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        own = named.pop(number, None)
+        # A user-defined token is spelled as text, and in tokenizer.json maybe as bytes.
+        if own not in (token, None if kind == _UNUSED else token) and (
+            own is None or kind != _USER_DEFINED or decoder.decode([own]) != token
+        ):
+            raise UserError(
+                f"{where}: token {number} is {own!r} in {HF_JSON} and {token!r} in tokenizer.ggml.tokens; use another "
+                "file of the model"
+            )
+    if named:
+        raise UserError(f"{where}: {HF_JSON} has ids from {min(named)} on that tokenizer.ggml.tokens lacks")
+    return tokenizer
 
 
 def _bos(fields: dict[str, Any], default: bool, where: str | Path) -> int | None:

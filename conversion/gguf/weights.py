@@ -77,13 +77,8 @@ class GGUFModel:
         since it was opened.
         """
         array = read_stored(self.path, self.stored[gguf_name(tensor.name)]).reshape(tensor.shape)
-        heads = {
-            "blocks.attention.q": self.config.num_attention_heads,
-            "blocks.attention.k": self.config.num_key_value_heads,
-        }.get(tensor.path.rpartition(".")[0])
-        if heads is None or self.fields["general.architecture"] != "llama":
-            return array
-        return unpermute(array, heads)
+        heads = interleaved_heads(tensor, self.config, self.fields["general.architecture"])
+        return array if heads is None else unpermute(array, heads)
 
 
 def gguf_name(name: str) -> str:
@@ -99,6 +94,19 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """GGUF's q or k `[heads * H, D]`, or a bias `[heads * H]`, in Hugging Face's row order: GGUF interleaves the two
     halves of each head."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face's q or k `[heads * H, D]`, or a bias `[heads * H]`, in GGUF's row order: undoes `unpermute`."""
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def interleaved_heads(tensor: Tensor, config: LlamaConfig, architecture: str) -> int | None:
+    """The number of heads of a tensor whose rows GGUF stores in another order; None for all other tensors."""
+    if architecture != "llama":
+        return None
+    heads = {"blocks.attention.q": config.num_attention_heads, "blocks.attention.k": config.num_key_value_heads}
+    return heads.get(tensor.path.rpartition(".")[0])
 
 
 def open_gguf(path: str | Path) -> GGUFModel:

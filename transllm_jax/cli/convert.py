@@ -83,6 +83,29 @@ def to_hf(
         )
 
 
+@app.command("to-gguf")
+def to_gguf(
+    source: Annotated[str, typer.Argument(help="A run, an adapter (ours or PEFT's) or a model directory.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    type_name: Annotated[
+        str | None,
+        typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (each tensor's type in the base)."),
+    ] = None,
+    stage: Stage = None,
+    base: Base = None,
+    pre: Annotated[
+        str | None, typer.Option("--pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a GGUF file for llama.cpp and Ollama, adapters merged, with the grown tokenizer; and a Modelfile."""
+    with working() as progress:
+        prepare_jax()
+        from transllm_jax.commands.to_gguf import to_gguf as write
+
+        write(source, dst, progress, type_name=type_name, stage=stage, base=base, pre=pre, force=force)
+
+
 @app.command("to-peft")
 def to_peft(
     source: Annotated[str, typer.Argument(help="A run's directory, or an adapter of ours.")],

@@ -48,8 +48,8 @@ PROMPT_TOKENS = 64
 
 def from_hf(source: str, dst: Path, progress: Progress, *, mesh: str | None, sha256: str | None, force: bool) -> None:
     """Write a model as a checkpoint of ours (see `transllm_jax.conversion.import_base`)."""
-    _check_destination(dst, force, source)
-    with _byte_bar(progress, "converting") as begin:
+    check_free(dst, force, source)
+    with byte_bar(progress, "converting") as begin:
         import_base(
             source,
             dst,
@@ -78,7 +78,7 @@ def to_hf(
 ) -> None:
     """Write a Hugging Face directory; report what merging changed, in weights and in logits."""
     size = parse_size(max_shard_size)
-    _check_destination(dst, force, source, base)
+    check_free(dst, force, source, base)
     found = open_source(source, base=base, stage=stage)
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
@@ -95,7 +95,7 @@ def to_hf(
             adapters = {path: array for path, array in model.trainable.items() if path.startswith("blocks.")}
             write_peft(directory / "adapter", model, adapters, found.lora, base_model=str(dst.absolute()))
 
-    with _byte_bar(progress, "writing") as begin, readable_tokenizer(found.tokenizer) as tokenizer:
+    with byte_bar(progress, "writing") as begin, readable_tokenizer(found.tokenizer) as tokenizer:
         rounding = export_hf(
             model,
             found.files,
@@ -157,7 +157,7 @@ def to_peft(
     force: bool = False,
 ) -> None:
     """Write a run's adapter, at a stage, as a PEFT adapter directory."""
-    _check_destination(dst, force, source)
+    check_free(dst, force, source)
     found = open_source(source, stage=stage)
     if not isinstance(found.model, Merged) or found.lora is None:
         at = f"stage {stage} of {source}" if stage else source
@@ -188,7 +188,7 @@ def from_peft(base: str, adapter: Path, dst: Path, progress: Progress, *, force:
     """Write a PEFT adapter as one that a run can begin with (`vocabulary.adapter`)."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} has no {CONFIG}; give the directory of a PEFT adapter")
-    _check_destination(dst, force, base, adapter)
+    check_free(dst, force, base, adapter)
     below = open_source(base)
     found = read_peft(adapter, below.model)
     named = read_model_json(adapter / CONFIG).get("base_model_name_or_path")
@@ -236,7 +236,7 @@ def _lasting_name(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _check_destination(dst: Path, force: bool, *reads: str | Path | None) -> None:
+def check_free(dst: Path, force: bool, *reads: str | Path | None) -> None:
     """Check the destination before anything is read. Raises UserError."""
     paths = [Path(path) for path in reads if path is not None]
     check_destination(dst, overwrite=force, reads=[path for path in paths if path.exists()])
@@ -266,7 +266,7 @@ def verify(
             notes.append("the tokenizers cut the prompt differently; both models are given the first one's ids")
         limit = min(left.model.config.vocab_size, right.model.config.vocab_size)
         ids = [number for number in ids if number < limit]
-    with _byte_bar(progress, "comparing") as begin:
+    with byte_bar(progress, "comparing") as begin:
         result = compare(left.model, right.model, ids, begin(size_of(left.model) + size_of(right.model)))
     progress.say(comparison_table(result))
     faults = [fault for group in result.groups for fault in group.faults]
@@ -327,7 +327,7 @@ def describe(model: OpenedModel) -> str:
 
 
 @contextmanager
-def _byte_bar(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+def byte_bar(progress: Progress, name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """A progress bar in bytes. Yields `begin(total)`, which starts the bar and returns `advance(bytes)`."""
     bars = []
 

@@ -60,6 +60,22 @@ def override_message(name: str) -> str:
     return f"llama.cpp with --override-kv tokenizer.ggml.pre=str:{name} reads most texts as trained"
 
 
+def base_cuts(state: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """A parsed tokenizer.json's pre-tokenizer without runs of a script, which is the base's, and the pattern of a run.
+
+    The pattern is None, and the pre-tokenizer unchanged, if it keeps no runs whole.
+    """
+    if _own_patterns(state) is None:
+        return state["pre_tokenizer"], None
+    steps = list(state["pre_tokenizer"]["pretokenizers"])
+    at = next(number for number, step in enumerate(steps) if step["type"] == "Split")
+    run = steps.pop(at)["pattern"]["Regex"]
+    for number, step in enumerate(steps):
+        if step["type"] == "Split":
+            steps[number] = {**step, "pattern": {"Regex": step["pattern"]["Regex"].removeprefix(f"{run}|")}}
+    return {"type": "Sequence", "pretokenizers": steps}, run
+
+
 def _own_patterns(state: dict[str, Any]) -> list[str] | None:
     """The patterns after a first one that matches runs of a script, if each has that one as its first alternative.
 
