@@ -18,11 +18,11 @@ from rich.table import Table
 from transllm_jax.commands.sheets import Wanted, form_of, read, write
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.people.agreement import alpha, pair_results
-from transllm_jax.evaluation.people.answered import read_answered
 from transllm_jax.evaluation.people.files import read_sheet
 from transllm_jax.evaluation.people.read import Judgement, parse_words, read_sheets
 from transllm_jax.evaluation.people.sheet import CELL, Form, conversation, needs_mark
 from transllm_jax.evaluation.statistics import corrected_interval
+from transllm_jax.evaluation.suites.answered import read_answered, suites_in
 
 DANGEROUS = ("=1+1", "-5", "+44 20", "@home", '=HYPERLINK("x")', "1/2", "007")
 ARABIC = "القاهرة هي عاصمة مصر."
@@ -372,18 +372,38 @@ def test_bad_wishes_are_refused_in_one_line(results: Path, tmp_path: Path) -> No
         form_of("a", None, None)
     (results / "one" / "mt_bench" / "items.jsonl").write_text('{"id": "1", "bits": 3}\n')
     with pytest.raises(UserError, match=r"items.jsonl:1 holds no question with a visible answer"):
-        read_answered(results / "one" / "mt_bench")
+        read_answered(results, "one", "mt_bench")
 
 
-def test_a_baseline_gives_the_judges_verdicts(tmp_path: Path) -> None:
-    suite(tmp_path, "one", ["a", "b", "c"], [1, 0.5, None], baseline="two")
-    suite(tmp_path, "two", ["x", "y", "z"], [None] * 3)
+def test_a_judges_baseline_gives_its_answers_and_verdicts(tmp_path: Path) -> None:
+    """As suites with a judge keep it: an item for each turn, with the baseline's answers."""
+    place = tmp_path / "one" / "mt_bench"
+    place.mkdir(parents=True)
+    items = [
+        {
+            "id": f"{id}/{turn}",
+            "cluster": id,
+            "questions": ["q", "r"][:turn],
+            "turns": [{"visible": "a"}, {"visible": "b"}][:turn],
+            "baseline": [f"x{id}", "y"][:turn],
+            "win": win,
+            "score": win,
+        }
+        for id, wins in (("1", (1, 0.5)), ("2", (None, 0)), ("3", (None, None)))
+        for turn, win in enumerate(wins, 1)
+    ]
+    (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (place / "results.json").write_text(json.dumps({"made_with": {"baseline": "two"}}))
+    assert suites_in(tmp_path) == {"mt_bench": ["one", "two"]}
+    assert read_answered(tmp_path, "two", "mt_bench")["1"].turns == (("q", "x1"), ("r", "y"))
     out = tmp_path / "out"
     key = write(Wanted(tmp_path, "mt_bench", ["two", "one"], out, 1), lambda line: None)
+    assert len(key["rows"]) == 3 and next(iter(key["rows"].values()))["texts"][0] == "[1] q\n\n[2] r"
     filled(out / "sheets" / "annotator-1.xlsx", prefers("two"), key)
     (pair,) = read(out, (), lambda line: None)["pairs"]
-    # The judge saw the first system of the pair, two, lose and tie; the third verdict could not be read.
-    assert pair["judge"]["win_rate"]["value"] == 0.25 and pair["judge"]["verdicts"] == 2
+    # The judge saw two, the first of the pair, lose and tie on question 1 and win on 2; 3 has no verdict.
+    assert pair["judge"]["win_rate"]["value"] == (0.25 + 1) / 2 and pair["judge"]["verdicts"] == 2
+    assert pair["win_rate"]["value"] == 1
 
 
 def test_texts_of_any_length_and_letter_fit_a_cell() -> None:

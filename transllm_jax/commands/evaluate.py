@@ -14,6 +14,8 @@ from transllm_jax.config import Config, Language, load_config
 from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.page.report import refreshed_report
+from transllm_jax.evaluation.page.suites import IN_WORKDIR, TABLE
 from transllm_jax.evaluation.suites.registry import SUITES, Suite, suite_named
 from transllm_jax.evaluation.suites.suite_run import RESULTS, SuiteOptions, SuiteRun
 from transllm_jax.evaluation.suites.table import compared, remarks, shown
@@ -23,10 +25,8 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages.inputs import reading
 
-# Where the results of a work directory are kept, and those of other systems.
-IN_WORKDIR, ELSEWHERE = Path("evaluation") / "suites", Path("evaluation")
-# All comparisons of a command.
-TABLE = "table.json"
+# Where the results of systems without a work directory are kept.
+ELSEWHERE = Path("evaluation")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
     table = {"suites": found}
     write_json(out / TABLE, table)
     progress.say(f"results  {out}", style=None)
+    if out.parts[-2:] == IN_WORKDIR.parts and (report := refreshed_report(out.parents[1])):
+        progress.say(f"report   {report}", style=None)
     return table
 
 

@@ -13,16 +13,16 @@ from rich.text import Text
 
 from transllm_jax.disk import read_json, sha256_of, write_json
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.page.suites import IN_WORKDIR
 from transllm_jax.evaluation.people.agreement import check_krippendorff, pair_results
-from transllm_jax.evaluation.people.answered import Answered, preferences, read_answered, suites_in
 from transllm_jax.evaluation.people.files import EXTENSIONS, check_openpyxl
 from transllm_jax.evaluation.people.read import Returned, parse_words, read_sheets, rows_of
 from transllm_jax.evaluation.people.sheet import Form
 from transllm_jax.evaluation.people.write import KEY, SHEETS, Plan, check_plan, write_sheets
+from transllm_jax.evaluation.suites.answered import Answered, preferences, read_answered, suites_in
 from transllm_jax.new_directory import check_destination, new_directory
 
 RESULTS = "people.json"
-IN_WORKDIR = Path("evaluation") / "suites"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def write(wanted: Wanted, say: Callable[[str], None]) -> dict[str, Any]:
     check_destination(wanted.out)
     results = _results_in(wanted.results)
     suite, names = _chosen(results, wanted)
-    systems = {name: read_answered(results / name / suite) for name in names}
+    systems = {name: read_answered(results, name, suite) for name in names}
     pairs = list(combinations(names, 2)) if wanted.all_pairs else [(names[0], other) for other in names[1:]]
     plan = Plan(pairs, wanted.annotators, wanted.overlap or wanted.annotators, wanted.questions, wanted.seed)
     check_plan(plan)
@@ -266,9 +266,8 @@ def _judge_of(
 ) -> dict[str, float] | None:
     """The judge's preferences; None if there is no judge, or the answers have changed since the sheets were written."""
     names = pair["first"], pair["second"]
-    directories = results / names[0] / suite, results / names[1] / suite
     try:
-        first, second = (read_answered(directory) for directory in directories)
+        first, second = (read_answered(results, name, suite) for name in names)
     except UserError as error:
         say(f"no comparison with the judge: {error}")
         return None
@@ -279,7 +278,7 @@ def _judge_of(
                 "the results that the sheets were made from: --results DIR"
             )
             return None
-    found = preferences(first, second, directories, names)
+    found = preferences(results, suite, *names)
     if not found:
         say(f"no comparison with the judge: {suite} of {names[0]} and {names[1]} has no scores in {results}")
     return found or None

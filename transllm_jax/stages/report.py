@@ -16,6 +16,7 @@ from transllm_jax.disk import read_json, write_json
 from transllm_jax.evaluation.advice.findings import findings
 from transllm_jax.evaluation.page.measures import number, percent, written
 from transllm_jax.evaluation.page.report import write_report
+from transllm_jax.evaluation.page.suites import IN_WORKDIR, collect_suites
 from transllm_jax.stages.recorded import MANIFEST, SKIPPED, VALIDATION, by_metric, recorded
 from transllm_jax.stages.run import Run
 from transllm_jax.training.record.metrics import read_rows, read_validations
@@ -37,7 +38,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Write evaluation/results.json and report.html."""
     results = collect(run)
     write_json(run.workdir / "evaluation" / "results.json", results)
-    write_report(results, run.workdir / "report.html")
+    write_report({**results, "suites": collect_suites(run.workdir / IN_WORKDIR)}, run.workdir / "report.html")
     met = sum(goal["met"] is True for goal in results["goals"])
     return {"text": f"{met} of {len(results['goals'])} goals met"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,6 +193,45 @@ def cost_plot(path: Path, texts: Mapping[str, Sequence[tuple[int, float, float, 
         rows = -(-len(labels) // 2)
         figure.tight_layout(rect=(0, 0.03 + 0.06 * rows, 1, 1))
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def interval_plot(
+    label: str, rows: Sequence[tuple[str, float, float, float]], text: Callable[[float], str], *, share: bool
+) -> Markup:
+    """A row for each system: a dot at its value, with a line over its interval. The first is drawn in another colour.
+
+    rows: (name, value, low, high). text: writes a value. share: the scale is that of shares, 0 to 1.
+    """
+    with _style():
+        figure = _figure(400, 34 + 34 * len(rows))
+        names = max(len(name) for name, *_ in rows)
+        left = min(0.06 + 0.019 * names, 0.45)
+        axes = figure.add_axes((left, 24 / (34 + 34 * len(rows)), 0.97 - left, 1 - 30 / (34 + 34 * len(rows))))
+        for place, (_, value, low, high) in enumerate(rows):
+            colour = _ACCENT if place or len(rows) == 1 else _MUTED
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot([value], [place], "o", color=colour, markersize=7)
+            axes.text(value, place - 0.24, text(value), ha="center", va="bottom", color=_INK, fontsize=11.5)
+        axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows], color=_INK)
+        axes.set_ylim(len(rows) - 0.5, -0.75)
+        if share:
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        else:
+            axes.margins(x=0.12)
+            axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x", color=_LINE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelsize=11)
+        axes.tick_params(axis="x", labelcolor=_MUTED)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        values = ", ".join(f"{name} {text(value)} ({text(low)} to {text(high)})" for name, value, low, high in rows)
+        return _svg(figure, f"{label}: {values}", f"interval-{label}")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else f"{name[:21]}…"
 
 
 def _running_mean(values: Sequence[float]) -> list[float] | None:

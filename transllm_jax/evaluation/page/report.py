@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from transllm_jax.choices import TRAININGS
-from transllm_jax.disk import write_bytes
+from transllm_jax.disk import read_json, write_bytes
 from transllm_jax.evaluation.advice.recorded import PAGE
 from transllm_jax.evaluation.page.asked import asked_sentence, judgement, table_of_kinds
 from transllm_jax.evaluation.page.measures import (
@@ -35,6 +35,7 @@ from transllm_jax.evaluation.page.measures import (
     written,
 )
 from transllm_jax.evaluation.page.plots import loss_plot, measure_plot, validation_plot
+from transllm_jax.evaluation.page.suites import IN_WORKDIR, collect_suites, suite_sections
 from transllm_jax.evaluation.page.terminal import (
     asked_lines,
     conversation_panel,
@@ -50,6 +51,7 @@ __all__ = [
     "asked_sentence",
     "conversation_panel",
     "findings_lines",
+    "refreshed_report",
     "render_report",
     "summary_table",
     "time_sentence",
@@ -91,6 +93,15 @@ def write_report(results: Results, path: Path) -> None:
     write_bytes(path, data)
 
 
+def refreshed_report(workdir: Path) -> Path | None:
+    """Write the report of a finished run again, with what suites have found since; its path. None without a report."""
+    results, path = workdir / "evaluation" / "results.json", workdir / "report.html"
+    if not (results.exists() and path.exists()):
+        return None
+    write_report({**read_json(results), "suites": collect_suites(workdir / IN_WORKDIR)}, path)
+    return path
+
+
 def render_report(results: Results) -> str:
     """The report of `results` as HTML text."""
     environment = jinja2.Environment(
@@ -105,6 +116,7 @@ def render_report(results: Results) -> str:
     environment.filters["count"] = _count
     language = section(results, "language")
     measured = list(rows(results))
+    suites = suite_sections(results.get("suites") or [])
     return environment.get_template("report.html.j2").render(
         title=results.get("title") or "Report",
         created=_date(results.get("created")),
@@ -120,6 +132,8 @@ def render_report(results: Results) -> str:
         rows=measured,
         arrows=ARROWS,
         plots=[(row, measure_plot(row)) for row in measured if row.has_plot],
+        suites=suites,
+        most_systems=max((len(one["systems"]) for one in suites), default=0),
         asked=table_of_kinds(results),
         asked_talks=list(_asked(results)),
         notes=list(_notes(results)),

@@ -10,9 +10,9 @@ from typing import Any
 
 from transllm_jax.disk import write_json, write_text
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.people.answered import Answered
 from transllm_jax.evaluation.people.files import EXTENSIONS, write_csv, write_xlsx
 from transllm_jax.evaluation.people.sheet import Form, Row, conversation
+from transllm_jax.evaluation.suites.answered import Answered
 
 # Only SHEETS is for the annotators.
 KEY, SHEETS, HOW_TO = "key.json", "sheets", "how-to.txt"
