@@ -39,7 +39,7 @@ SMALLER = (
 )
 # The same for the value of an option; and options that are added.
 SMALLER_OPTIONS = {"--size": "160", "--max-new-tokens": "8"}
-ADDED = {"chat": ("--max-new-tokens", "8")}
+ADDED = {"chat": ("--max-new-tokens", "8"), "evaluate": ("--limit", "2")}
 # A config of the reader's own, on all pages.
 MINE = "mine.yaml"
 # What is typed into a conversation.
@@ -113,7 +113,9 @@ def parse(command: Command) -> str:
     """The name of a `transllm` command that is there, such as "convert to-hf". Raises PageError, also for an option."""
     found, words, name = typer.main.get_command(cli.app), list(command.words[1:]), []
     while hasattr(found, "commands") and words and not words[0].startswith("-"):
-        name.append(words.pop(0))
+        # A group may have a default command, whose name is left out.
+        default = getattr(found, "default", None) if words[0] not in found.commands else None
+        name.append(default or words.pop(0))
         if name[-1] not in found.commands:
             raise command.error(f"there is no command {' '.join(name)}")
         found = found.commands[name[-1]]
@@ -230,7 +232,7 @@ def made_smaller(words: tuple[str, ...]) -> list[str]:
         for pattern, smaller in SMALLER:
             word = pattern.sub(smaller, word)
         found[place] = SMALLER_OPTIONS.get(before, word)
-    added = ADDED.get(found[0], ()) if found else ()
+    added = ADDED.get(found[0], ()) if found and found[1:2] != ["sheets"] else ()
     return found if added and added[0] in found else [*found, *added]
 
 

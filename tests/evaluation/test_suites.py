@@ -231,9 +231,10 @@ def test_contamination_is_counted(everything: tuple[dict[str, Any], Path]) -> No
     table, here = everything
     # The tiny run trains on everyday text; its own held-out questions are kept out of it, these are not in it.
     seen = table["answers"]["systems"]["run"]["contamination"]
-    assert seen == {"of": 4, "found": 0, "by_source": {}, "ids": []}
+    assert seen == {"of": 4, "found": 0, "by_source": {}, "ids": [], "too_short": 0}
     assert read_json(here / "out" / "run" / "answers" / "results.json")["contamination"] == seen
     assert table["answers"]["systems"]["file"]["contamination"] is None
+    assert table["answers"]["systems"]["first"]["contamination"] is None, "the original was not trained"
 
 
 def test_a_question_in_the_training_data_is_found(finished_run: Path, tmp_path: Path) -> None:
@@ -316,26 +317,26 @@ def test_scores_by_comet_are_read_back(everything: tuple[dict[str, Any], Path], 
 
 def test_killed_in_the_middle_it_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
     many = [{"question": f"คำถามที่ {n} คืออะไร", "answers": [str(n)], "question_en": f"What is {n}?", "answers_en": ["x"]}
-            for n in range(60)]  # fmt: skip
+            for n in range(24)]  # fmt: skip
     asked = write(tmp_path / "q.jsonl", many)
     words = ["evaluate", f"run={finished_run}", "--suite", "answers", "--questions", asked, "--max-new-tokens", 24]
     words += ["--max-answer-tokens", 24, "--batch-size", 2, "--no-contamination", "--out"]
     target = tmp_path / "out" / "run" / "answers" / "answers.jsonl"
     command = [sys.executable, "-m", "transllm_jax.cli.main", *map(str, words), str(tmp_path / "out")]
     with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL) as process:
-        wait_for(lambda: target.exists() and target.read_bytes().count(b"\n") > 10, 300)
+        wait_for(lambda: target.exists() and target.read_bytes().count(b"\n") > 5, 300)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     kept = target.read_bytes()
-    assert 10 < kept.count(b"\n") < 120
+    assert 5 < kept.count(b"\n") < 48
     # As if the kill had come within a write.
-    target.write_bytes(kept + b'{"id": "59", "tur')
+    target.write_bytes(kept + b'{"id": "23", "tur')
     assert call(*words, tmp_path / "out") == 0 and call(*words, tmp_path / "whole") == 0
     assert target.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
     for name in ("items.jsonl", "results.json"):
         there, whole = (tmp_path / at / "run" / "answers" / name for at in ("out", "whole"))
         assert there.read_bytes() == whole.read_bytes()
-    assert len({json.loads(line)["id"] for line in target.read_bytes().splitlines()}) == 120
+    assert len({json.loads(line)["id"] for line in target.read_bytes().splitlines()}) == 48
 
 
 @pytest.fixture

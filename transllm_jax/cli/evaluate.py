@@ -18,6 +18,8 @@ _JUDGE: dict[str, Any] = {"rich_help_panel": "Judge"}
 class _WithDefault(TyperGroup):
     """A group that takes words which name no command as the arguments of the default one."""
 
+    default = DEFAULT
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands:
             args = [DEFAULT, *args]

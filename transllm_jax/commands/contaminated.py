@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.choices import POINTS, TRAININGS
 from transllm_jax.commands.open_chat import open_run
 from transllm_jax.config import Source
 from transllm_jax.data.clean.cleaning import text_of
@@ -15,6 +16,7 @@ from transllm_jax.data.read.sources import read_jsonl
 from transllm_jax.disk import read_json, sha256_of_json, write_json
 from transllm_jax.errors import UserError
 from transllm_jax.progress import Progress
+from transllm_jax.stages.points import newest_point
 from transllm_jax.stages.run import Run
 
 
@@ -24,49 +26,57 @@ class Contamination:
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path, self._progress = path, progress
 
-    def of(self, workdir: Path, texts: Iterable[tuple[str, str]], *, whole: bool) -> dict[str, Any] | None:
-        """How many of the questions occur, and where; None if there are no questions.
+    def of(self, workdir: Path, point: str, texts: Iterable[tuple[str, str]], *, whole: bool) -> dict[str, Any] | None:
+        """How many of the questions occur in what a point was trained on, and where; None if there are no questions.
 
-        texts: each with the id of its question, which may have several. whole: as in `registry.Suite`. The result has
-        `of` (questions looked for), `found`, `by_source` (by the config's key) and `ids`. Text that the run left out
-        because it holds an evaluation text does not count. `found` is None, with `why`, where a file is not there.
+        point: empty for the newest. texts: each with the id of its question, which may have several. whole: as in
+        `registry.Suite`. The result has `of` (all questions), `found`, `by_source` (by the config's key), `ids`, and
+        `too_short` (texts that are too short to be looked for). Text that the run left out, because it holds an
+        evaluation text, does not count. `found` is None, with `why`, where a file is not there.
         """
         given = list(texts)
-        wanted = EvaluationTexts([] if whole else given, whole=given if whole else ())
-        if not wanted.texts:
+        if not given:
             return None
+        wanted = EvaluationTexts([] if whole else given, whole=given if whole else ())
         run = open_run(workdir)
+        point = point or newest_point(workdir)
+        recover, count = run.config.recover, len({id for id, _ in given})
         try:
-            sources = list(_sources(run))
+            sources = list(_sources(run, point))
             hashes = run.inputs.source_hashes(source for _, source, _ in sources)
-            hashes |= run.inputs.hashes([run.config.recover.instructions])
-            filtered = [key for key, _, is_filtered in sources if is_filtered]
-            key = sha256_of_json([wanted.key, hashes, filtered, run.config.recover.contamination])
+            if point == POINTS[-1]:
+                hashes |= run.inputs.hashes([recover.instructions])
+            filtered = [name for name, _, is_filtered in sources if is_filtered]
+            key = sha256_of_json([wanted.key, point, hashes, filtered, recover.contamination])
             known = read_json(self._path) if self._path.exists() else {}
             if key not in known:
-                self._progress.say(f"  {wanted.texts:,} questions are looked for in the training data of {workdir}")
-                known[key] = self._look(run, sources, wanted, len(dict.fromkeys(id for id, _ in given)))
+                self._progress.say(f"  {count:,} questions are looked for in the training data of {workdir}")
+                found = self._look(run, point, sources, wanted)
+                ids = sorted(set().union(*found.values()), key=lambda id: (len(id), id))
+                by_source = {name: len(some) for name, some in found.items() if some}
+                known[key] = {"of": count, "found": len(ids), "by_source": by_source, "ids": ids}
+                known[key]["too_short"] = wanted.ignored
                 write_json(self._path, known)
         except UserError as error:
-            return {"of": wanted.texts, "found": None, "why": str(error)}
-        found: dict[str, Any] = known[key]
-        return found
+            return {"of": count, "found": None, "why": str(error)}
+        kept: dict[str, Any] = known[key]
+        return kept
 
     def _look(
-        self, run: Run, sources: list[tuple[str, Source, bool]], wanted: EvaluationTexts, count: int
-    ) -> dict[str, Any]:
-        by_source: dict[str, set[str]] = {}
+        self, run: Run, point: str, sources: list[tuple[str, Source, bool]], wanted: EvaluationTexts
+    ) -> dict[str, set[str]]:
+        """The ids that each source has."""
+        found = {}
         for name, source, filtered in sources:
             items = run.inputs.items(source, Collector(source.controls, source.on_bad_rows))
-            by_source[name] = _found(run, wanted, (text_of(item) for item, _ in items), filtered)
-        section = run.config.recover
-        rows = read_jsonl(section.instructions, {}, limit=section.max_instructions)
-        # Whole records: a question may be in a conversation, whatever its fields are called.
-        texts = (" ".join(_strings(row)) for row in rows)
-        by_source["recover.instructions"] = _found(run, wanted, texts, section.contamination)
-        ids = sorted(set().union(*by_source.values()), key=lambda id: (len(id), id))
-        counts = {name: len(found) for name, found in by_source.items() if found}
-        return {"of": count, "found": len(ids), "by_source": counts, "ids": ids}
+            found[name] = _found(run, wanted, (text_of(item) for item, _ in items), filtered)
+        if point == POINTS[-1]:
+            section = run.config.recover
+            rows = read_jsonl(section.instructions, {}, limit=section.max_instructions)
+            # Whole records: a question may be in a conversation, whatever its fields are called.
+            texts = (" ".join(_strings(row)) for row in rows)
+            found["recover.instructions"] = _found(run, wanted, texts, section.contamination)
+        return found
 
 
 def _found(run: Run, wanted: EvaluationTexts, texts: Iterable[str], filtered: bool) -> set[str]:
@@ -79,13 +89,16 @@ def _found(run: Run, wanted: EvaluationTexts, texts: Iterable[str], filtered: bo
     return ids
 
 
-def _sources(run: Run) -> Iterator[tuple[str, Source, bool]]:
-    """What the stages train on: the config's key, the source, and whether evaluation texts were left out."""
+def _sources(run: Run, point: str) -> Iterator[tuple[str, Source, bool]]:
+    """What the stages up to a point train on: the config's key, the source, and whether the run left out evaluation
+    texts."""
     config = run.config
-    for stage in ("pretrain", "translate", "transfer"):
-        for number, source in enumerate(getattr(config, stage).sources):
-            yield f"{stage}.sources.{number}", source, source.cleaning.contamination
-    yield "transfer.pairs", config.transfer.pairs, config.transfer.contamination
+    for stage in TRAININGS:
+        if POINTS.index(stage) <= POINTS.index(point):
+            for number, source in enumerate(getattr(config, stage).sources):
+                yield f"{stage}.sources.{number}", source, source.cleaning.contamination
+    if point == POINTS[-1]:
+        yield "transfer.pairs", config.transfer.pairs, config.transfer.contamination
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -19,7 +19,7 @@ from transllm_jax.evaluation.page.suites import IN_WORKDIR, TABLE
 from transllm_jax.evaluation.suites.registry import SUITES, Suite, suite_named
 from transllm_jax.evaluation.suites.suite_run import RESULTS, SuiteOptions, SuiteRun
 from transllm_jax.evaluation.suites.table import compared, remarks, shown
-from transllm_jax.evaluation.systems.named import Named, parse_systems
+from transllm_jax.evaluation.systems.named import ORIGINAL, Named, parse_systems
 from transllm_jax.evaluation.systems.system import System
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -122,8 +122,11 @@ def _compare(
             first=None if of == first else directories[first],
         )
         found = suite.run(work)
-        if contamination is not None and is_run(named[of].where):
-            seen = contamination.of(Path(named[of].where).expanduser(), suite.texts(options), whole=suite.whole)
+        one = named[of]
+        # The original inside a run was not trained by it; a bridge's translator was.
+        if contamination is not None and is_run(one.where) and one.part != ORIGINAL:
+            point = "translate" if one.kind == "bridge" else one.part
+            seen = contamination.of(Path(one.where).expanduser(), point, suite.texts(options), whole=suite.whole)
             found = replace(found, contamination=seen)
             write_json(directories[of] / RESULTS, found.recorded())
         results[of] = found.recorded()

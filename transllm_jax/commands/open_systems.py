@@ -24,12 +24,9 @@ from transllm_jax.stages.points import newest_point
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.translations import NO_SPACE
 from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
-
-_PROBE: tuple[Message, ...] = ({"role": "user", "content": "?"},)
 
 
 @dataclass
@@ -160,10 +157,9 @@ class Systems:
 
 
 def _format(tokenizer: Tokenizer, markers: Markers) -> dict[str, Any]:
-    """How a model is asked: tokenizer, chat template, a prompt (which may have the date in it), ends."""
+    """How a model is asked: its tokenizer, with the chat template (and the date, if that writes it), markers, ends."""
     return {
         "tokenizer": tokenizer.fingerprint,
-        "prompt": encode_prompt(tokenizer, _PROBE),
         "ends": list(end_ids(tokenizer)),
         "markers": list(markers.in_order()),
     }

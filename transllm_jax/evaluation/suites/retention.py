@@ -105,6 +105,7 @@ def run(suite: SuiteRun) -> Results:
             made_with={
                 **suite.made_with,
                 "original": dict(system.original().identity),
+                "max_new_tokens": options.max_new_tokens,
                 "max_answer_tokens": options.max_answer_tokens,
                 "length": options.length,
             },
@@ -147,7 +148,7 @@ def _drift(
 def _original_answers(suite: SuiteRun, original: LocalSystem, instructions: Sequence[str]) -> list[Mapping[str, Any]]:
     """The original's greedy answers, as ids with their end, unless they were cut off; those without a token are left
     out, because nothing can be compared on them."""
-    tokenizer, limit = original.weights.tokenizer, suite.options.max_answer_tokens
+    tokenizer, limit = original.weights.tokenizer, suite.options.max_new_tokens
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in instructions]
     settings = {"system": original.identity, "prompts": sha256_of_json(prompts), "max_new_tokens": limit}
     stop, what = end_ids(tokenizer), f"{suite.suite} of {suite.system.name}: answers of the original"

@@ -78,7 +78,7 @@ class SuiteRun:
         with (
             open_records(self.directory / name, depends) as records,
             self.progress.task(
-                f"{self.suite} of {self.system.name}", total=len(asked), done=len(records), unit="question"
+                f"{self.suite} of {self.system.name}", total=len(asked), done=len(records), unit="answer"
             ) as bar,
         ):
 
