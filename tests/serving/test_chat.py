@@ -155,8 +155,10 @@ def test_the_original_sees_what_was_said(tokenizer: Tokenizer) -> None:
     thread = ScriptedThread(tokenizer, " A <EN> dog.\n")
     models = [scripted(thread), scripted(thread, "demo-original", markers=None)]
     with listening(models) as address:
-        names = [one["id"] for one in httpx2.get(f"{address}/v1/models").json()["data"]]
-        assert httpx2.get(f"{address}/v1/models/demo-original").json()["chains"] is False
+        listed = httpx2.get(f"{address}/v1/models").json()["data"]
+        names = [one["id"] for one in listed]
+        assert [(one["chains"], one["language"]) for one in listed] == [(True, "th"), (False, None)]
+        assert httpx2.get(f"{address}/v1/models/demo-original").json() == listed[1]
         found = chat(address, talk("ใคร", "หมา", "อะไร"), model="demo-original").json()
     assert names == ["demo", "demo-original"] and found["model"] == "demo-original"
     assert "หมา" in thread.prompts[0] and "history" not in found["usage"]

@@ -455,6 +455,17 @@ def test_forms_of_reasoning(opened: Callable[..., Any], server: Server) -> None:
         assert answer.locator("dd:visible").all_inner_texts() == steps
 
 
+def test_an_answer_that_is_cut_off(opened: Callable[..., Any], server: Server) -> None:
+    server.reply = lambda body: replace(THAI, finish="length")
+    tab = opened()
+    assert "the settings can raise it" in ask(tab, QUESTION).inner_text()
+    # The script's server counts ten tokens before the answer.
+    server.models = [{"id": "demo", "language": "th", "max_model_len": len(DELTAS) + 10}]
+    tab.reload()
+    tab.get_by_role("heading", name="demo Thai").wait_for()
+    assert "fills the model’s context" in ask(tab, QUESTION).inner_text()
+
+
 def test_keyboard_only(opened: Callable[..., Any], server: Server) -> None:
     server.reply = lambda body: THAI
     tab = opened()

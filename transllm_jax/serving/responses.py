@@ -141,4 +141,5 @@ def model_object(model: Served, created: int) -> dict[str, Any]:
         "owned_by": "transllm",
         "max_model_len": model.longest,
         "chains": model.markers is not None,
+        "language": None if model.markers is None else model.markers.language,
     }

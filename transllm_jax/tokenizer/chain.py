@@ -32,6 +32,11 @@ class Markers:
         """The markers for the ISO code of a target language: `th` -> `<TH>`."""
         return cls(target=f"<{language.upper()}>")
 
+    @property
+    def language(self) -> str:
+        """The ISO code of the target language: `<TH>` -> `th`."""
+        return self.target.strip("<>").lower()
+
     def in_order(self) -> tuple[str, str, str]:
         """The three markers in the order of a chain: before the question, the answer, the translated answer."""
         return (self.english, self.response, self.target)
