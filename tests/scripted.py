@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.generation.chain import ChainChat
-from transllm_jax.generation.request import Mode, Request, Result
+from transllm_jax.generation.request import WHOLE, Mode, Request, Result
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -50,8 +50,11 @@ class Script:
         on_tokens(sum(map(len, answers)))
         return answers
 
-    def run(self, requests: Sequence[Request], *, mode: Mode, at_once: int | None, **seen: Any) -> Any:
+    def run(
+        self, requests: Iterable[Request], *, mode: Mode = WHOLE, at_once: int | None, **seen: Any
+    ) -> Iterator[tuple[int, Result]]:
         self.at_once.append(at_once)
+        requests = list(requests)
         first = requests[0]
         options = {"max_new_tokens": first.max_new_tokens, "stop": first.stop, "mode": mode}
         answers = self.generate([request.prompt for request in requests], **options, **seen)

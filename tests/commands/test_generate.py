@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from conftest import Command
 from processes import wait_for
-from scripted import WHOLE_CHAIN, chain_tokenizer
+from scripted import WHOLE_CHAIN, Script, chain_tokenizer
 
-from transllm_jax.commands.generate import GenerateOptions, _answered, generate, parse_share
+from transllm_jax.commands.generate import GenerateOptions, generate, parse_share
+from transllm_jax.commands.open_chat import ChatModel
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.generation.engine import Engine, Result
+from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -99,25 +100,32 @@ def test_a_command_that_goes_on_has_the_slots_of_the_whole_file(
     assert len(engines) == 2
 
 
-def test_a_chain_comes_with_its_parts(tmp_path: Path) -> None:
+def test_a_chain_comes_with_its_parts_and_a_broken_one_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = chain_tokenizer(tmp_path)
-    opened: Any = SimpleNamespace(tokenizer=tokenizer, markers=Markers())
-
-    def answered(text: str, record: dict[str, Any]) -> dict[str, Any]:
-        return _answered(opened, record, Result(tokenizer.encode(text), "stop", 9))
-
-    parts = {"question_en": "What is it?", "answer_en": "A fox.", "answer_target": "สุนัข"}
+    config: Any = SimpleNamespace(context=10_000)
+    opened = ChatModel("scripted", None, config, tokenizer, Markers())  # type: ignore[arg-type]
+    # The last chain is without its answer, and is continued when all others are there.
+    texts = [WHOLE_CHAIN, " is Paris", "A fox.", "<EN>Who?<RESPONSE>A <|im_start|>dog.", "สุนัข"]
+    script = Script(tokenizer, *texts)
+    monkeypatch.setattr("transllm_jax.commands.generate.Engine", lambda *given, **options: script)
+    monkeypatch.setattr("transllm_jax.commands.generate.open_chat_model", lambda *given, **options: opened)
     asked = {"id": 1, "instruction": "อะไร", "chain": "old"}
-    row = answered(WHOLE_CHAIN, asked)
-    assert row == asked | {
-        "text": "สุนัข",
-        "finish_reason": "stop",
-        "tokens": len(tokenizer.encode(WHOLE_CHAIN)),
-        "chain": parts,
-    }
-    broken = answered("<EN>Who?<RESPONSE>A <|im_start|>dog.", asked)
-    assert broken["text"] == "A dog." and "chain" not in broken
-    assert answered(" is Paris", {"id": 1, "prompt": "It"})["text"] == " is Paris"
+    records = [asked, {"id": 2, "prompt": "It"}, {"id": 3, "instruction": "What?"}, {"id": 4, "instruction": "ใคร"}]
+    answer(tmp_path, write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", replace(OPTIONS, batch_size=4))
+    chain, raw, english, continued = read(tmp_path / "out.jsonl")
+    length = len(tokenizer.encode(WHOLE_CHAIN))
+    parts = {"question_en": "What is it?", "answer_en": "A fox.", "answer_target": "สุนัข"}
+    told = {"text": "สุนัข", "finish_reason": "stop", "tokens": length, "how": "chain", "chain": parts}
+    assert chain == asked | told
+    assert raw["text"] == " is Paris" and "how" not in raw
+    assert english["text"] == "A fox." and english["how"] == "plain" and "chain" not in english
+    assert continued["how"] == "continued" and continued["text"] == "สุนัข"
+    assert continued["chain"] == {"question_en": "Who?", "answer_en": "A <|im_start|>dog.", "answer_target": "สุนัข"}
+    (again,) = script.calls[1]
+    assert tokenizer.decode(again).endswith("<EN>Who?<RESPONSE>A <|im_start|>dog.<TH>")
+    assert script.at_once == [4, 4]
 
 
 def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:

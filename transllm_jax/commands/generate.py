@@ -6,7 +6,7 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,18 +15,19 @@ from typing import Any, BinaryIO
 from transllm_jax.commands.open_chat import ChatModel, open_chat_model
 from transllm_jax.disk import cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
-from transllm_jax.generation.engine import Engine, Request, Result
+from transllm_jax.generation.chain import Writing
+from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.request import Reason, Request, Result
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress, counted
-from transllm_jax.tokenizer.chain import parse, visible
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 
 # What a record may ask with: a conversation, a text to continue, or an instruction. One of them.
 ASKS = ("messages", "prompt", "instruction")
 # What is added to a record. Its own fields of these names are replaced.
-ADDED = ("text", "finish_reason", "tokens", "chain")
+ADDED = ("text", "finish_reason", "tokens", "how", "chain")
 
 
 @dataclass(frozen=True)
@@ -113,48 +114,108 @@ def _answer(
         return
     total, began, first, tokens = done + len(waiting), time.monotonic(), done, 0
 
-    def requests() -> Iterator[Request]:
-        for item in waiting:
-            prompt = _prompt(opened, item.record)
-            sampling = options.sampling.for_row(item.key)
-            yield Request(prompt, options.max_new_tokens, end_ids(opened.tokenizer), sampling=sampling)
-
-    def speed() -> str:
-        elapsed = max(time.monotonic() - began, 1e-3)
-        return f"{(done - first) / elapsed:,.2f} answers/s, {tokens / elapsed:,.0f} tokens/s"
-
-    def count(more: int) -> None:
-        nonlocal tokens
-        tokens += more
-        bar.update(done, speed())
-
-    engine = Engine(opened.split, opened.config, batch_size=options.batch_size)
-    longest = max(item.tokens for item in waiting) + options.max_new_tokens
+    answerer = _Answerer(opened, options, total, interrupt)
     with progress.task("answers", total=total, done=done, unit="answer") as bar:
-        between = lambda: interrupt.check(f"generate: {done} of {total} answers")  # noqa: E731
-        stops = len(end_ids(opened.tokenizer))
-        # The slots of all answers, so that those of a resumed run are rounded as in an undisturbed one.
-        answers = engine.run(requests(), longest=longest, stops=stops, at_once=total, on_tokens=count, between=between)
-        for number, result in answers:
-            line = json.dumps(_answered(opened, waiting[number].record, result), ensure_ascii=False)
+
+        def speed() -> str:
+            elapsed = max(time.monotonic() - began, 1e-3)
+            return f"{(done - first) / elapsed:,.2f} answers/s, {tokens / elapsed:,.0f} tokens/s"
+
+        def count(more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            bar.update(done, speed())
+
+        def so_far() -> str:
+            return f"generate: {done} of {total} answers"
+
+        for row in answerer.rows(waiting, count, so_far):
             # One call, so that a killed process leaves whole lines and at most a part of the last one.
-            file.write(line.encode() + b"\n")
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             done += 1
             bar.update(done, speed())
 
 
-def _answered(opened: ChatModel, record: Mapping[str, Any], result: Result) -> dict[str, Any]:
+class _Answerer:
+    """Makes rows with answers. total: how many answers the whole file has."""
+
+    def __init__(self, opened: ChatModel, options: GenerateOptions, total: int, interrupt: Interrupt) -> None:
+        self._opened, self._options, self._total, self._interrupt = opened, options, total, interrupt
+        self._engine = Engine(opened.split, opened.config, batch_size=options.batch_size)
+        self._stop = end_ids(opened.tokenizer)
+
+    def rows(
+        self, items: list[_Item], count: Callable[[int], None], so_far: Callable[[], str]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield rows as answers finish. Chains that lack their last marker are continued once, and come last.
+
+        count: is given the number of new tokens. so_far: what to say if the command is stopped.
+        """
+        broken: list[tuple[_Item, Writing, list[int]]] = []
+        longest = max(item.tokens for item in items) + self._options.max_new_tokens
+        asked = ((item, _prompt(self._opened, item.record)) for item in items)
+        for number, result in self._run(asked, longest, count, so_far):
+            item = items[number]
+            if "prompt" in item.record:
+                text = self._opened.tokenizer.decode(result.ids, skip_special_tokens=True)
+                yield _row(item.record, text, result.finish_reason, len(result.ids))
+                continue
+            writing = self._written(item, result)
+            prompt = writing.longer()
+            if prompt is not None and len(prompt) + self._options.max_new_tokens <= self._opened.config.context:
+                broken.append((item, writing, prompt))
+            else:
+                yield self._answered(item, writing, result)
+        if broken:
+            longest = max(len(prompt) for _, _, prompt in broken) + self._options.max_new_tokens
+            again = ((item, prompt) for item, _, prompt in broken)
+            for number, result in self._run(again, longest, count, so_far):
+                item, writing, _ = broken[number]
+                writing.go_on()
+                writing.grow(result.ids)
+                yield self._answered(item, writing, result)
+
+    def _run(
+        self,
+        asked: Iterable[tuple[_Item, Sequence[int]]],
+        longest: int,
+        count: Callable[[int], None],
+        so_far: Callable[[], str],
+    ) -> Iterator[tuple[int, Result]]:
+        options = self._options
+        requests = (
+            Request(prompt, options.max_new_tokens, self._stop, sampling=options.sampling.for_row(item.key))
+            for item, prompt in asked
+        )
+        return self._engine.run(
+            requests,
+            longest=longest,
+            stops=len(self._stop),
+            # The slots of all answers, so that those of a resumed run are rounded as in an undisturbed one.
+            at_once=self._total,
+            on_tokens=count,
+            between=lambda: self._interrupt.check(so_far()),
+        )
+
+    def _written(self, item: _Item, result: Result) -> Writing:
+        writing = Writing(self._opened.tokenizer, self._opened.markers, _prompt(self._opened, item.record))
+        writing.grow(result.ids)
+        writing.end(cut_off=result.finish_reason == "length")
+        return writing
+
+    def _answered(self, item: _Item, writing: Writing, result: Result) -> dict[str, Any]:
+        answer = writing.end(cut_off=result.finish_reason == "length")
+        text = self._opened.tokenizer.without_specials(answer.visible)
+        reason: Reason = "length" if answer.cut_off else "stop"
+        row = _row(item.record, text, reason, len(writing.ids)) | {"how": answer.how}
+        return row if answer.chain is None else row | {"chain": vars(answer.chain)}
+
+
+def _row(record: Mapping[str, Any], text: str, reason: Reason, tokens: int) -> dict[str, Any]:
     """A record with its answer."""
-    tokenizer, raw = opened.tokenizer, opened.tokenizer.decode(result.ids)
-    chain = parse(raw, opened.markers)
-    if "prompt" in record:
-        text = tokenizer.decode(result.ids, skip_special_tokens=True)
-    else:
-        text = tokenizer.without_specials(visible(raw, opened.markers))
     kept = {name: value for name, value in record.items() if name not in ADDED}
-    answer = {"text": text, "finish_reason": result.finish_reason, "tokens": len(result.ids)}
-    return {**kept, **answer} if chain is None else {**kept, **answer, "chain": vars(chain)}
+    return {**kept, "text": text, "finish_reason": reason, "tokens": tokens}
 
 
 def _prompt(opened: ChatModel, record: Mapping[str, Any]) -> list[int]:
