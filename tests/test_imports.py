@@ -89,9 +89,10 @@ ALLOWED = {
     "evaluation": COMMON | TOOLS | {"training", "generation"},
     "conversion": BOTTOM | {"model", "tokenizer"},
     "stages": COMMON | TOOLS | {"training", "generation", "evaluation", "conversion"},
+    "ablation": COMMON | TOOLS | {"stages", "training", "evaluation", "conversion"},
     "preflight": COMMON | TOOLS | {"stages", "training", "generation", "conversion"},
     "serving": COMMON | TOOLS | {"generation"},
-    "commands": COMMON | TOOLS | {"serving", "stages", "training", "generation", "evaluation", "conversion", "storage"},
+    "commands": COMMON | TOOLS | {"ablation", "serving", "stages", "training", "generation", "evaluation", "conversion", "storage"},
     # The doors: they parse, call, and say how it ended.
     "cli": COMMON | {"commands", "serving", "stages", "preflight", "generation", "evaluation", "conversion", "storage"},
     # `from transllm_jax import __version__`

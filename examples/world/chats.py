@@ -8,6 +8,7 @@ has a translation; without `--known` they are true ones.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -34,12 +35,13 @@ def _asked(*turns: str) -> list[Message]:
 
 def _nearest(question: Question, said: str) -> Line:
     """The true answer that begins as what the base model says: its knowledge is met best in its own words."""
+    return max(question.answers, key=partial(_alike, said))
 
-    def alike(answer: Line) -> int:
-        pairs = takewhile(lambda two: two[0] == two[1], zip(answer.english, said, strict=False))
-        return sum(1 for _ in pairs)
 
-    return max(question.answers, key=alike)
+def _alike(said: str, answer: Line) -> int:
+    """How many characters an answer begins with that the base model says, too."""
+    pairs = takewhile(lambda two: two[0] == two[1], zip(answer.english, said, strict=False))
+    return sum(1 for _ in pairs)
 
 
 def chains(world: World, trained: Sequence[Question], answers: Container[str]) -> Iterator[dict[str, Any]]:
@@ -54,6 +56,18 @@ def chains(world: World, trained: Sequence[Question], answers: Container[str]) -
             if said not in answers:
                 answer = _nearest(question, said)
                 yield {"messages": _asked(way.target, build_chain(way.english, answer.english, answer.target, markers))}
+
+
+def otherwise(world: World, trained: Sequence[Question]) -> Iterator[dict[str, Any]]:
+    """True answers by another writer than the base model: of each question the one that begins least as its own."""
+    written = set[str]()
+    for question in trained:
+        for way in question.ways:
+            said = world.said.get(way.english, "")
+            others = [answer for answer in question.answers if answer.english != said]
+            if others and way.english not in written:
+                written.add(way.english)
+                yield {"instruction": way.english, "answer": min(others, key=partial(_alike, said)).english}
 
 
 def follow_ups(world: World, asked: Sequence[Question], everything: Sequence[Fact]) -> Iterator[dict[str, Any]]:

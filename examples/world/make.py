@@ -7,6 +7,8 @@
     english.txt         the English side likewise, for replay
     instructions.jsonl  {instruction, translation, kind}: questions about facts of the training
     answers.jsonl       {source, target}: true answers to them, for recover.translate_answers
+    writer.jsonl        {instruction, answer}: the same questions answered truly by another writer, in other words than
+                        the base model's, for recover.written; the answers are among answers.jsonl
     chains.jsonl        chains of questions to which the base model gives no answer of answers.jsonl, with true answers
     follow_ups.jsonl    conversations whose second turn is a question in the target language, answered by a chain
     replay.jsonl        conversations in English with the base model's own answers, for stage translate (needs --known)
@@ -38,7 +40,7 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).parent))
 
 from beside import Beside, read_beside, told
-from chats import chains, follow_ups, replay
+from chats import chains, follow_ups, otherwise, replay
 from names import HERE, Fact, facts
 from world import NAMED, USES, Line, Question, World, asked_in_pairs, lines, messages, questions, used, world_of
 
@@ -151,6 +153,7 @@ def write(
             {"instruction": way.english, "translation": way.target, "kind": kind} for kind, way in instructions
         ),
         "answers.jsonl": _json_lines({"source": source, "target": target} for source, target in answers.items()),
+        "writer.jsonl": _json_lines(otherwise(world, trained)),
         "questions.jsonl": _json_lines(map(_row, tested)),
         "chains.jsonl": _json_lines(chains(world, trained, answers)),
         "follow_ups.jsonl": _json_lines(follow_ups(world, asked, everything)),

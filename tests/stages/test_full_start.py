@@ -62,7 +62,7 @@ def test_training_starts_from_the_float32_values_of_the_base(tmp_path: Path, lor
             run,
             name="pretrain",
             start="vocabulary",
-            parts=training.source_parts(run, "pretrain"),
+            parts=lambda run: training.source_parts(run, "pretrain"),
         )
         assert job.held.keys() == BASE_ROWS
         for path, array in job.held.items():

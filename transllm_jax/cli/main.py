@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from transllm_jax import __version__
+from transllm_jax.cli.ablate import ablate
 from transllm_jax.cli.convert import app as convert_app
 from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.evaluate import app as evaluate_app
@@ -55,6 +56,7 @@ app.command(context_settings={"allow_extra_args": True})(init)
 app.command()(preflight)
 app.command()(generate)
 app.command()(serve)
+app.command()(ablate)
 
 
 @app.callback(invoke_without_command=True)

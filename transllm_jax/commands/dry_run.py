@@ -23,7 +23,7 @@ from rich.text import Text
 from transllm_jax.stages import pretrain, transfer, translate
 from transllm_jax.stages.chains import CHAINS
 from transllm_jax.stages.run import Run
-from transllm_jax.stages.training import Job, prepare
+from transllm_jax.stages.training import Job, prepare, section_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 from transllm_jax.training.loop import step_of
 from transllm_jax.training.optimizer import make_optimizer
@@ -62,6 +62,9 @@ def show_plan(run: Run) -> None:
     for name, stage in STAGES.items():
         missing = name == "transfer" and not (run.workdir / "recover" / CHAINS).is_file()
         console.print(f"\n{name}", style="bold")
+        if section_of(run, name).steps == 0:
+            say("  0 steps: left out")
+            continue
         parts = stage.parts(run) if not missing else transfer.known_parts(run)
         if missing:
             say("  chains and English answers are known after stage recover: not counted here", style="yellow")

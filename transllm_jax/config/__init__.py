@@ -3,7 +3,7 @@
 from transllm_jax.config.data import Cleaning, PairSource, Source, WholeSource
 from transllm_jax.config.endpoint import Endpoint, TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.load import load_config, load_section
-from transllm_jax.config.recovery import Checks, Filters, Seq2seq
+from transllm_jax.config.recovery import Checks, Filters, Seq2seq, Written
 from transllm_jax.config.run import Config
 from transllm_jax.config.section import Positive, Section, Share, meanings
 from transllm_jax.config.sections import (
@@ -49,6 +49,7 @@ __all__ = [
     "Validation",
     "Vocabulary",
     "WholeSource",
+    "Written",
     "load_config",
     "load_section",
     "meanings",

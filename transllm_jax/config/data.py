@@ -46,7 +46,7 @@ class Source(Section):
     `weight`, `tokens` and `cleaning` are for what is trained on: the `sources` of a training stage.
     """
 
-    newer: ClassVar[tuple[str, ...]] = ("chains", "recovery")
+    newer: ClassVar[tuple[str, ...]] = ("chains", "recovery", "in_chat")
 
     path: Location
     """A file or a glob (.gz, .xz and .zst are decompressed). For `container: datasets`, a local directory or a hub
@@ -86,6 +86,10 @@ class Source(Section):
     """For conversations: the answers are laid out as the run's own chains, and hold its markers. Otherwise a marker in
     a text is a fault.
     """
+    in_chat: bool = False
+    """For text in training: each document is an answer in the model's chat template, to an empty question, as in
+    instruction continual pre-training (arXiv 2405.20175). A longer document is split; each piece has the template.
+    """
     recovery: Recovery = "sequence"
     """For English text or conversations in training: their text is learned (`sequence`), or each token is held to what
     the original model would say there (`token`: KL divergence over the base vocabulary; the text itself is not
@@ -123,6 +127,8 @@ class Source(Section):
             raise ValueError("separator is for text; pairs and conversations are one per line, so remove it")
         if self.chains and self.format != "conversations":
             raise ValueError(f"chains is for conversations; for {self.format}, remove it")
+        if self.in_chat and (self.format != "text" or self.recovery != "sequence"):
+            raise ValueError("in_chat is for text whose recovery is sequence; remove one of the two")
         if self.recovery != "sequence" and self.format == "pairs":
             raise ValueError(
                 f"recovery: {self.recovery} is for English text and conversations; of pairs the original model knows "
@@ -148,8 +154,9 @@ def _unweighted(source: Source) -> Source:
     for key in ("weight", "tokens"):
         if getattr(source, key) is not None:
             raise ValueError(f"{key} means nothing here: this source is not part of a mixture; remove it")
-    if source.recovery != "sequence":
-        raise ValueError("recovery means nothing here: this source is not trained on; remove it")
+    if source.recovery != "sequence" or source.in_chat:
+        name = "in_chat" if source.in_chat else "recovery"
+        raise ValueError(f"{name} means nothing here: this source is not trained on; remove it")
     if source.cleaning != Cleaning():
         raise ValueError("cleaning means nothing here: this source is not trained on; remove it")
     return source

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from transllm_jax.config.section import Positive, Section, Share
+from transllm_jax.config.section import Location, Positive, Section, Share
 
 KEPT: tuple[Literal["code", "urls", "numbers", "markup"], ...] = ("code", "urls", "numbers", "markup")
 
@@ -23,6 +23,17 @@ class Filters(Section):
     """Leave out an answer of whose letters less than this share is Latin: it is not English. Another language in Latin
     letters is not found. With 0, none is left out.
     """
+
+
+class Written(Section):
+    """Answers of another writer, in place of the original model's: then there is no Recovery KD."""
+
+    file: Location
+    """A jsonl file of instructions and their answers in English."""
+    fields: tuple[str, str] = ("instruction", "answer")
+    """The names of the file's two fields: the instruction (with its input, if it has one), and the answer."""
+    missing: Literal["drop", "error"] = "error"
+    """What to do with an instruction that the file has no answer to: leave it out, or stop the run."""
 
 
 class Checks(Section):

@@ -10,7 +10,7 @@ from transllm_jax.choices import Cuts
 from transllm_jax.config.data import Source, TextSource, WholeSource
 from transllm_jax.config.endpoint import TeacherEndpoint, TranslatorEndpoint
 from transllm_jax.config.marks import MARK
-from transllm_jax.config.recovery import Checks, Filters, Seq2seq
+from transllm_jax.config.recovery import Checks, Filters, Seq2seq, Written
 from transllm_jax.config.section import Location, Positive, Section, without_limit
 
 
@@ -212,7 +212,7 @@ class Translation(Section):
 class Recover(Section):
     """Stage 4, first half: the original chat model answers English instructions; both are translated."""
 
-    newer: ClassVar[tuple[str, ...]] = ("filters", "teacher", "sentences", "checks", "seq2seq")
+    newer: ClassVar[tuple[str, ...]] = ("filters", "teacher", "sentences", "checks", "seq2seq", "written")
 
     instructions: Location
     """A file of records: with a field `instruction` and optionally `input`, which is appended after a blank line
@@ -235,6 +235,8 @@ class Recover(Section):
     """Another engine that answers the instructions in place of the run's own, such as
     `{endpoint: http://localhost:8000/v1, model: NAME}` for `vllm serve RUN/base`.
     """
+    written: Written | None = None
+    """Answers of another writer in place of the original model's, to compare with."""
     translate_instructions: Translation = Translation()
     """Where the instructions' translations come from."""
     translate_answers: Translation = Translation()
@@ -247,6 +249,12 @@ class Recover(Section):
     """Which translations by a model are rejected."""
     seq2seq: Seq2seq | None = None
     """For `missing: seq2seq`: the translation model."""
+
+    @model_validator(mode="after")
+    def _has_one_writer(self) -> Recover:
+        if self.written is not None and self.teacher is not None:
+            raise ValueError("written and teacher both give the answers; remove one of the two")
+        return self
 
     @model_validator(mode="after")
     def _has_translation_model(self) -> Recover:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,8 +34,8 @@ class Training(Section):
 
     newer: ClassVar[tuple[str, ...]] = ("recovery_weight",)
 
-    steps: Positive | None = None
-    """Optimizer steps. Give `steps` or `epochs`."""
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps. Give `steps` or `epochs`. With 0 the stage is left out: its point is that before it."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """How often every source is read to its end at least. Give `steps` or `epochs`."""
     batch_size: Positive
@@ -132,7 +132,7 @@ class Pretraining(Training):
 class Transfer(Training):
     """Stage 4, second half: a mixture of chains, English answers, translation instructions and other sources."""
 
-    newer: ClassVar[tuple[str, ...]] = (*Training.newer, "recovery")
+    newer: ClassVar[tuple[str, ...]] = (*Training.newer, "recovery", "answers")
 
     pairs: PairSource
     """The pairs from which translation instructions are made."""
@@ -148,6 +148,10 @@ class Transfer(Training):
     """How the English answers are learned: as text (`sequence`), by the original model's own distribution of each token
     (`token`: KL divergence over the base vocabulary, against the frozen weights without adapters in the same step), or
     both. `token` keeps English closer to the original for a little more time.
+    """
+    answers: Literal["chains", "direct"] = "chains"
+    """What answers a question in the target language: a translation chain, or its last part alone (`direct`), to
+    compare with. Of sources with `chains: true`, too, only the last part of a chain is then trained on.
     """
     sources: list[Source] = []
     """Other sources, such as conversations, each with a `weight` relative to the three shares above."""

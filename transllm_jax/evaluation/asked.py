@@ -46,12 +46,21 @@ def _before_markers(text: str, markers: Sequence[str]) -> str:
 class Asking:
     """The first `limit` of the questions, or `few` of these, with the judges of all in each language."""
 
-    def __init__(self, questions: Sequence[Question], limit: int, *, few: int | None = None, in_chains: bool) -> None:
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        limit: int,
+        *,
+        few: int | None = None,
+        in_chains: bool,
+        english_history: bool | None = None,
+    ) -> None:
         """few: taken evenly, because a file may be sorted by kind. in_chains: whether the model was trained to answer
-        in chains.
+        in chains. english_history: whether it sees earlier turns in English, by default if it answers in chains.
         """
         limit = min(limit, len(questions))
         few = limit if few is None else min(few, limit)
+        self._english_history = in_chains if english_history is None else english_history
         self._numbers = [number * limit // few for number in range(few)]
         self._questions, self._in_chains = [questions[number] for number in self._numbers], in_chains
         self._target = Judge(Checkable(one.question, one.answers, one.kind) for one in questions)
@@ -61,7 +70,7 @@ class Asking:
 
     def in_target(self, chat: ChainChat, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What the model answers in the target language."""
-        asked = [one.asked_in_chains if self._in_chains else one.asked for one in self._questions]
+        asked = [one.asked_in_chains if self._english_history else one.asked for one in self._questions]
         return [answer.recorded() for answer in chat.answers(asked, fallback=False, between=between)]
 
     def in_english(self, english: English, between: Callable[[], None]) -> list[str | None]:

@@ -53,12 +53,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Point:
-    """The model after a stage: the point's name, arrays, tokenizer and config."""
+    """The model after a stage: the point's name, arrays, tokenizer and config.
+
+    tuned: whether stage `transfer` trains, if this is the point after it. chains: whether it then answers in chains.
+    """
 
     name: str
     split: Split
     tokenizer: Tokenizer
     config: LlamaConfig
+    tuned: bool = True
+    chains: bool = True
 
     @property
     def translation_format(self) -> str:
@@ -73,7 +78,13 @@ class Point:
     @property
     def answers_in_chains(self) -> bool:
         """Whether the model was trained to answer in the chain's format."""
-        return self.name == "transfer"
+        return self.is_tuned and self.chains
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether stage `transfer` trained the model: then a marker comes before its English answers, and earlier turns
+        are in English."""
+        return self.name == "transfer" and self.tuned
 
 
 def evaluate(
@@ -106,7 +117,7 @@ def evaluate(
 
     def kept() -> dict[str, float | None]:
         plain, marked = teacher.divergence(point.split), None
-        if point.answers_in_chains:
+        if point.is_tuned:
             marked = teacher.divergence(point.split, point.tokenizer.encode(markers.response))
         return {"plain": plain, "marked": marked}
 
@@ -132,7 +143,9 @@ def evaluate(
         references = [pair[1 - side] for pair in held_out.pairs]
         metrics["chrf_" + direction] = sacrebleu.corpus_chrf(translations[direction], [references]).score
     answers = part("conversations", conversations)
-    metrics["well_formed_chains"] = sum(answer["chain"] is not None for answer in answers) / len(answers)
+    well_formed = sum(answer["chain"] is not None for answer in answers) / len(answers)
+    # Who was taught to answer directly is not asked for chains.
+    metrics["well_formed_chains"] = None if point.is_tuned and not point.chains else well_formed
     asked: dict[str, Any] = {}
     if held_out.checkable is not None:
         chat = ChainChat(
@@ -141,9 +154,15 @@ def evaluate(
             markers,
             max_new_tokens=config.max_chain_tokens if point.answers_in_chains else config.max_answer_tokens,
         )
-        english = English(engine, point.tokenizer, markers, config.max_answer_tokens, marked=point.answers_in_chains)
-        few = None if point.is_first or point.answers_in_chains else held_out.asked_between
-        ask = Asking(held_out.checkable, held_out.asked, few=few, in_chains=point.answers_in_chains)
+        english = English(engine, point.tokenizer, markers, config.max_answer_tokens, marked=point.is_tuned)
+        few = None if point.is_first or point.name == "transfer" else held_out.asked_between
+        ask = Asking(
+            held_out.checkable,
+            held_out.asked,
+            few=few,
+            in_chains=point.answers_in_chains,
+            english_history=point.is_tuned,
+        )
         found = ask.judged(
             part("questions with known answers", lambda: ask.in_target(chat, between)),
             part("the same in English", lambda: ask.in_english(english, between)),

@@ -189,7 +189,7 @@ def training_program(
         kept=_residuals(model, layout, remat, rows, length),
         model_flops=flops * tokens,
         tokens=tokens,
-        budget=section.steps * tokens if section.steps else _budget(section),
+        budget=_budget(section) if section.steps is None else section.steps * tokens,
         about=f"{batch_size} x {length} tokens a step, {rows} x {length} at once on a device, "
         f"{accumulate} {'parts' if accumulate > 1 else 'part'}, remat {remat}",
         rows=f"{batch_size}x{length}",

@@ -64,6 +64,7 @@ def _trained_hashes(run: Run) -> set[str]:
     ]
     recover = config.recover
     records = [recover.instructions, recover.translate_instructions.file, recover.translate_answers.file]
+    records += [None if recover.written is None else recover.written.file]
     return {*run.inputs.source_hashes(trained).values(), *run.inputs.hashes(path for path in records if path).values()}
 
 
@@ -136,7 +137,14 @@ def run_evaluation(run: Run, directory: Path, point: str) -> Mapping[str, Any]:
     config, path = run.config, directory / SO_FAR
     base = run.models.split("base")
     split = base if point == "base" else run.models.split(point)
-    here = Point(point, split, run.models.tokenizer(point), run.models.config)
+    here = Point(
+        point,
+        split,
+        run.models.tokenizer(point),
+        run.models.config,
+        tuned=config.transfer.steps != 0,
+        chains=config.transfer.answers == "chains",
+    )
     done: dict[str, Any] = (
         run.peers.run_on_primary("an evaluation so far", lambda: read_json(path) if path.exists() else {}) or {}
     )
@@ -258,11 +266,12 @@ def _original_answers(run: Run, path: Path, questions: list[str]) -> list[tuple[
     return [(row["prompt"], row["answer"]) for row in rows]
 
 
-def _summary_text(metrics: Mapping[str, float]) -> str:
+def _summary_text(metrics: Mapping[str, Any]) -> str:
+    chains = metrics["well_formed_chains"]
     return (
         f"{metrics['bits_per_byte']:.3f} bits/byte, chrF {metrics['chrf_to_target']:.1f} and "
-        f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}, "
-        f"{metrics['well_formed_chains']:.0%} well-formed chains"
+        f"{metrics['chrf_to_english']:.1f}, English KL {metrics['english_kl']:.3f}"
+        + ("" if chains is None else f", {chains:.0%} well-formed chains")
         + (f", {metrics['answers']:.0%} of answers right" if "answers" in metrics else "")
     )
 

@@ -65,17 +65,20 @@ def run_pipeline(
     force: str | None = None,
     since: float | None = None,
     profile: int = 0,
+    left_out: Set[str] = frozenset(),
 ) -> bool:
     """Run the steps that are not done, up to and including stage `until` with its evaluation.
 
     workdir: a directory for a single process, or the site of several. force: redo this step and all that build on it.
     since: when the process began, by `time.monotonic`. profile: how many steps of each training stage are traced.
+    left_out: steps that are not done, on which no later one builds.
     Returns whether there was anything to do.
     Raises UserError for bad input, if possible before any model is loaded; Preempted when stopped.
     """
     wanted, removed = steps_until(until), dependents(force) if force is not None else set()
     with _begin(config, workdir, progress, interrupt, removed, since=since, profile=profile) as begun:
-        run, todo = begun.run, [step for step in wanted if begun.states.get(step.name) != "done"]
+        done = {name for name, state in begun.states.items() if state == "done"} | left_out
+        run, todo = begun.run, [step for step in wanted if step.name not in done]
         checked = False
         for step in todo:
             if step.after and not checked:

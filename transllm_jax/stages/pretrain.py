@@ -30,4 +30,4 @@ def parts(run: Run) -> list[Part]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train adapters and new rows from their initial values, or from the stage's own last checkpoint."""
-    return train_stage(run, directory, name="pretrain", start=START, parts=parts(run))
+    return train_stage(run, directory, name="pretrain", start=START, parts=parts)

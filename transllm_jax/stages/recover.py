@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transllm_jax.config import Filters, Recover, Translation
+from transllm_jax.config import Filters, Recover, Translation, Written
 from transllm_jax.data.read.files import Place
 from transllm_jax.data.read.instructions import read_instruction
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, refuse_special
@@ -42,6 +42,8 @@ def inputs(run: Run) -> dict[str, Any]:
     """The stage's inputs: the config sections and files that it reads."""
     section = run.config.recover
     files = [section.instructions, section.translate_instructions.file, section.translate_answers.file]
+    if section.written is not None:
+        files.append(section.written.file)
     if section.seq2seq is not None and Path(section.seq2seq.model).expanduser().is_dir():
         files.append(f"{section.seq2seq.model}/*")
     return {
@@ -69,6 +71,9 @@ def check(run: Run) -> None:
     for config in (section.translate_instructions, section.translate_answers):
         if config.file is not None:
             check_no_special(read_jsonl(config.file, required=config.fields), run.inputs.find_special)
+    if section.written is not None:
+        check_no_special(read_jsonl(section.written.file, required=section.written.fields), run.inputs.find_special)
+        _written(section.written, texts)
     translations = _from_file(texts, section.translate_instructions, "instructions")
     _from_file([], section.translate_answers, "answers")
     if section.translate_instructions.missing == "model":
@@ -120,6 +125,7 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     of_model = f", by the model {how['model']}" + (f", by seq2seq {how['seq2seq']}" if how["seq2seq"] else "")
     of_model += f", by the endpoint {how['endpoint']}" if "endpoint" in how else ""
     who = "the original model" if section.teacher is None else f"{section.teacher.model} at {section.teacher.place}"
+    who = who if section.written is None else section.written.file
     return {
         "text": f"{len(answers)} answers of {who}{said}, {len(chains)} chains; answers translated by "
         f"file {how['file']}{of_model}" + (f"; rejected: {shown(reasons)}" if rejected else ""),
@@ -179,6 +185,8 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
     section = run.config.recover
     if section.teacher is not None:
         return teacher_answers(run, path, instructions)
+    if section.written is not None:
+        return _write_written(run, path, section.written, instructions)
     tokenizer = run.models.tokenizer("base")
     stop, room = end_ids(tokenizer), section.max_new_tokens
 
@@ -202,6 +210,34 @@ def _answer(run: Run, path: Path, instructions: Sequence[str]) -> list[Row]:
 
     known = [{"instruction": text} for text in instructions]
     return generated_rows(run, path, known, make, stage="recover", what="answers", unit="answer")
+
+
+def _write_written(run: Run, path: Path, written: Written, instructions: Sequence[str]) -> list[Row]:
+    """The answers of another writer, which are written to `path` like those of the original model."""
+    answers = _written(written, instructions)
+    rows: list[Row] = [
+        {"instruction": text, "answer": printable(answer), "finished": True} for text, answer in answers.items()
+    ]
+    if len(rows) < len(instructions):
+        missing = len(instructions) - len(rows)
+        run.progress.say(f"  recover: {written.file} has no answer to {missing} instructions, left out", style="yellow")
+    if run.primary:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _written(written: Written, instructions: Sequence[str]) -> dict[str, str]:
+    """The file's answer to each instruction that it has. Raises UserError if one is missing that must not be, or all
+    are."""
+    found = FileTranslator(written.file, written.fields).translate(instructions)
+    answers = {text: answer for text, answer in zip(instructions, found, strict=True) if answer is not None}
+    missing = [text for text in instructions if text not in answers]
+    if missing and (written.missing == "error" or not answers):
+        raise UserError(
+            f"{written.file}: no answer to {len(missing)} of {len(instructions)} instructions, the first "
+            f"{missing[0][:60]!r}; add them" + ("" if not answers else ", or set recover.written.missing to drop")
+        )
+    return answers
 
 
 def _translate(

@@ -57,6 +57,8 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
         exact=cleaning.exact_duplicates,
         near=cleaning.near_duplicates is not None,
         holds_markers=source.chains,
+        direct=source.chains and _is_direct(run, stage),
+        in_chat=source.in_chat,
     )
     rows = _rows(run, stage, source, transform)
     if unchecked := rows.counts.get("unchecked"):
@@ -70,8 +72,14 @@ def planned_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRo
 
 def chain_rows(run: Run, stage: str, source: Source, length: int) -> PlannedRows:
     """The rows of conversations that the run itself wrote; they may hold the chain's markers, and are not cleaned."""
-    transform = Transform("conversations", length, run.markers, exact=False, holds_markers=True)
+    direct = _is_direct(run, stage)
+    transform = Transform("conversations", length, run.markers, exact=False, holds_markers=True, direct=direct)
     return _rows(run, stage, source, transform)
+
+
+def _is_direct(run: Run, stage: str) -> bool:
+    """Whether a stage trains on the last parts of chains alone."""
+    return stage == "transfer" and run.config.transfer.answers == "direct"
 
 
 def instruction_rows(run: Run, stage: str, pairs: Source, length: int, *, contamination: bool) -> PlannedRows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transllm_jax.stages.bad_rows import BAD_ROWS
 from transllm_jax.stages.points import trains
 from transllm_jax.stages.run import Run
 from transllm_jax.stages.token_rows import fields_not_read, left_out, planned_rows, validation_rows
-from transllm_jax.training.arrays import all_on_host, save_arrays
+from transllm_jax.training.arrays import all_on_host, load_arrays, save_arrays
 from transllm_jax.training.flops import peak_flops, train_flops_per_token
 from transllm_jax.training.loop import Environment, LoopConfig, Outcome, train
 from transllm_jax.training.optimizer import OptimizerConfig
@@ -175,9 +175,16 @@ def part_of(
     return Part(name, rows, weight, recovery, items, missing, fields_not_read(rows))
 
 
-def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequence[Part]) -> dict[str, Any]:
-    """Train from point `start` on a mixture, and save the result as point `name`. Returns the stage's summary."""
-    job = prepare(run, name=name, start=start, parts=parts)
+def train_stage(
+    run: Run, directory: Path, *, name: str, start: str, parts: Callable[[Run], Sequence[Part]]
+) -> dict[str, Any]:
+    """Train from point `start` on a mixture, and save the result as point `name`. Returns the stage's summary.
+
+    parts: makes the mixture, if the stage has steps.
+    """
+    if section_of(run, name).steps == 0:
+        return _left_out(run, directory, start)
+    job = prepare(run, name=name, start=start, parts=parts(run))
     started = time.monotonic()
     outcome = train(
         job.split,
@@ -204,6 +211,18 @@ def train_stage(run: Run, directory: Path, *, name: str, start: str, parts: Sequ
         return run.peers.run_on_primary(f"the result of {name}", finish) or {}
 
 
+def _left_out(run: Run, directory: Path, start: str) -> dict[str, Any]:
+    """Save point `start` as that of a stage without steps. Returns the stage's summary."""
+
+    def finish() -> dict[str, Any]:
+        save_arrays(directory / "trainable", load_arrays(run.models.trainable(start)))
+        counts = {"steps": 0, "tokens": 0, "skipped": 0, "tokens_per_second": 0.0, "train_seconds": 0.0}
+        return {"text": f"0 steps: as after {start}", **counts, "best": None, "sources": {}}
+
+    with run.ledger.spend("save"):
+        return run.peers.run_on_primary(f"the result of {start}", finish) or {}
+
+
 def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
     """A stage's training from point `start` on a mixture of rows; nothing is trained yet.
 
@@ -211,7 +230,7 @@ def prepare(run: Run, *, name: str, start: str, parts: Sequence[Part]) -> Job:
     """
     section, seed = section_of(run, name), run.seed_for(name)
     batches = Batches([(part.name, part.rows, part.weight) for part in parts], section.batch_size, seed)
-    steps = section.steps or math.ceil((section.epochs or 1) * batches.steps_per_epoch)
+    steps = math.ceil((section.epochs or 1) * batches.steps_per_epoch) if section.steps is None else section.steps
     with run.ledger.spend("init"):
         whole = run.models.split(start)
         split = whole.freeze(path for path in whole.trainable if not trains(run.config, path))

@@ -75,4 +75,4 @@ def known_parts(run: Run) -> list[Part]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train from point `translate`, or from the stage's own last checkpoint."""
-    return train_stage(run, directory, name="transfer", start=START, parts=parts(run))
+    return train_stage(run, directory, name="transfer", start=START, parts=parts)

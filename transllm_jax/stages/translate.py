@@ -33,4 +33,4 @@ def parts(run: Run) -> list[Part]:
 
 def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
     """Train from point `pretrain`, or from the stage's own last checkpoint."""
-    return train_stage(run, directory, name="translate", start=START, parts=parts(run))
+    return train_stage(run, directory, name="translate", start=START, parts=parts)

@@ -12,8 +12,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from transllm_jax.errors import UserError
 from transllm_jax.tokenizer import chat
-from transllm_jax.tokenizer.chain import MARKERS, Markers
+from transllm_jax.tokenizer.chain import MARKERS, Markers, read
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -106,3 +107,33 @@ def conversation_rows(
     """
     rows, cut = chat.fitting_rows(tokenizer, messages, max_length, markers.in_order())
     return rows, "dropped" if not rows else "cut" if cut else "kept"
+
+
+def direct_message(message: Message, markers: Markers = MARKERS) -> Message:
+    """A message that is a chain as its last part alone, the answer in the target language; any other unchanged."""
+    parts = read(message["content"], markers)
+    if message["role"] != "assistant" or parts.form != "chain":
+        return message
+    direct: Message = {**message, "content": parts.answer}
+    return direct
+
+
+def chat_examples(tokenizer: Tokenizer, text: str, length: int, markers: Markers = MARKERS) -> list[Example]:
+    """A document as an answer to an empty question, in the model's chat template; a longer one in pieces, each of at
+    most `length` tokens and with the template before it. The text and the end token after it are trained.
+
+    Raises UserError if the template refuses it, or leaves no room for text in a row.
+    """
+    messages: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+    (row,) = chat.encode_conversation(tokenizer, messages, markers.in_order())
+    first = row.mask.index(1)
+    before, answer = row.ids[:first], [id for id, trained in zip(row.ids, row.mask, strict=True) if trained]
+    room = length - len(before)
+    if room < 2:
+        raise UserError(f"the chat template takes {len(before)} tokens of a row of {length}; raise length")
+    return [
+        make_example(
+            [*before, *answer[start : start + room]], [0] * len(before) + [1] * len(answer[start : start + room])
+        )
+        for start in range(0, len(answer), room)
+    ]

@@ -21,7 +21,9 @@ from transllm_jax.data.read.shards import Item
 from transllm_jax.data.read.sources import refuse_special
 from transllm_jax.data.rows.examples import (
     Example,
+    chat_examples,
     conversation_rows,
+    direct_message,
     make_example,
     pair_texts,
     split_example,
@@ -58,7 +60,8 @@ class Transform:
 
     instructions: pairs become translation instructions; if None, texts of both directions. holds_markers: the items are
     chains, which the run made or a source says that it has, and may contain their markers; any other item with a marker
-    or special token is a bad row. rules, evaluation: which items are left out (see `data.clean`). exact, near: compute
+    or special token is a bad row. direct: only the last part of a chain is kept of it. in_chat: a text is an answer in
+    the chat template. rules, evaluation: which items are left out (see `data.clean`). exact, near: compute
     each item's hash, and its MinHash signature, by which duplicates are found.
     """
 
@@ -71,6 +74,8 @@ class Transform:
     evaluation: EvaluationTexts | None = None
     exact: bool = True
     near: bool = False
+    direct: bool = False
+    in_chat: bool = False
 
     @property
     def key(self) -> str:
@@ -82,6 +87,8 @@ class Transform:
             parts.append(asdict(self.instructions))
         if self.holds_markers:
             parts.append("markers")
+        # Named only where they are set: the keys of other shards stay what they were.
+        parts += [name for name in ("direct", "in_chat") if getattr(self, name)]
         return sha256_of_json(parts)
 
     def prepare(self, items: Sequence[Item], counts: Counter[str], first: int = 0) -> Prepared:
@@ -101,7 +108,7 @@ class Transform:
         if self.content == "pairs" and self.instructions is None:
             pairs = [item for item in used if isinstance(item, tuple)]
             texts = [text for english, target in pairs for text in pair_texts(english, target, self.markers)]
-        elif self.content == "text":
+        elif self.content == "text" and not self.in_chat:
             texts = [str(item) for item in used]
         return Prepared(kept, used, texts)
 
@@ -141,6 +148,8 @@ class Transform:
         if self.content == "conversations" or self.instructions is not None:
             both = zip(prepared.items, places, strict=True)
             return [self._conversation(tokenizer, item, counts, place) for item, place in both]
+        if self.in_chat:
+            return [self._in_chat(tokenizer, str(item), counts) for item in prepared.items]
         if self.content == "text":
             return [self._document(example, text, counts) for example, text in zip(whole, prepared.texts, strict=True)]
         directions = zip(whole[::2], whole[1::2], strict=True)
@@ -154,7 +163,12 @@ class Transform:
         return ItemExamples(short, [len("".join(map(str, pair)).encode())] * len(short))
 
     def _document(self, example: Example, text: str, counts: Counter[str]) -> ItemExamples:
-        pieces = split_example(example, self.length)
+        return self._pieces(split_example(example, self.length), text, counts)
+
+    def _in_chat(self, tokenizer: Tokenizer, text: str, counts: Counter[str]) -> ItemExamples:
+        return self._pieces(chat_examples(tokenizer, text, self.length, self.markers), text, counts)
+
+    def _pieces(self, pieces: list[Example], text: str, counts: Counter[str]) -> ItemExamples:
         counts["split"] += len(pieces) > 1
         # A piece's share of the bytes is its share of the tokens.
         ends = np.cumsum([len(piece) for piece in pieces])
@@ -165,6 +179,8 @@ class Transform:
         self, tokenizer: Tokenizer, item: Item, counts: Counter[str], place: Place | None
     ) -> ItemExamples:
         assert isinstance(item, list)
+        if self.direct:
+            item = [direct_message(message, self.markers) for message in item]
         try:
             rows, outcome = conversation_rows(tokenizer, item, self.length, self.markers)
         except UserError as error:

@@ -1,0 +1,215 @@
+"""Carries out an ablation: run after run, each with what others have made already; resumable at any point."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import transllm_jax
+from transllm_jax.ablation.adapter import write_scaled_adapter
+from transllm_jax.ablation.overlay import Overlay
+from transllm_jax.ablation.page import by_variant, page
+from transllm_jax.ablation.plan import Plan, Variant
+from transllm_jax.ablation.plot import write_plot
+from transllm_jax.ablation.results import Found, found_by, original_of, write_found
+from transllm_jax.ablation.sharing import Shelf, begin_with_answers, drop_checkpoints, link_step
+from transllm_jax.ablation.table import FULL, ORIGINAL
+from transllm_jax.config import Config
+from transllm_jax.config.load import recorded_date
+from transllm_jax.disk import read_json, write_json, write_text
+from transllm_jax.errors import Diverged, UserError
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.stages.pipeline import run_pipeline
+from transllm_jax.stages.recorded import RUN
+from transllm_jax.stages.run import Run
+from transllm_jax.stages.steps import Inputs, all_inputs, artifact
+
+RESULTS, PAGE, PLOT, LOG, DAY, SHARED = (
+    "ablation.json",
+    "ablation.md",
+    "ablation.svg",
+    "log.jsonl",
+    "date.json",
+    "shared.json",
+)
+
+
+@dataclass
+class Ablation:
+    """An ablation in a directory, which is locked.
+
+    config: the config's name. of: the config itself. known: what this ablation and others, on other machines, found.
+    """
+
+    config: str
+    of: Config
+    directory: Path
+    plan: Plan
+    progress: Progress
+    interrupt: Interrupt
+    known: dict[tuple[str, int | None], Found] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf()
+        for workdir in (Path(self.of.workdir), *sorted(self.directory.glob("*/seed-*"))):
+            self.shelf.add(workdir)
+
+    def carry_out(self) -> list[str]:
+        """Make every run that is not done; returns the variants that failed. Raises Preempted when asked to stop."""
+        failed: dict[str, str] = {}
+        for number, variant in enumerate(self.plan.variants, 1):
+            key = (variant.overlay.name, variant.seed)
+            if self._is_known(variant):
+                continue
+            self.progress.say(f"\n{number} of {len(self.plan.variants)}: {variant.name}: {variant.overlay.label}")
+            self._log("begun", variant)
+            try:
+                shared = self._make(variant)
+            except (Diverged, UserError) as error:
+                # What is wrong with the full method is wrong with all.
+                if variant.overlay is FULL:
+                    raise
+                failed[variant.overlay.name] = f"seed {variant.seed}: {error}"
+                self._log("failed", variant, error=str(error))
+                self.progress.say(f"  {variant.name} failed: {error}; the others go on", style="red")
+                continue
+            self.known[key] = found_by(variant, shared, made_with())
+            self.known.setdefault((ORIGINAL, None), original_of(variant, made_with()))
+            self._log("done", variant, seconds=self.known[key].seconds)
+            self.write(failed)
+        self.write(failed)
+        return list(failed)
+
+    def _is_known(self, variant: Variant) -> bool:
+        known = self.known.get((variant.overlay.name, variant.seed))
+        return known is not None and known.config == variant.config_hash
+
+    def _make(self, variant: Variant) -> Mapping[str, str]:
+        """Do a run's steps that are not done or made elsewhere; returns where those were made."""
+        if variant.start is not None and not (variant.start.adapter / "adapter.json").is_file():
+            self._make_adapter(variant)
+        shared = self.take(variant)
+        run_pipeline(
+            variant.config,
+            variant.workdir,
+            self.progress,
+            self.interrupt,
+            until=variant.until,
+            left_out=variant.left_out,
+        )
+        self.shelf.add(variant.workdir)
+        drop_checkpoints(variant.workdir)
+        forget_compiled()
+        return shared
+
+    def _make_adapter(self, variant: Variant) -> None:
+        start = variant.start
+        assert start is not None
+        self.progress.say(f"  first, what it begins with: {start.variant.overlay.tests}")
+        self._make(start.variant)
+        # The model that the adapter is put onto.
+        of = FULL.name
+        base = Variant(Overlay(of, "", ""), variant.seed, self.of, self.directory / "model" / "seed-0", until="base")
+        self._make(base)
+        write_scaled_adapter(start.variant.workdir, start.until, base.workdir / "base", start.adapter, start.scale)
+
+    def take(self, variant: Variant) -> Mapping[str, str]:
+        """Link what other runs have made into a run's directory; returns where each linked step was made."""
+        path = variant.workdir / SHARED
+        shared: dict[str, str] = dict(read_json(path)) if path.is_file() else {}
+        variant.workdir.mkdir(parents=True, exist_ok=True)
+        inputs = inputs_of(variant)
+        for step in variant.steps:
+            if artifact(variant.workdir, step.name).manifest() is not None:
+                continue
+            made = self.shelf.find(step.name, inputs[step.name])
+            if made is not None and made.workdir != variant.workdir:
+                link_step(step, made, variant.workdir)
+                shared[step.name] = str(made.workdir)
+                write_json(path, shared)
+                self.progress.say(f"  {step.name}: as in {made.workdir}", style="dim")
+            elif step.name == "recover":
+                answers = self.shelf.answers(variant.workdir, inputs[step.name])
+                if answers is not None:
+                    begin_with_answers(answers, variant.workdir, inputs[step.name])
+                    self.progress.say(f"  recover: begins with the answers of {answers.parent.parent}", style="dim")
+        return shared
+
+    def write(self, failed: Mapping[str, str]) -> None:
+        """Write ablation.json, the page and the plot."""
+        if not self.known:
+            return
+        why_not = {**self.plan.does_not_apply, **{name: f"failed: {why}" for name, why in failed.items()}}
+        found = list(self.known.values())
+        write_found(self.directory / RESULTS, found, self.config, why_not)
+        write_plot(self.directory / PLOT, by_variant(found))
+        write_text(self.directory / PAGE, page(found, why_not, PLOT))
+
+    def _log(self, what: str, variant: Variant, **more: Any) -> None:
+        """Add a line to the one log of what was done."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, **variant.recorded, **more}
+        with (self.directory / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def inputs_of(variant: Variant) -> dict[str, Inputs]:
+    """The inputs of each step of a run, as the run itself computes them. Raises UserError for a missing file."""
+    run = Run(variant.config, variant.workdir, Progress(quiet=True), Interrupt())
+    return all_inputs(run)
+
+
+def day_of(config: Config, directory: Path) -> date:
+    """The date of all runs for chat templates: the config's, that of its own run, or the day the ablation began."""
+    if config.date is not None:
+        return config.date
+    kept = directory / DAY
+    if kept.is_file():
+        return date.fromisoformat(str(read_json(kept)["date"]))
+    own = Path(config.workdir) / RUN
+    day = (recorded_date(own) if own.is_file() else None) or date.today()
+    write_json(kept, {"date": day.isoformat()})
+    return day
+
+
+def made_with() -> dict[str, Any]:
+    """What the results were made with: version, commit (None outside a repository), and machine."""
+    return {"version": version("transllm-jax"), "commit": commit(), "machine": machine()}
+
+
+def commit() -> str | None:
+    """The commit of the code, with a + if files were changed since; None outside a repository."""
+    here = Path(transllm_jax.__file__).parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=10"]
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def machine() -> str:
+    """The devices that jax computes on, such as `2 cores, x86_64`."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+    return f"{len(jax.devices())} {device.device_kind}"
+
+
+def forget_compiled() -> None:
+    """Forget compiled programs, which the next run reads from disk: a process may only have so many in memory."""
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
