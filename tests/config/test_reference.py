@@ -38,6 +38,7 @@ from transllm_jax.config import (
     TranslatorEndpoint,
     Validation,
     Vocabulary,
+    Written,
     load_config,
     meanings,
 )
@@ -60,6 +61,7 @@ HEADINGS: dict[type[Section], list[str]] = {
     Validation: ["pretrain.validation"],
     Recover: ["recover"],
     Filters: ["recover.filters"],
+    Written: ["recover.written"],
     Endpoint: ["recover.teacher"],
     TeacherEndpoint: ["recover.teacher"],
     Translation: ["recover.translate_instructions"],

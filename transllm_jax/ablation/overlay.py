@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from transllm_jax.choices import TRAININGS
-from transllm_jax.config import Config
+from transllm_jax.config import Config, load_section
+from transllm_jax.errors import UserError
 
 Tree = dict[str, Any]
 # What a user has to give for some overlays.
@@ -88,11 +87,9 @@ def applied(overlay: Overlay, config: Config, given: Mapping[str, str], *, seed:
     for key, value in overlay.set.items():
         _set(tree, key, _filled(value, given))
     try:
-        made = Config.model_validate(tree)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise DoesNotApply(f"{where + ': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}") from None
+        made = load_section(Config, tree, [], overlay.name)
+    except UserError as error:
+        raise DoesNotApply(str(error).removeprefix(f"{overlay.name}: ")) from None
     changes = overlay.set or overlay.sources or overlay.multiply or overlay.tokens_into
     if changes and made == config:
         raise DoesNotApply("the config is this already")

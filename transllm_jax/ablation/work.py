@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import transllm_jax
 from transllm_jax.ablation.adapter import write_scaled_adapter
 from transllm_jax.ablation.overlay import Overlay
 from transllm_jax.ablation.page import by_variant, page
@@ -188,7 +187,7 @@ def made_with() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the code, with a + if files were changed since; None outside a repository."""
-    here = Path(transllm_jax.__file__).parent
+    here = Path(__file__).parent
     try:
         ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=10"]
         found = subprocess.run(ask, capture_output=True, text=True, timeout=20)
