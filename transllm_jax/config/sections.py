@@ -66,8 +66,8 @@ class Vocabulary(Section):
     `whole`.
 
     - `whole`: not inside a run of the language's script; tokenizer.json gets a pre-tokenizer for this.
-    - `base`: where the base cuts, which takes more tokens but which llama.cpp also does (a GGUF file cannot hold a
-      pre-tokenizer).
+    - `base`: where the base cuts, which takes more tokens, but of which llama.cpp reads all (a GGUF file cannot hold a
+      pre-tokenizer; of `whole` it reads most).
     """
     within_words: bool = False
     """Whether no new token may cross the end of a word, in scripts without spaces, too (Thai, Lao, Khmer, Burmese,

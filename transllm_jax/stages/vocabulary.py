@@ -393,7 +393,7 @@ def _summary_text(run: Run, report: Mapping[str, Any]) -> str:
     if readers.get("transformers") == OTHER_IDS:
         text += f"; {rebuilt_message(run.models.config.model_type)} (vocabulary.cuts: base learns tokens that all read)"
     elif readers.get("llama.cpp") == OTHER_IDS:
-        text += "; llama.cpp cannot serve it (it can with vocabulary.cuts: base), transformers and vLLM can"
+        text += "; transformers and vLLM read all of its ids, llama.cpp most (all with vocabulary.cuts: base)"
     if section.adapter is not None:
         text += f" and adapters of {section.adapter}"
     if copied := report["initial_rows"].get("copy"):

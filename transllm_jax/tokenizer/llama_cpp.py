@@ -123,9 +123,8 @@ def misread_message(directory: Path) -> str | None:
     instead = stand_in(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
     return (
         "transformers and vLLM read the ids it is trained on, llama.cpp others: a GGUF file has no place for its "
-        "tokenizer's cuts (vocabulary.cuts: base learns tokens that llama.cpp reads too"
-        + ("" if instead is None else f"; {override_message(instead)}")
-        + ")"
+        "tokenizer's cuts (transllm convert to-gguf writes one that it reads most ids of; vocabulary.cuts: base learns "
+        "tokens of which it reads all" + ("" if instead is None else f"; {override_message(instead)}") + ")"
     )
 
 

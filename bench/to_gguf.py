@@ -1,6 +1,6 @@
 """What llama.cpp makes of a model that `transllm convert to-gguf` wrote, beside what we make of it.
 
-    python bench/gguf.py MODEL --llama-cpp PYTHON [--types f32,q8_0] [--text FILE ...] [--english FILE ...]
+    python bench/to_gguf.py MODEL --llama-cpp PYTHON [--types f32,q8_0] [--text FILE ...] [--english FILE ...]
                                [--questions FILE] [--answers 20] [--dst DIR]
 
 MODEL: a run's work directory, or any model directory. --llama-cpp: a Python interpreter that has xllamacpp (llama.cpp's
@@ -100,12 +100,18 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
+def scores_of(model: OpenedModel, ids: Sequence[int], length: int) -> np.ndarray:
+    """Log-probabilities [len(ids), V]. Padded to `length`, so that one program is compiled for all texts."""
+    size = -(-max(len(ids), length) // length) * length
+    return log_softmax(logits_of(model, [*ids, *[0] * (size - len(ids))])[: len(ids)])
+
+
 def bits_per_byte(model: OpenedModel, tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[list[int]]) -> float:
     nats = 0.0
     for own in ids:
         whole = [tokenizer.document_end_id, *tokenizer.bos_ids, *own]
         first = len(whole) - len(own)
-        scores = log_softmax(logits_of(model, whole)[first - 1 : -1])
+        scores = scores_of(model, whole, 128)[first - 1 : -1]
         nats -= float(scores[np.arange(len(own)), own].sum())
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
@@ -138,7 +144,7 @@ def measure(file: Path, given: argparse.Namespace, questions: Sequence[str], mar
             shown = ask(address, "/detokenize", {"tokens": number})["content"]
             print(f"  marker {marker}: ids {number}, ours {tokenizer.token_id(marker)}, printed as {shown!r}")
         worst = 0.0
-        scores = log_softmax(logits_of(model, ours[0]))
+        scores = scores_of(model, ours[0], 128)
         for size in range(len(ours[0]) - LAST + 1, len(ours[0]) + 1):
             body = {"prompt": ours[0][:size], "n_predict": 1, "n_probs": TOP, "temperature": 0, "cache_prompt": False}
             top = ask(address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
@@ -149,16 +155,17 @@ def measure(file: Path, given: argparse.Namespace, questions: Sequence[str], mar
             body = {"prompt": ids, "n_predict": 200, "temperature": 0, "return_tokens": True, "cache_prompt": False}
             answer = ask(address, "/completion", body)
             said = list(answer["tokens"])
-            best = logits_of(model, ids + said)[len(ids) - 1 : -1].argmax(axis=1)
+            best = scores_of(model, ids + said, 128)[len(ids) - 1 : -1].argmax(axis=1)
             hits = int(np.sum(best == said))
             agreed, tokens, whole = agreed + hits, tokens + len(said), whole + (hits == len(said))
             if number < 2:
                 print(f"    {questions[number]} -> {answer['content']}")
         count = min(given.answers, len(ours))
         print(f"  greedy answers: {whole} of {count} are ours, {agreed} of {tokens} tokens")
+    texts = texts[: given.documents]
     if texts:
         own = [tokenizer.encode(text) for text in texts]
-        mine, other_ids = bits_per_byte(model, tokenizer, texts, own), theirs["text"]
+        mine, other_ids = bits_per_byte(model, tokenizer, texts, own), theirs["text"][: len(texts)]
         other_bits = bits_per_byte(model, tokenizer, texts, other_ids)
         print(f"  bits per byte: {mine:.4f} by our ids, {other_bits:.4f} by llama.cpp's")
 
@@ -172,7 +179,8 @@ def main() -> None:
     parser.add_argument("--english", type=Path, nargs="*", default=[])
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--answers", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=20, help="how many of --text are for bits per byte")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dst", type=Path, help="where the files stay; by default they are removed")
     given = parser.parse_args()
 
