@@ -292,8 +292,8 @@ def test_errors_say_what_the_server_says(opened: Callable[..., Any], server: Ser
         assert answer.get_by_text("ผึ้ง").is_visible() == bool(reply.hold)
         server.reply = lambda body: THAI
         if fault == "large":
-            alert.get_by_role("button", name="New conversation").click()
-            tab.get_by_role("heading", name="Ask in Thai").wait_for()
+            alert.get_by_role("button", name="Change the question").click()
+            assert tab.get_by_label("Your question").input_value() == fault and tab.locator(".question").count() == 1
         else:
             alert.get_by_role("button", name="Try again").click()
             answer.get_by_text(THAI.answer).wait_for()
