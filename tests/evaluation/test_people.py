@@ -329,7 +329,7 @@ def test_the_command_reads_all_and_says_what_is_missing(results: Path, tmp_path:
         read(out, (), said.append)
     path = out / "sheets" / "annotator-1.xlsx"
     filled(path, lambda code, row: "?" if row["id"] == "0" else prefers("one")(code, row), key)
-    with pytest.raises(UserError, match="1 problems"):
+    with pytest.raises(UserError, match="1 problem in the sheets"):
         read(out, (), said.append)
     assert not (out / "people.json").exists()
     said.clear()

@@ -118,9 +118,10 @@ def read(
         say(str(problem))
     _say_unfinished(returned, say)
     if returned.problems and not leave_out:
+        count = len(returned.problems)
         raise UserError(
-            f"{len(returned.problems)} problems in the sheets, listed above; correct them, say what words mean with "
-            "--word, or leave these rows out with --leave-out"
+            f"{count} problem{'s' if count > 1 else ''} in the sheets, listed above; correct the cells, say what words "
+            "mean with --word, or leave these rows out with --leave-out"
         )
     if not returned.judgements:
         raise UserError(f"nobody has judged anything yet in {len(paths)} files")
@@ -150,9 +151,10 @@ def read(
 def shown(pair: Mapping[str, Any]) -> Table:
     """The numbers of a pair of systems as a table for a terminal."""
     first, second = pair["first"], pair["second"]
-    table = Table(title=f"{first} against {second}, judged by people", title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("")
+    title = f"{first} against {second}, judged by people"
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=None)
+    table.add_column("measure")
+    table.add_column("value")
     table.add_column("of", style="dim")
 
     def row(name: str, value: str, of: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,8 @@ def read_sheets(paths: Sequence[Path], key: Mapping[str, Any], words: Mapping[st
                 faulty.add(code)
             else:
                 by_code.setdefault(code, []).append(row)
+    # Of a person's xlsx and csv, the one that is filled in is the one that is not finished.
+    used = Counter(row.file for rows in by_code.values() for row in rows if row.side)
     for code, sent in key["rows"].items():
         rows = by_code.get(code, [])
         chosen = [row for row in rows if row.side]
@@ -103,7 +106,8 @@ def read_sheets(paths: Sequence[Path], key: Mapping[str, Any], words: Mapping[st
         if not rows:
             returned.missing[sent["annotator"]] = returned.missing.get(sent["annotator"], 0) + 1
         elif not chosen:
-            returned.unfinished.setdefault(rows[0].file, []).append(rows[0].row)
+            empty = max(rows, key=lambda row: used[row.file])
+            returned.unfinished.setdefault(empty.file, []).append(empty.row)
         elif other := next((row for row in chosen if row.said != chosen[0].said), None):
             what = f"differs from {chosen[0].file}, cell {chosen[0].cell}, which is the same row; correct one of them"
             returned.problems.append(Problem(other.file, other.row, other.cell, what))
