@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.sheets import app as sheets_app
+from transllm_jax.errors import Preempted
 
 DEFAULT = "suites"
 _JUDGE: dict[str, Any] = {"rich_help_panel": "Judge"}
@@ -177,8 +178,12 @@ def suites(
             asked_in=asked_in,
         ),
     )
-    with Progress() as progress:
-        evaluate(given, progress)
+    try:
+        with Progress() as progress:
+            evaluate(given, progress)
+    except KeyboardInterrupt:
+        # A second Ctrl-C. Caught here because typer would exit with its own code.
+        raise Preempted("stopped at once, what was answered is kept") from None
 
 
 app.add_typer(sheets_app, name="sheets")

@@ -13,7 +13,7 @@ from transllm_jax.data.read.sources import read_pairs
 from transllm_jax.disk import sha256_of
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.documents import measured_documents, ratio_in
-from transllm_jax.evaluation.suites.measure import by_group, measured
+from transllm_jax.evaluation.suites.measure import measured
 from transllm_jax.evaluation.suites.results import Results
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
 from transllm_jax.evaluation.systems.local import LocalSystem
@@ -97,7 +97,6 @@ def run(suite: SuiteRun) -> Results:
             parsed=len(items),
             higher_is_better=False,
             more={name: interval for name, interval in found.items() if interval is not None},
-            groups=by_group(MEASURES[:2], items, lambda item: item["language"]),
             made_with={**suite.made_with, "length": suite.options.length},
         ),
     )

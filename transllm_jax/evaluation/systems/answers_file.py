@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,14 @@ class AnswersFile:
     def __init__(self, name: str, path: Path) -> None:
         """Raises UserError with file and line for a row that is no answer, and for two rows of one question."""
         self.name, self._path = name, path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a file of answers after answers:")
+        # Now, because the file may change.
+        self.identity: Mapping[str, Any] = {"kind": "answers", "sha256": sha256_of(path)}
         self._by_id: dict[str, list[Turn]] = {}
         self._by_text: dict[str, list[Turn]] = {}
         for place, row in _rows(path):
             self._add(place, row)
-
-    @cached_property
-    def identity(self) -> Mapping[str, Any]:
-        """The file's content."""
-        return {"kind": "answers", "sha256": sha256_of(self._path)}
 
     def answers(
         self, asked: Sequence[Asked], between: Callable[[], None] = lambda: None, *, at_once: int | None = None
@@ -92,8 +90,6 @@ def _texts(row: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a file of answers after answers:")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
