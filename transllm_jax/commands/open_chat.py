@@ -33,9 +33,9 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class ChatModel:
     """An opened model. name: for people. early: whether it is that of a run whose last stage, which teaches chains, is
-    not done. original: opens the original model inside it; None if there is none. in_chains: whether it was trained to
-    answer in chains. files: where it was read from, unless it is a run's. holds_original: whether its split, in mode
-    ORIGINAL, is the original: not after full fine-tuning.
+    not done. original: opens the original model inside it; None if there is none. tuned: whether stage `transfer`
+    trained it. in_chains: whether it was trained to answer in chains there. files: where it was read from, unless it is
+    a run's. holds_original: whether its split, in mode ORIGINAL, is the original: not after full fine-tuning.
     """
 
     name: str
@@ -46,6 +46,7 @@ class ChatModel:
     early: bool = False
     original: Callable[[], ChatModel] | None = None
     in_chains: bool = False
+    tuned: bool = False
     files: tuple[Path, ...] = ()
     holds_original: bool = False
 
@@ -71,8 +72,8 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
     split = assemble(shape, frozen, padding=ids_without_token(tokenizer, shape.vocab_size))
     places = {path, source.files, source.tokenizer, Path(source.model.where)} - {None}
     files = tuple(sorted(place for place in places if place is not None and place.exists()))
-    in_chains = _about(source) is not None
-    return ChatModel(source.name, split, shape, tokenizer, _markers(source), in_chains=in_chains, files=files)
+    tuned = _about(source) is not None
+    return ChatModel(source.name, split, shape, tokenizer, _markers(source), in_chains=tuned, tuned=tuned, files=files)
 
 
 def _markers(source: Source) -> Markers:
@@ -99,7 +100,7 @@ def at_point(run: Run, point: str, original: Callable[[], ChatModel] | None = No
     name = "the original model" if point == "base" else f"the model after {point}"
     if early := point not in ("base", POINTS[-1]):
         name += f", which has learned no chains yet: {POINTS[-1]} is not done"
-    models = run.models
+    models, tuned = run.models, point == POINTS[-1] and run.config.transfer.steps != 0
     return ChatModel(
         name,
         models.split(point),
@@ -108,7 +109,8 @@ def at_point(run: Run, point: str, original: Callable[[], ChatModel] | None = No
         run.markers,
         early,
         original,
-        in_chains=point == POINTS[-1],
+        in_chains=tuned and run.config.transfer.answers == "chains",
+        tuned=tuned,
         holds_original=point != "base" and models.lora is not None,
     )
 

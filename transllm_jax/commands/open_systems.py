@@ -116,7 +116,15 @@ class Systems:
     def _system(
         self, name: str, opened: ChatModel, identity: Mapping[str, Any], *, in_pairs: bool = False
     ) -> LocalSystem:
-        weights = Weights(opened.split, opened.config, opened.tokenizer, opened.markers, opened.in_chains, in_pairs)
+        weights = Weights(
+            opened.split,
+            opened.config,
+            opened.tokenizer,
+            opened.markers,
+            tuned=opened.tuned,
+            in_chains=opened.in_chains,
+            in_pairs=in_pairs,
+        )
         return LocalSystem(name, weights, identity, self.batch_size)
 
     def _of_point(self, run: Run, point: str) -> dict[str, Any]:

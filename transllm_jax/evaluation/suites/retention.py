@@ -119,7 +119,7 @@ def _drift(
     """For each answer of the original: the sum of KL over its tokens, and on how many both models agree."""
     rows = _original_answers(suite, original, instructions)
     weights = system.weights
-    prefix = weights.tokenizer.encode(weights.markers.response) if weights.in_chains else []
+    prefix = weights.tokenizer.encode(weights.markers.response) if weights.tuned else []
     what = f"{suite.suite} of {system.name}"
     settings = {"system": system.identity, "answers": sha256_of_json([row["ids"] for row in rows]), "prefix": prefix}
     with (

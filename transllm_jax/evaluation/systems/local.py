@@ -27,14 +27,16 @@ _Found = Iterator[tuple[Talk, Turn, Sequence[Message]]]
 class Weights:
     """An opened model.
 
-    in_chains: whether it was trained to answer in chains; in_pairs: whether it was last trained to translate between
-    two markers, as stage `translate` does.
+    tuned: whether stage `transfer` trained it: then earlier turns are in English, and a marker comes before its English
+    answers. in_chains: whether it was trained to answer in chains there. in_pairs: whether it was last trained to
+    translate between two markers, as stage `translate` does.
     """
 
     split: Split
     config: LlamaConfig
     tokenizer: Tokenizer
     markers: Markers
+    tuned: bool = False
     in_chains: bool = False
     in_pairs: bool = False
 
@@ -64,7 +66,7 @@ class LocalSystem:
     ) -> Iterator[tuple[Asked, list[Turn]]]:
         """As `System.answers`."""
         answer = partial(self._round, between=between, at_once=at_once or len(asked))
-        yield from converse(asked, answer, window=2 * self.batch_size, history_en=self.weights.in_chains)
+        yield from converse(asked, answer, window=2 * self.batch_size, history_en=self.weights.tuned)
 
     def translate(
         self,
@@ -113,7 +115,7 @@ class LocalSystem:
     def _way(self, asked: Asked) -> tuple[str, Direction | None]:
         if asked.translate is not None:
             return ("pair", asked.translate[0]) if self.weights.in_pairs else ("chat", None)
-        return ("english" if asked.language == "english" and self.weights.in_chains else "chat"), None
+        return ("english" if asked.language == "english" and self.weights.tuned else "chat"), None
 
     def _fault(self, talk: Talk, way: str, direction: Direction | None) -> str | None:
         """Why a turn cannot be answered."""
