@@ -142,7 +142,7 @@ class JudgedSuite:
         ]
         unread = [item["id"] for item in items if item[field] is None]
         cut_off = sum(bool(item["turns"][-1]["cut_off"]) for item in items)
-        counts = {
+        counts: dict[str, Any] = {
             "questions": len(set(clusters)),
             "verdicts": len(verdicts),
             "verdicts that could not be read": sum(one.value is None for one in verdicts.values()),
@@ -151,9 +151,11 @@ class JudgedSuite:
             "settled without the judge": dict(
                 Counter(item[f"{field}_rule"] for item in items if item[f"{field}_rule"])
             ),
-            "preferred": {end: sum(item.get(f"prefers_{end}", 0) for item in items) for end in ("first", "second")},
             "cut off": cut_off,
         }
+        if work.options.judging.baseline is not None:
+            preferred = {end: sum(item[f"prefers_{end}"] for item in items) for end in ("first", "second")}
+            counts["preferred"] = preferred
         groups = by_group(MEASURES, items, lambda item: item["category"])
         groups |= by_group(MEASURES, items, lambda item: f"turn {item['turn']}")
         return Results(
