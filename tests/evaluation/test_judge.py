@@ -179,6 +179,22 @@ def test_a_refused_prompt_has_no_verdict(server: Server, tmp_path: Path) -> None
     assert values(verdicts) == [7, None, 7] and verdicts["1/0"].error == "status 400: unsafe"
 
 
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("use max_completion_tokens", "max_tokens_as=max_completion_tokens"),
+        ("temperature must be 1", "body={temperature: null}"),
+    ],
+)
+def test_what_every_request_has_is_not_refused_again_and_again(
+    server: Server, tmp_path: Path, message: str, remedy: str
+) -> None:
+    server.fail = lambda body: Fault(400, {"error": {"message": message}})
+    with judge_of(server, tmp_path) as judge, pytest.raises(UserError) as raised:
+        judge.verdicts(asks("a", "b"))
+    assert str(raised.value).endswith(f"give --judge-endpoint '{remedy}'") and len(server.bodies) < SILENT
+
+
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,7 @@ def test_repeats_are_averaged_and_bounded(bench: Path, tmp_path: Path) -> None:
     assert [item["rating"] for item in items] == [3, 3, 5, None]
     assert [item["rating_low"] for item in items] == [3, 2, 5, 1] and items[1]["rating_high"] == 6.5
     assert results.parsed == 3 and results.more["verdicts that could not be read"] == 3
+    assert results.more["rating by repeat"] == [pytest.approx(10 / 3), 4.5]
 
 
 def test_no_answer_has_the_lowest_rating_and_costs_nothing(bench: Path, tmp_path: Path) -> None:

@@ -21,6 +21,14 @@ TEMPERATURE, MAX_TOKENS = 0.0, 2048
 WHERE = "judge-endpoint"
 
 
+# What a server may refuse in every request, and what to give then.
+_REMEDIES = {
+    "max_completion_tokens": "max_tokens_as=max_completion_tokens",
+    "temperature": "body={temperature: null}",
+    "seed": "body={seed: null}",
+}
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a judge is asked: the messages, and the seed, which differs between repeats."""
@@ -79,7 +87,19 @@ class EndpointModel:
             for reply in coming:
                 between()
                 if reply is not None:
+                    self._check(reply)
                     yield reply
+
+    def _check(self, reply: Reply) -> None:
+        """Raises UserError if the server refuses something that every request has."""
+        if reply.error is None or not reply.error.startswith("status 4"):
+            return
+        for name, remedy in _REMEDIES.items():
+            if name in reply.error and name not in self._settings.body:
+                raise UserError(
+                    f"{WHERE}: {self._settings.place} refuses {name!r} ({reply.error}); give --judge-endpoint "
+                    f"'{remedy}'"
+                )
 
 
 class SystemModel:

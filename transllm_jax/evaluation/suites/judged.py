@@ -156,6 +156,8 @@ class JudgedSuite:
         if work.options.judging.baseline is not None:
             preferred = {end: sum(item[f"prefers_{end}"] for item in items) for end in ("first", "second")}
             counts["preferred"] = preferred
+        if rated and work.options.judging.repeats > 1:
+            counts["rating by repeat"] = _by_repeat(verdicts, work.options.judging.repeats)
         groups = by_group(MEASURES, items, lambda item: item["category"])
         groups |= by_group(MEASURES, items, lambda item: f"turn {item['turn']}")
         return Results(
@@ -262,7 +264,20 @@ def ask_judge(work: SuiteRun, judge: Judge, asks: Mapping[str, Ask[Any]]) -> dic
             bar.update(verdicts)
 
         where = f"{work.suite} of {work.system.name}"
-        return judge.verdicts(asks, lambda: work.stop(f"{where}: {done} of {len(asks)} verdicts"), count)
+        verdicts = judge.verdicts(asks, lambda: work.stop(f"{where}: {done} of {len(asks)} verdicts"), count)
+        bar.update(len(asks))  # equal prompts were asked once
+        return verdicts
+
+
+def _by_repeat(verdicts: _Verdicts, repeats: int) -> list[float | None]:
+    """The mean rating of each repeat, of those that could be read: how much the judge differs from itself."""
+    found: list[float | None] = []
+    for repeat in range(repeats):
+        values = [
+            one.value for name, one in verdicts.items() if name.endswith(f"/rating/{repeat}") and one.value is not None
+        ]
+        found.append(sum(values) / len(values) if values else None)
+    return found
 
 
 def _asked(one: OpenQuestion, options: SuiteOptions) -> Asked:
