@@ -397,6 +397,8 @@ def test_conversations_of_two_turns_remember_the_first(finished_run: Path) -> No
         (("nothing", "--suite", "answers", "--questions", "q"), "nothing"),
         (("answers:a", "--suite", "answers", "--questions", "q"), "a: no such file"),
         (("answers:b", "--suite", "perplexity", "--text", "t"), "needs a model's weights, which b does not show"),
+        (("bridge:model", "--suite", "answers", "--questions", "q"), "has no stage translate; give --translator"),
+        (("bridge:run", "--suite", "answers", "--questions", "q", "--translator", "b"), "give a server's model"),
         (("run#later", "--suite", "answers", "--questions", "q"), "has no point of this name; use original or one of"),
         (("http://x/v1#m", "--suite", "answers", "--questions", "q", "--endpoint", "kye=1"), "did you mean 'key'?"),
     ],

@@ -62,16 +62,14 @@ class Systems:
 
     def _bridge(self, named: Named) -> Bridge:
         """The original of a run between translations by its stage `translate`, or by the translator."""
-        if is_run(named.where):
-            inner: System = self.model(replace(named, kind="model", part=named.part or ORIGINAL))
-        else:
-            inner = self.model(replace(named, kind="model"))
-        return Bridge(named.name, inner, self._translator(named))
+        translator = self._translator(named)
+        part = named.part or (ORIGINAL if is_run(named.where) else "")
+        return Bridge(named.name, self.model(replace(named, kind="model", part=part)), translator)
 
     def _translator(self, named: Named) -> TextTranslator:
         options, limit = self.options, self.options.max_new_tokens
         if self.translator is None and not is_run(named.where):
-            raise UserError(f"bridge:{named.where} is no work directory with a stage translate; give --translator")
+            raise UserError(f"bridge:{named.where} is no work directory, and has no stage translate; give --translator")
         given = parse_system(self.translator or f"{named.where}#translate")
         if given.kind == "endpoint":
             keys = {"refused": "drop", "endpoint": given.where, "model": given.part}
