@@ -18,16 +18,14 @@ from starlette.routing import Route
 
 from transllm_jax.serving.page import page
 
-# Characters of a delta.
-PIECE = 4
-
 
 @dataclass
 class Reply:
     """What a request gets: an answer with its English steps, or an error.
 
     hold: after this many deltas, wait until the client goes away, or until `Server.release`. drop: after this many
-    deltas, the connection ends as if the server had died. fail: after this many, the stream says `error`.
+    deltas, the connection ends as if the server had died. fail: after this many, the stream says `error`. piece:
+    characters of a delta.
     """
 
     answer: str = ""
@@ -40,14 +38,15 @@ class Reply:
     hold: int | None = None
     drop: int | None = None
     fail: int | None = None
+    piece: int = 4
 
     def deltas(self) -> Iterator[dict[str, str]]:
         reasoning = f"Question: {self.question_en}\n\nAnswer: {self.answer_en}" if self.answer_en else ""
-        for start in range(0, len(reasoning), PIECE):
-            piece = reasoning[start : start + PIECE]
+        for start in range(0, len(reasoning), self.piece):
+            piece = reasoning[start : start + self.piece]
             yield {"reasoning_content": piece, "reasoning": piece}
-        for start in range(0, len(self.answer), PIECE):
-            yield {"content": self.answer[start : start + PIECE]}
+        for start in range(0, len(self.answer), self.piece):
+            yield {"content": self.answer[start : start + self.piece]}
 
 
 @dataclass

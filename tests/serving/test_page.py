@@ -434,7 +434,7 @@ def test_forms_of_reasoning(opened: Callable[..., Any], server: Server) -> None:
     cases = [
         ("", "<think>\nQuestion: A?\n\nAnswer: B.\n</think>\n\nข", ["A?", "B."]),
         ("I think of bees.", "ข", ["I think of bees."]),
-        ("Question: \n\nAnswer: B.", "ข", ["B."]),
+        ("Question: \n\nAnswer: B.\n\nAnswer: C.", "ข", ["B.\n\nAnswer: C."]),
         ("Question: A?", "ข", ["A?"]),
         ("", "ข", []),
     ]
@@ -516,6 +516,17 @@ def test_keyboard_only(opened: Callable[..., Any], server: Server) -> None:
     body = server.bodies[-1]
     assert (body["temperature"], body["max_tokens"], body["messages"][-1]["content"]) == (0.5, 64, "again")
     assert tab.locator("details[open]").count() == 2
+
+
+def test_a_model_that_repeats_itself_does_not_hang_the_page(opened: Callable[..., Any], server: Server) -> None:
+    tab = opened()
+    for mark in ("`", "*", "**a ", "`a``", "_a", "# ", "- ", "```a\n"):
+        text = mark * (12000 // len(mark))
+        server.reply = lambda body, text=text: Reply(text, piece=4000)
+        started = time.monotonic()
+        ask(tab, "q")
+        assert time.monotonic() - started < 20, mark  # a second or two; some regular expressions need hours
+        tab.get_by_role("button", name="New conversation").click()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
