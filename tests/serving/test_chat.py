@@ -79,6 +79,15 @@ def test_the_limit_of_tokens_counts_the_whole_chain(tokenizer: Tokenizer) -> Non
     assert [job.request.max_new_tokens for job in thread.asked] == [limit, 5] * 2
 
 
+def test_half_a_character_at_the_limit_is_left_out(tokenizer: Tokenizer) -> None:
+    thread = ScriptedThread(tokenizer, "<TH>กลาง")
+    with listening([scripted(thread)]) as address:
+        for limit in range(1, 9):
+            choice = chat(address, max_tokens=limit).json()["choices"][0]
+            assert "กลาง".startswith(choice["message"]["content"])
+            assert choice["finish_reason"] == ("stop" if limit > len(tokenizer.encode("<TH>กลาง")) else "length")
+
+
 @pytest.mark.parametrize("stop", ["กลา", ["x", "กลาง"]])
 def test_a_stop_string_ends_the_visible_answer_also_across_chunks(tokenizer: Tokenizer, stop: Any) -> None:
     thread = ScriptedThread(tokenizer, "<EN>กลาง?<RESPONSE>A กลาง.<TH>ทาง กลกลาง ทาง")
@@ -175,7 +184,7 @@ def test_what_is_too_long_is_refused_and_nothing_is_dropped_unasked(tokenizer: T
         long = talk("Who is there? " * 12, "Me. " * 20, "And who is that?")
         refused = chat(address, long, max_tokens=100)
         assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
-        assert "200 tokens at most" in refused.json()["error"]["message"] and not thread.asked
+        assert "maximum context length is 200 tokens" in refused.json()["error"]["message"] and not thread.asked
         assert chat(address, "word " * 30_000).json()["error"]["code"] == "context_length_exceeded"
         cut = chat(address, long, max_tokens=100, truncation="auto").json()
         assert cut["usage"]["dropped_turns"] == 1 and "Who is there?" not in thread.prompts[-1]

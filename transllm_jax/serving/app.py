@@ -392,8 +392,9 @@ class Server:
 
 
 def _too_long(model: Served, message: str, param: str) -> ApiError:
+    # Clients look for these words.
     return wrong(
-        f"a prompt and its answer have {model.longest} tokens at most: {message}", param, "context_length_exceeded"
+        f"this model's maximum context length is {model.longest} tokens: {message}", param, "context_length_exceeded"
     )
 
 

@@ -16,6 +16,7 @@ from transllm_jax.generation.translate import translation_ends, translation_prom
 from transllm_jax.serving.engine_thread import EngineThread, Job, Lane, Told
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.ends import end_ids
+from transllm_jax.tokenizer.text_stream import INCOMPLETE
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -178,7 +179,9 @@ class Reply:
                 writing.go_on()
         self.reasoning_tokens = self._before_target(writing.ids)
         self.finish_reason = "length" if cut_off else "stop"
-        last = [] if stops.found else self._passed(given.of(whole), stops)
+        # The limit may have cut a character in half.
+        rest_of = [Delta(part, text.rstrip(INCOMPLETE) if cut_off else text) for part, text in given.of(whole)]
+        last = [] if stops.found else self._passed(rest_of, stops)
         if rest := stops.rest():
             self.content += rest
             last.append(Delta("answer", rest))
