@@ -2,10 +2,10 @@
 
     python bench/serving.py http://127.0.0.1:8000 [--pid PID] [--clients 1 8 32] [--seconds 60] [--model NAME]
 
---pid: of the server, whose memory is then looked at. First, for each number of clients, each asks again and again for
-so many seconds; every answer has to come, whole and well-formed. Then clients hang up, read slowly, send 10 MB, broken
-JSON and 100 malformed requests: each gets its status, and the server answers as before. Prints a table in Markdown and
-exits with 1 if anything was lost.
+--pid: of the server, whose memory and computing time are then looked at. First, for each number of clients, each asks
+again and again for so many seconds; every answer has to come, whole and well-formed. Then clients hang up, read slowly,
+send 10 MB, broken JSON and 100 malformed requests: each gets its status, and the server answers as before. Prints a
+table in Markdown and exits with 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import socket
 import statistics
@@ -47,14 +48,17 @@ class Load:
     whole: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def row(self, memory: tuple[float, float] | None) -> str:
-        """A row of the table."""
-        kept = "–" if memory is None else f"{memory[0]:.0f} → {memory[1]:.0f} MiB"
+    def row(self, before: Process | None, after: Process | None) -> str:
+        """A row of the table; with the process of the server before and after."""
+        kept, work = "–", "–"
+        if before is not None and after is not None:
+            kept = f"{before.memory:.0f} → {after.memory:.0f} MiB"
+            work = f"{(after.seconds - before.seconds) / max(self.tokens, 1):.3f} s"
         first, whole = (statistics.median(times) if times else float("nan") for times in (self.first, self.whole))
         slowest = max(self.whole, default=float("nan"))
         return (
             f"| {self.clients} | {self.answers} | {len(self.lost)} | {self.refused} | {self.tokens / self.seconds:.1f} "
-            f"| {first:.2f} s | {whole:.2f} s | {slowest:.2f} s | {kept} |"
+            f"| {work} | {first:.2f} s | {whole:.2f} s | {slowest:.2f} s | {kept} |"
         )
 
 
@@ -148,12 +152,22 @@ def run(target: Target, clients: int, seconds: float) -> Load:
     return load
 
 
-def resident(pid: int | None) -> float:
-    """The memory of a process in MiB."""
-    if pid is None:
-        return 0.0
-    line = next(one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+@dataclass(frozen=True)
+class Process:
+    """A process at one moment: its memory in MiB, and the seconds that it has computed."""
+
+    memory: float
+    seconds: float
+
+    @classmethod
+    def now(cls, pid: int | None) -> Process | None:
+        """The process with this number; None without one."""
+        if pid is None:
+            return None
+        status = Path(f"/proc/{pid}/status").read_text()
+        memory = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return cls(memory, sum(map(int, times)) / os.sysconf("SC_CLK_TCK"))
 
 
 # --- clients that misbehave -----------------------------------------------------------------------------------------
@@ -253,21 +267,22 @@ def main() -> None:
     given = parser.parse_args()
     target = Target(given.address, given.model, given.max_tokens)
     run(target, 2, 1)  # first pages of memory are touched
-    print("| clients | answers | lost | refused | tokens/s | first text | whole answer | slowest | memory |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| clients | answers | lost | refused | tokens/s | CPU a token | first text | whole answer | slowest | memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     lost: list[str] = []
     for clients in given.clients:
-        before = resident(given.pid)
+        before = Process.now(given.pid)
         load = run(target, clients, given.seconds)
-        memory = None if given.pid is None else (before, resident(given.pid))
-        print(load.row(memory), flush=True)
+        print(load.row(before, Process.now(given.pid)), flush=True)
         lost += load.lost
     problems = misbehave(target)
     print(f"\nmisbehaving clients: {'; '.join(problems) or 'each got its status, and all slots are free'}")
     for one in lost[:10]:
         print("lost:", one)
-    if given.pid is not None:
-        print(f"memory at the end: {resident(given.pid):.0f} MiB")
+    if (end := Process.now(given.pid)) is not None:
+        print(f"memory at the end: {end.memory:.0f} MiB")
     sys.exit(1 if lost or problems else 0)
 
 
