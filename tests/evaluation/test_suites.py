@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,12 +296,15 @@ def test_translations_are_scored_as_sacrebleu_does(everything: tuple[dict[str, A
     assert ("spBLEU" in results["more"]["signatures"]) != ("spBLEU is not measured" in notes)
 
 
-def test_scores_by_comet_are_read_back(everything: tuple[dict[str, Any], Path], finished_run: Path) -> None:
+def test_scores_by_comet_are_read_back(
+    everything: tuple[dict[str, Any], Path], finished_run: Path, tmp_path: Path
+) -> None:
     _, here = everything
-    comet = here / "more" / "run" / "translation" / "comet"
+    shutil.copytree(here / "more" / "run", tmp_path / "run")
+    comet = tmp_path / "run" / "translation" / "comet"
     lines = (comet / "to_english.hypothesis.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert len(lines) == 3 and len((comet / "to_english.reference.txt").read_text().splitlines()) == 3
-    again = given([f"run={finished_run}"], "translation", out=here / "more", max_answer_tokens=6, max_new_tokens=8,
+    again = given([f"run={finished_run}"], "translation", out=tmp_path, max_answer_tokens=6, max_new_tokens=8,
                   limit=3, questions=here / "questions.jsonl")  # fmt: skip
     path = comet / "to_english.json"
     scores = [0.5, 0.75, 0.25]
@@ -312,7 +316,25 @@ def test_scores_by_comet_are_read_back(everything: tuple[dict[str, Any], Path], 
     path.write_text(json.dumps({"x": [{"mt": "another", "COMET": 1.0}] * 3}))
     with pytest.raises(UserError, match="is of other translations"):
         evaluate(again, Progress(quiet=True))
-    path.unlink()
+
+
+def test_every_file_of_a_suite_is_gone_on_with(
+    everything: tuple[dict[str, Any], Path], finished_run: Path, tmp_path: Path
+) -> None:
+    _, here = everything
+    shutil.copytree(here / "more" / "run", tmp_path / "out" / "run")
+    cut = [path for path in (tmp_path / "out").rglob("*.jsonl") if path.name != "items.jsonl"]
+    assert {path.name for path in cut} == {"answers.jsonl", "documents.jsonl", "drift.jsonl", "original.jsonl"}
+    for path in cut:
+        # As a kill within the writing of the last line leaves it.
+        path.write_bytes(path.read_bytes()[:-9])
+    again = given([f"run={finished_run}"], "perplexity", "retention", "translation", out=tmp_path / "out", limit=3,
+                  max_answer_tokens=6, max_new_tokens=8, questions=here / "questions.jsonl")  # fmt: skip
+    evaluate(again, Progress(quiet=True))
+    for path in (tmp_path / "out").rglob("*.json*"):
+        if path.name in ("items.jsonl", "results.json"):
+            whole = here / "more" / path.relative_to(tmp_path / "out")
+            assert path.read_bytes() == whole.read_bytes(), path
 
 
 def test_killed_in_the_middle_it_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
