@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import EXAMPLES, Command, call, tiny_run, write_config, write_tiny_model
 
 from transllm_jax.ablation import work
 from transllm_jax.ablation.results import read_found
+from transllm_jax.conversion.hf.directory import open_hf, read_weights
+from transllm_jax.conversion.merged import Merged
+from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import read_json
+from transllm_jax.training.arrays import load_arrays
 
 QUESTIONS = [
     {"kind": "capital", "question": "เมืองหลวงของไทยคือเมืองอะไร", "answers": ["กรุงเทพ"],
@@ -50,26 +55,62 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"path": str(chains), "format": "conversations", "chains": True, "weight": 0.5},
     ]
     write_config(here / "config.yaml", tree)
-    assert call("ablate", here / "config.yaml", "--only", "full,no-tcot", "--seeds", "0") == 0
+    assert call("ablate", here / "config.yaml", "--only", "full,no-tcot,elchat", "--seeds", "0") == 0
     return here
 
 
 def test_every_step_is_made_once(place: Path) -> None:
     runs = place / "run-ablation"
     found = read_found(runs / "ablation.json")
-    assert [one.key for one in found] == [("full", 0), ("original", None), ("no-tcot", 0)]
+    keys = [("full", 0), ("original", None), ("bridge", 0), ("no-tcot", 0), ("elchat", 0)]
+    assert [one.key for one in found] == keys
     shared = {one.key: set(one.shared) for one in found}
     assert shared["full", 0] == set()
     assert shared["no-tcot", 0] == {"base", "evaluation/base", "vocabulary", "pretrain", "translate", "recover"}
     assert not list(runs.glob("*/*/*/checkpoints")), "checkpoints of finished stages are left"
     assert read_json(runs / "no-tcot/seed-0/evaluation/transfer/results.json")["metrics"]["well_formed_chains"] is None
     log = [json.loads(line)["what"] for line in (runs / "log.jsonl").open(encoding="utf-8")]
-    assert log == ["begun", "done"] * 2
+    assert log == ["begun", "done"] * 3
+
+
+def test_a_run_can_begin_with_half_of_what_another_learned(place: Path) -> None:
+    runs = place / "run-ablation" / "elchat"
+    of = ("seed-0-start/pretrain", "seed-0/vocabulary", "seed-0/transfer")
+    learned, begun, end = (load_arrays(runs / name / "trainable") for name in of)
+    # As many tokens as the three stages of the full method: 2 steps of 2 x (64, 64, 256) tokens.
+    assert read_json(runs / "seed-0-start/pretrain/manifest.json")["summary"]["tokens"] == 4 * (64 + 64 + 256)
+    for path, array in learned.items():
+        wanted = array * np.float32(0.5) if path.endswith(".b") else array
+        np.testing.assert_array_equal(begun[path], wanted, err_msg=path)
+        # Stages without steps leave all as it is.
+        np.testing.assert_array_equal(end[path], begun[path], err_msg=path)
+    assert not (runs / "seed-0" / "recover").exists()
+
+
+def test_an_export_can_hold_a_part_of_an_adapter_or_be_of_another_model(place: Path, transllm: Command) -> None:
+    run, here = place / "run-ablation/no-tcot/seed-0", place / "exports"
+    export = ("convert", "to-hf", run)
+    assert transllm(*export, here / "half", "--adapter-scale", "0.5", "--no-check")[0] == 0
+    assert transllm(*export, here / "none", "--adapter-scale", "0,0", "--no-check")[0] == 0
+    write_tiny_model(here / "other", seed=3)
+    assert transllm(*export, here / "onto", "--onto", here / "other", "--no-check")[0] == 0
+    half, none, onto = (read_weights(here / name) for name in ("half", "none", "onto"))
+    base, other = read_weights(run / "base"), read_weights(here / "other")
+    whole = Merged(open_hf(run / "base"), load_arrays(run / "transfer/trainable"), 2.0)
+    path = "blocks.attention.q.kernel"
+    np.testing.assert_array_equal(none[path], base[path])
+    trained = np.stack([whole.read(one).T for one in tensors(whole.config) if one.path == path])
+    difference = trained - base[path]
+    assert np.abs(difference).max() > 1e-4
+    np.testing.assert_allclose(half[path], base[path] + difference / 2, atol=1e-6)
+    np.testing.assert_allclose(onto[path], other[path] + difference, atol=1e-6)
+    code, printed = transllm(*export, here / "bad", "--adapter-scale", "0.1,0.2,0.3")
+    assert code == 2 and "one for each of 2 layers" in printed
 
 
 def test_the_page_has_intervals_and_counts(place: Path) -> None:
     page = (place / "run-ablation" / "ablation.md").read_text(encoding="utf-8")
-    assert "Shares are of 2 questions" in page and "2 runs in" in page and "With one seed" in page
+    assert "Shares are of 2 questions" in page and "3 runs in" in page and "With one seed" in page
     assert "| no chain: answers in the language alone (`no-tcot`) | 0 |" in page
     assert (place / "run-ablation" / "ablation.svg").stat().st_size > 1000
 
@@ -78,7 +119,7 @@ def test_the_same_command_has_nothing_left_to_do(
     place: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "run_pipeline", lambda *_, **__: pytest.fail("a run was made again"))
-    code, printed = transllm("ablate", place / "config.yaml", "--only", "full,no-tcot", "--seeds", "0")
+    code, printed = transllm("ablate", place / "config.yaml", "--only", "full,no-tcot,elchat", "--seeds", "0")
     assert code == 0 and "no-tcot" in printed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,9 +96,9 @@ def applied(overlay: Overlay, config: Config, given: Mapping[str, str], *, seed:
     return made.model_copy(update={"seed": seed})
 
 
-def tokens_of(config: Config) -> int | None:
-    """The tokens that the training stages train on, padding included; None if a stage is counted in epochs."""
-    counts = [_tokens(getattr(config, name).model_dump()) for name in TRAININGS]
+def tokens_of(config: Config, stages: Sequence[str] = TRAININGS) -> int | None:
+    """The tokens that training stages train on, padding included; None if one is counted in epochs."""
+    counts = [_tokens(getattr(config, name).model_dump()) for name in stages]
     return None if None in counts else sum(count for count in counts if count is not None)
 
 

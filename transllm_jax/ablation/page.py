@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from transllm_jax.ablation import numbers
 from transllm_jax.ablation.numbers import Holds
 from transllm_jax.ablation.results import Found
-from transllm_jax.ablation.table import FULL, ORIGINAL, OVERLAYS
+from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL, OVERLAYS
 from transllm_jax.evaluation.suites.results import Interval
 from transllm_jax.words import duration
 
-LABELS = {ORIGINAL: "the original, asked directly", **{overlay.name: overlay.label for overlay in OVERLAYS}}
-TESTS = {ORIGINAL: "Where everything starts.", **{overlay.name: overlay.tests for overlay in OVERLAYS}}
+LABELS = {
+    ORIGINAL: "the original, asked directly",
+    BRIDGE: "the original between two translations of stage 3",
+    **{overlay.name: overlay.label for overlay in OVERLAYS},
+}
 # How a chain can fail, in the order of its parts, as a reader calls it.
 FAILURES = {
     "misread": "question misread",
@@ -61,7 +64,7 @@ def page(found: Sequence[Found], does_not_apply: Mapping[str, str], plot: str | 
 
 
 def _made(found: Sequence[Found]) -> str:
-    trained = [one for one in found if one.seed is not None]
+    trained = [one for one in found if one.name not in (ORIGINAL, BRIDGE)]
     versions = sorted({str(one.made_with.get("version")) for one in trained})
     commits = sorted({str(one.made_with.get("commit")) for one in trained} - {"None"})
     of = f", commit {', '.join(commits)}" if commits else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transllm_jax.ablation.overlay import tokens_of
 from transllm_jax.ablation.plan import Variant
-from transllm_jax.ablation.table import ORIGINAL
+from transllm_jax.ablation.table import BRIDGE, ORIGINAL
 from transllm_jax.choices import TRAININGS
 from transllm_jax.disk import read_json, sha256_of_json, write_json
 from transllm_jax.errors import UserError
@@ -85,6 +85,17 @@ def original_of(variant: Variant, made_with: Mapping[str, Any]) -> Found:
     measured = _measured(workdir / "evaluation" / "base")
     # It does not know the runs' own config.
     return Found(ORIGINAL, None, "", data_hash(workdir), made_with, 0, 0.0, **measured)
+
+
+def bridge_of(
+    variant: Variant, items: Sequence[Mapping[str, Any]], seconds: float, made_with: Mapping[str, Any]
+) -> Found:
+    """What a translation bridge found. variant: the full method, whose stage translate translates. items: its answers,
+    in the form of `Asking.judged`."""
+    counts = {"questions": len(items)}
+    tokens = tokens_of(variant.config, ("pretrain", "translate"))
+    of = variant.config_hash, data_hash(variant.workdir)
+    return Found(BRIDGE, variant.seed, *of, made_with, tokens, seconds, {}, counts, _asked(items))
 
 
 def _measured(directory: Path) -> dict[str, Any]:

@@ -178,5 +178,6 @@ OVERLAYS: tuple[Overlay, ...] = (
     ),
 )
 NAMES = tuple(overlay.name for overlay in OVERLAYS)
-# A row that needs no training: the original model, asked directly.
-ORIGINAL = "original"
+# Rows that need no training of their own: the original model, asked directly; and asked in English, between two
+# translations by the full method's model after stage translate.
+ORIGINAL, BRIDGE = "original", "bridge"

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from importlib.metadata import version
@@ -16,12 +17,12 @@ from typing import Any
 
 from transllm_jax.ablation.adapter import write_scaled_adapter
 from transllm_jax.ablation.overlay import Overlay
-from transllm_jax.ablation.page import by_variant, page
+from transllm_jax.ablation.page import LABELS, by_variant, page
 from transllm_jax.ablation.plan import Plan, Variant
 from transllm_jax.ablation.plot import write_plot
-from transllm_jax.ablation.results import Found, found_by, original_of, write_found
+from transllm_jax.ablation.results import Found, bridge_of, found_by, original_of, write_found
 from transllm_jax.ablation.sharing import Shelf, begin_with_answers, drop_checkpoints, link_step
-from transllm_jax.ablation.table import FULL, ORIGINAL
+from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL
 from transllm_jax.config import Config
 from transllm_jax.config.load import recorded_date
 from transllm_jax.disk import read_json, write_json, write_text
@@ -47,7 +48,8 @@ RESULTS, PAGE, PLOT, LOG, DAY, SHARED = (
 class Ablation:
     """An ablation in a directory, which is locked.
 
-    config: the config's name. of: the config itself. known: what this ablation and others, on other machines, found.
+    config: the config's name. of: the config itself. bridge: answers the questions by the original model between the
+    translations of a finished run. known: what this ablation and others, on other machines, found.
     """
 
     config: str
@@ -56,6 +58,7 @@ class Ablation:
     plan: Plan
     progress: Progress
     interrupt: Interrupt
+    bridge: Callable[[Variant], list[dict[str, Any]]]
     known: dict[tuple[str, int | None], Found] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,7 +72,9 @@ class Ablation:
         for number, variant in enumerate(self.plan.variants, 1):
             key = (variant.overlay.name, variant.seed)
             if self._is_known(variant):
+                self._make_bridge(variant)
                 continue
+            self.interrupt.check(f"before {variant.name}")
             self.progress.say(f"\n{number} of {len(self.plan.variants)}: {variant.name}: {variant.overlay.label}")
             self._log("begun", variant)
             try:
@@ -86,8 +91,20 @@ class Ablation:
             self.known.setdefault((ORIGINAL, None), original_of(variant, made_with()))
             self._log("done", variant, seconds=self.known[key].seconds)
             self.write(failed)
+            self._make_bridge(variant)
         self.write(failed)
         return list(failed)
+
+    def _make_bridge(self, variant: Variant) -> None:
+        """Ask the original between the full method's own translations, if that is not done."""
+        key, there = (BRIDGE, variant.seed), (variant.workdir / "transfer").is_dir()
+        if variant.overlay is not FULL or key in self.known or not there or variant.config.translate.steps == 0:
+            return
+        self.progress.say(f"\n{LABELS[BRIDGE]}, seed {variant.seed}")
+        started = time.monotonic()
+        items = self.bridge(variant)
+        self.known[key] = bridge_of(variant, items, time.monotonic() - started, made_with())
+        forget_compiled()
 
     def _is_known(self, variant: Variant) -> bool:
         known = self.known.get((variant.overlay.name, variant.seed))

@@ -56,6 +56,13 @@ def to_hf(
     unmerged: Annotated[
         bool, typer.Option("--unmerged", help="Write the adapters apart, in DST/adapter, in PEFT's format.")
     ] = False,
+    adapter_scale: Annotated[
+        str | None,
+        typer.Option(metavar="FACTORS", help="Merge adapters in part: 0.5, or a factor for each layer, 0.2,0.4,..."),
+    ] = None,
+    onto: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Put adapters onto this model of the same shape and tokens.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (each tensor's type in the base).")
     ] = None,
@@ -76,6 +83,8 @@ def to_hf(
             base=base,
             stage=stage,
             merge=not unmerged,
+            adapter_scale=adapter_scale,
+            onto=onto,
             dtype=dtype,
             max_shard_size=max_shard_size,
             check=check,

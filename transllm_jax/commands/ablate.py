@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,10 +16,14 @@ from transllm_jax.ablation.plan import Variant, plan_of
 from transllm_jax.ablation.results import Found, read_found
 from transllm_jax.ablation.work import PAGE, PLOT, RESULTS, Ablation, day_of, inputs_of
 from transllm_jax.choices import TRAININGS
+from transllm_jax.commands.open_systems import Systems
 from transllm_jax.config import load_config
 from transllm_jax.config.marks import require_values
 from transllm_jax.disk import locked, write_text
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.suites.registry import suite_named
+from transllm_jax.evaluation.suites.suite_run import ITEMS, SuiteOptions, SuiteRun
+from transllm_jax.evaluation.systems.named import parse_system
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages.manifest import fingerprint
@@ -57,7 +63,8 @@ def ablate(
     directory = options.out or Path(f"{of.workdir.rstrip('/')}-ablation")
     with locked(directory):
         plan = plan_of(of, directory, options.seeds, options.only, options.given, day_of(of, directory))
-        ablation = Ablation(str(config), of, directory, plan, progress, interrupt)
+        bridge = partial(_through_bridge, directory, progress, interrupt)
+        ablation = Ablation(str(config), of, directory, plan, progress, interrupt, bridge)
         known = _read_known(directory, options.others)
         ablation.known.update(known)
         if options.dry_run:
@@ -66,6 +73,27 @@ def ablate(
         failed = ablation.carry_out()
         _show(ablation, failed, options.markdown)
     return failed
+
+
+def _through_bridge(
+    directory: Path, progress: Progress, interrupt: Interrupt, variant: Variant
+) -> list[dict[str, object]]:
+    """The answers of the original of a run between translations by its stage translate, judged."""
+    section = variant.config.evaluation
+    options = SuiteOptions(
+        questions=Path(section.answers or ""),
+        limit=section.max_questions,
+        max_new_tokens=section.max_chain_tokens,
+        max_answer_tokens=section.max_answer_tokens,
+        language=variant.config.language,
+        prompts=variant.config.prompts,
+    )
+    system = Systems(progress.say, options, batch_size=section.batch_size).open(
+        parse_system(f"bridge:{variant.workdir}")
+    )
+    place = directory / "bridge" / f"seed-{variant.seed}"
+    suite_named("answers").run(SuiteRun("answers", system, place, options, progress, interrupt.check))
+    return [json.loads(line) for line in (place / ITEMS).read_text(encoding="utf-8").splitlines()]
 
 
 def _read_known(directory: Path, others: Sequence[Path]) -> dict[tuple[str, int | None], Found]:

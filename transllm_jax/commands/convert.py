@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from transllm_jax.commands.move_adapter import moved_source
 from transllm_jax.commands.open_model import open_source, tokenizer_of
 from transllm_jax.conversion.adapter import AdapterDescription, write_adapter
 from transllm_jax.conversion.gguf.tokenizer import write_tokenizer
@@ -71,15 +72,22 @@ def to_hf(
     base: str | None = None,
     stage: str | None = None,
     merge: bool = True,
+    adapter_scale: str | None = None,
+    onto: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     check: bool = True,
     force: bool = False,
 ) -> None:
-    """Write a Hugging Face directory; report what merging changed, in weights and in logits."""
+    """Write a Hugging Face directory; report what merging changed, in weights and in logits.
+
+    adapter_scale, onto: write what was trained in part, or put onto another model (`conversion/moved.py`).
+    """
     size = parse_size(max_shard_size)
-    check_free(dst, force, source, base)
+    check_free(dst, force, source, base, onto)
     found = open_source(source, base=base, stage=stage)
+    if adapter_scale is not None or onto is not None:
+        found = moved_source(found, source, adapter_scale or "1", onto)
     if found.files is None:
         raise UserError(f"{source} is a GGUF file; bring it in with transllm convert from-hf, then out with to-hf")
     model = found.model
