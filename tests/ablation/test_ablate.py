@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transllm_jax.conversion.hf.directory import open_hf, read_weights
 from transllm_jax.conversion.merged import Merged
 from transllm_jax.conversion.names import tensors
 from transllm_jax.disk import read_json
+from transllm_jax.errors import Diverged, Preempted
 from transllm_jax.training.arrays import load_arrays
 
 QUESTIONS = [
@@ -133,3 +135,64 @@ def test_a_dry_run_says_what_is_shared(place: Path, transllm: Command) -> None:
     assert "transfer (2 steps)" in lines["no-translate, seed 0"] and "about" in printed
     # Another seed draws other adapters and batches; the original and what it says are the same.
     assert "base, evaluation/base  " in lines["full, seed 1"]
+    assert "recover (its answers are shared)" in lines["no-translate, seed 0"]
+
+
+@pytest.fixture
+def copied(place: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """The command of an ablation in a copy of the finished one."""
+    shutil.copytree(place / "run-ablation", tmp_path / "out")
+    return ("ablate", place / "config.yaml", "--out", tmp_path / "out")
+
+
+def test_a_variant_that_fails_does_not_end_the_others(
+    copied: tuple[Any, ...], transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise Diverged("too many losses are not finite")
+
+    monkeypatch.setattr(work, "run_pipeline", diverge)
+    code, printed = transllm(*copied, "--only", "full,no-tcot,no-translate,no-pretrain", "--seeds", "0")
+    assert code == 1 and "no-translate, seed 0 failed: too many losses" in printed
+    page = (copied[-1] / "ablation.md").read_text(encoding="utf-8")
+    assert "failed: seed 0: too many losses are not finite" in page and "(`no-tcot`) | 0 |" in page
+    # What they share was linked before they failed, and serves the next try.
+    assert read_json(copied[-1] / "no-translate/seed-0/pretrain/manifest.json")["state"] == "done"
+
+
+def test_a_stop_is_75_and_the_same_command_goes_on(
+    copied: tuple[Any, ...], transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise Preempted("transfer: stopped, what is done is saved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "run_pipeline", stop)
+        assert transllm(*copied, "--only", "no-translate", "--seeds", "0")[0] == 75
+    # Killed while it linked a step: a part of it, without a manifest, and one whole.
+    place = copied[-1] / "no-translate" / "seed-0"
+    shutil.rmtree(place / "vocabulary")
+    (place / ".vocabulary.part").mkdir()
+    (place / "vocabulary").mkdir()
+    assert transllm(*copied, "--only", "no-translate", "--seeds", "0")[0] == 0
+    found = {one.key: one for one in read_found(copied[-1] / "ablation.json")}
+    assert set(found["no-translate", 0].shared) == {"base", "evaluation/base", "vocabulary", "pretrain"}
+    log = [json.loads(line)["what"] for line in (copied[-1] / "log.jsonl").open(encoding="utf-8")]
+    assert log[-3:] == ["begun", "begun", "done"]
+
+
+def test_results_of_another_machine_are_not_made_again(
+    place: Path, tmp_path: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "run_pipeline", lambda *_, **__: pytest.fail("a run was made again"))
+    theirs = place / "run-ablation" / "ablation.json"
+    command = ("ablate", place / "config.yaml", "--out", tmp_path / "out", "--only", "full,no-tcot", "--seeds", "0")
+    assert transllm(*command, "--with", theirs, "--markdown", tmp_path / "page.md")[0] == 0
+    assert "(`no-tcot`) | 0 |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert (tmp_path / "page.svg").is_file()
+    other = json.loads(theirs.read_text(encoding="utf-8"))
+    for run in other["runs"]:
+        run["data"] = "other"
+    (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
+    code, printed = transllm(*command, "--with", tmp_path / "other.json")
+    assert code == 2 and "on other held-out files" in printed

@@ -51,15 +51,26 @@ class Shelf:
             if manifest["state"] == "done" and "fingerprint" in manifest:
                 self._made.setdefault((step.name, manifest["fingerprint"]), Made(workdir, inputs))
                 if step.name == "recover" and (workdir / "recover" / ANSWERS).is_file():
-                    self._answers.setdefault(_of_answers(workdir, inputs), workdir / "recover" / ANSWERS)
+                    base = _manifest(artifact(workdir, "base")) or {}
+                    self._answers.setdefault(
+                        _answers_key(base.get("fingerprint"), inputs), workdir / "recover" / ANSWERS
+                    )
 
     def find(self, step: str, inputs: Inputs) -> Made | None:
         """Where a step was made with these inputs; None if nowhere."""
         return self._made.get((step, fingerprint(inputs)))
 
-    def answers(self, workdir: Path, inputs: Inputs) -> Path | None:
-        """The original model's answers for a run's stage `recover`, made by another run; None if there are none."""
-        return self._answers.get(_of_answers(workdir, inputs))
+    def answers(self, inputs: Mapping[str, Inputs]) -> Path | None:
+        """The original model's answers for a run's stage `recover`, made by another run; None if there are none.
+
+        inputs: of all steps of the run.
+        """
+        return self._answers.get(answers_key(inputs))
+
+
+def answers_key(inputs: Mapping[str, Inputs]) -> str:
+    """A hash of what the original's answers in stage `recover` depend on. inputs: of all steps of a run."""
+    return _answers_key(fingerprint(inputs["base"]), inputs["recover"])
 
 
 def _manifest(place: Artifact) -> dict[str, Any] | None:
@@ -69,11 +80,9 @@ def _manifest(place: Artifact) -> dict[str, Any] | None:
         return None  # a damaged one is no result
 
 
-def _of_answers(workdir: Path, inputs: Mapping[str, Any]) -> str:
-    """A hash of what the original's answers depend on."""
-    base = _manifest(artifact(workdir, "base"))
-    own = {key: value for key, value in inputs.items() if not key.startswith(_AFTER_ANSWERS)}
-    return fingerprint({"base": None if base is None else base.get("fingerprint"), "own": own})
+def _answers_key(base: str | None, recover: Mapping[str, Any]) -> str:
+    own = {key: value for key, value in recover.items() if not key.startswith(_AFTER_ANSWERS)}
+    return fingerprint({"base": base, "own": own})
 
 
 def link_step(step: Step, made: Made, workdir: Path) -> None:

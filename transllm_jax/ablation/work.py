@@ -155,7 +155,7 @@ class Ablation:
                 write_json(path, shared)
                 self.progress.say(f"  {step.name}: as in {made.workdir}", style="dim")
             elif step.name == "recover":
-                answers = self.shelf.answers(variant.workdir, inputs[step.name])
+                answers = self.shelf.answers(inputs)
                 if answers is not None:
                     begin_with_answers(answers, variant.workdir, inputs[step.name])
                     self.progress.say(f"  recover: begins with the answers of {answers.parent.parent}", style="dim")

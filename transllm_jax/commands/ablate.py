@@ -14,6 +14,7 @@ from rich.table import Table
 from transllm_jax.ablation.page import by_variant, page
 from transllm_jax.ablation.plan import Variant, plan_of
 from transllm_jax.ablation.results import Found, read_found
+from transllm_jax.ablation.sharing import answers_key
 from transllm_jax.ablation.work import PAGE, PLOT, RESULTS, Ablation, day_of, inputs_of
 from transllm_jax.choices import TRAININGS
 from transllm_jax.commands.open_systems import Systems
@@ -175,10 +176,16 @@ def show_plan(ablation: Ablation) -> None:
                 key = step.name, fingerprint(inputs[step.name])
                 manifest = artifact(one.workdir, step.name).manifest()
                 made = manifest is not None and manifest["state"] == "done"
-                if made or key in planned or ablation.shelf.find(*_found(step.name, inputs)) is not None:
+                if made or key in planned or ablation.shelf.find(step.name, inputs[step.name]) is not None:
                     done.append(step.name)
                     continue
                 planned.add(key)
+                if step.name == "recover":
+                    answered = "recover", answers_key(inputs)
+                    if answered in planned or ablation.shelf.answers(inputs) is not None:
+                        todo.append("recover (its answers are shared)")
+                        continue
+                    planned.add(answered)
                 steps = getattr(one.config, step.name).steps if step.name in TRAININGS else None
                 todo.append(step.name if steps is None else f"{step.name} ({steps:,} steps)")
                 seconds += cost.of(one, step.name) or 0.0
@@ -191,10 +198,6 @@ def show_plan(ablation: Ablation) -> None:
         say(f"about {duration(total)} in all, by what runs here took; full fine-tuning takes longer than adapters")
     else:
         say("how long it takes is known once a run is done: start one, or run the config itself")
-
-
-def _found(name: str, inputs: Mapping[str, dict[str, object]]) -> tuple[str, dict[str, object]]:
-    return name, inputs[name]
 
 
 class Cost:
