@@ -132,7 +132,7 @@ def test_ratings_by_hand(bench: Path, tmp_path: Path) -> None:
     assert results.groups["writing"]["rating"]["value"] == 6 and results.groups["turn 2"]["rating"]["value"] == 8
     assert results.groups["turn 1"]["rating"] | {"low": 0, "high": 0} == {
         "value": 5, "low": 0, "high": 0, "samples": 2, "level": 0.95}  # fmt: skip
-    assert "1 have no rating" in results.notes[0] and "4.75" in results.notes[0]
+    assert "mine: 1 without a rating" in results.notes[0] and "4.75" in results.notes[0]
     # The published temperatures; a seed of its own for each question.
     assert [one.sampling.temperature for one in system.asked] == [0.7, 0]
     assert system.asked[0].turns == ("คำถามแรก 0", "คำถามที่สอง 0") and system.asked[0].language == "target"

@@ -173,7 +173,7 @@ class JudgedSuite:
             more={**{key: value for key, value in more.items() if value is not None}, **counts},
             groups=groups,
             made_with=made_with,
-            notes=_notes(name, unread, ends[0].value, ends[1].value, cut_off, work.options, letters),
+            notes=_notes(work, name, unread, ends[0].value, ends[1].value, cut_off, letters),
         )
 
     def _pairs_alone(self, judging: Judging) -> bool:
@@ -290,18 +290,17 @@ def _spoken(row: _Row, options: SuiteOptions) -> str:
 
 
 def _notes(
-    name: str, unread: Sequence[str], worst: float, best: float, cut_off: int, options: SuiteOptions, letters: Letters
+    work: SuiteRun, name: str, unread: Sequence[str], worst: float, best: float, cut_off: int, letters: Letters
 ) -> list[str]:
-    found = []
+    system, options, found = work.system.name, work.options, []
     if unread:
         found.append(
-            f"{len(unread)} have no {name}, because no verdict could be read: it is {worst:.3g} if all of them were as "
-            f"bad as can be, and {best:.3g} if as good"
+            f"{system}: {len(unread)} without a {name}, because no verdict could be read: it is {worst:.3g} if all of "
+            f"them were as bad as can be, and {best:.3g} if as good"
         )
     if cut_off:
-        found.append(
-            f"{cut_off} answers were cut off at {options.max_new_tokens} tokens: --max-new-tokens sets the limit"
-        )
+        limit = f"{options.max_new_tokens} tokens (--max-new-tokens)"
+        found.append(f"{system}: {cut_off} of all answers cut off at {limit}")
     if not letters.tell:
         found.append(
             f"{options.language.name} and English have the same letters: the language of answers is not measured"

@@ -175,25 +175,25 @@ def _results(
         more={**{key: value for key, value in more.items() if value is not None}, **counts},
         groups=by_group(MEASURES, items, lambda item: item["category"]),
         made_with=made_with,
-        notes=_notes(work.options, verdicts is not None, unread, disagree, ends[0].value, ends[1].value),
+        notes=_notes(work, verdicts is not None, unread, disagree, ends[0].value, ends[1].value),
     )
 
 
 def _notes(
-    options: SuiteOptions, judged: bool, unread: Sequence[str], disagree: Sequence[str], worst: float, best: float
+    work: SuiteRun, judged: bool, unread: Sequence[str], disagree: Sequence[str], worst: float, best: float
 ) -> list[str]:
-    found = []
-    language = options.language
+    system, language, found = work.system.name, work.options.language, []
     if not has_phrases(language.code):
         found.append(f"there are no rules for refusals in {language.name}: by rules, only English ones are found")
     if not judged:
         found.append("refusals are those that rules find, without a judge: --judge gives one")
     if disagree:
-        found.append(
-            f"rules and judge disagree on {len(disagree)}: {', '.join(disagree[:10])}{' ...' * (len(disagree) > 10)}"
-        )
+        shown = ", ".join(disagree[:10]) + " ..." * (len(disagree) > 10)
+        found.append(f"{system}: rules and judge disagree on {len(disagree)}: {shown}")
     if unread:
-        found.append(f"{len(unread)} verdicts could not be read: refused are {100 * worst:.1f}% to {100 * best:.1f}%")
+        found.append(
+            f"{system}: {len(unread)} verdicts could not be read: refused are {100 * worst:.1f}% to {100 * best:.1f}%"
+        )
     return found
 
 
