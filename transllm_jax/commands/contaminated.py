@@ -50,7 +50,7 @@ class Contamination:
             key = sha256_of_json([wanted.key, point, hashes, filtered, recover.contamination])
             known = read_json(self._path) if self._path.exists() else {}
             if key not in known:
-                self._progress.say(f"  {count:,} questions are looked for in the training data of {workdir}")
+                self._progress.say(f"  {count:,} questions or texts are looked for in the training data of {workdir}")
                 found = self._look(run, point, sources, wanted)
                 ids = sorted(set().union(*found.values()), key=lambda id: (len(id), id))
                 by_source = {name: len(some) for name, some in found.items() if some}
