@@ -70,10 +70,8 @@ def _made(found: Sequence[Found]) -> str:
     of = f", commit {', '.join(commits)}" if commits else ""
     machines = sorted({str(one.made_with.get("machine")) for one in trained})
     seconds = sum(one.seconds for one in trained)
-    return (
-        f"{len(trained)} runs in {duration(seconds)} of work ({'; '.join(machines)}), by transllm-jax "
-        f"{', '.join(versions)}{of}."
-    )
+    runs = f"{len(trained)} run{'s' if len(trained) > 1 else ''}"
+    return f"{runs} in {duration(seconds)} of work ({'; '.join(machines)}), by transllm-jax {', '.join(versions)}{of}."
 
 
 def _table(groups: Mapping[str, Sequence[Found]], full: Sequence[Found]) -> str:

@@ -72,7 +72,6 @@ class Ablation:
         for number, variant in enumerate(self.plan.variants, 1):
             key = (variant.overlay.name, variant.seed)
             if self._is_known(variant):
-                self._make_bridge(variant)
                 continue
             self.interrupt.check(f"before {variant.name}")
             self.progress.say(f"\n{number} of {len(self.plan.variants)}: {variant.name}: {variant.overlay.label}")
@@ -91,6 +90,8 @@ class Ablation:
             self.known.setdefault((ORIGINAL, None), original_of(variant, made_with()))
             self._log("done", variant, seconds=self.known[key].seconds)
             self.write(failed)
+        # At the end: it takes as long as a training, and tells less.
+        for variant in self.plan.variants:
             self._make_bridge(variant)
         self.write(failed)
         return list(failed)
