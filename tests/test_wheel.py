@@ -161,7 +161,9 @@ def test_what_is_imported_is_required(built: tuple[Path, Path]) -> None:
         for name in imports_of(content.decode(), file)
     }
     outside = imported - set(sys.stdlib_module_names) - {"transllm_jax"}
-    known = set().union(*(required[extra] for extra in ("core", "data", "icu", "align", "seq2seq", "endpoint")))
+    known = set().union(
+        *(required[extra] for extra in ("core", "data", "icu", "align", "seq2seq", "endpoint", "serve", "sheets"))
+    )
     assert not {name for name in outside if not projects.get(name, set()) & known}
     used = {project for name in outside for project in projects.get(name, ())}
     assert required["core"] <= used

@@ -166,7 +166,7 @@ def test_all_faults_are_reported_at_once(refused: Refused, config: Path) -> None
         refused("run", write(config, tree)),
         "pretran: unknown key; did you mean 'pretrain'?",
         "pretrain: missing; add it",
-        "translate.steps: Input should be greater than 0",
+        "translate.steps: Input should be greater than or equal to 0",
     )
 
 

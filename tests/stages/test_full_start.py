@@ -62,7 +62,7 @@ def test_training_starts_from_the_float32_values_of_the_base(tmp_path: Path, lor
             run,
             name="pretrain",
             start="vocabulary",
-            parts=lambda run: training.source_parts(run, "pretrain"),
+            parts=training.source_parts(run, "pretrain"),
         )
         assert job.held.keys() == BASE_ROWS
         for path, array in job.held.items():
@@ -176,7 +176,7 @@ def test_training_keeps_one_copy_of_the_base(
         tmp_path / "run" / "pretrain",
         name="pretrain",
         start="vocabulary",
-        parts=training.source_parts(run, "pretrain"),
+        parts=lambda run: training.source_parts(run, "pretrain"),
     )
     frozen = sum(array.nbytes for array in run.models.frozen.values())
     rows = sum(

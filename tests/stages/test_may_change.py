@@ -55,6 +55,7 @@ KEYS: Mapping[str, tuple[Any, tuple[bool, bool]]] = {
     "sources": ([{"path": str(EXAMPLES / "english.train.txt"), "weight": 1.0}], NEVER),
     "pairs": ({"path": str(EXAMPLES / "pairs.train.tsv"), "format": "pairs", "max_items": 9}, NEVER),
     "contamination": (False, NEVER),
+    "answers": ("direct", NEVER),
     "chains": (0.9, NEVER),
     "english": (0.9, NEVER),
     "recovery": ("token", NEVER),
