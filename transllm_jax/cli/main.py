@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from transllm_jax import __version__
 from transllm_jax.cli.ablate import ablate
@@ -41,8 +42,19 @@ INPUT_WRONG = 2
 # Close to when the process began: a run's time includes its imports.
 STARTED = time.monotonic()
 
+# Help lists the commands in the order in which a user comes to need them.
+ORDER = ("init", "config", "run", "status", "chat", "generate", "serve", "evaluate", "ablate", "convert", "tokenizer")
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = super().list_commands(ctx)
+        return [name for name in ORDER if name in known] + [name for name in known if name not in ORDER]
+
+
 app = typer.Typer(
-    help="Move a chat LLM to another language (TransLLM): train it, talk to it, export it.",
+    cls=_InOrder,
+    help="Move a chat LLM to another language (TransLLM): train it, measure it, talk to it, serve it, export it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
