@@ -114,7 +114,7 @@ def test_the_page_on_pypi(built: tuple[Path, Path]) -> None:
     extras = set(page.get_all("Provides-Extra") or [])
     assert (
         set(re.findall(r"transllm-jax\[(\w+)\]", text))
-        == {"tpu", "gcs", "align", "icu", "seq2seq", "data", "endpoint"}
+        == {"tpu", "gcs", "align", "icu", "seq2seq", "data", "endpoint", "serve", "sheets"}
         <= extras
     )
 

@@ -257,6 +257,16 @@ class Terminal:
         """What was said, without styles and with the bytes of half a character at its end as they are."""
         return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.said.decode(errors="surrogateescape"))
 
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C at a prompt, until a text comes: Python's readline misses a signal between the prompt and its wait."""
+        for _ in range(10):
+            self.type("\x03")
+            try:
+                return self.until(text, seconds=6)
+            except AssertionError:
+                continue
+        raise AssertionError(f"{text!r} has not come in {self.said!r}")
+
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
@@ -280,8 +290,7 @@ def test_a_terminal(tmp_path: Path) -> None:
     terminal.type("อะไร\n")
     terminal.until("แมว")
     terminal.until("> ")
-    terminal.type("\x03")  # Ctrl-C at the prompt
-    terminal.until("/quit or Ctrl-D ends")
+    terminal.interrupt_until("/quit or Ctrl-D ends")
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
