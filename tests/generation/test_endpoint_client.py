@@ -75,7 +75,7 @@ def test_what_is_sent(server: Server) -> None:
 
 
 def test_several_at_once_and_each_once(server: Server) -> None:
-    server.delay = 0.05
+    server.delay = 0.2
     texts = [f"question {number}" for number in range(30)]
     assert {id: reply.text for id, reply in ask(server, *texts, concurrency=6).items()} == {
         text: f"to {text}" for text in texts
