@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from transllm_jax.errors import UserError
 
@@ -146,6 +146,17 @@ def cut_behind(path: Path, lines: Sequence[bytes]) -> None:
     size = sum(len(line) + 1 for line in lines)
     if path.exists() and size < path.stat().st_size:
         os.truncate(path, size)
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """A file to be appended to and read, by this process alone. Raises UserError if another process has it open so."""
+    with path.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing it; wait for it or stop it") from None
+        yield file
 
 
 def sha256_of(path: Path) -> str:

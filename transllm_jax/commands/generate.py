@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transllm_jax.commands.open_chat import ChatModel, open_chat_model
-from transllm_jax.disk import cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
+from transllm_jax.disk import appending, cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import Writing
 from transllm_jax.generation.engine import Engine
@@ -86,7 +84,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         target = _beside(target, f"{number}-of-{of}.jsonl")
     opened = open_chat_model(model, base=options.base)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with Interrupt() as interrupt, _opened(target) as file:
+    with Interrupt() as interrupt, appending(target) as file:
         _require_settings(target, {"model": opened.name, **_settings(model, options)})
         items, rejected = _items(source, opened, options)
         _write_rejected(_beside(target, "rejected.jsonl"), rejected)
@@ -307,17 +305,6 @@ def _are_messages(value: Any) -> bool:
 
 def _beside(target: Path, name: str) -> Path:
     return target.with_name(f"{target.name.removesuffix('.jsonl')}.{name}")
-
-
-@contextmanager
-def _opened(target: Path) -> Iterator[BinaryIO]:
-    """The target, to be appended to by this process alone."""
-    with target.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{target}: another process is writing it; wait for it or stop it") from None
-        yield file
 
 
 def _settings(model: str, options: GenerateOptions) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transllm_jax.disk import cut_behind, read_json, whole_lines, write_json
+from transllm_jax.disk import appending, cut_behind, read_json, whole_lines, write_json
 from transllm_jax.errors import UserError
 
 
@@ -52,11 +51,7 @@ def open_records(path: Path, made_with: Mapping[str, Any]) -> Iterator[Records]:
     it, or if a line of it is no record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another process is writing it; wait for it or stop it") from None
+    with appending(path) as file:
         _require_made_with(path, dict(made_with))
         lines = whole_lines(path)
         known: dict[str, dict[str, Any]] = {}
