@@ -27,7 +27,10 @@ def chain_tokenizer(directory: Path) -> Tokenizer:
 
 
 class Script:
-    """In place of an engine: gives out texts in order, and keeps what it was asked."""
+    """In place of an engine: gives out texts in order, and keeps what it was asked.
+
+    In `run`, a stop token in a text ends it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *texts: str) -> None:
         self.tokenizer, self.texts = tokenizer, list(texts)
@@ -58,7 +61,10 @@ class Script:
         first = requests[0]
         options = {"max_new_tokens": first.max_new_tokens, "stop": first.stop, "mode": mode}
         answers = self.generate([request.prompt for request in requests], **options, **seen)
-        yield from ((number, Result(ids, "stop", len(ids))) for number, ids in enumerate(answers))
+        for number, (request, ids) in enumerate(zip(requests, answers, strict=True)):
+            end = next((place for place, token in enumerate(ids) if token in request.stop), len(ids))
+            stopped_by = ids[end] if end < len(ids) else None
+            yield number, Result(ids[:end], "stop", len(ids), stopped_by=stopped_by)
 
     def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
         (ids,) = self.generate([prompt], **options)

@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_is_made_once(place: Path) -> None:
     runs = place / "run-ablation"
     found = read_found(runs / "ablation.json")
-    keys = [("full", 0), ("original", None), ("no-tcot", 0), ("elchat", 0), ("bridge", 0)]
+    keys = [("full", 0), ("original", None), ("no-tcot", 0), ("elchat", 0), ("bridge", 0), ("inside", 0)]
     assert [one.key for one in found] == keys
     shared = {one.key: set(one.shared) for one in found}
     assert shared["full", 0] == set()

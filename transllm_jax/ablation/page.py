@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from transllm_jax.ablation import numbers
 from transllm_jax.ablation.numbers import Holds
 from transllm_jax.ablation.results import Found
-from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL, OVERLAYS
+from transllm_jax.ablation.table import BRIDGE, FULL, INSIDE, ORIGINAL, OVERLAYS, THROUGH
 from transllm_jax.evaluation.suites.results import Interval
 from transllm_jax.words import duration
 
 LABELS = {
     ORIGINAL: "the original, asked directly",
     BRIDGE: "the original between two translations of stage 3",
+    INSIDE: "the full method's chains, English answered by the original",
     **{overlay.name: overlay.label for overlay in OVERLAYS},
 }
 # How a chain can fail, in the order of its parts, as a reader calls it.
@@ -64,7 +65,7 @@ def page(found: Sequence[Found], does_not_apply: Mapping[str, str], plot: str | 
 
 
 def _made(found: Sequence[Found]) -> str:
-    trained = [one for one in found if one.name not in (ORIGINAL, BRIDGE)]
+    trained = [one for one in found if one.name not in (ORIGINAL, *THROUGH)]
     versions = sorted({str(one.made_with.get("version")) for one in trained})
     commits = sorted({str(one.made_with.get("commit")) for one in trained} - {"None"})
     of = f", commit {', '.join(commits)}" if commits else ""

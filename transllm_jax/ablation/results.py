@@ -87,15 +87,16 @@ def original_of(variant: Variant, made_with: Mapping[str, Any]) -> Found:
     return Found(ORIGINAL, None, "", data_hash(workdir), made_with, 0, 0.0, **measured)
 
 
-def bridge_of(
-    variant: Variant, items: Sequence[Mapping[str, Any]], seconds: float, made_with: Mapping[str, Any]
+def through_of(
+    name: str, variant: Variant, items: Sequence[Mapping[str, Any]], seconds: float, made_with: Mapping[str, Any]
 ) -> Found:
-    """What a translation bridge found. variant: the full method, whose stage translate translates. items: its answers,
-    in the form of `Asking.judged`."""
+    """What the original found, asked through a run. name: of `table.THROUGH`. variant: the full method. items: the
+    answers, in the form of `Asking.judged`."""
     counts = {"questions": len(items)}
-    tokens = tokens_of(variant.config, ("pretrain", "translate"))
+    # A bridge needs no more than the stage that translates.
+    tokens = tokens_of(variant.config, ("pretrain", "translate")) if name == BRIDGE else _tokens(variant)
     of = variant.config_hash, data_hash(variant.workdir)
-    return Found(BRIDGE, variant.seed, *of, made_with, tokens, seconds, {}, counts, _asked(items))
+    return Found(name, variant.seed, *of, made_with, tokens, seconds, {}, counts, _asked(items))
 
 
 def _measured(directory: Path) -> dict[str, Any]:

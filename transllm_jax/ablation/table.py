@@ -178,6 +178,8 @@ OVERLAYS: tuple[Overlay, ...] = (
     ),
 )
 NAMES = tuple(overlay.name for overlay in OVERLAYS)
-# Rows that need no training of their own: the original model, asked directly; and asked in English, between two
-# translations by the full method's model after stage translate.
-ORIGINAL, BRIDGE = "original", "bridge"
+# Rows that need no training of their own: the original model, asked directly; asked in English, between two
+# translations by the full method's model after stage translate; and asked in English within the full method's chains.
+ORIGINAL, BRIDGE, INSIDE = "original", "bridge", "inside"
+# Those that are asked through the full method's run, as systems of these kinds (`evaluation.systems.named`).
+THROUGH = (BRIDGE, INSIDE)

@@ -20,9 +20,9 @@ from transllm_jax.ablation.overlay import Overlay
 from transllm_jax.ablation.page import LABELS, by_variant, page
 from transllm_jax.ablation.plan import Plan, Variant
 from transllm_jax.ablation.plot import write_plot
-from transllm_jax.ablation.results import Found, bridge_of, found_by, original_of, write_found
+from transllm_jax.ablation.results import Found, found_by, original_of, through_of, write_found
 from transllm_jax.ablation.sharing import Shelf, begin_with_answers, drop_checkpoints, link_step
-from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL
+from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL, THROUGH
 from transllm_jax.config import Config
 from transllm_jax.config.load import recorded_date
 from transllm_jax.disk import read_json, write_json, write_text
@@ -48,8 +48,8 @@ RESULTS, PAGE, PLOT, LOG, DAY, SHARED = (
 class Ablation:
     """An ablation in a directory, which is locked.
 
-    config: the config's name. of: the config itself. bridge: answers the questions by the original model between the
-    translations of a finished run. known: what this ablation and others, on other machines, found.
+    config: the config's name. of: the config itself. ask: answers the questions through a finished run, in a way of
+    `table.THROUGH`. known: what this ablation and others, on other machines, found.
     """
 
     config: str
@@ -58,7 +58,7 @@ class Ablation:
     plan: Plan
     progress: Progress
     interrupt: Interrupt
-    bridge: Callable[[Variant], list[dict[str, Any]]]
+    ask: Callable[[str, Variant], list[dict[str, Any]]]
     known: dict[tuple[str, int | None], Found] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,19 +92,20 @@ class Ablation:
             self.write(failed)
         # At the end: it takes as long as a training, and tells less.
         for variant in self.plan.variants:
-            self._make_bridge(variant)
+            for name in THROUGH:
+                self._make_through(name, variant)
         self.write(failed)
         return list(failed)
 
-    def _make_bridge(self, variant: Variant) -> None:
-        """Ask the original between the full method's own translations, if that is not done."""
-        key, there = (BRIDGE, variant.seed), (variant.workdir / "transfer").is_dir()
-        if variant.overlay is not FULL or key in self.known or not there or variant.config.translate.steps == 0:
+    def _make_through(self, name: str, variant: Variant) -> None:
+        """Ask the original through the full method's run, if that is not done."""
+        key, there = (name, variant.seed), (variant.workdir / "transfer").is_dir()
+        if variant.overlay is not FULL or key in self.known or not there or not _can_ask(name, variant.config):
             return
-        self.progress.say(f"\n{LABELS[BRIDGE]}, seed {variant.seed}")
+        self.progress.say(f"\n{LABELS[name]}, seed {variant.seed}")
         started = time.monotonic()
-        items = self.bridge(variant)
-        self.known[key] = bridge_of(variant, items, time.monotonic() - started, made_with())
+        items = self.ask(name, variant)
+        self.known[key] = through_of(name, variant, items, time.monotonic() - started, made_with())
         forget_compiled()
 
     def _is_known(self, variant: Variant) -> bool:
@@ -177,6 +178,13 @@ class Ablation:
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, **variant.recorded, **more}
         with (self.directory / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _can_ask(name: str, config: Config) -> bool:
+    """Whether runs of a config have what the original is asked through: a model that translates, or chains."""
+    if name == BRIDGE:
+        return config.translate.steps != 0
+    return config.transfer.steps != 0 and config.transfer.answers == "chains"
 
 
 def inputs_of(variant: Variant) -> dict[str, Inputs]:

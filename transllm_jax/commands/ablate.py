@@ -64,8 +64,8 @@ def ablate(
     directory = options.out or Path(f"{of.workdir.rstrip('/')}-ablation")
     with locked(directory):
         plan = plan_of(of, directory, options.seeds, options.only, options.given, day_of(of, directory))
-        bridge = partial(_through_bridge, directory, progress, interrupt)
-        ablation = Ablation(str(config), of, directory, plan, progress, interrupt, bridge)
+        ask = partial(_through, directory, progress, interrupt)
+        ablation = Ablation(str(config), of, directory, plan, progress, interrupt, ask)
         known = _read_known(directory, options.others)
         ablation.known.update(known)
         if options.dry_run:
@@ -76,10 +76,10 @@ def ablate(
     return failed
 
 
-def _through_bridge(
-    directory: Path, progress: Progress, interrupt: Interrupt, variant: Variant
+def _through(
+    directory: Path, progress: Progress, interrupt: Interrupt, way: str, variant: Variant
 ) -> list[dict[str, object]]:
-    """The answers of the original of a run between translations by its stage translate, judged."""
+    """The answers of a run's original that is asked through the run, judged. way: a kind of system: bridge, inside."""
     section = variant.config.evaluation
     options = SuiteOptions(
         questions=Path(section.answers or ""),
@@ -90,9 +90,9 @@ def _through_bridge(
         prompts=variant.config.prompts,
     )
     system = Systems(progress.say, options, batch_size=section.batch_size).open(
-        parse_system(f"bridge:{variant.workdir}")
+        parse_system(f"{way}:{variant.workdir}")
     )
-    place = directory / "bridge" / f"seed-{variant.seed}"
+    place = directory / way / f"seed-{variant.seed}"
     suite_named("answers").run(SuiteRun("answers", system, place, options, progress, interrupt.check))
     return [json.loads(line) for line in (place / ITEMS).read_text(encoding="utf-8").splitlines()]
 

@@ -17,6 +17,7 @@ from transllm_jax.evaluation.suites.suite_run import SuiteOptions
 from transllm_jax.evaluation.systems.answers_file import AnswersFile
 from transllm_jax.evaluation.systems.bridge import Bridge, EndpointTranslator, PairTranslator, TextTranslator
 from transllm_jax.evaluation.systems.endpoint import EndpointSystem
+from transllm_jax.evaluation.systems.inside import OriginalInside
 from transllm_jax.evaluation.systems.local import LocalSystem, Weights
 from transllm_jax.evaluation.systems.named import ORIGINAL, Named, parse_system
 from transllm_jax.evaluation.systems.system import System
@@ -58,6 +59,8 @@ class Systems:
             return AnswersFile(named.name, Path(named.where).expanduser())
         if named.kind == "bridge":
             return self._bridge(named)
+        if named.kind == "inside":
+            return self._inside(named)
         return self.model(named)
 
     def _bridge(self, named: Named) -> Bridge:
@@ -65,6 +68,18 @@ class Systems:
         translator = self._translator(named)
         part = named.part or (ORIGINAL if is_run(named.where) else "")
         return Bridge(named.name, self.model(replace(named, kind="model", part=part)), translator)
+
+    def _inside(self, named: Named) -> OriginalInside:
+        """A run's chains with English answers by its original. Raises UserError if it answers in no chains."""
+        if not is_run(named.where):
+            raise UserError(f"inside:{named.where} is no work directory, and has no original in it; give a run's")
+        model = self.model(replace(named, kind="model"))
+        if not model.weights.in_chains or model.original is None:
+            raise UserError(
+                f"inside:{named.where}: its newest point answers in no chains; this needs a run that has done stage "
+                "transfer, with transfer.answers: chains"
+            )
+        return OriginalInside(named.name, model, model.original())
 
     def _translator(self, named: Named) -> TextTranslator:
         options, limit = self.options, self.options.max_new_tokens

@@ -63,9 +63,10 @@ class Request:
 class Result:
     """An answer: its ids without the stop token, and why it ended.
 
-    logprobs: the log-probability of each id by the model itself, if the request is `scored`. text: the answer as text,
-    up to the stop string that ended it; None without stop strings. Where a token holds the end of the text and the
-    beginning of the stop string, the ids end before that token. made: tokens that were generated, with the stop token.
+    stopped_by: the stop token that ended it; None if nothing or a stop string did. logprobs: the log-probability of
+    each id by the model itself, if the request is `scored`. text: the answer as text, up to the stop string that ended
+    it; None without stop strings. Where a token holds the end of the text and the beginning of the stop string, the ids
+    end before that token. made: tokens that were generated, with the stop token.
     """
 
     ids: list[int]
@@ -73,3 +74,4 @@ class Result:
     made: int
     logprobs: list[float] | None = None
     text: str | None = None
+    stopped_by: int | None = None

@@ -17,6 +17,7 @@ class Row:
         self.logprobs: list[float] = []
         self.reason: Reason | None = None
         self.text: str | None = None
+        self.stopped_by: int | None = None
         self.made = self.new = 0
 
     def take(self, ids: Sequence[int], logprobs: Sequence[float], going_on: bool) -> None:
@@ -29,7 +30,7 @@ class Row:
             stopped = bool(ids) and ids[-1] in self.request.stop
             self.reason = "stop" if stopped else "length"
             if stopped:
-                self.ids.pop()
+                self.stopped_by = self.ids.pop()
                 self.logprobs.pop()
 
     def look(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -49,4 +50,4 @@ class Row:
         """The finished answer."""
         assert self.reason is not None
         logprobs = self.logprobs if self.request.scored else None
-        return Result(self.ids, self.reason, self.made, logprobs, self.text)
+        return Result(self.ids, self.reason, self.made, logprobs, self.text, self.stopped_by)

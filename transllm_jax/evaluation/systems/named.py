@@ -9,10 +9,10 @@ from typing import Literal
 
 from transllm_jax.errors import UserError
 
-Kind = Literal["model", "endpoint", "answers", "bridge"]
+Kind = Literal["model", "endpoint", "answers", "bridge", "inside"]
 FORMS = (
     "a work directory (WORKDIR, WORKDIR#original or WORKDIR#POINT), a model directory, a server's model (URL#MODEL), "
-    "answers:FILE or bridge:WORKDIR"
+    "answers:FILE, bridge:WORKDIR or inside:WORKDIR"
 )
 ORIGINAL = "original"
 
@@ -39,7 +39,7 @@ def parse_system(given: str) -> Named:
     else:
         name, rest = "", given
     kind: Kind = "model"
-    for prefix in ("answers", "bridge"):
+    for prefix in ("answers", "bridge", "inside"):
         if rest.startswith(f"{prefix}:"):
             kind, rest = prefix, rest.removeprefix(f"{prefix}:")
     where, _, part = (rest, "", "") if kind == "answers" else rest.partition("#")
@@ -74,8 +74,8 @@ def _name(kind: Kind, where: str, part: str) -> str:
             name = path.resolve().name
         if name == "export" and path.resolve().parent.name:
             name = f"{path.resolve().parent.name}-export"
-        if kind == "bridge":
-            name = f"bridge-{name}"
+        if kind in ("bridge", "inside"):
+            name = f"{kind}-{name}"
         if part:
             name = f"{name}-{part}"
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or kind
