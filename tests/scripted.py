@@ -10,7 +10,7 @@ from typing import Any
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.generation.chain import ChainChat
-from transllm_jax.generation.request import WHOLE, Mode, Request, Result
+from transllm_jax.generation.request import WHOLE, Growing, Mode, Request, Result
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def chain_tokenizer(directory: Path) -> Tokenizer:
 class Script:
     """In place of an engine: gives out texts in order, and keeps what it was asked.
 
-    In `run`, a stop token in a text ends it.
+    A stop token in a text ends it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *texts: str) -> None:
@@ -66,10 +66,11 @@ class Script:
             stopped_by = ids[end] if end < len(ids) else None
             yield number, Result(ids[:end], "stop", len(ids), stopped_by=stopped_by)
 
-    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[Growing]:
         (ids,) = self.generate([prompt], **options)
-        yield ids[: len(ids) // 2]
-        yield ids
+        end = next((place for place, token in enumerate(ids) if token in options["stop"]), len(ids))
+        yield Growing(ids[: end // 2])
+        yield Growing(ids[:end], ids[end] if end < len(ids) else None)
 
 
 class Typist(Script):
@@ -79,12 +80,12 @@ class Typist(Script):
         super().__init__(tokenizer)
         self.given, self.limit = list(texts), limit
 
-    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[list[int]]:
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[Growing]:
         self.calls.append([list(prompt)])
         text = self.given.pop(0)
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
         for size in range(1, min(len(ids), self.limit) + 1):
-            yield ids[:size]
+            yield Growing(ids[:size])
 
 
 def chat_of(script: Script, **options: Any) -> ChainChat:

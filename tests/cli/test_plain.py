@@ -25,7 +25,7 @@ from transllm_jax.commands import chat, dry_run
 from transllm_jax.commands.conversation import Talk
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.token_cost import TokenCost, cost_table
-from transllm_jax.generation.chain import Answer
+from transllm_jax.generation.answer import Answer
 from transllm_jax.hosts.site import Site
 from transllm_jax.progress import Phases, Progress, plain_console
 from transllm_jax.stages.training import part_of

@@ -21,7 +21,7 @@ from scripted import MARKERS, Script, chain_tokenizer, chat_of
 
 from transllm_jax.commands.chat import Session, show
 from transllm_jax.commands.conversation import COMMANDS, Talk, typed
-from transllm_jax.generation.chain import answer_of
+from transllm_jax.generation.answer import answer_of
 from transllm_jax.progress import plain_console
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 

@@ -6,7 +6,8 @@ import pytest
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.conversion.gguf.chat_template import with_english_history
-from transllm_jax.generation.chain import answer_of, remembered
+from transllm_jax.generation.answer import answer_of
+from transllm_jax.generation.chain import remembered
 from transllm_jax.tokenizer.chain import MARKERS
 from transllm_jax.tokenizer.chat import Message, render
 from transllm_jax.tokenizer.tokenizer import Tokenizer

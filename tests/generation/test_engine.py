@@ -134,7 +134,7 @@ def test_few_prompts_get_few_rows(split: Split) -> None:
         prompts, **options
     )
     *_, streamed = engine.stream(prompts[0], **options)
-    assert rows_of(engine)["burst"] == {1, 4} and streamed == engine.generate(prompts[:1], **options)[0]
+    assert rows_of(engine)["burst"] == {1, 4} and streamed.ids == engine.generate(prompts[:1], **options)[0]
     assert rows_of(engine)["burst"] == {1, 4}
 
 
@@ -271,15 +271,15 @@ def test_the_next_turn_of_a_conversation_is_read_from_where_the_last_one_ended(s
     engine = Engine(split, CONFIG, batch_size=1, cache_size=ROOM)
     first = prompt(PIECES[-1] + 3)
     *_, answer = engine.stream(first, max_new_tokens=20, stop=[])
-    longer = [*first, *answer, *prompt(4, 5)]
+    longer = [*first, *answer.ids, *prompt(4, 5)]
     *_, found = engine.stream(longer, max_new_tokens=20, stop=[])
     assert pieces == [PIECES[-1], PIECES[0], PIECES[0]]
-    assert engine.generate([longer], max_new_tokens=20, stop=[]) == [found]
+    assert engine.generate([longer], max_new_tokens=20, stop=[]) == [found.ids]
     # A stream that nobody reads to its end leaves the engine as it was.
     next(engine.stream(longer, max_new_tokens=40, stop=[]))
     assert list(engine.stream(longer, max_new_tokens=20, stop=[]))[-1] == found
     # The original model has keys of its own.
-    assert engine.generate([longer], max_new_tokens=20, stop=[], mode=ORIGINAL) == [found]
+    assert engine.generate([longer], max_new_tokens=20, stop=[], mode=ORIGINAL) == [found.ids]
 
 
 @contextmanager

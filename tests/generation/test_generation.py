@@ -19,7 +19,8 @@ from scripted import MARKERS, WHOLE_CHAIN, Script, asked, chain_tokenizer, chat_
 
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.likelihood import Teacher
-from transllm_jax.generation.chain import Answer, remembered
+from transllm_jax.generation.answer import Answer
+from transllm_jax.generation.chain import remembered
 from transllm_jax.generation.engine import BURST, ORIGINAL, PIECES, WHOLE, Engine, Mode
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.generation.translate import FileTranslator, ModelTranslator
@@ -168,13 +169,13 @@ def test_the_number_of_new_tokens_is_kept(engine: Engine, unstopped: list[list[i
 
 
 def test_a_stream_grows_to_what_generate_gives(engine: Engine, unstopped: list[list[int]]) -> None:
-    steps = list(engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=NEVER))
+    steps = [step.ids for step in engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=NEVER)]
     assert [len(step) for step in steps] == [1, 1 + BURST, ROOM]
     assert all(steps[-1][: len(step)] == step for step in steps)
     assert steps[-1] == unstopped[0]
     stop = unstopped[0][6]
     *_, last = engine.stream(PROMPTS[0], max_new_tokens=ROOM, stop=[stop, *NEVER[1:]])
-    assert last == unstopped[0][: unstopped[0].index(stop)]
+    assert last == (unstopped[0][: unstopped[0].index(stop)], stop)
 
 
 def test_the_original_mode_is_the_base_model(base: Split, engine: Engine, unstopped: list[list[int]]) -> None:

@@ -14,7 +14,8 @@ from tiny_sentencepiece import TEMPLATE, build_tiny_sentencepiece
 
 from transllm_jax.commands.chat import Session, show
 from transllm_jax.errors import UserError
-from transllm_jax.generation.chain import PARTS, Answer, ChainChat, Deltas
+from transllm_jax.generation.answer import PARTS, Answer, Deltas
+from transllm_jax.generation.chain import ChainChat
 from transllm_jax.progress import plain_console
 from transllm_jax.tokenizer.chat import encode_prompt
 from transllm_jax.tokenizer.tokenizer import Tokenizer

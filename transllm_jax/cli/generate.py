@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
+from transllm_jax.cli.options import English, EnglishBy
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 32,
     base: Annotated[bool, typer.Option("--base", help="Ask the original model.")] = False,
+    english: English = EnglishBy.model,
     share: Annotated[
         str, typer.Option(metavar="I/N", help="Answer every Nth record only: one of N machines, from 1/N to N/N.")
     ] = "1/1",
@@ -43,6 +45,6 @@ def generate(
     from transllm_jax.commands.generate import generate as answer
     from transllm_jax.progress import Progress
 
-    options = GenerateOptions(max_new_tokens, sampling, batch_size, base, parse_share(share))
+    options = GenerateOptions(max_new_tokens, sampling, batch_size, base, parse_share(share), english.value)
     with Progress() as progress:
         answer(model, source, target, options, progress)

@@ -28,6 +28,7 @@ from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.evaluate import app as evaluate_app
 from transllm_jax.cli.generate import generate
 from transllm_jax.cli.init import init
+from transllm_jax.cli.options import English, EnglishBy
 from transllm_jax.cli.preflight import preflight
 from transllm_jax.cli.serve import serve
 from transllm_jax.cli.tokenizer import app as tokenizer_app
@@ -242,6 +243,7 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="Ask this and exit; without it, a conversation.")] = None,
     show_chain: Annotated[bool, typer.Option("--show-chain", help="Show the English steps too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Talk to the original model, for comparison.")] = False,
+    english: English = EnglishBy.model,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 1.0,
@@ -263,7 +265,7 @@ def chat(
         sys.stdin.reconfigure(errors="surrogateescape")
     console = plain_console()
     sampling = Sampling(temperature, top_p, seed)
-    session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling)
+    session = open_session(model, base=base, max_new_tokens=max_new_tokens, sampling=sampling, english=english.value)
     try:
         if question is None:
             prompted = console.is_terminal and sys.stdin.isatty()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
+from transllm_jax.cli.options import English, EnglishBy
 from transllm_jax.errors import UserError
 
 
@@ -33,6 +34,7 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, if a client says none.")] = 512,
     temperature: Annotated[float, typer.Option(help="If a client says none; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="If a client says none.")] = 1.0,
+    english: English = EnglishBy.model,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait, for each model.")] = 64,
     api_key: Annotated[
         str | None, typer.Option(envvar="TRANSLLM_API_KEY", help="What clients have to send.", show_envvar=True)
@@ -58,7 +60,7 @@ def serve(
     from transllm_jax.serving.app import Settings
 
     settings = Settings(max_new_tokens, sampling, reasoning.value, queue, api_key or None, tuple(cors or ()))
-    options = ServeOptions(host, port, name, slots, context, settings=settings)
+    options = ServeOptions(host, port, name, slots, context, settings=settings, english=english.value)
 
     def say(line: str) -> None:
         print(line, flush=True)

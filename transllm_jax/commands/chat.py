@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from transllm_jax.commands.lines import Lines, Plain
-from transllm_jax.commands.open_chat import ChatModel, open_chat_model
+from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model
 from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
-from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.answer import Answer
+from transllm_jax.generation.chain import ChainChat, remembered
 from transllm_jax.generation.engine import Engine, Mode
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.tokenizer.chain import MARKERS, Markers
@@ -28,7 +29,8 @@ class Session:
 
     forgotten: how many of the oldest turns were dropped because the model's context was full. early: whether the model
     is that of a run whose last stage, which teaches chains, is not done. original: opens the original model inside it;
-    None if there is none.
+    None if there is none. in_chains: whether the model answers in chains. english: which model writes the English
+    answers.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Session:
     forgotten: int = 0
     early: bool = False
     original: Callable[[], ChainChat] | None = None
+    in_chains: bool = False
+    english: English = "model"
 
     def ask(self, question: str, *, original: bool = False) -> Iterator[Answer]:
         """Yield the answer as it grows. The turn is remembered once the whole answer has been taken, and only then are
@@ -48,6 +52,8 @@ class Session:
         """
         check_question(question, self.tokenizer)
         chat = self._original() if original else self.chat
+        if not original and self.english == "original":
+            chat = chat.with_original(self._original())
         asked: Message = {"role": "user", "content": question.strip()}
         kept, left_out = chat.fitting([*self.history, asked])
         answer = None
@@ -60,6 +66,14 @@ class Session:
     def reset(self) -> None:
         """Forget the conversation."""
         self.history, self.forgotten = [], 0
+
+    def set_english(self, english: English) -> None:
+        """Say which model writes the English answers. Raises UserError if there is no original, or are no chains."""
+        if english == "original":
+            self.require_original()
+            if not self.in_chains:
+                raise UserError(f"{self.name} does not answer in chains; /base asks the original model")
+        self.english = english
 
     def require_original(self) -> Callable[[], ChainChat]:
         """What opens the original model. Raises UserError if there is none."""
@@ -94,7 +108,12 @@ def check_question(question: str, tokenizer: Tokenizer) -> None:
 
 
 def open_session(
-    given: Path | str, *, base: bool = False, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+    given: Path | str,
+    *,
+    base: bool = False,
+    max_new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    english: English = "model",
 ) -> Session:
     """Open a session with a work directory's newest point (or its original model), or with another model.
 
@@ -109,13 +128,16 @@ def open_session(
         return ChainChat(engine, model.tokenizer, model.markers, max_new_tokens=max_new_tokens, mode=mode)
 
     first = opened.original
-    return Session(
+    session = Session(
         opened.name,
         chat_with(opened),
         opened.tokenizer,
         early=opened.early,
         original=None if first is None else (lambda: chat_with(first())),
+        in_chains=opened.in_chains,
     )
+    session.set_english(english)
+    return session
 
 
 def show(console: Console, answers: Iterator[Answer], *, show_chain: bool, markers: Markers = MARKERS) -> Answer | None:

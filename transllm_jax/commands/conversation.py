@@ -19,11 +19,12 @@ from transllm_jax.commands.chat import Session, show
 from transllm_jax.commands.lines import Lines
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
-from transllm_jax.generation.chain import Answer
+from transllm_jax.generation.answer import Answer
 
 COMMANDS = {
     "/chain": "show or hide the English steps of the answers",
     "/base": "the original model answers, until /base is given again; /base QUESTION asks it once",
+    "/english": "the original model writes the English answers, until /english is given again",
     "/save FILE": "write the conversation to a new file of JSON",
     "/reset": "forget the conversation",
     "/help": "this list",
@@ -91,6 +92,8 @@ class Talk:
             self._note(f"the English steps are {'shown' if self._show_chain else 'hidden'} from now on")
         elif name == "/base":
             self._base(rest)
+        elif name == "/english":
+            self._english()
         elif name == "/save":
             self._save(rest)
         elif name in ("/reset", "/new"):
@@ -127,6 +130,12 @@ class Talk:
             return
         self._by_original = not self._by_original
         self._note("the original model answers" if self._by_original else f"{self._session.name} answers")
+
+    def _english(self) -> None:
+        session = self._session
+        session.set_english("original" if session.english == "model" else "model")
+        by = "the original model" if session.english == "original" else session.name
+        self._note(f"{by} writes the English answers")
 
     def _save(self, name: str) -> None:
         if not name:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transllm_jax.commands.open_chat import ChatModel, open_chat_model
+from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model, original_of
 from transllm_jax.disk import appending, cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
-from transllm_jax.generation.chain import Writing
+from transllm_jax.generation.answer import Answer
+from transllm_jax.generation.chain import ask_original
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.request import Reason, Request, Result
 from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.generation.writing import Leg, Writing
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress, counted
 from transllm_jax.tokenizer.chat import Message, encode_prompt
@@ -32,7 +34,8 @@ ADDED = ("text", "finish_reason", "tokens", "how", "chain")
 class GenerateOptions:
     """How answers are generated; `batch_size` at a time, which is no part of what is asked for.
 
-    share: (2, 8) is the second of eight shares of the records, for eight machines; (1, 1) is all of them.
+    share: (2, 8) is the second of eight shares of the records, for eight machines; (1, 1) is all of them. english:
+    which model writes the English answers.
     """
 
     max_new_tokens: int = 512
@@ -40,6 +43,7 @@ class GenerateOptions:
     batch_size: int = 32
     base: bool = False
     share: tuple[int, int] = (1, 1)
+    english: English = "model"
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -83,6 +87,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
     if of > 1:
         target = _beside(target, f"{number}-of-{of}.jsonl")
     opened = open_chat_model(model, base=options.base)
+    original = original_of(opened, options.english)
     target.parent.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, appending(target) as file:
         _require_settings(target, {"model": opened.name, **_settings(model, options)})
@@ -93,13 +98,14 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         if rejected:
             place = _beside(target, "rejected.jsonl")
             progress.say(f"  {counted(len(rejected), 'line')} not answered: {place}", style="yellow")
-        _answer(opened, waiting, len(done), file, options, progress, interrupt)
+        _answer(opened, original, waiting, len(done), file, options, progress, interrupt)
     progress.say(f"  {counted(len(items), 'answer')} in {target}")
     return len(rejected)
 
 
 def _answer(
     opened: ChatModel,
+    original: ChatModel | None,
     waiting: list[_Item],
     done: int,
     file: BinaryIO,
@@ -112,7 +118,7 @@ def _answer(
         return
     total, began, first, tokens = done + len(waiting), time.monotonic(), done, 0
 
-    answerer = _Answerer(opened, options, total, interrupt)
+    answerer = _Answerer(opened, original, options, total, interrupt)
     with progress.task("answers", total=total, done=done, unit="answer") as bar:
 
         def speed() -> str:
@@ -136,76 +142,104 @@ def _answer(
 
 
 class _Answerer:
-    """Makes rows with answers. total: how many answers the whole file has."""
+    """Makes rows with answers. original: the model that writes the English answers; None if `opened` itself does.
+    total: how many answers the whole file has."""
 
-    def __init__(self, opened: ChatModel, options: GenerateOptions, total: int, interrupt: Interrupt) -> None:
-        self._opened, self._options, self._total, self._interrupt = opened, options, total, interrupt
+    def __init__(
+        self,
+        opened: ChatModel,
+        original: ChatModel | None,
+        options: GenerateOptions,
+        total: int,
+        interrupt: Interrupt,
+    ) -> None:
+        self._opened, self._original, self._options = opened, original, options
+        self._total, self._interrupt = total, interrupt
         self._engine = Engine(opened.split, opened.config, batch_size=options.batch_size)
-        self._stop = end_ids(opened.tokenizer)
+        # The weights are shared.
+        self._of_original = self._engine
+        if original is not None:
+            self._of_original = Engine(original.split, original.config, batch_size=options.batch_size)
 
     def rows(
         self, items: list[_Item], count: Callable[[int], None], so_far: Callable[[], str]
     ) -> Iterator[dict[str, Any]]:
-        """Yield rows as answers finish. Chains that lack their last marker are continued once, and come last.
+        """Yield rows as answers finish. Those that are written in several legs come last.
 
         count: is given the number of new tokens. so_far: what to say if the command is stopped.
         """
-        broken: list[tuple[_Item, Writing, list[int]]] = []
-        longest = max(item.tokens for item in items) + self._options.max_new_tokens
-        asked = ((item, _prompt(self._opened, item.record)) for item in items)
-        for number, result in self._run(asked, longest, count, so_far):
-            item = items[number]
-            if "prompt" in item.record:
-                text = self._opened.tokenizer.decode(result.ids, skip_special_tokens=True)
-                yield _row(item.record, text, result.finish_reason, len(result.ids))
-                continue
-            writing = self._written(item, result)
-            prompt = writing.longer()
-            if prompt is not None and len(prompt) + self._options.max_new_tokens <= self._opened.config.context:
-                broken.append((item, writing, prompt))
-            else:
-                yield self._answered(item, writing, result)
-        if broken:
-            longest = max(len(prompt) for _, _, prompt in broken) + self._options.max_new_tokens
-            again = ((item, prompt) for item, _, prompt in broken)
-            for number, result in self._run(again, longest, count, so_far):
-                item, writing, _ = broken[number]
-                writing.go_on()
+        limit, context = self._options.max_new_tokens, self._opened.config.context
+        writings: dict[int, Writing] = {}
+        longest = max(item.tokens for item in items) + limit
+
+        def first_legs() -> Iterator[tuple[_Item, Leg]]:
+            # One at a time: a file may hold more prompts than memory does.
+            for number, item in enumerate(items):
+                writings[number] = self._begun(item)
+                yield item, writings[number].leg
+
+        def has_room(leg: Leg) -> bool:
+            return len(leg.prompt) + limit <= context
+
+        legs: Iterable[tuple[_Item, Leg]] = first_legs()
+        numbers, by_original = list(range(len(items))), False
+        waiting = set(numbers)
+        while numbers:
+            for row, result in self._run(legs, by_original, longest, count, so_far):
+                number = numbers[row]
+                item, writing = items[number], writings[number]
                 writing.grow(result.ids)
-                yield self._answered(item, writing, result)
+                cut_off = result.finish_reason == "length"
+                answer = writing.end(cut_off=cut_off, stopped_by=result.stopped_by, has_room=has_room)
+                if answer is not None:
+                    yield self._answered(item, writing, answer)
+                    waiting.remove(number)
+                    del writings[number]
+            # The next legs of one model, those of the original last.
+            by_original = all(writings[number].leg.original for number in waiting)
+            numbers = sorted(number for number in waiting if writings[number].leg.original is by_original)
+            legs = [(items[number], writings[number].leg) for number in numbers]
+            longest = max((len(leg.prompt) for _, leg in legs), default=0) + limit
+
+    def _begun(self, item: _Item) -> Writing:
+        """The answer to a record, of which nothing is written yet."""
+        tokenizer, markers = self._opened.tokenizer, self._opened.markers
+        prompt = _prompt(self._opened, item.record)
+        if "prompt" in item.record:
+            return Writing(tokenizer, None, prompt, hidden=frozenset(tokenizer.special_tokens.values()))
+        ask = None if self._original is None else ask_original(self._original.tokenizer, _messages(item.record))
+        return Writing(tokenizer, markers, prompt, ask_original=ask)
 
     def _run(
         self,
-        asked: Iterable[tuple[_Item, Sequence[int]]],
+        legs: Iterable[tuple[_Item, Leg]],
+        by_original: bool,
         longest: int,
         count: Callable[[int], None],
         so_far: Callable[[], str],
     ) -> Iterator[tuple[int, Result]]:
         options = self._options
         requests = (
-            Request(prompt, options.max_new_tokens, self._stop, sampling=options.sampling.for_row(item.key))
-            for item, prompt in asked
+            Request(leg.prompt, options.max_new_tokens, leg.stop, sampling=options.sampling.for_row(item.key))
+            for item, leg in legs
         )
-        return self._engine.run(
+        engine = self._of_original if by_original else self._engine
+        return engine.run(
             requests,
             longest=longest,
-            stops=len(self._stop),
+            # One more than the end tokens: the marker at which the original takes over.
+            stops=1 + max(len(end_ids(one.tokenizer)) for one in (self._opened, self._original) if one is not None),
             # The slots of all answers, so that those of a resumed run are rounded as in an undisturbed one.
             at_once=self._total,
             on_tokens=count,
             between=lambda: self._interrupt.check(so_far()),
         )
 
-    def _written(self, item: _Item, result: Result) -> Writing:
-        writing = Writing(self._opened.tokenizer, self._opened.markers, _prompt(self._opened, item.record))
-        writing.grow(result.ids)
-        writing.end(cut_off=result.finish_reason == "length")
-        return writing
-
-    def _answered(self, item: _Item, writing: Writing, result: Result) -> dict[str, Any]:
-        answer = writing.end(cut_off=result.finish_reason == "length")
-        text = self._opened.tokenizer.without_specials(answer.visible)
+    def _answered(self, item: _Item, writing: Writing, answer: Answer) -> dict[str, Any]:
         reason: Reason = "length" if answer.cut_off else "stop"
+        if "prompt" in item.record:
+            return _row(item.record, answer.raw, reason, len(writing.ids))
+        text = self._opened.tokenizer.without_specials(answer.visible)
         row = _row(item.record, text, reason, len(writing.ids)) | {"how": answer.how}
         return row if answer.chain is None else row | {"chain": vars(answer.chain)}
 
@@ -226,11 +260,18 @@ def _prompt(opened: ChatModel, record: Mapping[str, Any]) -> list[int]:
         if not ids:
             raise _Rejected("the prompt is empty")
         return ids
-    messages: list[Message] = [{"role": "user", "content": asked}] if name == "instruction" else asked
     try:
-        return encode_prompt(tokenizer, messages, opened.markers.in_order())
+        return encode_prompt(tokenizer, _messages(record), opened.markers.in_order())
     except UserError as error:
         raise _Rejected(str(error)) from None
+
+
+def _messages(record: Mapping[str, Any]) -> list[Message]:
+    """The conversation that a record asks to go on with."""
+    if "instruction" in record:
+        return [{"role": "user", "content": record["instruction"]}]
+    messages: list[Message] = record["messages"]
+    return messages
 
 
 def _items(source: Path, opened: ChatModel, options: GenerateOptions) -> tuple[list[_Item], list[dict[str, Any]]]:
@@ -311,6 +352,7 @@ def _settings(model: str, options: GenerateOptions) -> dict[str, Any]:
     return {
         "path": model if "://" in model else str(Path(model).resolve()),
         "base": options.base,
+        **({"english": options.english} if options.english != "model" else {}),
         "max_new_tokens": options.max_new_tokens,
         **asdict(options.sampling),
     }

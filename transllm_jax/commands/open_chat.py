@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -28,6 +28,9 @@ from transllm_jax.stages.run import Run
 from transllm_jax.storage import open_workdir
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+# Which model writes the English answers, within chains and to English questions.
+English = Literal["model", "original"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,20 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
     files = tuple(sorted(place for place in places if place is not None and place.exists()))
     tuned = _about(source) is not None
     return ChatModel(source.name, split, shape, tokenizer, _markers(source), in_chains=tuned, tuned=tuned, files=files)
+
+
+def original_of(opened: ChatModel, english: English) -> ChatModel | None:
+    """The original model inside an opened one, if it is to write the English answers.
+
+    Raises UserError if there is none, or if the model does not answer in chains.
+    """
+    if english == "model":
+        return None
+    if opened.original is None:
+        raise UserError(f"--english original: no original model is beside {opened.name}; open a run's work directory")
+    if not opened.in_chains:
+        raise UserError(f"--english original: {opened.name} does not answer in chains; leave the option out")
+    return opened.original()
 
 
 def _markers(source: Source) -> Markers:

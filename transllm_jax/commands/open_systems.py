@@ -17,7 +17,6 @@ from transllm_jax.evaluation.suites.suite_run import SuiteOptions
 from transllm_jax.evaluation.systems.answers_file import AnswersFile
 from transllm_jax.evaluation.systems.bridge import Bridge, EndpointTranslator, PairTranslator, TextTranslator
 from transllm_jax.evaluation.systems.endpoint import EndpointSystem
-from transllm_jax.evaluation.systems.inside import OriginalInside
 from transllm_jax.evaluation.systems.local import LocalSystem, Weights
 from transllm_jax.evaluation.systems.named import ORIGINAL, Named, parse_system
 from transllm_jax.evaluation.systems.system import System
@@ -69,7 +68,7 @@ class Systems:
         part = named.part or (ORIGINAL if is_run(named.where) else "")
         return Bridge(named.name, self.model(replace(named, kind="model", part=part)), translator)
 
-    def _inside(self, named: Named) -> OriginalInside:
+    def _inside(self, named: Named) -> LocalSystem:
         """A run's chains with English answers by its original. Raises UserError if it answers in no chains."""
         if not is_run(named.where):
             raise UserError(f"inside:{named.where} is no work directory, and has no original in it; give a run's")
@@ -79,7 +78,8 @@ class Systems:
                 f"inside:{named.where}: its newest point answers in no chains; this needs a run that has done stage "
                 "transfer, with transfer.answers: chains"
             )
-        return OriginalInside(named.name, model, model.original())
+        identity = {**model.identity, "english": model.original().identity}
+        return replace(model, identity=identity, inside=True)
 
     def _translator(self, named: Named) -> TextTranslator:
         options, limit = self.options, self.options.max_new_tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from transllm_jax.commands.open_chat import ChatModel, open_chat_model
+from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model, original_of
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.programs import STOPS
@@ -27,7 +27,7 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class ServeOptions:
     """host, port: where; port 0 is any free one. name: of the model; None for that of its directory. slots: answers at
     a time, of each model. context: the most tokens of a prompt and its answer. grace: seconds that requests have to end
-    when the server is told to stop.
+    when the server is told to stop. english: which model writes the English answers.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +36,7 @@ class ServeOptions:
     slots: int = 8
     context: int = 2048
     grace: int = 120
+    english: English = "model"
     settings: Settings = field(default_factory=Settings)
 
 
@@ -66,6 +67,7 @@ def serve(given: str, options: ServeOptions, say: Callable[[str], None]) -> None
 def serve_models(given: str, options: ServeOptions) -> list[Served]:
     """The models of a work directory or an exported model, with their engines; nothing is compiled yet."""
     opened = open_chat_model(given)
+    original_of(opened, options.english)  # refuses what has none
     name = options.name or _name(given)
     longest = min(options.context, opened.config.context)
     chats: list[tuple[str, ChatModel, Mode, Markers | None]] = [(name, opened, WHOLE, _markers(opened))]
@@ -78,13 +80,17 @@ def serve_models(given: str, options: ServeOptions) -> list[Served]:
         split = opened.split if mode == ORIGINAL else chat.split
         if id(split) not in engines:
             engines[id(split)] = Engine(split, opened.config, batch_size=options.slots)
-        stops = max(STOPS, len(end_ids(chat.tokenizer)))
+        # One more than the end tokens: the marker at which the original takes over.
+        stops = max(STOPS, 1 + len(end_ids(chat.tokenizer)))
         lanes.append(Lane(engines[id(split)], mode, longest, stops))
     thread = EngineThread(lanes)
-    return [
+    models = [
         Served(name, thread, lane, chat.tokenizer, markers)
         for lane, (name, chat, _, markers) in zip(lanes, chats, strict=True)
     ]
+    if options.english == "original":
+        models[0].english_by = models[1]
+    return models
 
 
 def _name(given: str) -> str:

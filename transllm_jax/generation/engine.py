@@ -14,7 +14,7 @@ import jax
 
 from transllm_jax.generation.device import PIECES, Batch, Device
 from transllm_jax.generation.programs import BURST, STOPS, lowered
-from transllm_jax.generation.request import ORIGINAL, WHOLE, Mode, Request, Result
+from transllm_jax.generation.request import ORIGINAL, WHOLE, Growing, Mode, Request, Result
 from transllm_jax.generation.row import Row
 from transllm_jax.model.cache import CHUNK, unstacked
 from transllm_jax.model.config import LlamaConfig
@@ -111,7 +111,7 @@ class Engine:
 
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop: Sequence[int], mode: Mode = WHOLE
-    ) -> Iterator[list[int]]:
+    ) -> Iterator[Growing]:
         """Yield the answer to one prompt as it grows: all its tokens so far, after each burst.
 
         It is the answer of `generate` to this prompt alone. What was read of the prompt is kept: a conversation's next
@@ -122,7 +122,7 @@ class Engine:
         size = len(prompt) + max_new_tokens
         device = self._device_for(mode, 1, size, len(stop))
         for rows in self._rounds(iter([request]), device, lambda count: None, lambda: None):
-            yield list(rows[0].ids)
+            yield Growing(list(rows[0].ids), rows[0].stopped_by)
 
     def run(
         self,

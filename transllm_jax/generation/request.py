@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transllm_jax.errors import UserError
 from transllm_jax.generation.sampling import GREEDY, Sampling
@@ -57,6 +57,13 @@ class Request:
                 f"generation: a prompt of {len(self.prompt)} tokens and {self.max_new_tokens} new ones exceed the "
                 f"model's context of {context}; shorten the prompt or lower max_new_tokens"
             )
+
+
+class Growing(NamedTuple):
+    """An answer to one prompt on its way: its ids so far; and, once it has ended, the stop token that ended it."""
+
+    ids: list[int]
+    stopped_by: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from transllm_jax.errors import UserError
-from transllm_jax.generation.chain import remembered
+from transllm_jax.generation.chain import ask_original, remembered
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.serving.guard import Guard
 from transllm_jax.serving.history import English, Memory, Source, Turn, as_said, seen_by_model
@@ -145,9 +145,10 @@ class Server:
         request.scope["transllm"] = model.name
         place = self._place(model)
         try:
-            prompt, sources, dropped = await unless_gone(request, self._conversation(model, asked))
+            prompt, messages, sources, dropped = await unless_gone(request, self._conversation(model, asked))
             room = self._room(model, asked, len(prompt), "messages")
-            reply = Reply(model, prompt, room, asked.sampling, asked.stop)
+            ask = None if model.english_by is None else ask_original(model.english_by.tokenizer, messages)
+            reply = Reply(model, prompt, room, asked.sampling, asked.stop, ask_original=ask)
             usage = {"history": sources if model.markers is not None else None, "dropped_turns": dropped}
             if asked.stream:
                 events = self._events(reply, asked, usage, time.monotonic())
@@ -197,8 +198,9 @@ class Server:
             yield event(_failure().body)
         yield event("[DONE]")
 
-    async def _conversation(self, model: Served, asked: Asked) -> tuple[list[int], list[Source], int]:
-        """The ids of a conversation, where each earlier turn's English is from, and how many turns were dropped."""
+    async def _conversation(self, model: Served, asked: Asked) -> tuple[list[int], list[Message], list[Source], int]:
+        """A conversation as ids, and as the messages that the model sees; where each earlier turn's English is from;
+        and how many turns were dropped."""
         letters = sum(len(message.content) for message in asked.messages)
         self._refuse_long(model, letters, "messages")
         tokenizer, markers = model.tokenizer, model.markers
@@ -228,7 +230,7 @@ class Server:
             del messages[turns[0] : turns[1]]
             dropped += 1
             prompt = await asyncio.to_thread(encoded, messages)
-        return prompt, sources, dropped
+        return prompt, messages, sources, dropped
 
     def _done(self, reply: Reply, asked: Asked) -> None:
         """Count an answer, and remember its turn in English."""

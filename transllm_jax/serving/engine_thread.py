@@ -22,11 +22,15 @@ CPU_STEPS = 4
 
 
 class Told(NamedTuple):
-    """What the engine tells about a job: more ids; and, at last, why the answer ended, or that the engine failed."""
+    """What the engine tells about a job: more ids; and, at last, why the answer ended, or that the engine failed.
+
+    stopped_by: the stop token that ended it, if one did.
+    """
 
     ids: list[int]
     reason: Reason | None = None
     failed: bool = False
+    stopped_by: int | None = None
 
 
 class Job:
@@ -41,7 +45,7 @@ class Job:
         """What is new in its row."""
         new = row.ids[self._given :]
         self._given = len(row.ids)
-        return Told(new, row.reason)
+        return Told(new, row.reason, stopped_by=row.stopped_by)
 
 
 class Lane:

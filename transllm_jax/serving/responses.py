@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transllm_jax import __version__
-from transllm_jax.generation.chain import Delta
+from transllm_jax.generation.answer import Delta
 from transllm_jax.serving.history import ANSWER, QUESTION, Source
 from transllm_jax.serving.served import Reply, Served
 

@@ -8,14 +8,14 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from transllm_jax.generation.chain import Answer, Delta, Deltas, Writing
+from transllm_jax.generation.answer import Answer, Delta, Deltas
 from transllm_jax.generation.engine import Request
 from transllm_jax.generation.request import Reason
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.generation.translate import translation_ends, translation_prompt
+from transllm_jax.generation.writing import AskOriginal, Leg, Writing
 from transllm_jax.serving.engine_thread import EngineThread, Job, Lane, Told
 from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.text_stream import INCOMPLETE
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -26,13 +26,15 @@ class EngineFailed(Exception):
 
 @dataclass
 class Served:
-    """A model under a name. markers: None if it writes no chains."""
+    """A model under a name. markers: None if it writes no chains. english_by: the original model, if that writes the
+    English answers."""
 
     name: str
     thread: EngineThread
     lane: Lane
     tokenizer: Tokenizer
     markers: Markers | None
+    english_by: Served | None = None
     # Requests that it works on or that wait.
     requests: int = field(default=0, init=False)
 
@@ -133,8 +135,8 @@ def _overlap(text: str, string: str) -> int:
 class Reply:
     """One answer: what is asked, and, while its parts are taken (`deltas`), what is known about it.
 
-    raw: the model continues a text, so nothing in its answer is a chain. content: what the user sees so far. whole: the
-    answer once it has ended.
+    raw: the model continues a text, so nothing in its answer is a chain. ask_original: how `Served.english_by` is
+    asked, if it writes the English answers. content: what the user sees so far. whole: the answer once it has ended.
     """
 
     model: Served
@@ -143,6 +145,7 @@ class Reply:
     sampling: Sampling = GREEDY
     stop_strings: Sequence[str] = ()
     raw: bool = False
+    ask_original: AskOriginal | None = None
     finish_reason: Reason | None = field(default=None, init=False)
     completion_tokens: int = field(default=0, init=False)
     reasoning_tokens: int = field(default=0, init=False)
@@ -150,33 +153,38 @@ class Reply:
     whole: Answer | None = field(default=None, init=False)
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
-        """Yield more of the answer as it comes. A chain that breaks off is continued once, within the same limits.
+        """Yield more of the answer as it comes. All its legs are within the same limits.
 
         Raises EngineFailed.
         """
         model = self.model
         hidden = model.specials if self.raw else model.hidden
-        writing = Writing(model.tokenizer, None if self.raw else model.markers, self.prompt, hidden=hidden)
+        markers = None if self.raw else model.markers
+        writing = Writing(model.tokenizer, markers, self.prompt, hidden=hidden, ask_original=self.ask_original)
         given, stops = Deltas(), StopStrings(self.stop_strings)
-        prompt: Sequence[int] | None = self.prompt
-        while prompt is not None:
-            request = Request(prompt, self._room(prompt), end_ids(model.tokenizer), sampling=self.sampling)
+
+        def has_room(leg: Leg) -> bool:
+            # After a stop string nothing follows.
+            return not stops.found and self._room(leg.prompt) > 0
+
+        whole: Answer | None = None
+        while whole is None:
+            leg = writing.leg
+            by = model.english_by if leg.original and model.english_by is not None else model
+            request = Request(leg.prompt, self._room(leg.prompt), leg.stop, sampling=self.sampling)
             ids: list[int] = []
-            reason: Reason | None = None
-            async with aclosing(model.generate(request, ahead=prompt is not self.prompt)) as progress:
+            told = Told([])
+            async with aclosing(by.generate(request, ahead=leg.prompt is not self.prompt)) as progress:
                 async for told in progress:
                     ids += told.ids
-                    reason = told.reason
                     self.completion_tokens += len(told.ids)
                     yield self._passed(given.of(writing.grow(ids)), stops)
                     if stops.found:
                         break
-            cut_off = reason == "length" and not stops.found
-            self.whole = whole = writing.end(cut_off=cut_off)
-            longer = None if cut_off or stops.found else writing.longer()
-            prompt = longer if longer is not None and self._room(longer) > 0 else None
-            if prompt is not None:
-                writing.go_on()
+            cut_off = told.reason == "length" and not stops.found
+            whole = writing.end(cut_off=cut_off, stopped_by=told.stopped_by, has_room=has_room)
+        self.whole = whole
+        cut_off = whole.cut_off and not stops.found
         self.reasoning_tokens = self._before_target(writing.ids)
         self.finish_reason = "length" if cut_off else "stop"
         # The limit may have cut a character in half.

@@ -10,7 +10,7 @@ from typing import Any
 from transllm_jax.config import Endpoint
 from transllm_jax.evaluation.systems.rounds import Talk, converse, plain_memory
 from transllm_jax.evaluation.systems.system import Asked, Turn
-from transllm_jax.generation.chain import answer_of
+from transllm_jax.generation.answer import answer_of
 from transllm_jax.generation.endpoint import Client, Reply, Request, request_body
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message

@@ -10,7 +10,8 @@ from typing import Any
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.systems.rounds import Talk, converse, plain_memory
 from transllm_jax.evaluation.systems.system import Asked, Turn
-from transllm_jax.generation.chain import Answer, ChainChat, remembered
+from transllm_jax.generation.answer import Answer
+from transllm_jax.generation.chain import ChainChat, remembered
 from transllm_jax.generation.engine import Engine, Request
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.generation.translate import Direction, Made, ModelTranslator, translation_prompt
@@ -21,8 +22,7 @@ from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-# A talk, its turn, and the messages that are remembered of it.
-Found = Iterator[tuple[Talk, Turn, Sequence[Message]]]
+_Found = Iterator[tuple[Talk, Turn, Sequence[Message]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class LocalSystem:
 
     Where the model answers in chains, a broken one is continued once, earlier turns are remembered in English, and an
     answer in English begins with the marker of English answers. original: opens the original model of its run, which
-    may be this one; None if there is none. batch_size: answers at a time.
+    may be this one; None if there is none. inside: the original writes the English answers, within chains and to
+    English questions. batch_size: answers at a time.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LocalSystem:
     identity: Mapping[str, Any]
     batch_size: int = 32
     original: Callable[[], LocalSystem] | None = field(default=None, repr=False)
+    inside: bool = False
 
     @cached_property
     def engine(self) -> Engine:
@@ -92,7 +94,7 @@ class LocalSystem:
         )
         yield from translator.each(texts, direction, at_once=at_once)
 
-    def _round(self, talks: Sequence[Talk], *, between: Callable[[], None], at_once: int) -> Found:
+    def _round(self, talks: Sequence[Talk], *, between: Callable[[], None], at_once: int) -> _Found:
         """The next turn of each talk. Those that are asked in the same way, with the same limit, are asked together."""
         groups: dict[tuple[Any, ...], list[Talk]] = {}
         for talk in talks:
@@ -100,7 +102,7 @@ class LocalSystem:
         for (way, direction, limit), some in groups.items():
             fitting = []
             for talk in some:
-                fault = self.fault(talk, way, direction)
+                fault = self._fault(talk, way, direction)
                 if fault is None:
                     fitting.append(talk)
                 else:
@@ -119,10 +121,10 @@ class LocalSystem:
             return ("pair", asked.translate[0]) if self.weights.in_pairs else ("chat", None)
         return ("english" if asked.language == "english" and self.weights.tuned else "chat"), None
 
-    def fault(self, talk: Talk, way: str = "chat", direction: Direction | None = None) -> str | None:
+    def _fault(self, talk: Talk, way: str, direction: Direction | None) -> str | None:
         """Why a turn cannot be answered."""
         try:
-            prompt = len(self.prompt(talk, way, direction))
+            prompt = len(self._prompt(talk, way, direction))
         except UserError as error:
             return str(error)
         new, context = talk.asked.max_new_tokens, self.weights.config.context
@@ -130,30 +132,33 @@ class LocalSystem:
             return f"a prompt of {prompt} tokens and {new} new ones exceed the model's context of {context}"
         return None
 
-    def prompt(self, talk: Talk, way: str = "chat", direction: Direction | None = None) -> list[int]:
-        """The prompt of a talk's next turn. way: `chat`, `english`, or `pair` for a translation in a direction."""
+    def _prompt(self, talk: Talk, way: str, direction: Direction | None) -> list[int]:
         tokenizer, markers = self.weights.tokenizer, self.weights.markers
         if way == "pair" and direction is not None and talk.asked.translate is not None:
             return translation_prompt(tokenizer, markers, talk.asked.translate[1], direction)
         begun = tokenizer.encode(markers.response) if way == "english" else []
         return [*encode_prompt(tokenizer, talk.messages, markers.in_order()), *begun]
 
-    def _chatted(self, talks: Sequence[Talk], limit: int, at_once: int, between: Callable[[], None]) -> Found:
+    def _chatted(self, talks: Sequence[Talk], limit: int, at_once: int, between: Callable[[], None]) -> _Found:
         tokenizer = self.weights.tokenizer
-        chat = ChainChat(self.engine, tokenizer, self.weights.markers, max_new_tokens=limit)
-        samplings = [sampling_of(talk) for talk in talks]
+        chat = self._chat(limit)
+        if self.inside and self.original is not None:
+            chat = chat.with_original(self.original()._chat(limit))
+        samplings = [_sampling(talk) for talk in talks]
         messages = [talk.messages for talk in talks]
         for number, answer in chat.each(messages, samplings=samplings, at_once=at_once, between=between):
             talk = talks[number]
-            turn = self.turn(talk, answer)
+            turn = self._turn(talk, answer)
             if self.weights.in_chains:
                 kept: Sequence[Message] = remembered(talk.question, answer, tokenizer)
             else:
                 kept = plain_memory(talk, turn.visible)
             yield talk, turn, kept
 
-    def turn(self, talk: Talk, answer: Answer) -> Turn:
-        """An answer as the turn of a talk."""
+    def _chat(self, limit: int) -> ChainChat:
+        return ChainChat(self.engine, self.weights.tokenizer, self.weights.markers, max_new_tokens=limit)
+
+    def _turn(self, talk: Talk, answer: Answer) -> Turn:
         chain = answer.chain
         return Turn(
             prompt=talk.messages,
@@ -166,12 +171,15 @@ class LocalSystem:
             cut_off=answer.cut_off,
         )
 
-    def _in_english(self, talks: Sequence[Talk], limit: int, at_once: int, between: Callable[[], None]) -> Found:
-        """English answers: after their marker, up to the next one."""
+    def _in_english(self, talks: Sequence[Talk], limit: int, at_once: int, between: Callable[[], None]) -> _Found:
+        """English answers: after their marker, up to the next one; or the original's."""
+        if self.inside and self.original is not None:
+            yield from self.original()._chatted(talks, limit, at_once, between)
+            return
         tokenizer, markers = self.weights.tokenizer, self.weights.markers
         stop = end_ids(tokenizer)
         requests = [
-            Request(self.prompt(talk, "english", None), limit, stop, sampling=sampling_of(talk)) for talk in talks
+            Request(self._prompt(talk, "english", None), limit, stop, sampling=_sampling(talk)) for talk in talks
         ]
         for number, result in self.engine.run(requests, at_once=at_once, between=between):
             text = tokenizer.decode(result.ids)
@@ -190,7 +198,7 @@ class LocalSystem:
         limit: int,
         at_once: int,
         between: Callable[[], None],
-    ) -> Found:
+    ) -> _Found:
         texts = [talk.asked.translate[1] for talk in talks if talk.asked.translate is not None]
         found = self.translate(texts, direction, max_new_tokens=limit, at_once=at_once, between=between)
         markers = self.weights.markers
@@ -200,7 +208,7 @@ class LocalSystem:
             yield talks[number], Turn(prompt, text or "", text or "", cut_off=not finished), []
 
 
-def sampling_of(talk: Talk) -> Sampling:
+def _sampling(talk: Talk) -> Sampling:
     """The sampling of a talk's next turn: later turns have seeds of their own."""
     sampling = talk.asked.sampling
     return sampling.for_row(len(talk.turns)) if talk.turns else sampling
