@@ -25,7 +25,8 @@ from transllm_jax.tokenizer.tokenizer import Tokenizer
 class ScriptedThread:
     """In place of an engine's thread: it says what a test has written down, three tokens at a time.
 
-    texts: the answers in order; None for an answer that does not come until `cancel`. The last one is given again.
+    texts: the answers in order; None for an answer that does not come until `cancel`. The last one is given again. A
+    stop token in a text ends it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *texts: str | None) -> None:
@@ -45,9 +46,11 @@ class ScriptedThread:
         self.asked.append(job)
         text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
         ids, limit = self.tokenizer.encode("A" if text is None else text), job.request.max_new_tokens
+        end = next((place for place, token in enumerate(ids[:limit]) if token in job.request.stop), None)
+        stopped_by, ids = (None, ids) if end is None else (ids[end], ids[:end])
         told = [Told(ids[at : min(at + 3, limit)]) for at in range(0, min(len(ids), limit), 3)]
         if text is not None:
-            told.append(Told([], "length" if len(ids) >= limit else "stop", self.failing))
+            told.append(Told([], "length" if len(ids) >= limit else "stop", self.failing, stopped_by))
         self.telling.append(asyncio.ensure_future(self._tell(job, told)))
 
     async def _tell(self, job: Job, told: Sequence[Told]) -> None:

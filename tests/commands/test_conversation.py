@@ -38,12 +38,21 @@ class Heard:
     """A conversation with a scripted model, and what was printed."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *texts: str, original: tuple[str, ...] | None = None, terminal: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *texts: str,
+        original: tuple[str, ...] | None = None,
+        terminal: bool = True,
+        in_chains: bool = True,
     ) -> None:
         self.script = Script(tokenizer, *texts)
         other = None if original is None else Script(tokenizer, *original)
         self.session = Session(
-            "a model", chat_of(self.script), tokenizer, original=None if other is None else (lambda: chat_of(other))
+            "a model",
+            chat_of(self.script),
+            tokenizer,
+            original=None if other is None else (lambda: chat_of(other)),
+            in_chains=in_chains,
         )
         self.file = io.StringIO()
         console = plain_console(file=self.file, width=60, force_terminal=terminal, color_system=None)
@@ -103,6 +112,22 @@ def test_the_original_answers_once_or_until_it_is_told_not_to(tokenizer: Tokeniz
         "A cat.",
     ]
     assert "there is no original model beside a model" in Heard(tokenizer).say("/base")
+
+
+def test_the_original_writes_the_english_answers_until_it_is_told_not_to(tokenizer: Tokenizer) -> None:
+    heard = Heard(tokenizer, "<EN>Who is it?<RESPONSE>", "หมู", "<RESPONSE>", DOG, original=("A pig.", "A hen."))
+    said = heard.say("/english", "ใคร", "Who else?", "/english", "ใคร")
+    order = [
+        "the original model writes the English answers",
+        "หมู",
+        "A hen.",
+        "a model writes the English answers",
+        "หมา",
+    ]
+    assert [line for line in said.splitlines() if line in order] == order
+    assert [message["content"] for message in heard.session.history][1::2] == ["A pig.", "A hen.", "A dog."]
+    assert "there is no original model beside a model" in Heard(tokenizer).say("/english")
+    assert "does not answer in chains" in Heard(tokenizer, original=(), in_chains=False).say("/english")
 
 
 def test_a_conversation_is_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -195,7 +220,7 @@ COMMAND = """
 import sys, time
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
-from scripted import Script, chain_tokenizer, chat_of
+from scripted import Growing, Script, chain_tokenizer, chat_of
 from transllm_jax.cli import main
 from transllm_jax.commands import chat
 
@@ -206,7 +231,7 @@ class Slow(Script):
         (ids,) = self.generate([prompt], **options)
         print(len(tokenizer.decode(prompt).split("<|im_start|>")), file=sys.stderr)
         for size in range(1, len(ids) + 1):
-            yield ids[:size]
+            yield Growing(ids[:size])
         while {hangs} and len(self.calls) == 1:
             time.sleep(0.05)
 

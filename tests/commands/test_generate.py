@@ -128,6 +128,30 @@ def test_a_chain_comes_with_its_parts_and_a_broken_one_is_continued(
     assert script.at_once == [4, 4]
 
 
+def test_the_original_writes_the_english_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chain_tokenizer(tmp_path)
+    config: Any = SimpleNamespace(context=10_000)
+    none: Any = None
+    base = ChatModel("original", none, config, tokenizer, Markers())
+    opened = ChatModel("a", none, config, tokenizer, Markers(), original=lambda: base, in_chains=True)
+    model = Script(tokenizer, "<EN>What is it?<RESPONSE>", " is Paris", "<RESPONSE>", "สุนัข")
+    english = Script(tokenizer, "A fox.", "It is here.")
+    engines = iter([model, english])
+    monkeypatch.setattr("transllm_jax.commands.generate.Engine", lambda *given, **options: next(engines))
+    monkeypatch.setattr("transllm_jax.commands.generate.open_chat_model", lambda *given, **options: opened)
+    records = [{"id": 1, "instruction": "อะไร"}, {"id": 2, "prompt": "It"}, {"id": 3, "instruction": "Where?"}]
+    source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    answer(tmp_path, source, target, replace(OPTIONS, batch_size=4, english="original"))
+    found = {row["id"]: row for row in read(target)}
+    parts = {"question_en": "What is it?", "answer_en": "A fox.", "answer_target": "สุนัข"}
+    assert (found[1]["text"], found[1]["how"], found[1]["chain"]) == ("สุนัข", "chain", parts)
+    assert found[2]["text"] == " is Paris" and (found[3]["text"], found[3]["how"]) == ("It is here.", "english")
+    assert [len(call) for call in model.calls] == [3, 1] and [len(call) for call in english.calls] == [2]
+    # Answers of both kinds are not mixed in one file.
+    with pytest.raises(UserError, match="english was 'original'"):
+        answer(tmp_path, source, target, replace(OPTIONS, batch_size=4))
+
+
 def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
     bad = [
         ("{", "not JSON"),
@@ -264,6 +288,7 @@ def test_the_original_model_is_asked_without_adapters(finished_run: Path, tmp_pa
         (("model", "in.jsonl", "out.jsonl", "--top-p", "2"), "sampling: temperature"),
         (("model", "in.jsonl", "out.jsonl", "--min-p", "2"), "min_p 2.0 in"),
         (("model", "in.jsonl", "out.jsonl", "--base"), "has no original model in it"),
+        (("model", "in.jsonl", "out.jsonl", "--english", "original"), "no original model is beside"),
     ],
 )
 def test_bad_arguments_end_with_one_line(

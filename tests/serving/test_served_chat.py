@@ -67,6 +67,26 @@ def test_a_chain_that_breaks_off_is_continued_once(tokenizer: Tokenizer) -> None
     assert thread.prompts[1].endswith("<RESPONSE>A dog.<TH>")
 
 
+def test_the_original_writes_the_english_answer(tokenizer: Tokenizer) -> None:
+    model = scripted(ScriptedThread(tokenizer, "<EN>Who is it?<RESPONSE>", "หมา"))
+    # It has slots of its own, and another thread here.
+    original = scripted(ScriptedThread(tokenizer, "A dog."), "demo-original", markers=None)
+    model.english_by = original
+    with listening([model, original]) as address:
+        found = chat(address, talk("Hi", "Hello.", "ใคร")).json()
+        model.thread.texts[:] = ["<EN>Who is it?<RESPONSE>", "หมา"]
+        stream = events(chat(address, talk("Hi", "Hello.", "ใคร"), stream=True).text)
+    message = found["choices"][0]["message"]
+    assert (message["content"], message["reasoning"]) == ("หมา", REASONING)
+    assert (streamed(stream, "content"), streamed(stream, "reasoning")) == ("หมา", REASONING)
+    reading, writing = model.thread.prompts[:2]
+    assert writing == reading + CHAIN.removesuffix("หมา")
+    # It sees the earlier turns, and the question in English.
+    (asked, again) = original.thread.prompts
+    assert asked == again and asked == reading.replace("ใคร", "Who is it?")
+    assert found["usage"]["completion_tokens"] == len(tokenizer.encode(CHAIN)) - 2  # markers are not generated
+
+
 def test_the_limit_of_tokens_counts_the_whole_chain(tokenizer: Tokenizer) -> None:
     thread = ScriptedThread(tokenizer, "<EN>Who is it?<RESPONSE>A dog is here.", "หมา" * 20)
     limit = len(tokenizer.encode("<EN>Who is it?<RESPONSE>A dog is here.")) + 5
