@@ -225,6 +225,7 @@ DOORS = {
     "yaml": {"transllm_jax.config"},
     "typer": {
         "transllm_jax.cli.main",
+        "transllm_jax.cli.options",
         "transllm_jax.cli.ablate",
         "transllm_jax.cli.convert",
         "transllm_jax.cli.init",
