@@ -193,11 +193,11 @@ def test_verdicts_that_came_later_are_not_those_that_people_were_compared_with(w
     answer(workdir / IN_WORKDIR, "new", [3, *RATINGS["new"][1:]])
     refreshed_report(workdir)
     text = told(workdir)
-    assert "What judges these answers has changed since, and is left out here" in text
+    assert "Verdicts came or changed after the sheets were read, and only people's numbers are here" in text
     assert f"transllm evaluate sheets read {out}." in text
     assert "people 67.9 %" in text and "corrected by people" not in text and "people and judge" not in text
     read(out, (), lambda line: None)
-    assert "corrected by people" in told(workdir) and "has changed" not in told(workdir)
+    assert "corrected by people" in told(workdir) and "came or changed" not in told(workdir)
 
 
 def test_results_that_were_moved(workdir: Path, tmp_path: Path) -> None:

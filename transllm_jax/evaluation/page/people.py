@@ -10,10 +10,7 @@ from markupsafe import Markup
 
 from transllm_jax.evaluation.page.measures import clean, percent
 from transllm_jax.evaluation.page.plots import interval_plot
-from transllm_jax.evaluation.people.numbers import Line, counts_of, numbers_of, remarks_on
-
-# Lines of the plot, which has little room for names.
-_SHORT = "corrected"
+from transllm_jax.evaluation.people.numbers import Line, counts_of, judge_of, numbers_of, remarks_on
 
 
 def people_parts(suite: str, kept: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -38,18 +35,19 @@ def _part(suite: str, kept: Mapping[str, Any], *, several: bool) -> dict[str, An
         "counts": clean(counts_of(pair)),
         "groups": [{"title": clean(group.title), "rows": [_row(line) for line in group.lines]} for group in groups],
         "plot": _plot(f"{suite}, {title}", groups[0].lines),
-        "remarks": [_sentence(clean(remark)) for remark in (*remarks_on(pair, percent), *_remarks(kept))],
+        "remarks": [_sentence(clean(remark)) for remark in (*remarks_on(pair, percent), *_remarks(suite, kept))],
     }
 
 
-def _remarks(kept: Mapping[str, Any]) -> list[str]:
+def _remarks(suite: str, kept: Mapping[str, Any]) -> list[str]:
     sheets, found = kept["sheets"], []
     if kept["left_out"]:
         rows = "1 row" if kept["left_out"] == 1 else f"{kept['left_out']} rows"
         found.append(f"{rows} of the sheets had a problem and were left out; people.json in {sheets} lists them")
     if kept["changed"]:
-        again = f"read the sheets again with transllm evaluate sheets read {sheets}"
-        found.append(f"what judges these answers has changed since, and is left out here; {again}")
+        what = "verdicts" if judge_of(suite) == "judge" else "scores"
+        again = f"to compare both, read the sheets again: transllm evaluate sheets read {sheets}"
+        found.append(f"{what} came or changed after the sheets were read, and only people's numbers are here; {again}")
     return found
 
 
@@ -68,7 +66,8 @@ def _plot(label: str, lines: Sequence[Line]) -> Markup | None:
     """The win rates, one below the other; None if there is but one."""
     drawn = [
         (
-            line.name.replace("corrected by people", _SHORT),
+            # There is little room for names.
+            line.name.removesuffix(" by people"),
             line.interval["value"],
             line.interval["low"],
             line.interval["high"],
