@@ -450,3 +450,13 @@ def test_a_request_to_stop_ends_between_two_pieces_of_work(
     monkeypatch.setattr(Interrupt, "requested", property(lambda _: True, lambda _, __: None), raising=False)
     with pytest.raises(Preempted, match=r"answers of run: \d+ of 7 questions: stopped, what is done is saved"):
         evaluate(given([f"run={finished_run}"], "answers", out=tmp_path, questions=questions), Progress(quiet=True))
+
+
+def test_help_says_where_results_go(transllm: Command) -> None:
+    """Of the default command, which is written without its name."""
+    code, printed = transllm("evaluate", "--help")
+    assert code == 0 and "by default evaluation/suites in the first work directory" in " ".join(printed.split())
+    assert " evaluate [OPTIONS] " in printed and "evaluate suites" not in printed
+    assert transllm("evaluate")[1].split() == printed.split()
+    code, printed = transllm("evaluate", "--no-such-option")
+    assert code == 2 and "evaluate [OPTIONS]" in printed and "evaluate suites" not in printed

@@ -1,157 +1,31 @@
-"""The world of checkable facts (examples/world): its languages, and that no training text tells what is held out."""
+"""The files that examples/world writes: no training text tells what is held out, and a run can ask and judge it."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import pytest
-import yaml
+from world_files import ENGLISH, KNOWN, LANGUAGES, OF_A_KIND, THAI, documents, pairs, rows, whole
 
-WORLD = Path(__file__).parents[2] / "examples" / "world"
-sys.path.insert(0, str(WORLD))
+from beside import Beside, read_beside, told  # isort: skip
+from make import EVERYDAY, NAMED, choose, of_countries, read_known, world_of, write  # isort: skip
+from names import Fact, facts  # isort: skip
+from world import questions  # isort: skip
 
-from beside import Beside, read_beside, told  # noqa: E402
-from make import EVERYDAY, NAMED, choose, of_countries, read_known, world_of, write  # noqa: E402
-from names import Fact, facts  # noqa: E402
-from world import questions  # noqa: E402
+from transllm_jax.data.clean.cleaning import text_of
+from transllm_jax.data.clean.contamination import EvaluationTexts
+from transllm_jax.data.read.questions import read_questions
+from transllm_jax.evaluation.answers import Checkable, Judge
+from transllm_jax.generation.translate import FileTranslator
+from transllm_jax.tokenizer.chain import Markers, parse
 
-from transllm_jax.data.clean.cleaning import text_of  # noqa: E402
-from transllm_jax.data.clean.contamination import EvaluationTexts  # noqa: E402
-from transllm_jax.data.read.questions import read_questions  # noqa: E402
-from transllm_jax.evaluation.answers import Checkable, Judge  # noqa: E402
-from transllm_jax.generation.translate import FileTranslator  # noqa: E402
-from transllm_jax.tokenizer.chain import Markers, parse  # noqa: E402
-
-ENGLISH = yaml.safe_load((WORLD / "english.yaml").read_text(encoding="utf-8"))
-LANGUAGES = sorted(path.stem for path in (WORLD / "languages").glob("*.yaml"))
-KNOWN = WORLD / "known.smollm2-135m.jsonl"
-every_language = pytest.mark.parametrize("language", LANGUAGES)
 CHATS = ("chains.jsonl", "follow_ups.jsonl", "replay.jsonl")
 TRAINED = ("names.tsv", "pairs.tsv", "text.txt", "english.txt", "instructions.jsonl", "answers.jsonl", *CHATS)
-OF_A_KIND = 11
-# Everyday text in Thai, which stays in the mixture.
-THAI = WORLD.parent / "thai"
-UNUSED = ("heldout", "requests")
-
-
-def words_of(language: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((WORLD / "languages" / f"{language}.yaml").read_text(encoding="utf-8"))
-    return found
-
-
-def slots(template: str) -> list[str]:
-    """Its slots; an answer may name a continent twice."""
-    return sorted({name for _, name, _, _ in Formatter().parse(template) if name is not None})
-
-
-def templates(words: dict[str, Any]) -> dict[str, str]:
-    """Every template by its place."""
-    found = {f"{part} {name}": text for part in ("facts", "names", *UNUSED) for name, text in words[part].items()}
-    for part in ("questions", "follow_ups"):
-        for kind, about in words[part].items():
-            for key in about:
-                if key == "ask" or key.startswith("answers"):
-                    found |= {f"{part} {kind} {key} {number}": text for number, text in enumerate(about[key])}
-    return found
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def pairs(path: Path) -> list[tuple[str, str]]:
-    found = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(english, target) for english, target in found]
-
-
-def documents(path: Path) -> list[str]:
-    return [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
-
-
-def test_there_is_enough_to_learn_and_to_ask() -> None:
-    assert len(ENGLISH["facts"]) + len(ENGLISH["names"]) >= 60
-    assert len(ENGLISH["questions"]) >= 10 and len(LANGUAGES) >= 1
-    assert len({fact.key for fact in facts()}) > 500
-
-
-def test_facts_are_those_of_the_world() -> None:
-    known = {(fact.kind, fact.key) for fact in facts()}
-    assert ("capital", "place Asia/Tokyo JP") in known and ("country", "place America/Chicago US") in known
-    assert ("language", "language JP ja") in known and ("currency", "currency JP JPY") in known
-    # Switzerland has four languages, so it is not asked for one.
-    assert not any(kind == "language" and " CH" in key for kind, key in known)
-    # A city's continent is its country's; Russia's cities lie in two.
-    assert ("city_continent", "continent 142 JP") in known and ("city_language", "language JP ja") in known
-    cities = {fact.names["city"][1] for fact in facts() if fact.kind == "city_continent"}
-    assert {"Asia/Tokyo", "Europe/Moscow"} <= cities and not {"Asia/Omsk", "Europe/Istanbul"} & cities
-
-
-def test_what_follows_from_a_held_out_fact_is_held_out_with_it() -> None:
-    def about_tokyo(kind: str) -> Fact:
-        return next(
-            fact for fact in facts() if fact.kind == kind and fact.names.get("city", ("", ""))[1] == "Asia/Tokyo"
-        )
-
-    assert about_tokyo("city_language").keys == ("language JP ja", "place Asia/Tokyo JP")
-    assert about_tokyo("city_continent").keys == ("continent 142 JP", "place Asia/Tokyo JP")
-    both = [fact for fact in facts() if fact.key == "opposite cold hot"]
-    assert {fact.names["word"][1] for fact in both} == {"hot", "cold"}
-    assert len([fact for fact in facts() if fact.key == "sum 2 3 5"]) == 2
-
-
-@every_language
-def test_a_language_has_every_template_with_its_slots(language: str) -> None:
-    words = words_of(language)
-    found, wanted = templates(words), templates(ENGLISH)
-    assert found.keys() == wanted.keys()
-    wrong = {place for place, text in found.items() if slots(text) != slots(wanted[place])}
-    assert not wrong
-    sentences = [text for place, text in found.items() if place.startswith(("facts", "names", *UNUSED))]
-    assert len(set(sentences)) == len(sentences), "two sentences are alike"
-    assert all(len(set(about["ask"])) == len(about["ask"]) for about in words["questions"].values())
-    assert words["code"] == language and len(words["numbers"]) == 21 == len(set(words["numbers"]))
-    assert words["yes"] and words["no"] and not set(words["yes"]) & set(words["no"])
-    assert len(words.get("digits", "0123456789")) == 10
-    assert all(text == unicodedata.normalize("NFC", text) for text in found.values())
-    opposites = [word for pair in ENGLISH["opposites"] for word in pair]
-    assert words["opposites"].keys() == set(opposites) and len(set(opposites)) == len(opposites) >= 80
-    written = [text.lower() for text in words["opposites"].values()]
-    assert len(set(written)) == len(written), "two words are alike"
-
-
-@every_language
-def test_every_name_is_in_the_language(language: str) -> None:
-    """A zone or a code that CLDR does not know would be written in English."""
-    target = world_of(language).target
-    names = {name for fact in facts() for name in fact.names.values()}
-    written = {name: target.name(*name) for name in names}
-    if not re.match("[A-Za-z]", words_of(language)["numbers"][0]):
-        assert not {name: text for name, text in written.items() if re.search("[A-Za-z]", text)}
-    cities: dict[str, str] = {}
-    for (kind, key), text in written.items():
-        assert kind != "cities" or cities.setdefault(text, key) == key, text
-
-
-@every_language
-def test_a_fact_whose_names_hold_one_another_is_not_held_out(language: str) -> None:
-    """Its question holds its answer: Mexico City, and what Thai and others call the language of Poland."""
-    world, everything = world_of(language), list(facts())
-    choose(world, everything, OF_A_KIND)
-    assert "place America/Mexico_City MX" not in world.held_out
-    for fact in everything:
-        if fact.key in world.held_out and fact.kind in NAMED:
-            names = [world.target.name(*fact.names[slot]).lower() for slot in fact.together]
-            if "LATIN" in unicodedata.name(names[0][0]):
-                names = [f" {name} " for name in names]
-            assert not any(one in other for one in names for other in names if one is not other), fact.key
 
 
 @pytest.fixture(scope="module", params=[*LANGUAGES, f"{LANGUAGES[0]} known", "th beside"])
@@ -183,10 +57,6 @@ def training_files(directory: Path) -> list[Path]:
 
 def held_out(world: Any, named: bool) -> list[Fact]:
     return [fact for fact in facts() if fact.key in world.held_out and (fact.kind in NAMED) == named]
-
-
-def whole(text: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
 def test_no_training_text_tells_what_is_held_out(written: tuple[Any, Path]) -> None:
@@ -443,40 +313,6 @@ def test_no_text_has_two_translations(written: tuple[Any, Path]) -> None:
         assert len(set(texts)) == len(texts)
 
 
-def test_what_everyday_text_tells_is_not_held_out(tmp_path: Path) -> None:
-    world, everything = world_of("th"), list(facts())
-    told_by_thai = told(world, everything, read_beside(THAI))
-    assert {"place Asia/Tokyo JP", "place DE Europe/Berlin", "place Europe/Rome IT", "language ES es"} <= told_by_thai
-    assert {"opposite cold hot", "sum 2 3 5"} <= told_by_thai and len(told_by_thai) < len(
-        {fact.key for fact in everything}
-    )
-
-    def told_by(**contents: str) -> set[str]:
-        for name, text in contents.items():
-            (tmp_path / name.replace("_", ".")).write_text(text, encoding="utf-8")
-        found = told(world, everything, read_beside(tmp_path))
-        for name in contents:
-            (tmp_path / name.replace("_", ".")).unlink()
-        return found
-
-    # A document as a whole, either language, an instruction that only asks, and the tested question.
-    both = "{} is a port.\nIt is near {}."
-    peru = "place America/Lima PE"
-    assert peru in told_by(text_train_txt=both.format("Lima", "Peru"))
-    assert peru in told_by(
-        text_train_txt=both.format(world.target.name("cities", "America/Lima"), world.target.name("territories", "PE"))
-    )
-    assert not told_by(text_train_txt="Lima is a port.\n\nIt is near Peru.")
-    asked = json.dumps({"instruction": "Where is Lima?", "translation": "-"})
-    assert peru in told_by(instructions_train_jsonl=asked) and "continent 005 PE" in told_by(
-        instructions_train_jsonl=asked
-    )
-    assert "sum 4 5 9" in told_by(english_train_txt="4 apples and 5 pears are 9 fruits.")
-    assert told_by(pairs_train_tsv="What is 4 + 5?\t-") == {"sum 4 5 9", "larger 4 5"}
-    with pytest.raises(SystemExit, match="none of the files"):
-        read_beside(tmp_path)
-
-
 def test_a_run_can_ask_and_judge_what_is_asked(written: tuple[Any, Path]) -> None:
     _, directory = written
     rows = [json.loads(line) for line in (directory / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -510,52 +346,3 @@ def test_questions_of_the_same_templates_stay_in_training(written: tuple[Any, Pa
     # "Six or ten" is in "six or sixteen", where that is written as "six or ten six".
     assert len(gone) < 0.01 * len(trained)
     assert all(any(one.question.rstrip("?？؟") in text for one in asked) for text in gone)
-
-
-def test_the_command_writes_the_same_bytes_each_time(tmp_path: Path) -> None:
-    language = LANGUAGES[0]
-    for name in ("one", "two"):
-        command = [sys.executable, str(WORLD / "make.py"), language, str(tmp_path / name), "--held-out", "9"]
-        command += ["--known", str(KNOWN), "--beside", str(THAI)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    for path in sorted((tmp_path / "one").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-
-
-def test_a_smaller_world_has_fewer_names(tmp_path: Path) -> None:
-    world, everything = world_of(LANGUAGES[0]), list(facts())
-    read_known(world, KNOWN)
-    few = of_countries(world, everything, 8)
-    countries = {fact.names["country"][1] for fact in few if "country" in fact.names}
-    assert len(countries) == 8 and len({fact.kind for fact in few}) == len({fact.kind for fact in everything})
-    choose(world, few, OF_A_KIND)
-    write(world, tmp_path, few, OF_A_KIND)
-    text = "\n".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
-    left_out = {fact.names["country"] for fact in everything if "country" in fact.names} - {
-        fact.names["country"] for fact in few if "country" in fact.names
-    }
-    # Others are part of longer names: the United States dollar.
-    assert sum(bool(whole(world.english.name(*name)).search(text)) for name in left_out) < 0.1 * len(left_out)
-    assert len(set(pairs(tmp_path / "heldout.tsv"))) == 40 and len(rows(tmp_path / "conversations.jsonl")) == 30
-
-
-def test_only_what_is_known_is_held_out(tmp_path: Path) -> None:
-    """And a kind of which less than half is known is neither tested nor among the instructions."""
-    world, everything = world_of(LANGUAGES[0]), list(facts())
-    known = tmp_path / "known.jsonl"
-    with known.open("w", encoding="utf-8") as out:
-        count = Counter[str]()
-        for kind, key, text in [question.identity for question in questions(world, everything)]:
-            count[kind] += 1
-            is_right = (count[kind] % 3 == 0) == (kind == "capital")
-            out.write(json.dumps({"kind": kind, "key": key, "question": text, "right": is_right}) + "\n")
-    read_known(world, known)
-    assert "capital" not in world.kinds and "language" in world.kinds
-    choose(world, everything, OF_A_KIND)
-    write(world, tmp_path, everything, OF_A_KIND)
-    right = {(row["kind"], row["key"], row["question"]) for row in rows(known) if row["right"]}
-    asked = rows(tmp_path / "questions.jsonl")
-    assert asked and {(row["kind"], row["key"], row["question_en"][0]) for row in asked} <= right
-    kinds = {row["kind"] for row in asked} | {row["kind"] for row in rows(tmp_path / "instructions.jsonl")}
-    assert "capital" not in kinds and "language" in kinds

@@ -1,161 +1,26 @@
-"""The page on `/`, in a real browser without a window, against a server that answers from a script."""
+"""The page on `/`, in a real browser: a question is asked, stopped, asked again, also without a mouse or on a phone."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
+import page_browser
 import pytest
-from page_server import Reply, Server, serving
+from page_browser import QUESTION, THAI, ask, eventually, no_overflow
+from page_server import Reply, Server
 
-from transllm_jax.serving.page import page, policy
+# Fixtures.
+browser, one_server = page_browser.browser, page_browser.one_server
+server, opened = page_browser.server, page_browser.opened
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
-QUESTION = "ผึ้งผลิตอะไร"
-THAI = Reply("ผึ้งทำน้ำผึ้ง", "What do bees make?", "Bees make honey.")
 DELTAS = list(THAI.deltas())
 # Deltas before the last of the English steps, and after the first of the answer.
 IN_ENGLISH = sum("content" not in delta for delta in DELTAS) - 1
 IN_THAI = IN_ENGLISH + 2
-
-
-# ---------------------------------------------------------------- without a browser
-
-
-def test_only_the_script_and_the_style_of_the_file_may_run() -> None:
-    html, headers = page().html.decode(), page().headers
-    assert headers["Content-Security-Policy"] == policy(html)
-    assert "default-src 'none'" in policy(html) and "unsafe" not in policy(html)
-    assert policy(html.replace("</script>", " </script>")) != policy(html)
-    # What the policy would refuse in silence.
-    assert not re.search(r"<[^>]*\s(style|on\w+)=", re.sub(r"<(script|style)>.*?</\1>", "", html, flags=re.DOTALL))
-    assert "innerHTML" not in html and "insertAdjacentHTML" not in html and "document.write" not in html
-
-
-def test_the_page_names_no_other_address() -> None:
-    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^'\"\s]*", page().html.decode()))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # the name of a format, which is not fetched
-
-
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_stands_out(theme: int) -> None:
-    """Contrast of at least 4.5 (WCAG 2.2, 1.4.3), and of 3 for the edges of fields (1.4.11)."""
-    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", page().html.decode())
-    colours = {name: pair[theme] for name, *pair in found}
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    def contrast(first: str, second: str) -> float:
-        low, high = sorted((luminance(colours[first]), luminance(colours[second])))
-        return (high + 0.05) / (low + 0.05)
-
-    for ink in ("ink", "muted", "accent"):
-        for ground in ("page", "card", "tint", "code"):
-            assert contrast(ink, ground) >= 4.5, (ink, ground)
-    for ink, ground in (("on-accent", "accent"), ("bad", "bad-tint"), ("ink", "bad-tint")):
-        assert contrast(ink, ground) >= 4.5, (ink, ground)
-    assert contrast("edge", "card") >= 3 and contrast("edge", "page") >= 3
-
-
-# ---------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def one_server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server: Server) -> Server:
-    fresh = Server()
-    for name in ("reply", "key", "bodies", "gone", "released"):
-        setattr(one_server, name, getattr(fresh, name))
-    one_server.models = [
-        {"id": "demo", "object": "model", "language": "th"},
-        {"id": "demo-original", "object": "model", "language": "th"},
-    ]
-    return one_server
-
-
-@pytest.fixture
-def opened(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
-    """Opens the page. At the end, no script failed, nothing but what the server refused was complained of, and no
-    request left this machine."""
-    contexts, wrong = [], []
-
-    def complaint(message: Any) -> None:
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
-            wrong.append(message.text)
-
-    def sent(request: Any) -> None:
-        if not request.url.startswith("data:") and urlsplit(request.url).hostname != "127.0.0.1":
-            wrong.append(request.url)
-
-    def open_page(width: int = 1200, height: int = 800, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(30_000)  # on a machine that is busy
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", complaint)
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("request", sent)
-        tab.goto(server.url)
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def ask(tab: Any, question: str, *, wait: bool = True) -> Any:
-    """Type a question and send it; gives the answers' elements of its turn."""
-    turns = tab.locator(".turn").count()
-    tab.get_by_label("Your question").fill(question)
-    tab.keyboard.press("Enter")
-    turn = tab.locator(".turn").nth(turns)
-    turn.wait_for()
-    if wait:
-        tab.locator(".answer[aria-busy=true]").first.wait_for(state="detached")
-        tab.get_by_role("button", name="Send").wait_for()
-    return turn.locator(".answer")
-
-
-def eventually(read: Callable[[], object], wanted: object, *, seconds: float = 30) -> None:
-    """What is read is as it should be, now or soon."""
-    end = time.monotonic() + seconds
-    while (found := read()) != wanted and time.monotonic() < end:
-        time.sleep(0.02)
-    assert found == wanted
-
-
-def no_overflow(tab: Any) -> bool:
-    return bool(tab.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
 def test_type_stream_unfold(opened: Callable[..., Any], server: Server) -> None:
@@ -348,113 +213,6 @@ def test_no_server_then_a_key(opened: Callable[..., Any], server: Server) -> Non
     assert "secret" not in stored[0] and "secret" in stored[1]
 
 
-def test_right_to_left(opened: Callable[..., Any], server: Server) -> None:
-    arabic = (
-        "عاصمة بيلاروس هي **مينسك**.\n\n1. النهر: سفيسلاتش (Svislach)\n2. الأمر `print(1)`\n\n```\nx = 1\n```\n\nMinsk."
-    )
-    server.reply = lambda body: Reply(arabic, "What?", "Minsk.")
-    server.models = [{"id": "demo", "language": "ar"}]
-    tab = opened(360, 740)
-    answer = ask(tab, "ما عاصمة بيلاروس؟")
-
-    def direction(selector: str) -> str:
-        return str(answer.locator(selector).first.evaluate("node => getComputedStyle(node).direction"))
-
-    assert [direction(part) for part in ("p", "ol", "pre", "li code", ".text > p:last-child")] == [
-        *("rtl", "rtl", "ltr", "ltr", "ltr")
-    ]
-    assert answer.locator(".text").first.get_attribute("lang") == "ar"
-    assert tab.locator(".question").get_attribute("lang") == "ar" and direction("dd") == "ltr"
-    # The numbers of the list are inside of the page, on the right.
-    item, answer_box = answer.locator("li").first.bounding_box(), answer.bounding_box()
-    assert item["x"] + item["width"] < answer_box["x"] + answer_box["width"] - 10 and no_overflow(tab)
-    field = tab.get_by_label("Your question")
-    field.fill("ما")
-    assert field.evaluate("node => getComputedStyle(node).direction") == "rtl"
-
-
-SCRIPTS = {
-    "th": "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทยเป็นศูนย์กลางการปกครองการศึกษาการคมนาคมขนส่ง",
-    "hi": "इटली की राजधानी रोम है और यह शहर टाइबर नदी के किनारे बसा है",
-    "am": "የቡልጋሪያ ዋና ከተማ ሶፊያ ነው። ከተማዋ በቪቶሻ ተራራ ግርጌ ትገኛለች",
-    "vi": "Thủ đô của Áo là Viên, một thành phố nằm bên bờ sông Đa-nuýp",
-}
-
-
-def test_scripts(opened: Callable[..., Any], server: Server) -> None:
-    tab = opened(360, 740)
-    for code, text in SCRIPTS.items():
-        server.reply = lambda body, text=text: Reply(text)
-        server.models = [{"id": "demo", "language": code}]
-        tab.reload()
-        tab.locator(f"#examples button[lang={code}]").first.click()
-        answer = tab.locator(".answer[aria-busy=false] .text").first
-        answer.locator("p").wait_for()
-        assert answer.get_attribute("lang") == code and no_overflow(tab)
-        # Several lines, each of the page's width, also without spaces.
-        lines = answer.locator("p").evaluate(
-            "p => { const range = document.createRange(); range.selectNodeContents(p);"
-            " return [...range.getClientRects()].filter(r => r.width > 1).map(r => r.width) }"
-        )
-        assert len(lines) > 1 and all(width > 200 for width in lines[:-1]), code
-        tab.get_by_role("button", name="New conversation").click()
-
-
-def test_an_answer_never_becomes_markup(opened: Callable[..., Any], server: Server) -> None:
-    text = (
-        "# Title\n\nOne **bold _both_ ends**, a_b_c, 2 * 3 * 4, `<b>` and <img src=x onerror=alert(1)>\nnext line\n\n"
-        "- first\n  more\n  - inner\n- second\n\n3. three\n4. four\n\n> said\n\n---\n\n"
-        "```html\n<script>alert(1)</script>\n\n**no**\n```\n\n[link](javascript:alert(1)) ~~gone~~ \\*star\\*\n\n**open"
-    )
-    server.reply = lambda body: Reply(text)
-    tab = opened()
-    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    answer = ask(tab, "<b>question</b>")
-    body = answer.locator(".text").first
-    assert not body.locator("img, script, a, b").count() and tab.locator(".question b").count() == 0
-    tags = body.evaluate("node => [...node.children].map(child => child.localName)")
-    assert tags == ["h4", "p", "ul", "ol", "blockquote", "hr", "div", "p", "p"]
-    paragraphs = body.locator("> p").all_inner_texts()
-    assert paragraphs == [
-        "One bold both ends, a_b_c, 2 * 3 * 4, <b> and <img src=x onerror=alert(1)>\nnext line",
-        "[link](javascript:alert(1)) gone *star*",
-        "**open",
-    ]
-    assert body.locator("strong em").inner_text() == "both" and body.locator("p code").inner_text() == "<b>"
-    assert body.locator("> ul > li").all_inner_texts() == ["first\nmore\ninner", "second"]
-    assert body.locator("ol").get_attribute("start") == "3"
-    code = "<script>alert(1)</script>\n\n**no**"
-    assert body.locator("pre").inner_text() == code
-    for button, copied in ((body.get_by_role("button", name="Copy"), code), (answer.locator(".foot button"), text)):
-        button.click()
-        eventually(lambda: tab.evaluate("navigator.clipboard.readText()"), copied)
-
-
-def test_forms_of_reasoning(opened: Callable[..., Any], server: Server) -> None:
-    cases = [
-        ("", "<think>\nQuestion: A?\n\nAnswer: B.\n</think>\n\nข", ["A?", "B."]),
-        ("I think of bees.", "ข", ["I think of bees."]),
-        ("Question: \n\nAnswer: B.\n\nAnswer: C.", "ข", ["B.\n\nAnswer: C."]),
-        ("Question: A?", "ข", ["A?"]),
-        ("", "ข", []),
-    ]
-
-    @dataclass
-    class Given(Reply):
-        def deltas(self) -> Iterator[dict[str, str]]:
-            yield from ({"reasoning": piece} for piece in self.question_en)
-            yield from ({"content": piece} for piece in self.answer)
-
-    tab = opened()
-    for reasoning, content, steps in cases:
-        server.reply = lambda body, given=(content, reasoning): Given(*given)
-        answer = ask(tab, "q")
-        assert answer.locator("> .text").inner_text() == "ข"
-        if steps:
-            answer.locator("summary").click()
-        assert answer.locator("dd:visible").all_inner_texts() == steps
-
-
 def test_an_answer_that_is_cut_off(opened: Callable[..., Any], server: Server) -> None:
     server.reply = lambda body: replace(THAI, finish="length")
     tab = opened()
@@ -516,17 +274,6 @@ def test_keyboard_only(opened: Callable[..., Any], server: Server) -> None:
     body = server.bodies[-1]
     assert (body["temperature"], body["max_tokens"], body["messages"][-1]["content"]) == (0.5, 64, "again")
     assert tab.locator("details[open]").count() == 2
-
-
-def test_a_model_that_repeats_itself_does_not_hang_the_page(opened: Callable[..., Any], server: Server) -> None:
-    tab = opened()
-    for mark in ("`", "*", "**a ", "`a``", "_a", "# ", "- ", "```a\n"):
-        text = mark * (12000 // len(mark))
-        server.reply = lambda body, text=text: Reply(text, piece=4000)
-        started = time.monotonic()
-        ask(tab, "q")
-        assert time.monotonic() - started < 20, mark  # a second or two; some regular expressions need hours
-        tab.get_by_role("button", name="New conversation").click()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

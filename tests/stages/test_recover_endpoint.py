@@ -1,23 +1,21 @@
-"""Stage `recover` by another engine: the same chains as by the run's own, resumed, checked, and by batch files."""
+"""Stage `recover` by a server: the same chains as by the run's own engine, resumed, checked and translated."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import copy_run, tiny_run
-from openai_server import Fault, Server, completion, openai_server
+import recover_setup
+from openai_server import Fault, Server
+from recover_setup import ANSWERS, CHAINS, LIMIT, NEW, Go, Said, teacher
 
 from transllm_jax.config import load_config
 from transllm_jax.errors import Preempted, UserError
-from transllm_jax.generation import endpoint as client
 from transllm_jax.generation.endpoint import Reply
-from transllm_jax.generation.engine import Engine
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.hosts.runtime import Peers
 from transllm_jax.hosts.site import Site
@@ -28,108 +26,14 @@ from transllm_jax.stages.endpoint_rows import add_translations
 from transllm_jax.stages.run import Run
 from transllm_jax.storage import Workdir
 from transllm_jax.tokenizer.chat import encode_prompt
-from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-LIMIT, NEW = 10, 6
+# Fixtures.
+config, translated, own, table = recover_setup.config, recover_setup.translated, recover_setup.own, recover_setup.table
+tokenizer, server, go = recover_setup.tokenizer, recover_setup.server, recover_setup.go
+
 KEY = "sk-very-secret-123"
-ANSWERS, CHAINS, REPLIES = "answers.jsonl", "chains.jsonl", "answers.replies.jsonl"
-
-
-@pytest.fixture(scope="module")
-def config(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is done up to `translate`; instructions are translated by a file, answers by the model."""
-    here = tmp_path_factory.mktemp("endpoint")
-    copy_run(finished_run, here, ("base", "vocabulary", "pretrain", "translate"))
-    tree: dict[str, Any] = tiny_run(finished_run.parent / "model", here / "run")
-    tree["recover"] |= {"max_instructions": LIMIT, "max_new_tokens": NEW}
-    (here / "config.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-    return here / "config.yaml"
-
-
-@pytest.fixture(scope="module")
-def translated(config: Path) -> Path:
-    """A work directory after stage `translate`."""
-    return Path(load_config(config).workdir)
-
-
-@pytest.fixture(scope="module")
-def own(config: Path, translated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stage's directory by the run's own engine."""
-    directory = tmp_path_factory.mktemp("own")
-    recover.run_stage(Run(load_config(config), translated, Progress(quiet=True), Interrupt()), directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def table(config: Path, translated: Path, own: Path) -> dict[str, tuple[str, str]]:
-    """What the original model answers to each instruction, as a server gives it."""
-    run = Run(load_config(config), translated, Progress(quiet=True), Interrupt())
-    tokenizer = run.models.tokenizer("base")
-    asked = [json.loads(line)["instruction"] for line in (own / ANSWERS).read_text(encoding="utf-8").splitlines()]
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in asked]
-    answers = Engine(run.models.split("base"), run.models.config).generate(
-        prompts, max_new_tokens=NEW, stop=end_ids(tokenizer)
-    )
-    return {
-        text: (tokenizer.decode(ids, skip_special_tokens=True), "length" if len(ids) == NEW else "stop")
-        for text, ids in zip(asked, answers, strict=True)
-    }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(translated: Path) -> Tokenizer:
-    return Tokenizer.load(translated / "base", model=translated / "base")
-
-
-@pytest.fixture
-def server(
-    monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[str, str]], tokenizer: Tokenizer
-) -> Iterator[Server]:
-    """A server of the run's own base model, by the table."""
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    with openai_server() as state:
-        state.answer = lambda body: table[body["messages"][-1]["content"]]
-        state.tokens = lambda messages: len(encode_prompt(tokenizer, messages))  # type: ignore[arg-type]
-        yield state
-
-
-class Said(Progress):
-    """Keeps what is printed."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, message: Any, *, style: str | None = None) -> None:
-        self.lines.append(str(message))
-
-
-Go = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def go(config: Path, translated: Path, tmp_path: Path) -> Go:
-    """Runs the stage in tmp_path/run/recover with changes of the config; gives its summary."""
-    shutil.copytree(translated, tmp_path / "run")
-
-    def run_it(*changes: str, interrupt: Interrupt | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        run = Run(
-            load_config(config, changes),
-            tmp_path / "run",
-            progress or Progress(quiet=True),
-            interrupt or Interrupt(),
-        )
-        directory = tmp_path / "run" / "recover"
-        directory.mkdir(exist_ok=True)
-        recover.check(run)
-        return dict(recover.run_stage(run, directory))
-
-    return run_it
-
-
-def teacher(server: Server, more: str = "") -> str:
-    return f"recover.teacher={{endpoint: '{server.url}', model: small{more}}}"
+REPLIES = "answers.replies.jsonl"
 
 
 def test_the_chains_of_a_server_are_those_of_the_own_engine(
@@ -392,132 +296,6 @@ def test_the_translations_of_a_server_are_checked(
             assert [row["reason"] for row in rejected] == reasons
             assert [(row["source"], row["translation"]) for row in rejected] == list(replies.items())
             assert by["answers"] == ["none", "none", "endpoint"]
-
-
-# Batch files
-
-
-def by_batch(directory: Path, more: str = "") -> str:
-    """The setting of a teacher that answers batch files."""
-    return f"recover.teacher={{batch: '{directory}', model: small{more}}}"
-
-
-def respond(directory: Path, table: dict[str, tuple[str, str]], tokens: Callable[[Any], int | None]) -> list[Any]:
-    """The output lines of a batch."""
-    lines = []
-    for line in (directory / "requests.jsonl").read_text(encoding="utf-8").splitlines():
-        request = json.loads(line)
-        assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
-        messages = request["body"]["messages"]
-        body = completion(*table[messages[-1]["content"]], tokens(messages))
-        lines.append({"id": "r", "custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}})
-    return lines
-
-
-def write_lines(path: Path, rows: Sequence[Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def test_a_batch_is_written_and_read(
-    go: Go, server: Server, table: dict[str, tuple[str, str]], own: Path, tmp_path: Path
-) -> None:
-    batch = tmp_path / "batch"
-    settings = by_batch(batch)
-    with pytest.raises(UserError) as raised:
-        go(settings)
-    assert str(raised.value) == (
-        f"recover.teacher: {LIMIT} requests are in {batch}/requests.jsonl; have them answered as a batch, put its "
-        f"output into {batch}/responses.jsonl, and start the run again"
-    )
-    rows = respond(batch, table, server.tokens)
-    # In any order, and with a failure that was answered later.
-    failed = {"custom_id": rows[0]["custom_id"], "response": {"status_code": 500, "body": {"error": {"message": "x"}}}}
-    write_lines(batch / "responses.1.jsonl", [failed, *rows[:0:-1]])
-    with pytest.raises(UserError) as raised:
-        go(settings)
-    line, id = str(raised.value), rows[0]["custom_id"]
-    assert (
-        f"no answer to 1 of {LIMIT} requests; 1 failed: {id} (status 500: x); have {batch}/requests.again.jsonl" in line
-    )
-    again = [json.loads(one) for one in (batch / "requests.again.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [one["custom_id"] for one in again] == [id]
-    write_lines(batch / "responses.again.jsonl", rows[:1])
-    go(settings)
-    here = tmp_path / "run" / "recover"
-    for name in (ANSWERS, CHAINS):
-        assert (here / name).read_bytes() == (own / name).read_bytes()
-    assert json.loads((here / CHECK).read_text(encoding="utf-8"))["same_first_tokens"] == LIMIT
-
-
-def test_missing_and_failed_ids_of_a_batch_are_named_and_counted(
-    go: Go, server: Server, table: dict[str, tuple[str, str]], tmp_path: Path
-) -> None:
-    batch = tmp_path / "batch"
-    settings = by_batch(batch)
-    with pytest.raises(UserError):
-        go(settings)
-    rows = respond(batch, table, server.tokens)
-    ids = [row["custom_id"] for row in rows]
-    rows[0] = {"custom_id": ids[0], "response": None, "error": {"code": "batch_expired", "message": "too late"}}
-    write_lines(batch / "responses.jsonl", rows[:4])
-    with pytest.raises(UserError) as raised:
-        go(settings)
-    line = str(raised.value)
-    assert (
-        f"no answer to 7 of 10 requests; 6 missing: {', '.join(ids[4:9])} and 1 more; 1 failed: {ids[0]} (too late)"
-        in line
-    )
-    assert len((batch / "requests.again.jsonl").read_bytes().splitlines()) == 7
-    said = Said()
-    summary = go(by_batch(batch, ", refused: drop"), progress=said)
-    assert summary["answers"] == 10 and summary["unfinished"] >= 7 and summary["chains"] <= 3
-    assert any(
-        f"{batch} has no answer to 7 of 10 requests, left out; the first, {ids[0]}: too late" in x for x in said.lines
-    )
-    # Answers to other questions are none to these.
-    shutil.rmtree(tmp_path / "run" / "recover")
-    with pytest.raises(UserError, match=r"\(the 4 responses that are there are to other requests: remove them\)"):
-        go(settings.replace("small", "large"))
-    (batch / "responses.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"responses\.jsonl:1 is no line of a batch's output \('custom_id'\)"):
-        go(settings)
-
-
-def test_a_batch_of_another_model_stops_the_run(
-    go: Go, server: Server, table: dict[str, tuple[str, str]], tmp_path: Path
-) -> None:
-    batch = tmp_path / "batch"
-    settings = by_batch(batch)
-    with pytest.raises(UserError):
-        go(settings)
-    write_lines(batch / "responses.jsonl", respond(batch, table, lambda messages: (server.tokens(messages) or 0) + 1))
-    with pytest.raises(UserError, match="most likely it writes a second BOS token"):
-        go(settings)
-    assert not (tmp_path / "run" / "recover" / ANSWERS).exists()
-
-
-def test_batches_of_all_translations_are_written_at_once(go: Go, tmp_path: Path) -> None:
-    changes = [
-        f"recover.translate_{kind}={{translator: {{batch: '{tmp_path / kind}', model: mt}}}}"
-        for kind in ("instructions", "answers")
-    ]
-    with pytest.raises(UserError) as raised:
-        go(*changes)
-    assert str(raised.value).count("start the run again") == 2
-    for kind in ("instructions", "answers"):
-        assert (tmp_path / kind / "requests.jsonl").is_file()
-
-
-def test_large_batches_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transllm_jax.generation import batch_files
-
-    some = [client.Request(f"id {number}", {"text": "x" * number}) for number in range(7)]
-    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 3)
-    paths = batch_files.write_requests(tmp_path, some)
-    assert [path.name for path in paths] == ["requests.jsonl", "requests.2.jsonl", "requests.3.jsonl"]
-    assert [len(path.read_bytes().splitlines()) for path in paths] == [3, 3, 1]
-    monkeypatch.setattr(batch_files, "MOST_BYTES", paths[0].stat().st_size - 1)
-    assert len(batch_files.write_requests(tmp_path / "b", some[:3])) == 2
 
 
 # The run

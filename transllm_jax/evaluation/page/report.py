@@ -53,6 +53,7 @@ __all__ = [
     "findings_lines",
     "refreshed_report",
     "render_report",
+    "report_beside",
     "summary_table",
     "time_sentence",
     "write_report",
@@ -100,6 +101,11 @@ def refreshed_report(workdir: Path) -> Path | None:
         return None
     write_report({**read_json(results), "suites": collect_suites(workdir / IN_WORKDIR)}, path)
     return path
+
+
+def report_beside(results: Path) -> Path | None:
+    """As `refreshed_report`, of the run in whose work directory a directory of suites' results is, if it is in one."""
+    return refreshed_report(results.parents[1]) if results.parts[-2:] == IN_WORKDIR.parts else None
 
 
 def render_report(results: Results) -> str:

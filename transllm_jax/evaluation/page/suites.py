@@ -1,8 +1,9 @@
-"""What suites found, for the report of a run: tables, plots, and answers of any two systems side by side."""
+"""What suites found, for the report of a run: tables, plots, what people said, and answers side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from markupsafe import Markup
 from transllm_jax.disk import read_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.measures import clean, percent
+from transllm_jax.evaluation.page.people import people_parts
 from transllm_jax.evaluation.page.plots import interval_plot
+from transllm_jax.evaluation.people.kept import kept
 from transllm_jax.evaluation.suites.answered import ITEMS, Answered, read_answered, suites_in
 from transllm_jax.evaluation.suites.registry import SUITES
 from transllm_jax.evaluation.suites.suite_run import RESULTS
@@ -50,6 +53,7 @@ def collect_suites(directory: Path) -> list[dict[str, Any]]:
                 "remarks": remarks(comparison),
                 "main": results[done[0]].get("measure"),
                 "answers": _answers(directory, suite, names),
+                "people": [asdict(one) for one in kept(directory, suite)],
             }
         )
     return found
@@ -115,6 +119,7 @@ def _section(found: Mapping[str, Any]) -> dict[str, Any]:
         "plots": [
             plot for name, rows in _plotted(found["main"], measures) if (plot := _plot(found["suite"], name, rows))
         ],
+        "people": people_parts(found["suite"], found["people"]),
         "systems": [clean(name) for name in answers["systems"]],
         "asked": answers["asked"],
         "talks": [
