@@ -91,7 +91,7 @@ def test_english_steps_may_have_tokens_of_their_own(tokenizer: Tokenizer) -> Non
             chat(address)
             chat(address, max_tokens=limit, model="demo-original")
             httpx2.post(f"{address}/v1/completions", json={"prompt": "Who", "max_tokens": limit}, timeout=60)
-            # More than the context has room for is never asked of the engine; what the client itself asks for is refused.
+            # The engine is never asked for more than the context has room for; a client that asks for it is refused.
             assert chat(address, max_tokens=500).status_code == 200
             assert chat(address, max_tokens=600).json()["error"]["code"] == "context_length_exceeded"
     cut, whole = asked

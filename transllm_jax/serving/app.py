@@ -44,9 +44,9 @@ BODY_SECONDS = 60.0
 class Settings:
     """How the server answers.
 
-    max_new_tokens: where a client gives no limit. reasoning_tokens: on top of a client's limit, for the English steps of
-    a chain. queue: how many requests may wait for each model. key: what clients have to send; None if anybody may ask.
-    origins: of other pages that may ask from a browser. most_bytes: of a body.
+    max_new_tokens: where a client gives no limit. queue: how many requests may wait for each model. key: what clients
+    have to send; None if anybody may ask. origins: of other pages that may ask from a browser. most_bytes: of a body.
+    reasoning_tokens: on top of a client's limit, for the English steps of a chain.
     """
 
     max_new_tokens: int = 512
