@@ -99,6 +99,29 @@ def test_the_limit_of_tokens_counts_the_whole_chain(tokenizer: Tokenizer) -> Non
     assert [job.request.max_new_tokens for job in thread.asked] == [limit, 5] * 2
 
 
+def test_english_steps_may_have_tokens_of_their_own(tokenizer: Tokenizer) -> None:
+    """Evaluation programs limit an answer to what it needs, such as 8 tokens, which is not enough for a chain."""
+    thread, limit, more = ScriptedThread(tokenizer, CHAIN), 8, 400
+    assert len(tokenizer.encode(CHAIN)) > limit
+    models = [scripted(thread), scripted(thread, "demo-original", markers=None)]
+    asked = []
+    for settings in (Settings(), Settings(reasoning_tokens=more)):
+        with listening(models, settings) as address:
+            asked.append(chat(address, max_tokens=limit).json()["choices"][0])
+            chat(address)
+            chat(address, max_tokens=limit, model="demo-original")
+            httpx2.post(f"{address}/v1/completions", json={"prompt": "Who", "max_tokens": limit}, timeout=60)
+            # The engine is never asked for more than the context has room for; a client that asks for it is refused.
+            assert chat(address, max_tokens=500).status_code == 200
+            assert chat(address, max_tokens=600).json()["error"]["code"] == "context_length_exceeded"
+    cut, whole = asked
+    assert cut["finish_reason"] == "length" and cut["message"]["content"] != "หมา"
+    assert whole["finish_reason"] == "stop" and whole["message"]["content"] == "หมา"
+    room = 600 - len(thread.asked[0].request.prompt)
+    limits = [job.request.max_new_tokens for job in thread.asked]
+    assert limits == [limit, 512, limit, limit, 500, limit + more, 512, limit, limit, room]
+
+
 def test_half_a_character_at_the_limit_is_left_out(tokenizer: Tokenizer) -> None:
     thread = ScriptedThread(tokenizer, "<TH>กลาง")
     with listening([scripted(thread)]) as address:

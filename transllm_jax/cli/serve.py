@@ -32,6 +32,9 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Answers at a time, of each model.")] = 8,
     context: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt and its answer.")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, if a client says none.")] = 512,
+    reasoning_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens for the English steps, on top of the limit that a client gives.")
+    ] = 0,
     temperature: Annotated[float, typer.Option(help="If a client says none; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="If a client says none.")] = 1.0,
     english: English = EnglishBy.model,
@@ -59,7 +62,15 @@ def serve(
     from transllm_jax.commands.serve import serve as run
     from transllm_jax.serving.app import Settings
 
-    settings = Settings(max_new_tokens, sampling, reasoning.value, queue, api_key or None, tuple(cors or ()))
+    settings = Settings(
+        max_new_tokens,
+        sampling,
+        reasoning.value,
+        queue,
+        api_key or None,
+        tuple(cors or ()),
+        reasoning_tokens=reasoning_tokens,
+    )
     options = ServeOptions(host, port, name, slots, context, settings=settings, english=english.value)
 
     def say(line: str) -> None:

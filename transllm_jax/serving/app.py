@@ -46,6 +46,7 @@ class Settings:
 
     max_new_tokens: where a client gives no limit. queue: how many requests may wait for each model. key: what clients
     have to send; None if anybody may ask. origins: of other pages that may ask from a browser. most_bytes: of a body.
+    reasoning_tokens: on top of a client's limit, for the English steps of a chain.
     """
 
     max_new_tokens: int = 512
@@ -55,6 +56,7 @@ class Settings:
     key: str | None = None
     origins: tuple[str, ...] = ()
     most_bytes: int = 4 * MIB
+    reasoning_tokens: int = 0
 
 
 class Place:
@@ -374,7 +376,8 @@ class Server:
         if wanted > left:
             way = f"ask for at most {left} new ones, or shorten the prompt" if left > 0 else "shorten the prompt"
             raise _too_long(model, f"the prompt has {size} tokens, and {wanted} new ones are asked for; {way}", param)
-        return wanted
+        limits_a_chain = asked.max_new_tokens is not None and asked.messages and model.markers is not None
+        return min(wanted + self._settings.reasoning_tokens, left) if limits_a_chain else wanted
 
     def _refuse_long(self, model: Served, letters: int, param: str) -> None:
         """Refuse a text that is too long by far, before it takes time."""
