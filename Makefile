@@ -44,7 +44,7 @@ demo: $(VENV)/.installed-demo
 
 world: $(VENV)/.installed-demo
 	$(call text,$(LANGUAGE))
-	$(BIN)/transllm run configs/world.yaml language.code=$(LANGUAGE)$(if $(filter vi,$(LANGUAGE)), vocabulary.size=550)
+	$(BIN)/transllm run configs/world.yaml language.code=$(LANGUAGE)$(if $(filter vi,$(LANGUAGE)), vocabulary.size=540)
 
 # Configs, data, tokenizers, launch scripts, imports: no model is run.
 QUICK := $(filter-out tests/test_wheel.py, $(wildcard tests/test_*.py)) tests/docs/test_site.py tests/config tests/data \
