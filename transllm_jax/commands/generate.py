@@ -18,7 +18,7 @@ from transllm_jax.generation.chain import ask_original
 from transllm_jax.generation.engine import Engine
 from transllm_jax.generation.request import Reason, Request, Result
 from transllm_jax.generation.sampling import GREEDY, Sampling
-from transllm_jax.generation.writing import Leg, Writing
+from transllm_jax.generation.writing import Leg, Writing, next_legs
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress, counted
 from transllm_jax.tokenizer.chat import Message, encode_prompt
@@ -183,7 +183,6 @@ class _Answerer:
 
         legs: Iterable[tuple[_Item, Leg]] = first_legs()
         numbers, by_original = list(range(len(items))), False
-        waiting = set(numbers)
         while numbers:
             for row, result in self._run(legs, by_original, longest, count, so_far):
                 number = numbers[row]
@@ -193,11 +192,8 @@ class _Answerer:
                 answer = writing.end(cut_off=cut_off, stopped_by=result.stopped_by, has_room=has_room)
                 if answer is not None:
                     yield self._answered(item, writing, answer)
-                    waiting.remove(number)
                     del writings[number]
-            # The next legs of one model, those of the original last.
-            by_original = all(writings[number].leg.original for number in waiting)
-            numbers = sorted(number for number in waiting if writings[number].leg.original is by_original)
+            by_original, numbers = next_legs(writings)
             legs = [(items[number], writings[number].leg) for number in numbers]
             longest = max((len(leg.prompt) for _, leg in legs), default=0) + limit
 

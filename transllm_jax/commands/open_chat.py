@@ -79,18 +79,20 @@ def open_chat_model(given: Path | str, *, base: bool = False) -> ChatModel:
     return ChatModel(source.name, split, shape, tokenizer, _markers(source), in_chains=tuned, tuned=tuned, files=files)
 
 
-def original_of(opened: ChatModel, english: English) -> ChatModel | None:
-    """The original model inside an opened one, if it is to write the English answers.
-
-    Raises UserError if there is none, or if the model does not answer in chains.
-    """
+def check_english(opened: ChatModel, english: English) -> None:
+    """Raises UserError if the original is to write the English answers, and there is none, or are no chains."""
     if english == "model":
-        return None
+        return
     if opened.original is None:
         raise UserError(f"--english original: no original model is beside {opened.name}; open a run's work directory")
     if not opened.in_chains:
         raise UserError(f"--english original: {opened.name} does not answer in chains; leave the option out")
-    return opened.original()
+
+
+def original_of(opened: ChatModel, english: English) -> ChatModel | None:
+    """The original model inside an opened one, if it is to write the English answers. Raises as `check_english`."""
+    check_english(opened, english)
+    return opened.original() if english == "original" and opened.original is not None else None
 
 
 def _markers(source: Source) -> Markers:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model, original_of
+from transllm_jax.commands.open_chat import ChatModel, English, check_english, open_chat_model
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.programs import STOPS
@@ -67,7 +67,7 @@ def serve(given: str, options: ServeOptions, say: Callable[[str], None]) -> None
 def serve_models(given: str, options: ServeOptions) -> list[Served]:
     """The models of a work directory or an exported model, with their engines; nothing is compiled yet."""
     opened = open_chat_model(given)
-    original_of(opened, options.english)  # refuses what has none
+    check_english(opened, options.english)
     name = options.name or _name(given)
     longest = min(options.context, opened.config.context)
     chats: list[tuple[str, ChatModel, Mode, Markers | None]] = [(name, opened, WHOLE, _markers(opened))]

@@ -14,7 +14,7 @@ from transllm_jax.generation.answer import Answer
 from transllm_jax.generation.engine import WHOLE, Engine, Mode, Request, Result
 from transllm_jax.generation.request import Growing
 from transllm_jax.generation.sampling import Sampling
-from transllm_jax.generation.writing import AskOriginal, Leg, Writing
+from transllm_jax.generation.writing import AskOriginal, Leg, Writing, next_legs
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
@@ -56,8 +56,8 @@ class ChainChat:
         """The markers of its chains."""
         return self._markers
 
-    def with_original(self, original: ChainChat | None) -> ChainChat:
-        """The same chat, in which this one writes the English answers (None: the model itself)."""
+    def with_original(self, original: ChainChat) -> ChainChat:
+        """The same chat, in which this one writes the English answers."""
         return ChainChat(
             self._engine,
             self._tokenizer,
@@ -100,20 +100,16 @@ class ChainChat:
         if samplings is None:
             samplings = [self._mode.sampling.for_row(row) for row in range(len(conversations))]
         options: dict[str, Any] = {"at_once": at_once, "on_tokens": on_tokens, "between": between}
-        writings = [self._writing(messages, mends=fallback) for messages in conversations]
-        waiting = set(range(len(writings)))
-        while waiting:
-            # The legs of one model at a time, those of the original last. In order: an answer does not depend on which
-            # one was done first.
-            by_original = all(writings[number].leg.original for number in waiting)
-            numbers = sorted(number for number in waiting if writings[number].leg.original is by_original)
+        writings = {number: self._writing(messages, mends=fallback) for number, messages in enumerate(conversations)}
+        while writings:
+            _, numbers = next_legs(writings)
             asked = [(writings[number].leg, samplings[number]) for number in numbers]
-            for row, result in self._run(asked, by_original, options):
+            for row, result in self._run(asked, options):
                 number, writing = numbers[row], writings[numbers[row]]
                 writing.grow(result.ids)
                 answer = self._end(writing, result.ids, result.stopped_by)
                 if answer is not None:
-                    waiting.remove(number)
+                    del writings[number]
                     yield number, answer
 
     def fits(self, messages: Sequence[Message]) -> bool:
@@ -174,13 +170,11 @@ class ChainChat:
             cut_off=cut_off, stopped_by=stopped_by, has_room=lambda leg: self._of(leg)._has_room(leg.prompt)
         )
 
-    def _run(
-        self, asked: Sequence[tuple[Leg, Sampling]], by_original: bool, options: dict[str, Any]
-    ) -> Iterator[tuple[int, Result]]:
+    def _run(self, asked: Sequence[tuple[Leg, Sampling]], options: dict[str, Any]) -> Iterator[tuple[int, Result]]:
         """Yield the number of each leg and what was written, as they finish. asked: legs of one model."""
-        chat = self if not by_original or self._original is None else self._original
+        chat = self._of(asked[0][0])
         requests = [Request(leg.prompt, self._max_new_tokens, leg.stop, sampling=sampling) for leg, sampling in asked]
-        yield from chat._engine.run(requests, mode=chat._mode, **options) if requests else ()
+        yield from chat._engine.run(requests, mode=chat._mode, **options)
 
 
 def remembered(question: str, answer: Answer, tokenizer: Tokenizer) -> list[Message]:

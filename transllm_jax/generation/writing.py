@@ -6,7 +6,7 @@ writes the English answers, it takes over when the trained model begins one, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,6 +131,15 @@ class Writing:
         if self._markers is None:
             return Answer(text, None, text, **options, parts=Parts(answer=text))
         return answer_of(text, self._markers, whole=whole, **options)
+
+
+def next_legs(writings: Mapping[int, Writing]) -> tuple[bool, list[int]]:
+    """Of answers on their way, those whose legs are written next, and whether the original writes them.
+
+    One model's at a time, those of the original last. In order: an answer does not depend on which one was done first.
+    """
+    by_original = all(writing.leg.original for writing in writings.values())
+    return by_original, sorted(number for number, one in writings.items() if one.leg.original is by_original)
 
 
 def _breaks_off(answer: Answer, markers: Markers) -> bool:
