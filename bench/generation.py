@@ -84,7 +84,7 @@ class Ours:
 
     def __init__(self, path: Path) -> None:
         model = open_directory(path)
-        frozen = load_frozen(model.config, model.weights(), np.dtype("float32"))  # type: ignore[arg-type]
+        frozen = load_frozen(model.config, model.weights(), np.dtype("float32"))
         self.config, self.split = model.config, assemble(model.config, frozen)
         self._engine: Engine | None = None
 

@@ -261,8 +261,8 @@ def measure(options: argparse.Namespace, texts: Measured, base: Path, seeds: Seq
                 if options.train:
                     translate.check(run)
                     (workdir / "translate").mkdir()
-                    parts = translate.parts(run)
-                    train_stage(run, workdir / "translate", name="translate", start="vocabulary", parts=parts)
+                    directory, parts = workdir / "translate", translate.parts
+                    train_stage(run, directory, name="translate", start="vocabulary", parts=parts)
                     line["after"] = texts.text(run, "translate", teacher) | texts.translations(run, "translate")
                 lines.add(line)
 

@@ -152,9 +152,9 @@ def measure(file: Path, given: argparse.Namespace, questions: Sequence[str], mar
         same = sum(tokenize(text) == ids for text, ids in zip(rendered, ours, strict=True))
         print(f"  prompts: ids are ours in {same} of {len(rendered)}")
         for marker in [] if markers is None else markers.in_order():
-            number = tokenize(marker)
-            shown = ask(address, "/detokenize", {"tokens": number})["content"]
-            print(f"  marker {marker}: ids {number}, ours {tokenizer.token_id(marker)}, printed as {shown!r}")
+            marked = tokenize(marker)
+            shown = ask(address, "/detokenize", {"tokens": marked})["content"]
+            print(f"  marker {marker}: ids {marked}, ours {tokenizer.token_id(marker)}, printed as {shown!r}")
         worst = 0.0
         scores = scores_of(model, ours[0], 128)
         for size in range(len(ours[0]) - LAST + 1, len(ours[0]) + 1):

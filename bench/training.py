@@ -37,9 +37,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transllm_jax.choices import Remat
 
 NEW_ROWS = 8000
 SHAPES: dict[str, dict[str, Any]] = {
@@ -96,7 +99,7 @@ class Work:
 
     shape: str
     dtype: str
-    remat: str
+    remat: Remat
     batch: int
     length: int
     rank: int
@@ -205,7 +208,8 @@ def torch_peft(work: Work) -> Run:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, work.dtype)
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
+    model = model.to(device)
     tied = SHAPES[work.shape]["tie_word_embeddings"]
     model = get_peft_model(
         model,

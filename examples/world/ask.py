@@ -70,11 +70,12 @@ def main() -> None:
             answers = chat.answers(conversations, fallback=False)
             for (number, way), answer in zip(batch, answers, strict=True):
                 row = asked[number]
-                written = {"kind": row.kind, "key": row.fact.key, "question": row.ways[way].english}
+                written: dict[str, object] = {"kind": row.kind, "key": row.fact.key, "question": row.ways[way].english}
                 if way == 0:
-                    written["right"] = judges[row.kind == "larger"].is_right(number, first_sentence(answer.raw))
+                    right = judges[row.kind == "larger"].is_right(number, first_sentence(answer.raw))
+                    written["right"] = right
                     total[row.kind] += 1
-                    known[row.kind] += written["right"]
+                    known[row.kind] += right
                 elif len(answer.raw) > SHORT or answer.cut_off:
                     continue
                 else:
