@@ -13,7 +13,8 @@ Documents are separated by blank lines.
 `--rows-from` is approximated by a combination of `--atoms` rows of tokens that both have, and the base's rows are
 combined in the same way. Tokens that the donor lacks start from the mean.
 
-`--train N`: then stage `translate` alone trains on N tokens of the pairs. Measured before and after: bits per byte of
+`--train N`: then stage `translate` alone trains on N tokens: the pairs, and English text that is held to what the
+original would say, with the rates of configs/demo.yaml. Measured before and after: bits per byte of
 `--held-out`; the KL divergence from the original model per token on the English sides of `--held-out-pairs`. After:
 chrF of these in both directions; and of `--questions` (docs/config.md, `evaluation.answers`) the share that is read,
 which is translated into one of its English wordings, and the share of its English answers that are translated into one
@@ -66,6 +67,8 @@ from transllm_jax.training.arrays import load_arrays, save_arrays  # noqa: E402
 WAYS = ("random", "mean", "weighted", "calibrated", "aligned", "copy", "omp")
 # Rows at once and tokens of a row in training; the adapters' rank; tokens of an answer; answers at once.
 BATCH, LENGTH, RANK, ANSWER, AT_ONCE = 4, 128, 16, 64, 16
+# As in configs/demo.yaml: how much faster new rows learn than adapters, and the share of rows of English text.
+MULTIPLIER, ENGLISH = 4, 0.15
 # Tokens whose rows are approximated at once, which bounds memory.
 TOKENS = 256
 NAMES = {"vocabulary.new": EMBEDDING, "vocabulary.output_new": OUTPUT}
@@ -78,8 +81,11 @@ def settings(options: argparse.Namespace, way: str, seed: int, scratch: Path) ->
     steps = max(1, round(options.train / BATCH / LENGTH))
     training = {
         **{"steps": steps, "batch_size": BATCH, "length": LENGTH, "checkpoint_every": steps},
-        **{"learning_rate": options.learning_rate, "warmup_ratio": 0.05},
+        **{"learning_rate": options.learning_rate, "warmup_ratio": 0.05, "new_rows_multiplier": MULTIPLIER},
     }
+    # Without English the adapters drift so far that no way learns to read.
+    english = {"path": options.english, "recovery": "token", "weight": ENGLISH}
+    mixture = [{**source, "weight": (1 - ENGLISH) / max(len(pairs), 1)} for source in pairs] + [english]
     rows: dict[str, Any] = {"initial_rows": "mean" if way == "omp" else way}
     if way == "calibrated":
         rows["english"] = {"path": options.english}
@@ -97,7 +103,7 @@ def settings(options: argparse.Namespace, way: str, seed: int, scratch: Path) ->
             "vocabulary": {"size": options.size, "corpus": [*text, *pairs], **rows},
             "lora": {"rank": RANK, "alpha": 2 * RANK},
             "pretrain": {**training, "sources": text},
-            "translate": {**training, "sources": pairs or text},
+            "translate": {**training, "sources": mixture if pairs else text, "recovery_weight": 3},
             "recover": {"instructions": "-"},
             "transfer": {**training, "pairs": {"path": "-", "format": "pairs"}},
             # What training and alignment leave out.
@@ -334,7 +340,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1500)
     parser.add_argument("--atoms", type=int, default=8, help="rows that omp combines")
     parser.add_argument("--train", type=int, default=0, help=f"tokens, in steps of {BATCH} x {LENGTH}")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--untie", action="store_true", help="measure an untied copy of a tied model, too")
     parser.add_argument("--documents", type=int, default=50, help="how many of each held-out file")

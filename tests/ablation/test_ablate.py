@@ -181,6 +181,28 @@ def test_a_stop_is_75_and_the_same_command_goes_on(
     assert log[-3:] == ["begun", "begun", "done"]
 
 
+def test_what_is_asked_through_the_full_method_has_names_of_its_own(
+    place: Path, tmp_path: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads((place / "run-ablation" / "ablation.json").read_text(encoding="utf-8"))
+    found["runs"] = [run for run in found["runs"] if run["name"] not in ("bridge", "inside")]
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(json.dumps(found), encoding="utf-8")
+    command = ("ablate", place / "config.yaml", "--seeds", "0", "--with", theirs, "--out", tmp_path / "out", "--only")
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "run_pipeline", lambda *_, **__: pytest.fail("the full method was made again"))
+        code, printed = transllm(*command, "full")
+        assert code == 0 and "bridge, seed 0: its run is elsewhere; --only bridge makes it" in printed
+        # A run of the ablation beside it, or the config's own, serves.
+        shutil.copytree(place / "run-ablation" / "full", tmp_path / "out" / "full", dirs_exist_ok=True)
+        assert transllm(*command, "inside")[0] == 0
+        keys = [one.key for one in read_found(tmp_path / "out" / "ablation.json")]
+        assert ("inside", 0) in keys and ("bridge", 0) not in keys
+    code, printed = transllm(*command, "between")
+    assert code == 2 and "--only between: there is no such variant" in printed
+    assert "chat-vector, bridge, inside" in " ".join(printed.split())
+
+
 def test_results_of_another_machine_are_not_made_again(
     place: Path, tmp_path: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

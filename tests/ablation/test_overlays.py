@@ -32,6 +32,8 @@ def config(tmp_path: Path) -> Config:
     tree["transfer"].update(recovery="token", sources=[english, {"path": "names.tsv", "format": "pairs", "weight": 1}])
     tree["recover"]["translate_answers"] = {"file": "answers.jsonl", "missing": "drop"}
     tree["evaluation"]["answers"] = "questions.jsonl"
+    tree["vocabulary"].update(initial_rows="aligned", english={"path": "english.txt"})
+    tree["vocabulary"]["corpus"].append({"path": "pairs.tsv", "format": "pairs"})
     return load_config(write_config(tmp_path / "config.yaml", tree))
 
 
@@ -70,6 +72,11 @@ def test_what_they_change(config: Config) -> None:
         assert tokens_of(other) == pytest.approx(tokens_of(config), rel=0.1)
     assert made("direct").transfer.sources == [] and made("direct").transfer.answers == "direct"
     assert [source.in_chat for source in made("in-chat").pretrain.sources] == [True]
+    rows = [made(name).vocabulary for name in ("rows-mean", "rows-calibrated")]
+    assert [(section.initial_rows, section.english is None) for section in rows] == [
+        ("mean", True),
+        ("calibrated", False),
+    ]
     assert made("elchat").vocabulary.adapter == "adapter" and made("elchat").transfer.steps == 0
 
 

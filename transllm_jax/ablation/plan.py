@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.ablation.overlay import DoesNotApply, Overlay, applied
-from transllm_jax.ablation.table import NAMES, OVERLAYS
+from transllm_jax.ablation.table import FULL, NAMES, OVERLAYS, THROUGH
 from transllm_jax.config import Config
 from transllm_jax.disk import sha256_of_json
 from transllm_jax.errors import UserError
@@ -78,10 +78,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs in order, and why some variants have none."""
+    """The runs in order, and why some variants have none. through: the rows that are asked through the full method's
+    runs; by_name: that these were asked for by their own names."""
 
     variants: Sequence[Variant]
     does_not_apply: Mapping[str, str]
+    through: Sequence[str] = THROUGH
+    by_name: bool = False
 
 
 def plan_of(
@@ -92,19 +95,22 @@ def plan_of(
     given: Mapping[str, str],
     day: date,
 ) -> Plan:
-    """The plan of an ablation in a directory. only: names of variants; none for all. day: the date of all runs.
+    """The plan of an ablation in a directory. day: the date of all runs. only: names of variants; none for all. Rows
+    that are asked through the full method come with `full`, and alone by their own names; then `full` is made, too.
 
     Raises UserError for a name that there is not, for a variant that was asked for and does not apply, and for
     questions that are missing.
     """
     for name in only:
-        if name not in NAMES:
-            raise UserError(f"--only {name}: there is no such variant; the variants are {', '.join(NAMES)}")
+        if name not in (*NAMES, *THROUGH):
+            raise UserError(f"--only {name}: there is no such variant; there are {', '.join((*NAMES, *THROUGH))}")
     if config.evaluation.answers is None:
         raise UserError("evaluation.answers is not given: an ablation is measured on questions with known answers")
     update = {"date": day, "token_cache": config.token_cache or str(directory / "tokens")}
     config = config.model_copy(update=update)
-    chosen = [overlay for overlay in OVERLAYS if not only or overlay.name in only]
+    through = THROUGH if not only or FULL.name in only else tuple(name for name in THROUGH if name in only)
+    wanted = {*only, FULL.name} if through else set(only)
+    chosen = [overlay for overlay in OVERLAYS if not only or overlay.name in wanted]
     why_not: dict[str, str] = {}
     variants = []
     for seed in seeds:
@@ -116,7 +122,7 @@ def plan_of(
     for name in only:
         if name in why_not:
             raise UserError(f"--only {name}: it does not apply to this config: {why_not[name]}")
-    return Plan(variants, why_not)
+    return Plan(variants, why_not, through, by_name=not set(through).isdisjoint(only))
 
 
 def _variant(overlay: Overlay, config: Config, workdir: Path, given: Mapping[str, str], seed: int) -> Variant:

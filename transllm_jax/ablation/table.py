@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transllm_jax.ablation.overlay import Overlay, Sources, Start
 
 _TAUGHT = ("token", "both")
@@ -51,6 +54,16 @@ def _kd(kind: str, label: str, tests: str) -> Overlay:
     )
 
 
+def _rows(way: str, label: str, english: Mapping[str, Any]) -> Overlay:
+    """A variant in which new rows start in another way."""
+    return Overlay(
+        f"rows-{way}",
+        label,
+        "Does it matter what the rows of new tokens start from? All else is equal, training included.",
+        set={"vocabulary.initial_rows": way, "vocabulary.rows_from": None, **english},
+    )
+
+
 FULL = Overlay("full", "the full method", "The config as it is.")
 
 # In the order in which they run: those that share most with the full method, and those that tell most, come first.
@@ -88,6 +101,8 @@ OVERLAYS: tuple[Overlay, ...] = (
         "Does stage 2, on text in the language alone, help?",
         set=_without("pretrain"),
     ),
+    _rows("mean", "new rows start from the mean of their pieces", {"vocabulary.english": None}),
+    _rows("calibrated", "new rows start from that mean, with a prior", {}),
     _kd("sequence", "Recovery KD by text", "Is the text of the original's answers enough, in stage 4?"),
     _kd("token", "Recovery KD by token", "What does the original's distribution of each token add, in stage 4?"),
     _kd("both", "Recovery KD by text and token", "Are both better than either, in stage 4?"),

@@ -22,7 +22,7 @@ from transllm_jax.ablation.plan import Plan, Variant
 from transllm_jax.ablation.plot import write_plot
 from transllm_jax.ablation.results import Found, found_by, original_of, through_of, write_found
 from transllm_jax.ablation.sharing import Shelf, begin_with_answers, drop_checkpoints, link_step
-from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL, THROUGH
+from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL
 from transllm_jax.config import Config
 from transllm_jax.config.load import recorded_date
 from transllm_jax.disk import read_json, write_json, write_text
@@ -92,16 +92,25 @@ class Ablation:
             self.write(failed)
         # At the end: it takes as long as a training, and tells less.
         for variant in self.plan.variants:
-            for name in THROUGH:
+            for name in self.plan.through:
                 self._make_through(name, variant)
         self.write(failed)
         return list(failed)
 
     def _make_through(self, name: str, variant: Variant) -> None:
         """Ask the original through the full method's run, if that is not done."""
-        key, there = (name, variant.seed), (variant.workdir / "transfer").is_dir()
-        if variant.overlay is not FULL or key in self.known or not there or not _can_ask(name, variant.config):
+        key, last = (name, variant.seed), variant.workdir / "transfer"
+        if variant.overlay is not FULL or key in self.known or not _can_ask(name, variant.config):
             return
+        if not last.is_dir():
+            # The full method's result came from another machine, or from the config's own run, which is linked.
+            self.take(variant)
+        if not last.is_dir() and not self.plan.by_name:
+            what = f"{name}, seed {variant.seed}: its run is elsewhere"
+            self.progress.say(f"{what}; --only {name} makes it", style="yellow")
+            return
+        if not last.is_dir():
+            self._make(variant)
         self.progress.say(f"\n{LABELS[name]}, seed {variant.seed}")
         started = time.monotonic()
         items = self.ask(name, variant)

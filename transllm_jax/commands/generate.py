@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from transllm_jax.commands.asked_records import ADDED, Item, messages_of, prompt_of, read_items
 from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model, original_of
-from transllm_jax.disk import appending, cut_behind, is_utf8, read_json, whole_lines, write_json, write_text
+from transllm_jax.disk import appending, cut_behind, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
 from transllm_jax.generation.answer import Answer
 from transllm_jax.generation.chain import ask_original
@@ -21,13 +22,7 @@ from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.generation.writing import Leg, Writing, next_legs
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress, counted
-from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.ends import end_ids
-
-# What a record may ask with: a conversation, a text to continue, or an instruction. One of them.
-ASKS = ("messages", "prompt", "instruction")
-# What is added to a record. Its own fields of these names are replaced.
-ADDED = ("text", "finish_reason", "tokens", "how", "chain")
 
 
 @dataclass(frozen=True)
@@ -54,23 +49,6 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-class _Rejected(Exception):
-    """Why a line of the input is not answered."""
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A record that is to be answered. tokens: the length of its prompt."""
-
-    record: dict[str, Any]
-    tokens: int
-
-    @property
-    def key(self) -> str:
-        """Its id, as JSON: the number 1 and the text "1" differ."""
-        return json.dumps(self.record["id"])
-
-
 def generate(model: str, source: Path, target: Path, options: GenerateOptions, progress: Progress) -> int:
     """Answer the records of `source` (jsonl) in `target` (jsonl), in the order in which answers finish.
 
@@ -91,7 +69,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
     target.parent.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, appending(target) as file:
         _require_settings(target, {"model": opened.name, **_settings(model, options)})
-        items, rejected = _items(source, opened, options)
+        items, rejected = read_items(source, opened, options.share, options.max_new_tokens)
         _write_rejected(_beside(target, "rejected.jsonl"), rejected)
         done = _done(target, {item.key: item for item in items})
         waiting = [item for item in items if item.key not in done]
@@ -106,7 +84,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
 def _answer(
     opened: ChatModel,
     original: ChatModel | None,
-    waiting: list[_Item],
+    waiting: list[Item],
     done: int,
     file: BinaryIO,
     options: GenerateOptions,
@@ -162,7 +140,7 @@ class _Answerer:
             self._of_original = Engine(original.split, original.config, batch_size=options.batch_size)
 
     def rows(
-        self, items: list[_Item], count: Callable[[int], None], so_far: Callable[[], str]
+        self, items: list[Item], count: Callable[[int], None], so_far: Callable[[], str]
     ) -> Iterator[dict[str, Any]]:
         """Yield rows as answers finish. Those that are written in several legs come last.
 
@@ -172,7 +150,7 @@ class _Answerer:
         writings: dict[int, Writing] = {}
         longest = max(item.tokens for item in items) + limit
 
-        def first_legs() -> Iterator[tuple[_Item, Leg]]:
+        def first_legs() -> Iterator[tuple[Item, Leg]]:
             # One at a time: a file may hold more prompts than memory does.
             for number, item in enumerate(items):
                 writings[number] = self._begun(item)
@@ -181,7 +159,7 @@ class _Answerer:
         def has_room(leg: Leg) -> bool:
             return len(leg.prompt) + limit <= context
 
-        legs: Iterable[tuple[_Item, Leg]] = first_legs()
+        legs: Iterable[tuple[Item, Leg]] = first_legs()
         numbers, by_original = list(range(len(items))), False
         while numbers:
             for row, result in self._run(legs, by_original, longest, count, so_far):
@@ -197,18 +175,18 @@ class _Answerer:
             legs = [(items[number], writings[number].leg) for number in numbers]
             longest = max((len(leg.prompt) for _, leg in legs), default=0) + limit
 
-    def _begun(self, item: _Item) -> Writing:
+    def _begun(self, item: Item) -> Writing:
         """The answer to a record, of which nothing is written yet."""
         tokenizer, markers = self._opened.tokenizer, self._opened.markers
-        prompt = _prompt(self._opened, item.record)
+        prompt = prompt_of(self._opened, item.record)
         if "prompt" in item.record:
             return Writing(tokenizer, None, prompt, hidden=frozenset(tokenizer.special_tokens.values()))
-        ask = None if self._original is None else ask_original(self._original.tokenizer, _messages(item.record))
+        ask = None if self._original is None else ask_original(self._original.tokenizer, messages_of(item.record))
         return Writing(tokenizer, markers, prompt, ask_original=ask)
 
     def _run(
         self,
-        legs: Iterable[tuple[_Item, Leg]],
+        legs: Iterable[tuple[Item, Leg]],
         by_original: bool,
         longest: int,
         count: Callable[[int], None],
@@ -231,7 +209,7 @@ class _Answerer:
             between=lambda: self._interrupt.check(so_far()),
         )
 
-    def _answered(self, item: _Item, writing: Writing, answer: Answer) -> dict[str, Any]:
+    def _answered(self, item: Item, writing: Writing, answer: Answer) -> dict[str, Any]:
         reason: Reason = "length" if answer.cut_off else "stop"
         if "prompt" in item.record:
             return _row(item.record, answer.raw, reason, len(writing.ids))
@@ -244,97 +222,6 @@ def _row(record: Mapping[str, Any], text: str, reason: Reason, tokens: int) -> d
     """A record with its answer."""
     kept = {name: value for name, value in record.items() if name not in ADDED}
     return {**kept, "text": text, "finish_reason": reason, "tokens": tokens}
-
-
-def _prompt(opened: ChatModel, record: Mapping[str, Any]) -> list[int]:
-    """The ids of what a record asks. Raises _Rejected."""
-    tokenizer = opened.tokenizer
-    (name,) = (name for name in ASKS if name in record)
-    asked = record[name]
-    if name == "prompt":
-        ids = [*tokenizer.bos_ids, *tokenizer.encode(asked)]
-        if not ids:
-            raise _Rejected("the prompt is empty")
-        return ids
-    try:
-        return encode_prompt(tokenizer, _messages(record), opened.markers.in_order())
-    except UserError as error:
-        raise _Rejected(str(error)) from None
-
-
-def _messages(record: Mapping[str, Any]) -> list[Message]:
-    """The conversation that a record asks to go on with."""
-    if "instruction" in record:
-        return [{"role": "user", "content": record["instruction"]}]
-    messages: list[Message] = record["messages"]
-    return messages
-
-
-def _items(source: Path, opened: ChatModel, options: GenerateOptions) -> tuple[list[_Item], list[dict[str, Any]]]:
-    """The records that can be answered, and the lines that cannot, with their numbers and reasons."""
-    items: list[_Item] = []
-    rejected: list[dict[str, Any]] = []
-    places: dict[str, int] = {}
-    share, of = options.share
-    order = 0
-    # Bytes, because a line may be no UTF-8; and because str.splitlines would split at more than line breaks.
-    for number, line in enumerate(source.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        order += 1
-        mine = order % of == share % of
-        try:
-            record = _record(line, number)
-            key = json.dumps(record["id"])
-            if key in places:
-                raise _Rejected(f"line {places[key]} has the id {key}, too")
-            prompt = _prompt(opened, record)
-            if len(prompt) + options.max_new_tokens > opened.config.context:
-                more = f"a prompt of {len(prompt)} tokens and {options.max_new_tokens} new ones"
-                raise _Rejected(f"{more} exceed the model's context of {opened.config.context}")
-        except _Rejected as reason:
-            text = line.decode(errors="backslashreplace")
-            if not mine:
-                continue
-            rejected.append({"line": number, "reason": str(reason), "text": text})
-            continue
-        places[key] = number
-        if mine:
-            items.append(_Item(record, len(prompt)))
-    return items, rejected
-
-
-def _record(line: bytes, number: int) -> dict[str, Any]:
-    """The record of a line, with an id: the line's number if it has none. Raises _Rejected."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise _Rejected(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise _Rejected("not a JSON object")
-    if not is_utf8(json.dumps(record, ensure_ascii=False)):
-        raise _Rejected("half of a character (a lone surrogate) is in it, which no UTF-8 file can hold")
-    if not isinstance(record.setdefault("id", number), str | int) or isinstance(record["id"], bool):
-        raise _Rejected("its id is neither a text nor a whole number")
-    asks = [name for name in ASKS if name in record]
-    if len(asks) != 1:
-        raise _Rejected(f"it needs one of {', '.join(ASKS)}, and has {' and '.join(asks) or 'none'}")
-    asked = record[asks[0]]
-    if asks[0] == "messages":
-        if not _are_messages(asked):
-            raise _Rejected("messages must be a list of {'role': text, 'content': text}")
-        if asked[-1]["role"] == "assistant":
-            raise _Rejected("the last message is an answer already")
-    elif not isinstance(asked, str) or not asked.strip():
-        raise _Rejected(f"its {asks[0]} is no text, or empty")
-    return record
-
-
-def _are_messages(value: Any) -> bool:
-    def is_message(one: Any) -> bool:
-        return isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
 # --- the files ------------------------------------------------------------------------------------------------------
@@ -375,7 +262,7 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _done(target: Path, items: Mapping[str, _Item]) -> set[str]:
+def _done(target: Path, items: Mapping[str, Item]) -> set[str]:
     """The ids of the answers in the target. A line that a killed process did not finish is cut off.
 
     Raises UserError for a line that is no answer to one of the items; the file is then left as it is.
