@@ -103,6 +103,12 @@ OVERLAYS: tuple[Overlay, ...] = (
     ),
     _rows("mean", "new rows start from the mean of their pieces", {"vocabulary.english": None}),
     _rows("calibrated", "new rows start from that mean, with a prior", {}),
+    Overlay(
+        "within-words",
+        "new tokens stay within words",
+        "Do tokens that run across words hide names, where a script has no spaces?",
+        set={"vocabulary.within_words": True},
+    ),
     _kd("sequence", "Recovery KD by text", "Is the text of the original's answers enough, in stage 4?"),
     _kd("token", "Recovery KD by token", "What does the original's distribution of each token add, in stage 4?"),
     _kd("both", "Recovery KD by text and token", "Are both better than either, in stage 4?"),
