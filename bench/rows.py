@@ -278,7 +278,8 @@ class Lines:
 
     def __init__(self, path: Path | None, options: argparse.Namespace) -> None:
         self._path = path
-        self._settings = {name: value for name, value in vars(options).items() if name not in ("out", "seeds", "ways")}
+        which = ("out", "seeds", "ways", "untie")
+        self._settings = {name: value for name, value in vars(options).items() if name not in which}
         self.found: list[dict[str, Any]] = []
         if path is not None and path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -107,6 +107,10 @@ def test_a_plan_goes_seed_by_seed_and_names_what_is_wrong(config: Config, tmp_pa
     hashes = {variant.overlay.name: variant.config_hash for variant in again.variants}
     assert hashes["full"] == plan.variants[0].config_hash, "where and when a run is made does not count"
     assert list(again.does_not_apply) == ["kd-token"] and set(hashes) == set(NAMES) - {"kd-token"}
+    through = plan_of(config, tmp_path / "out", [0], ["inside"], {}, day)
+    assert [variant.name for variant in through.variants] == ["full, seed 0"] and through.through == ("inside",)
+    assert plan.through == ("bridge", "inside") and not plan.by_name and through.by_name
+    assert plan_of(config, tmp_path / "out", [0], ["no-tcot"], {}, day).through == ()
     with pytest.raises(UserError, match="no such variant; the variants are full, no-tcot"):
         plan_of(config, tmp_path, [0], ["tcot"], {}, day)
     with pytest.raises(UserError, match="--only no-recovery-kd: it does not apply to this config: give --writer FILE"):

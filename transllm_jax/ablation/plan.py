@@ -103,7 +103,9 @@ def plan_of(
     """
     for name in only:
         if name not in (*NAMES, *THROUGH):
-            raise UserError(f"--only {name}: there is no such variant; there are {', '.join((*NAMES, *THROUGH))}")
+            raise UserError(
+                f"--only {name}: there is no such variant; the variants are {', '.join((*NAMES, *THROUGH))}"
+            )
     if config.evaluation.answers is None:
         raise UserError("evaluation.answers is not given: an ablation is measured on questions with known answers")
     update = {"date": day, "token_cache": config.token_cache or str(directory / "tokens")}
