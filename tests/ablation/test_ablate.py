@@ -198,6 +198,13 @@ def test_what_is_asked_through_the_full_method_has_names_of_its_own(
         assert transllm(*command, "inside")[0] == 0
         keys = [one.key for one in read_found(tmp_path / "out" / "ablation.json")]
         assert ("inside", 0) in keys and ("bridge", 0) not in keys
+    # Linked steps are no run yet, and nothing is trained to make them one.
+    run = tmp_path / "out" / "full" / "seed-0"
+    (run / "run.yaml").unlink()
+    trained = (run / "transfer" / "manifest.json").read_bytes()
+    assert transllm(*command, "bridge")[0] == 0
+    assert ("bridge", 0) in [one.key for one in read_found(tmp_path / "out" / "ablation.json")]
+    assert (run / "transfer" / "manifest.json").read_bytes() == trained
     code, printed = transllm(*command, "between")
     assert code == 2 and "--only between: there is no such variant" in printed
     assert "chat-vector, bridge, inside" in " ".join(printed.split())

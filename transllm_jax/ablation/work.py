@@ -109,7 +109,8 @@ class Ablation:
             what = f"{name}, seed {variant.seed}: its run is elsewhere"
             self.progress.say(f"{what}; --only {name} makes it", style="yellow")
             return
-        if not last.is_dir():
+        if not (last.is_dir() and (variant.workdir / RUN).is_file()):
+            # Of linked steps alone this makes a run, and trains nothing.
             self._make(variant)
         self.progress.say(f"\n{LABELS[name]}, seed {variant.seed}")
         started = time.monotonic()
