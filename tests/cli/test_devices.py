@@ -38,9 +38,10 @@ def test_libtpu_is_loaded_only_if_it_is_asked_for() -> None:
     loaded = "; print('libtpu.so' in open('/proc/self/maps').read())"
     done = run("-c", code + loaded)
     assert (done.stdout.split(), done.stderr) == (["cpu", "False"], "")
-    # What jax does without us: if it no longer loads libtpu, there is nothing to do.
+    # What jax does without us (0.10 with ten lines of errors, 0.12 in silence): if it no longer loads libtpu, there is
+    # nothing to do.
     alone = run("-c", "import jax; print(jax.default_backend())" + loaded)
-    assert alone.stdout.split() == ["cpu", "True"] and alone.stderr
+    assert alone.stdout.split() == ["cpu", "True"]
     # preflight asks libtpu for a topology.
     asked = (
         "; from transllm_jax.preflight.program.chips import topology_devices; print(len(topology_devices('v5e:2x2')))"
