@@ -205,6 +205,8 @@ def test_what_is_asked_through_the_full_method_has_names_of_its_own(
     assert transllm(*command, "bridge")[0] == 0
     assert ("bridge", 0) in [one.key for one in read_found(tmp_path / "out" / "ablation.json")]
     assert (run / "transfer" / "manifest.json").read_bytes() == trained
+    code, printed = transllm(*command, "bridge", "--dry-run")
+    assert code == 0 and "bridge, seed 0" in printed and "inside" not in printed
     code, printed = transllm(*command, "between")
     assert code == 2 and "--only between: there is no such variant" in printed
     assert "chat-vector, bridge, inside" in " ".join(printed.split())

@@ -91,16 +91,20 @@ class Ablation:
             self._log("done", variant, seconds=self.known[key].seconds)
             self.write(failed)
         # At the end: it takes as long as a training, and tells less.
-        for variant in self.plan.variants:
-            for name in self.plan.through:
-                self._make_through(name, variant)
+        for name, variant in self.through():
+            self._make_through(name, variant)
         self.write(failed)
         return list(failed)
+
+    def through(self) -> list[tuple[str, Variant]]:
+        """The rows that are asked through the full method's runs: their names, and these runs."""
+        runs = [variant for variant in self.plan.variants if variant.overlay is FULL]
+        return [(name, run) for run in runs for name in self.plan.through if _can_ask(name, run.config)]
 
     def _make_through(self, name: str, variant: Variant) -> None:
         """Ask the original through the full method's run, if that is not done."""
         key, last = (name, variant.seed), variant.workdir / "transfer"
-        if variant.overlay is not FULL or key in self.known or not _can_ask(name, variant.config):
+        if key in self.known:
             return
         if not last.is_dir():
             # The full method's result came from another machine, or from the config's own run, which is linked.

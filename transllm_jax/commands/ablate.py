@@ -191,6 +191,14 @@ def show_plan(ablation: Ablation) -> None:
                 seconds += cost.of(one, step.name) or 0.0
         total += seconds
         table.add_row(variant.name, ", ".join(done), ", ".join(todo), duration(seconds) if cost.known else "")
+    for name, variant in ablation.through():
+        made = (name, variant.seed) in ablation.known
+        table.add_row(
+            f"{name}, seed {variant.seed}",
+            "all of it" if made else "",
+            "" if made else f"asked through {variant.name}",
+            "",
+        )
     console.print(table)
     for name, why in ablation.plan.does_not_apply.items():
         say(f"{name} is not run: {why}", style="yellow")
