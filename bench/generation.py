@@ -1,7 +1,7 @@
 """Measures greedy generation: our engine beside transformers.generate (torch), on the same weights and prompts.
 
     python bench/generation.py MODEL [--instructions FILE] [--batch 1 8 32] [--new 48] [--repeat 5]
-                               [--prompts 128] [--longest 256] [--only ours|theirs]
+                               [--prompts 128] [--longest 256] [--only ours|theirs] [--llama-cpp PYTHON --gguf FILE]
 
 MODEL: a directory in Hugging Face format, such as base/ of a run. FILE: jsonl with `instruction`, by default the
 example's. Both in float32 on all cores. End tokens are switched off, so that the number of tokens is known.
@@ -12,6 +12,10 @@ one row also the share of the memory bandwidth: the bytes of the weights that a 
 large array reads in the same time. Then `--prompts` prompts whose answers have different lengths (log-normal, as those
 of chat models roughly are; up to `--longest` tokens): the engine with 32 slots, and padded batches of 8 that run to
 their longest answer. Only the tokens that were asked for are counted.
+
+With `--llama-cpp` (an interpreter that has xllamacpp, see llama_server.py) and `--gguf`, the same model in that file's
+own quantisation, llama.cpp's server answers the same prompts with as many slots: for orientation, since it reads fewer
+bytes and gives other ids.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from llama_server import ask, llama_cpp
 
 from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
 from transllm_jax.conversion.open_directory import open_directory
@@ -52,7 +58,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128, help="of different lengths of answers; 0 leaves this out")
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--only", choices=["ours", "theirs"])
+    parser.add_argument("--llama-cpp", help="a Python interpreter that has xllamacpp")
+    parser.add_argument("--gguf", type=Path, help="the model, for llama.cpp")
     options = parser.parse_args()
+    if (options.llama_cpp is None) != (options.gguf is None):
+        parser.error("--llama-cpp and --gguf go together")
 
     prompts = read_prompts(options.model, options.instructions)
     ours = None if options.only == "theirs" else Ours(options.model)
@@ -62,6 +72,9 @@ def main() -> None:
         some = [prompts[number % len(prompts)] for number in range(size)]
         limits = [options.new] * size
         compare(f"batch {size}, {options.new} new tokens", ours, theirs, some, limits, size, size, options.repeat)
+        if options.llama_cpp is not None:
+            with llama_cpp(options.llama_cpp, options.gguf, torch.get_num_threads(), size) as address:
+                print_llama_cpp(address, some, options.new, options.repeat)
         if size == 1 and ours is not None:
             print_bandwidth(ours, some, options.new, options.repeat)
     if options.prompts:
@@ -171,6 +184,19 @@ def compare(
             if left != right:
                 at = next(place for place, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
                 print(f"    row {row} differs from token {at} on: {left[at]} and {right[at]}")
+
+
+def print_llama_cpp(address: str, prompts: Answers, new: int, repeat: int) -> None:
+    """Print the tokens a second of llama.cpp's server, which answers all prompts at once."""
+    body = {"n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+
+    def answer(prompt: Sequence[int]) -> int:
+        return len(ask(address, "/completion", {**body, "prompt": list(prompt)})["tokens"])
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        made = sum(pool.map(answer, prompts))
+        taken = [timed(lambda: list(pool.map(answer, prompts))) for _ in range(repeat)]
+    print(f"  llama.cpp: {made / statistics.median(taken):.1f} tokens/s, {min(taken):.2f} to {max(taken):.2f} s")
 
 
 def print_bandwidth(ours: Ours, prompts: Answers, new: int, repeat: int) -> None:

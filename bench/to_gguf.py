@@ -21,17 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from llama_server import ask, llama_cpp
 
 from transllm_jax.commands.open_model import open_source, tokenizer_of
 from transllm_jax.commands.to_gguf import to_gguf
@@ -43,40 +40,7 @@ from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.chat import Message, render
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
-SERVER = """
-import sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.cpuparams.n_threads = sys.argv[1], 2048, int(sys.argv[2])
-server = xllamacpp.Server(params)
-print("ready", server.listening_address, flush=True)
-sys.stdin.read()
-"""
 TOP, LAST = 50, 4
-
-
-@contextmanager
-def llama_cpp(python: str, file: Path, threads: int) -> Iterator[str]:
-    """llama.cpp's server on a file; yields its address."""
-    command = [python, "-c", SERVER, str(file), str(threads)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdin is not None
-        address = next((line.split()[1] for line in process.stdout if line.startswith("ready ")), None)
-        if address is None:
-            raise SystemExit(f"llama.cpp does not load {file}")
-        try:
-            yield address
-        finally:
-            process.kill()
-
-
-def ask(address: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
 
 
 def documents(paths: Sequence[Path], column: int) -> list[str]:
