@@ -24,20 +24,22 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
+
+from tiny_tokenizer import build_tiny_tokenizer
+
+from transllm_jax.conversion.adapter import AdapterDescription, write_adapter
+from transllm_jax.conversion.hf.directory import open_hf, write_config
+from transllm_jax.conversion.hf.safetensors_io import write_tensors
+from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer
+from transllm_jax.conversion.names import Tensor, kernel_shapes, tensors
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.training.arrays import save_arrays
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
-
-from transllm_jax.conversion.adapter import AdapterDescription, write_adapter  # noqa: E402
-from transllm_jax.conversion.hf.directory import open_hf, write_config  # noqa: E402
-from transllm_jax.conversion.hf.safetensors_io import write_tensors  # noqa: E402
-from transllm_jax.conversion.hf.tokenizer_files import copy_tokenizer  # noqa: E402
-from transllm_jax.conversion.names import Tensor, kernel_shapes, tensors  # noqa: E402
-from transllm_jax.conversion.open_directory import open_directory  # noqa: E402
-from transllm_jax.model.config import LlamaConfig  # noqa: E402
-from transllm_jax.model.lora import LoraConfig  # noqa: E402
-from transllm_jax.training.arrays import save_arrays  # noqa: E402
 
 SHARD_BYTES = 2_000_000_000
 

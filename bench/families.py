@@ -20,17 +20,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "model")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(2, str(Path(__file__).parents[1] / "tests" / "model"))
 
-from conftest import random_weights  # noqa: E402
-from test_families import PROMPT, TOKENS, build, cached, reference_logits, whole  # noqa: E402
-from tiny_families import FAMILIES  # noqa: E402
+from conftest import random_weights
+from test_families import PROMPT, TOKENS, build, cached, reference_logits, whole
+from tiny_families import FAMILIES
 
-from transllm_jax.conversion.hf.directory import HFModel, open_hf, write_model  # noqa: E402
-from transllm_jax.conversion.hf.export import export_hf  # noqa: E402
-from transllm_jax.conversion.names import tensors  # noqa: E402
-from transllm_jax.conversion.store import open_store, write_store  # noqa: E402
+from transllm_jax.conversion.hf.directory import HFModel, open_hf, write_model
+from transllm_jax.conversion.hf.export import export_hf
+from transllm_jax.conversion.names import tensors
+from transllm_jax.conversion.store import open_store, write_store
 
 
 def differing_bits(a: HFModel, b: HFModel) -> int:

@@ -28,20 +28,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training import NEW_ROWS, SHAPES  # noqa: E402
+from training import NEW_ROWS, SHAPES
 
-from transllm_jax.model.config import LlamaConfig  # noqa: E402
-from transllm_jax.model.lora import LoraConfig  # noqa: E402
-from transllm_jax.model.parameters import Split, abstract, assemble  # noqa: E402
-from transllm_jax.training import divergence  # noqa: E402
-from transllm_jax.training.logits import ChunkLoss, Options, Tables, log_probs, new_rows_of  # noqa: E402
-from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule  # noqa: E402
-from transllm_jax.training.recovery import Teaching  # noqa: E402
-from transllm_jax.training.step import initial_state, make_step  # noqa: E402
+from transllm_jax.model.config import LlamaConfig
+from transllm_jax.model.lora import LoraConfig
+from transllm_jax.model.parameters import Split, abstract, assemble
+from transllm_jax.training import divergence
+from transllm_jax.training.logits import ChunkLoss, Options, Tables, log_probs, new_rows_of
+from transllm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
+from transllm_jax.training.recovery import Teaching
+from transllm_jax.training.step import initial_state, make_step
 
 
 def split_of(shape: str, rank: int) -> Split:

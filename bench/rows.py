@@ -14,11 +14,11 @@ Documents are separated by blank lines.
 combined in the same way. Tokens that the donor lacks start from the mean.
 
 `--train N`: then stage `translate` alone trains on N tokens: the pairs, and English text that is held to what the
-original would say, with the rates of configs/demo.yaml. Measured before and after: bits per byte of
-`--held-out`; the KL divergence from the original model per token on the English sides of `--held-out-pairs`. After:
-chrF of these in both directions; and of `--questions` (docs/config.md, `evaluation.answers`) the share that is read,
-which is translated into one of its English wordings, and the share of its English answers that are translated into one
-of the accepted ones. `--untie` measures a copy of a tied model with an output table of its own, too.
+original would say, with the rates of configs/demo.yaml. Measured before and after: bits per byte of `--held-out`; the
+KL divergence from the original model per token on the English sides of `--held-out-pairs`. After: chrF of these in both
+directions; and of `--questions` (docs/config.md, `evaluation.answers`) the share that is read, which is translated into
+one of its English wordings, and the share of its English answers that are translated into one of the accepted ones.
+`--untie` measures a copy of a tied model with an output table of its own, too.
 
 `--out FILE`: each result is written at once, as a line of JSON; results that it holds already, with the same settings,
 are not measured again. The last table has the mean over the seeds, and the standard deviation.
@@ -41,34 +41,34 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from transllm_jax.config import Config  # noqa: E402
-from transllm_jax.conversion.hf.directory import open_hf, read_weights, write_model  # noqa: E402
-from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer  # noqa: E402
-from transllm_jax.conversion.import_base import import_base  # noqa: E402
-from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors  # noqa: E402
-from transllm_jax.conversion.open_directory import open_directory  # noqa: E402
-from transllm_jax.data.read.questions import read_questions  # noqa: E402
-from transllm_jax.data.read.sources import read_documents, read_pairs  # noqa: E402
-from transllm_jax.evaluation.answers import is_understood  # noqa: E402
-from transllm_jax.evaluation.likelihood import Teacher, bits_per_byte  # noqa: E402
-from transllm_jax.generation.engine import Engine  # noqa: E402
-from transllm_jax.generation.translate import Direction, ModelTranslator  # noqa: E402
-from transllm_jax.hosts.interrupt import Interrupt  # noqa: E402
-from transllm_jax.progress import Progress  # noqa: E402
-from transllm_jax.stages import translate, vocabulary  # noqa: E402
-from transllm_jax.stages.initial_rows import base_tables  # noqa: E402
-from transllm_jax.stages.run import Run  # noqa: E402
-from transllm_jax.stages.training import train_stage  # noqa: E402
-from transllm_jax.training.arrays import load_arrays, save_arrays  # noqa: E402
+from transllm_jax.config import Config
+from transllm_jax.conversion.hf.directory import open_hf, read_weights, write_model
+from transllm_jax.conversion.hf.tokenizer_files import load_tokenizer
+from transllm_jax.conversion.import_base import import_base
+from transllm_jax.conversion.names import EMBEDDING, OUTPUT, tensors
+from transllm_jax.conversion.open_directory import open_directory
+from transllm_jax.data.read.questions import read_questions
+from transllm_jax.data.read.sources import read_documents, read_pairs
+from transllm_jax.evaluation.answers import is_understood
+from transllm_jax.evaluation.likelihood import Teacher, bits_per_byte
+from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.translate import Direction, ModelTranslator
+from transllm_jax.hosts.interrupt import Interrupt
+from transllm_jax.progress import Progress
+from transllm_jax.stages import translate, vocabulary
+from transllm_jax.stages.initial_rows import base_tables
+from transllm_jax.stages.run import Run
+from transllm_jax.stages.training import train_stage
+from transllm_jax.training.arrays import load_arrays, save_arrays
 
 WAYS = ("random", "mean", "weighted", "calibrated", "aligned", "copy", "omp")
 # Rows at once and tokens of a row in training; the adapters' rank; tokens of an answer; answers at once.
 BATCH, LENGTH, RANK, ANSWER, AT_ONCE = 4, 128, 16, 64, 16
-# As in configs/demo.yaml: how much faster new rows learn than adapters, and the share of rows of English text.
-MULTIPLIER, ENGLISH = 4, 0.15
+# As in configs/demo.yaml: how much faster new rows learn than adapters, and how much it counts to keep to the original.
+# The share of rows of English text is less than there.
+MULTIPLIER, RECOVERY, ENGLISH = 4, 3, 0.15
 # Tokens whose rows are approximated at once, which bounds memory.
 TOKENS = 256
 NAMES = {"vocabulary.new": EMBEDDING, "vocabulary.output_new": OUTPUT}
@@ -85,7 +85,7 @@ def settings(options: argparse.Namespace, way: str, seed: int, scratch: Path) ->
     }
     # Without English the adapters drift so far that no way learns to read.
     english = {"path": options.english, "recovery": "token", "weight": ENGLISH}
-    mixture = [{**source, "weight": (1 - ENGLISH) / max(len(pairs), 1)} for source in pairs] + [english]
+    mixture = [*({**source, "weight": (1 - ENGLISH) / len(pairs)} for source in pairs), english] if pairs else text
     rows: dict[str, Any] = {"initial_rows": "mean" if way == "omp" else way}
     if way == "calibrated":
         rows["english"] = {"path": options.english}
@@ -103,7 +103,7 @@ def settings(options: argparse.Namespace, way: str, seed: int, scratch: Path) ->
             "vocabulary": {"size": options.size, "corpus": [*text, *pairs], **rows},
             "lora": {"rank": RANK, "alpha": 2 * RANK},
             "pretrain": {**training, "sources": text},
-            "translate": {**training, "sources": mixture if pairs else text, "recovery_weight": 3},
+            "translate": {**training, "sources": mixture, "recovery_weight": RECOVERY},
             "recover": {"instructions": "-"},
             "transfer": {**training, "pairs": {"path": "-", "format": "pairs"}},
             # What training and alignment leave out.
@@ -266,9 +266,9 @@ def measure(options: argparse.Namespace, texts: Measured, base: Path, seeds: Seq
                 line = {**known, "seconds": seconds, "before": texts.text(run, "vocabulary", teacher)}
                 if options.train:
                     translate.check(run)
-                    (workdir / "translate").mkdir()
-                    directory, parts = workdir / "translate", translate.parts
-                    train_stage(run, directory, name="translate", start="vocabulary", parts=parts)
+                    directory = workdir / "translate"
+                    directory.mkdir()
+                    train_stage(run, directory, name="translate", start="vocabulary", parts=translate.parts)
                     line["after"] = texts.text(run, "translate", teacher) | texts.translations(run, "translate")
                 lines.add(line)
 
