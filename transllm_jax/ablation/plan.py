@@ -83,8 +83,8 @@ class Plan:
 
     variants: Sequence[Variant]
     does_not_apply: Mapping[str, str]
-    through: Sequence[str] = THROUGH
-    by_name: bool = False
+    through: Sequence[str]
+    by_name: bool
 
 
 def plan_of(
@@ -101,11 +101,10 @@ def plan_of(
     Raises UserError for a name that there is not, for a variant that was asked for and does not apply, and for
     questions that are missing.
     """
+    names = (*NAMES, *THROUGH)
     for name in only:
-        if name not in (*NAMES, *THROUGH):
-            raise UserError(
-                f"--only {name}: there is no such variant; the variants are {', '.join((*NAMES, *THROUGH))}"
-            )
+        if name not in names:
+            raise UserError(f"--only {name}: there is no such variant; the variants are {', '.join(names)}")
     if config.evaluation.answers is None:
         raise UserError("evaluation.answers is not given: an ablation is measured on questions with known answers")
     update = {"date": day, "token_cache": config.token_cache or str(directory / "tokens")}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from transllm_jax.ablation.overlay import Overlay, Sources, Start
 
 _TAUGHT = ("token", "both")
@@ -54,13 +51,13 @@ def _kd(kind: str, label: str, tests: str) -> Overlay:
     )
 
 
-def _rows(way: str, label: str, english: Mapping[str, Any]) -> Overlay:
-    """A variant in which new rows start in another way."""
+def _rows(way: str, label: str, *refused: str) -> Overlay:
+    """A variant in which new rows start in another way. refused: keys of section `vocabulary` that this way refuses."""
     return Overlay(
         f"rows-{way}",
         label,
         "Does it matter what the rows of new tokens start from? All else is equal, training included.",
-        set={"vocabulary.initial_rows": way, "vocabulary.rows_from": None, **english},
+        set={"vocabulary.initial_rows": way, **{f"vocabulary.{key}": None for key in ("rows_from", *refused)}},
     )
 
 
@@ -101,8 +98,8 @@ OVERLAYS: tuple[Overlay, ...] = (
         "Does stage 2, on text in the language alone, help?",
         set=_without("pretrain"),
     ),
-    _rows("mean", "new rows start from the mean of their pieces", {"vocabulary.english": None}),
-    _rows("calibrated", "new rows start from that mean, with a prior", {}),
+    _rows("mean", "new rows start from the mean of their pieces", "english"),
+    _rows("calibrated", "new rows start from that mean, with a prior"),
     Overlay(
         "within-words",
         "new tokens stay within words",
