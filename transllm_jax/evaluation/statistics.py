@@ -226,7 +226,7 @@ def _added_rows(
 def _bootstrap_mean(
     sums: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], level: float, resamples: int, seed: int
 ) -> Interval:
-    count, mean = len(sums), float(sums.sum() / sizes.sum())
+    count, mean = len(sums), float(sums.sum()) / float(sizes.sum())
     if count == 1:
         return Interval(mean, mean, mean, 1, level)
     random = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from transllm_jax.choices import Remat
 from transllm_jax.model.attention import ATTENDED, attend_causally
@@ -40,7 +41,7 @@ _KEPT: dict[Remat, tuple[str, ...]] = {
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 as in transformers."""
 
-    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, size: int, eps: float, *, dtype: DTypeLike = jnp.float32) -> None:
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
@@ -85,7 +86,7 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 class Attention(nnx.Module):
     """Attention with its projections: N query heads and K key heads of size H."""
 
-    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         d, h = config.hidden_size, config.head_dim
         n, k = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = h
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         d, f = config.hidden_size, config.intermediate_size
         linear = _layers(config, lora, rngs, dtype)
         self.gate = linear("gate", d, f)
@@ -144,7 +145,7 @@ class MLP(nnx.Module):
 
 
 def _layers(
-    config: LlamaConfig, lora: LoraConfig | None, rngs: nnx.Rngs, dtype: jnp.dtype
+    config: LlamaConfig, lora: LoraConfig | None, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> Callable[[str, int, int], LoRALinear]:
     """A function that makes a linear layer by name; the config decides on its bias, and `lora` on its adapter."""
 
@@ -164,7 +165,7 @@ class Block(nnx.Module):
         lora: LoraConfig | None,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, lora, rngs=rngs, dtype=dtype)
@@ -205,7 +206,7 @@ class Llama(nnx.Module):
         padding: Padding = (),
         layout: Layout = SINGLE,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
         self.config = config
         self.lora = lora

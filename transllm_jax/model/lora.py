@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from transllm_jax.model.layout import LINEAR, SINGLE, Layout, sum_scattered
 
@@ -183,7 +184,7 @@ class LoRALinear(nnx.Module):
         *,
         bias: bool = False,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
         self.name = name
         std = features_in**-0.5

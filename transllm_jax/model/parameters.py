@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from transllm_jax.errors import UserError
 from transllm_jax.model.config import LlamaConfig
@@ -64,7 +65,7 @@ def abstract(
     config: LlamaConfig,
     lora: LoraConfig | None,
     new_rows: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     train_base: bool = False,
     padding: Padding = (),
@@ -135,7 +136,7 @@ def initial_adapters(config: LlamaConfig, lora: LoraConfig, seed: int) -> dict[s
 
 
 def load_frozen(
-    config: LlamaConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE
+    config: LlamaConfig, weights: dict[str, np.ndarray], dtype: DTypeLike = jnp.float32, layout: Layout = SINGLE
 ) -> Flat:
     """Place the frozen weights on the devices. `weights` is emptied meanwhile, so that only one copy is in memory.
 
@@ -150,7 +151,7 @@ def load_frozen(
     return read_frozen(config, parts, dtype, layout)
 
 
-def read_frozen(config: LlamaConfig, read: Reader, dtype: jnp.dtype = jnp.float32, layout: Layout = SINGLE) -> Flat:
+def read_frozen(config: LlamaConfig, read: Reader, dtype: DTypeLike = jnp.float32, layout: Layout = SINGLE) -> Flat:
     """Read the frozen weights onto the devices, one at a time; each process reads only the parts of its own devices.
 
     Raises UserError if the mesh does not divide the model.

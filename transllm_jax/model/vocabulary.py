@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from transllm_jax.model.config import LlamaConfig
 from transllm_jax.model.layout import SINGLE, Layout
@@ -71,7 +72,7 @@ class Vocabulary(nnx.Module):
         padding: Padding = (),
         layout: Layout = SINGLE,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> None:
         shape = (config.vocab_size, config.hidden_size)
         std = config.hidden_size**-0.5

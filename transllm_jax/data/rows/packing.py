@@ -128,7 +128,7 @@ def plan(lengths: Sequence[int] | np.ndarray, row_length: int, *, window: int = 
                 slot, used = used, used + 1
             else:
                 # The slots are kept in the order of opening, so that "first" means the oldest row.
-                closed = int(space.argmin())
+                closed = int(np.argmin(space))
                 space[closed:-1], row_of_slot[closed:-1] = space[closed + 1 :], row_of_slot[closed + 1 :]
                 slot = window - 1
             row_of_slot[slot], space[slot] = len(rows), row_length

@@ -64,7 +64,7 @@ def _lines(runs: Encoded, weights: Ids, characters: np.ndarray, on_progress: Pro
     A run of weight 5 = 4 + 1 is in a string that is yielded four times and in one that is yielded once.
     """
     lengths, done, total = runs.lengths, 0, int(weights.sum())
-    for bit in range(int(weights.max(initial=0)).bit_length()):
+    for bit in range(int(np.max(weights, initial=0)).bit_length()):
         chosen = np.flatnonzero(weights >> bit & 1)
         ends = np.cumsum(lengths[chosen] + 1)
         first = 0
