@@ -212,6 +212,32 @@ def test_what_is_asked_through_the_full_method_has_names_of_its_own(
     assert "chat-vector, bridge, inside" in " ".join(printed.split())
 
 
+def test_results_on_other_held_out_files_are_made_again_and_not_shown(
+    copied: tuple[Any, ...], transllm: Command
+) -> None:
+    place = copied[-1] / "ablation.json"
+    known = json.loads(place.read_text(encoding="utf-8"))
+    for run in known["runs"]:
+        run["data"] = "other"
+    place.write_text(json.dumps(known), encoding="utf-8")
+    code, printed = transllm(*copied, "--only", "no-tcot", "--seeds", "0", "--dry-run")
+    assert code == 0 and "6 results are of another config or other held-out files, and not shown" in printed
+    assert "all of it" not in printed
+    # Its steps are there, so that its numbers are read and nothing is trained.
+    assert transllm(*copied, "--only", "no-tcot", "--seeds", "0")[0] == 0
+    page = (copied[-1] / "ablation.md").read_text(encoding="utf-8")
+    assert "`no-tcot`" in page and "`original`" in page and "`full`" not in page and "`elchat`" not in page
+    found = {one.key: one.data for one in read_found(place)}
+    assert found["full", 0] == "other" != found["no-tcot", 0] == found["original", None]
+
+
+def test_another_config_is_asked_again(copied: tuple[Any, ...], transllm: Command) -> None:
+    code, printed = transllm(*copied, "evaluation.max_chain_tokens=5", "--only", "full", "--seeds", "0", "--dry-run")
+    lines = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert code == 0 and "asked through full" in lines["bridge, seed 0"] and "all of it" not in lines["full, seed 0"]
+    assert "3 results are of another config" in printed
+
+
 def test_results_of_another_machine_are_not_made_again(
     place: Path, tmp_path: Path, transllm: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

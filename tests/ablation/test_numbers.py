@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,17 @@ def test_the_interval_of_numbers_is_students() -> None:
     runs = [found("full", seed, [1], kl=kl) for seed, kl in enumerate((0.1, 0.2, 0.3))]
     interval = numbers.number(runs, "english_kl")
     assert interval is not None and interval.value == pytest.approx(0.2)
-    assert interval.high - interval.value == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert interval.high - interval.value == pytest.approx(4.30265 * 0.1 / 3**0.5)
+    many = numbers.number([found("full", seed, [1], kl=seed % 2) for seed in range(11)], "english_kl")
+    assert many is not None and many.high - many.value == pytest.approx(2.22814 * (3 / 11) ** 0.5 / 11**0.5)
+
+
+def test_only_the_same_questions_are_compared() -> None:
+    full, other = found("full", 0, [1, 1, 0]), found("other", 0, [0, 0, 1, 1])
+    shared = numbers.difference([other], [full], numbers.right)
+    assert shared is not None and shared.samples == 3
+    elsewhere = [replace(one, id=f"x{one.id}") for one in other.questions[:3]]
+    assert numbers.difference([replace(other, questions=elsewhere)], [full], numbers.right) is None
 
 
 def test_intervals_cover() -> None:

@@ -125,6 +125,23 @@ def test_a_question_is_understood_in_any_of_its_wordings() -> None:
     assert is_understood("what is  3+4", wordings) and is_understood("How much is Three and four", wordings)
     assert not is_understood("What is 3 - 4?", wordings) and not is_understood("What is 3 + 41?", wordings)
     assert not is_understood("", wordings)
+    for asked, wording, same in (
+        ("What is 3*4?", "What is 34?", False),
+        ("What is 3 × 4?", "what is 3*4", True),
+        ("What is 12/3?", "What is 123?", False),
+        ("What is 1.5 + 2?", "What is 15 + 2?", False),
+        ("What is 10% of 50?", "What is 10 of 50?", False),
+        ("Which is larger, 1 or 23?", "Which is larger, 12 or 3?", False),
+        ("Add 1 23", "Add 12 3", False),
+        ("What is 1,000 + 1?", "What is 1000+1?", True),
+    ):
+        assert is_understood(asked, [wording]) is same, asked
+
+
+def test_numbers_as_they_are_set() -> None:
+    judge = Judge([Checkable("How many?", ["1000"]), Checkable("How many?", ["1"]), Checkable("How many?", ["102"])])
+    assert judge.is_right(0, "1\u202f000 people") and not judge.is_right(1, "1\u00a0000 people")
+    assert not judge.is_right(2, "It is 10².") and judge.is_right(1, "1 000 is not said so often")
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ def odd(first: str, second: str | None = None) -> Callable[[dict[str, Any]], tup
         ("", "Rating: [[3]]", 3, 2),
         ("[[3]] or [[4]]", "[[4]] or [[3]]", None, 2),
         ("<think>[[2]] perhaps</think>Rating: [[4]]", None, 4, 1),
+        ("[[2]] perhaps</think>Rating: [[4]]", None, 4, 1),
+        ("<think>It could be a [[3]]. But wait,", "Rating: [[6]]", 6, 2),
+        ("<think>It could be a [[3]]. But wait,", None, None, 2),
     ],
 )
 def test_what_cannot_be_read_is_asked_again_once(

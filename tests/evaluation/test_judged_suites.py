@@ -157,6 +157,25 @@ def test_repeats_are_averaged_and_bounded(bench: Path, tmp_path: Path) -> None:
     assert results.more["rating by repeat"] == [pytest.approx(10 / 3), 4.5]
 
 
+def test_the_interval_of_a_win_rate_is_that_of_its_measure(pairs: Path, tmp_path: Path) -> None:
+    # Three verdicts of six are ties: each answer has a win rate of three quarters.
+    said: dict[str, int] = {}
+
+    def say(text: str) -> str:
+        first = "คำตอบ" in text.partition("[The End of Assistant A")[0].rpartition("Answer]")[2]
+        said[text] = said.get(text, 0) + 1
+        return "[[C]]" if said[text] == 2 else "[[A]]" if first else "[[B]]"
+
+    results, items = run(
+        judged.ALPACA_EVAL, Answers("mine"), Judges(say), pairs, tmp_path / "out", repeats=2,
+        baseline=Answers("other", OTHERS),
+    )  # fmt: skip
+    (measure,) = (one for one in judged.MEASURES if one.name == "win rate")
+    interval = measure.interval(items)
+    assert interval is not None and {item["win"] for item in items} == {0.75}
+    assert results.interval == (interval.low, interval.high) and interval.low < 0.75 < interval.high
+
+
 def test_no_answer_has_the_lowest_rating_and_costs_nothing(bench: Path, tmp_path: Path) -> None:
     judge = Judges(lambda text: "[[9]]")
     results, items = run(judged.MT_BENCH, Answers("mine", {"81": ["a", None]}), judge, bench, tmp_path / "out")
@@ -430,9 +449,13 @@ def test_other_files_of_requests(tmp_path: Path) -> None:
         ("goal,th\nKill,ฆ่า\nLie,\n", "some records lack the field th"),
         ("id,goal\n1,a\n1,b\n", "b.csv:3: a record above has the id 1"),
         ("goal\n", "holds no requests"),
+        (f"goal\n{'a' * 140_000}\n", "b.csv:2 is no row of a csv file"),
     ):
         advbench.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=words):
             safety.read_requests(advbench, THAI)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"none\.csv: No such file"):
         safety.read_requests(tmp_path / "none.csv", THAI)
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises(UserError, match=r"d\.csv: Is a directory; give a file of requests"):
+        safety.read_requests(tmp_path / "d.csv", THAI)

@@ -20,9 +20,9 @@ from transllm_jax.errors import UserError
 from transllm_jax.evaluation.people.agreement import alpha, pair_results
 from transllm_jax.evaluation.people.files import read_sheet
 from transllm_jax.evaluation.people.read import Judgement, parse_words, read_sheets
-from transllm_jax.evaluation.people.sheet import CELL, Form, conversation, needs_mark
+from transllm_jax.evaluation.people.sheet import CELL, Form, conversation, needs_mark, same
 from transllm_jax.evaluation.statistics import corrected_interval
-from transllm_jax.evaluation.suites.answered import read_answered, suites_in
+from transllm_jax.evaluation.suites.answered import preferences, read_answered, suites_in
 
 DANGEROUS = ("=1+1", "-5", "+44 20", "@home", '=HYPERLINK("x")', "1/2", "007")
 ARABIC = "القاهرة هي عاصمة مصر."
@@ -404,6 +404,37 @@ def test_a_judges_baseline_gives_its_answers_and_verdicts(tmp_path: Path) -> Non
     # The judge saw two, the first of the pair, lose and tie on question 1 and win on 2; 3 has no verdict.
     assert pair["judge"]["win_rate"]["value"] == (0.25 + 1) / 2 and pair["judge"]["verdicts"] == 2
     assert pair["win_rate"]["value"] == 1
+
+
+def test_a_judge_prefers_by_the_turns_that_both_have_a_verdict_on(tmp_path: Path) -> None:
+    for name, ratings in (("one", (8, 9)), ("two", (None, 4))):
+        place = tmp_path / name / "mt_bench"
+        place.mkdir(parents=True)
+        items = [
+            {"id": f"1/{turn}", "cluster": "1", "questions": ["q", "r"][:turn], "rating": rating}
+            for turn, rating in enumerate(ratings, 1)
+        ]
+        (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert preferences(tmp_path, "mt_bench", "one", "two") == {"1": 1.0}
+    path = tmp_path / "two" / "mt_bench" / "items.jsonl"
+    # Of turn 2 alone, which is 9 and 8.5 here: the first's mean of both turns is 8.5, as much.
+    path.write_text(path.read_text().replace(": 4}", ": 8.5}"))
+    assert preferences(tmp_path, "mt_bench", "one", "two") == {"1": 1.0}
+    assert preferences(tmp_path, "mt_bench", "two", "one") == {"1": 0.0}
+
+
+def test_an_apostrophe_of_the_text_is_not_that_of_the_spreadsheet() -> None:
+    assert same("'90s music") == same("''90s music") == same("'  '90s  music") != same("80s music")
+
+
+def test_the_ratings_of_one_question_are_drawn_together() -> None:
+    units = {(id, side): {1: float(id + side), 2: float(id)} for id in range(6) for side in (0, 1)}
+    apart, together = (
+        alpha(units, "ordinal"),
+        alpha(units, "ordinal", lambda unit: unit[0]),
+    )
+    assert apart["interval"]["value"] == together["interval"]["value"]
+    assert (apart["interval"]["samples"], together["interval"]["samples"]) == (12, 6)
 
 
 def test_texts_of_any_length_and_letter_fit_a_cell() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from evaluation.report_sample import Page, sample, section, text_of
 
+from transllm_jax.errors import UserError
 from transllm_jax.evaluation.page.report import refreshed_report
 from transllm_jax.evaluation.page.suites import IN_WORKDIR, collect_suites
 
@@ -90,6 +91,19 @@ def test_any_two_systems_can_be_chosen_without_a_script(page: str) -> None:
     assert "&lt;b&gt;demo&lt;/b&gt; 3" in part and "no answer" in text_of(part)
     style = page[page.index("<style>") : page.index("</style>")]
     assert ".left0:checked ~ .talks .left .s0, " in style and ".right2:checked ~ .talks .right .s2" in style
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    for system, right in {"zero": 2, "demo": 30}.items():
+        keep(tmp_path, system, right)
+    path = tmp_path / IN_WORKDIR / "demo" / "answers" / "items.jsonl"
+    path.write_text(path.read_text().replace("\\u0e04\\u0e33", "other "))
+    (found,) = collect_suites(tmp_path / IN_WORKDIR)
+    assert [row["difference"] for row in found["comparison"]["rows"]] == [None, None]
+    assert "zero: 0 of its 40 items ask what demo was asked; the differences are of these" in found["remarks"]
+    path.write_text('{"id": "1"\n')
+    with pytest.raises(UserError, match=r"items\.jsonl:1 is no item of a suite; remove .*, and evaluate"):
+        collect_suites(tmp_path / IN_WORKDIR)
 
 
 def test_without_suites_nothing_is_shown(tmp_path: Path) -> None:

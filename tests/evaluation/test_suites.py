@@ -19,12 +19,14 @@ from conftest import EXAMPLES, Command, call, copy_run
 from openai_server import Fault, Server, completion, openai_server
 from processes import wait_for
 
+from transllm_jax.commands.contaminated import Contamination
 from transllm_jax.commands.evaluate import Given, evaluate
 from transllm_jax.commands.open_systems import Systems
+from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import read_json
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import bits_per_byte, document_nats
-from transllm_jax.evaluation.suites import answers
+from transllm_jax.evaluation.suites import answers, perplexity
 from transllm_jax.evaluation.suites.measure import mean_of, ratio_of
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun, read_items
 from transllm_jax.evaluation.systems.named import Named, parse_system, parse_systems
@@ -248,6 +250,29 @@ def test_a_question_in_the_training_data_is_found(finished_run: Path, tmp_path: 
     assert {"translate.sources.0", "transfer.pairs"} <= set(seen["by_source"])
 
 
+def test_contamination_is_looked_for_again_where_a_run_left_out_other_text(finished_run: Path, tmp_path: Path) -> None:
+    line = (EXAMPLES / "pairs.train.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t")[1]
+    asked = write(tmp_path / "q.jsonl", [{"question": line, "answers": ["x"]}])
+    runs = [copy_run(finished_run, tmp_path / name).parent / "run" for name in "ab"]
+    config = (runs[0] / "run.yaml").read_text(encoding="utf-8")
+    assert "  answers: null" in config
+    (runs[0] / "run.yaml").write_text(config.replace("  answers: null", f"  answers: {asked}"), encoding="utf-8")
+    for systems, wanted in ((runs, [0, 1]), (runs[:1], [0]), (runs[1:], [1])):
+        kept = Contamination(tmp_path / "contamination.json", Progress(quiet=True))
+        found = [kept.of(run, "", [("1", line)], whole=True) for run in systems]
+        assert [one and one["found"] for one in found] == wanted
+    assert len(read_json(tmp_path / "contamination.json")) == 2
+
+
+def test_the_limit_is_of_each_file(tmp_path: Path) -> None:
+    files = []
+    for name in "ab":
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text("".join(f"text {name}{number}\n\n" for number in range(5)), encoding="utf-8")
+    options = SuiteOptions(text=tuple(Reading(str(path)) for path in files), limit=2)
+    assert list(perplexity.documents(options).values()) == ["text a0", "text a1", "text b0", "text b1"]
+
+
 def test_perplexity_is_bits_over_bytes(everything: tuple[dict[str, Any], Path], finished_run: Path) -> None:
     table, here = everything
     items = read_items(here / "more" / "run" / "perplexity")
@@ -313,6 +338,9 @@ def test_scores_by_comet_are_read_back(
     )
     row = rows_of(evaluate(again, Progress(quiet=True))["suites"][0], "COMET into English")["run"]
     assert (row["value"], row["samples"]) == (0.5, 3)
+    path.write_text(path.read_text().replace("0.75", "NaN"))
+    with pytest.raises(UserError, match="is not what comet-score --to_json writes"):
+        evaluate(again, Progress(quiet=True))
     path.write_text(json.dumps({"x": [{"mt": "another", "COMET": 1.0}] * 3}))
     with pytest.raises(UserError, match="is of other translations"):
         evaluate(again, Progress(quiet=True))

@@ -13,16 +13,18 @@ from conftest import copy_run
 from openai_server import openai_server
 
 from transllm_jax.commands.open_systems import Systems
-from transllm_jax.config import Endpoint
+from transllm_jax.config import Endpoint, TranslatorEndpoint
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions
 from transllm_jax.evaluation.systems.answers_file import AnswersFile
-from transllm_jax.evaluation.systems.bridge import Bridge
+from transllm_jax.evaluation.systems.bridge import Bridge, EndpointTranslator
 from transllm_jax.evaluation.systems.endpoint import EndpointSystem
 from transllm_jax.evaluation.systems.named import Named
 from transllm_jax.evaluation.systems.system import Asked, System, Turn
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.generation.translate import Direction
+
+LANGUAGES = (("Thai", 64), ("Khmer", 64), ("Thai", 32))
 
 
 def answered(system: System, *asked: Asked) -> dict[str, list[Turn]]:
@@ -39,13 +41,39 @@ def answered(system: System, *asked: Asked) -> dict[str, list[Turn]]:
         {"question_id": 81, "choices": [{"index": 0, "turns": ["one", "two"]}]},  # FastChat
         {"id": "81", "turns": [Turn([], "<EN>..", "one").recorded(), Turn([], "..", "two").recorded()]},  # our suites
         {"question": " Who? ", "answer": ["one", "two"]},
+        # Of our suites, with what is accepted; and with the id of a question whose text is a part of what is asked.
+        {"id": "81", "question": "Who?", "answers": ["gold"], "visible": Turn([], "..", "one").recorded()},
+        {"id": "81", "instruction": "Wh", "output": ["one", "two"]},
     ],
 )
 def test_a_file_of_answers_in_the_forms_that_tools_write(tmp_path: Path, row: dict[str, Any]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
     (turns,) = answered(AnswersFile("a", path), Asked("81", ("Who?", "Why?"))).values()
-    assert [turn.visible for turn in turns] == ["one", "two"] and not any(turn.error for turn in turns)
+    given = ["one", "two"] if "visible" not in row else ["one"]
+    assert [turn.visible for turn in turns if not turn.error] == given
+
+
+def test_what_generate_writes_is_the_text_and_not_what_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    kept = {"instruction": "Who?", "answers": ["Lima"], "answer": "Lima"}
+    path.write_text(json.dumps({**kept, "text": "It is Quito.", "finish_reason": "stop"}) + "\n")
+    (turns,) = answered(AnswersFile("a", path), Asked("1", ("Who?",))).values()
+    assert turns[0].visible == "It is Quito."
+    path.write_text(json.dumps({**kept, "output": "It is Quito."}) + "\n")
+    with pytest.raises(UserError, match="has answers and answer and output, each of which could be"):
+        AnswersFile("a", path)
+
+
+def test_ids_that_are_those_of_other_questions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": number, "question": f"Question {number}?", "answer": f"to {number}"} for number in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [Asked(str(number + 1), (f"Question {number}?",)) for number in range(3)]
+    with pytest.raises(UserError, match=r"a.jsonl:2: question 1 is 'Question 0\?', and here 'Question 1\?'; correct"):
+        answered(AnswersFile("a", path), *asked)
+    path.write_text("".join(json.dumps({**row, "id": f"x{row['id']}"}) + "\n" for row in rows))
+    assert [turns[0].visible for turns in answered(AnswersFile("a", path), *asked).values()] == ["to 0", "to 1", "to 2"]
 
 
 def test_alpaca_evals_list_is_found_by_the_instruction(tmp_path: Path) -> None:
@@ -68,6 +96,15 @@ def test_alpaca_evals_list_is_found_by_the_instruction(tmp_path: Path) -> None:
         ('{"answer": "x"}', r":2 names no question"),
         ('{"id": 2, "answer": [3]}', r":2: an answer is a int"),
         ('{"id": 1, "answer": "x"}', r":2: another row above has the id 1"),
+        (
+            '{"question": "Q?", "answer": "y"}\n{"question": " Q?", "answer": "z"}',
+            r":3: another row above has the same",
+        ),
+        ('{"id": 2, "answer": "\\ud83d"}', r":2 has half of a surrogate pair"),
+        (
+            '{"id": 2, "turns": [{"visible": "x", "prompt": [], "raw": "", "chain": {"answer": "x"}}]}',
+            r":2: chain lacks",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, problem: str) -> None:
@@ -135,6 +172,12 @@ def test_a_bridge_translates_there_and_back_and_remembers_in_english() -> None:
     assert found["3"][0].visible == "" and found["3"][0].chain is None and found["3"][0].error is None
     # A question in English goes straight to it, and a translation to the translator.
     assert found["4"][0].visible == "answer to d (0)" and found["5"][0].visible == "th(e)"
+
+
+def test_the_language_that_a_server_translates_into_is_part_of_the_identity() -> None:
+    settings = TranslatorEndpoint(endpoint="http://localhost:1/v1", model="m", prompt="Into {language}: {text}")
+    into = [EndpointTranslator(settings, language, limit, print).identity for language, limit in LANGUAGES]
+    assert len({json.dumps(one) for one in into}) == len(LANGUAGES)
 
 
 # --- servers --------------------------------------------------------------------------------------------------------

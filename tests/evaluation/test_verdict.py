@@ -236,6 +236,22 @@ def test_what_is_judged_is_put_in_as_it_is() -> None:
         pair_prompt("transllm-as-published", ["Q?"], (["one"], ["two"]), None)
 
 
+def test_a_judge_sees_all_turns_of_a_longer_conversation() -> None:
+    questions, answers, right = (["one?", "two?", "three?"], ["a-one", "a-two", "a-three"], ["r1", "r2", "r3"])
+    for references in (None, right):
+        (system, user), (pair_system, pair) = (
+            single_prompt("fastchat", questions, answers, references),
+            pair_prompt("fastchat", questions, (answers, ["b-one", "b-two", "b-three"]), references),
+        )
+        for text in (*questions, *answers, *(references or [])):
+            assert text in user["content"] and text in pair["content"]
+        assert "b-three" in pair["content"] and user["content"].index("two?") < user["content"].index("three?")
+        for message in (system, pair_system):
+            assert "the last" in message["content"] and "second" not in message["content"]
+    _, published = single_prompt("transllm-as-published", questions, answers, None, language="Thai")
+    assert "a-three" in published["content"] and "{" not in published["content"].replace('{"', "")
+
+
 def test_the_second_attempt_names_the_format() -> None:
     first = single_prompt("fastchat", ["Q?"], ["a"], None)
     second = again(first, "rating")

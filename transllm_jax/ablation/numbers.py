@@ -8,12 +8,10 @@ from statistics import fmean, stdev
 import numpy as np
 
 from transllm_jax.ablation.results import Asked, Found
-from transllm_jax.evaluation.statistics import mean_interval, paired_interval
+from transllm_jax.evaluation.statistics import mean_interval, paired_interval, students_quantile
 from transllm_jax.evaluation.suites.results import Interval
 
 RESAMPLES, LEVEL = 4000, 0.95
-# The two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 beyond.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 # Says of an answer whether something holds; None for questions that do not count.
 Holds = Callable[[Asked], bool | None]
@@ -69,9 +67,10 @@ def difference(runs: Sequence[Found], full: Sequence[Found], holds: Holds) -> In
     None if no seed is common to both, or if it is not known for both.
     """
     pairs = _paired(runs, full)
-    first, second = _matrix([one for one, _ in pairs], holds), _matrix([two for _, two in pairs], holds)
-    if first is None or second is None or first.shape != second.shape:
+    both = _matrix([one for pair in pairs for one in pair], holds)
+    if both is None:
         return None
+    first, second = both[0::2], both[1::2]
     if len(first) == 1:
         return paired_interval(first[0].tolist(), second[0].tolist())
     return _crossed(first - second)
@@ -122,7 +121,5 @@ def _over_seeds(values: Iterable[float | None]) -> Interval | None:
     mean = fmean(known)
     if len(known) == 1:
         return Interval(mean, mean, mean, 1, LEVEL)
-    degrees = len(known) - 1
-    factor = _T[degrees - 1] if degrees <= len(_T) else 1.96
-    half = factor * stdev(known) / len(known) ** 0.5
+    half = students_quantile(len(known) - 1, LEVEL) * stdev(known) / len(known) ** 0.5
     return Interval(mean, mean - half, mean + half, len(known), LEVEL)

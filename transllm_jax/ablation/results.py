@@ -145,10 +145,12 @@ def _seconds(variant: Variant, shared: Mapping[str, str]) -> float:
 
 def data_hash(workdir: Path) -> str:
     """A hash of the held-out files, by content: results can only be compared if these are the same."""
-    manifest = artifact(workdir, "evaluation/base").manifest() or {"inputs": {}}
-    files = sorted(
-        str(value) for key, value in manifest["inputs"].items() if " " in key and not key.startswith("after ")
-    )
+    return data_of((artifact(workdir, "evaluation/base").manifest() or {"inputs": {}})["inputs"])
+
+
+def data_of(inputs: Mapping[str, Any]) -> str:
+    """`data_hash` of the inputs of `evaluation/base`."""
+    files = sorted(str(value) for key, value in inputs.items() if " " in key and not key.startswith("after "))
     return sha256_of_json(files)[:16]
 
 
@@ -176,6 +178,6 @@ def require_same(found: Found, data: str, where: Path | str) -> None:
     """Raises UserError if results were measured on other held-out files."""
     if found.data != data:
         raise UserError(
-            f"{where}: {found.name}, seed {found.seed} was measured on other held-out files; results can only be "
-            "compared on the same ones"
+            f"{where}: {found.name} was measured on other held-out files than the config names now; only results on "
+            "the same files can be compared"
         )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transllm_jax.ablation.overlay import Overlay
 from transllm_jax.ablation.page import LABELS, by_variant, page
 from transllm_jax.ablation.plan import Plan, Variant
 from transllm_jax.ablation.plot import write_plot
-from transllm_jax.ablation.results import Found, found_by, original_of, through_of, write_found
+from transllm_jax.ablation.results import Found, data_of, found_by, original_of, through_of, write_found
 from transllm_jax.ablation.sharing import Shelf, begin_with_answers, drop_checkpoints, link_step
 from transllm_jax.ablation.table import BRIDGE, FULL, ORIGINAL
 from transllm_jax.config import Config
@@ -71,7 +72,7 @@ class Ablation:
         failed: dict[str, str] = {}
         for number, variant in enumerate(self.plan.variants, 1):
             key = (variant.overlay.name, variant.seed)
-            if self._is_known(variant):
+            if self.is_known(variant.overlay.name, variant):
                 continue
             self.interrupt.check(f"before {variant.name}")
             self.progress.say(f"\n{number} of {len(self.plan.variants)}: {variant.name}: {variant.overlay.label}")
@@ -87,7 +88,8 @@ class Ablation:
                 self.progress.say(f"  {variant.name} failed: {error}; the others go on", style="red")
                 continue
             self.known[key] = found_by(variant, shared, made_with())
-            self.known.setdefault((ORIGINAL, None), original_of(variant, made_with()))
+            # What the newest run has measured: it may have been asked otherwise before.
+            self.known[ORIGINAL, None] = original_of(variant, made_with())
             self._log("done", variant, seconds=self.known[key].seconds)
             self.write(failed)
         # At the end: it takes as long as a training, and tells less.
@@ -104,7 +106,7 @@ class Ablation:
     def _make_through(self, name: str, variant: Variant) -> None:
         """Ask the original through the full method's run, if that is not done."""
         key, last = (name, variant.seed), variant.workdir / "transfer"
-        if key in self.known:
+        if self.is_known(name, variant):
             return
         if not last.is_dir():
             # The full method's result came from another machine, or from the config's own run, which is linked.
@@ -122,9 +124,26 @@ class Ablation:
         self.known[key] = through_of(name, variant, items, time.monotonic() - started, made_with())
         forget_compiled()
 
-    def _is_known(self, variant: Variant) -> bool:
-        known = self.known.get((variant.overlay.name, variant.seed))
-        return known is not None and known.config == variant.config_hash
+    def is_known(self, name: str, variant: Variant) -> bool:
+        """Whether a row's result is that of this config and of the held-out files as they are now. name: the variant's,
+        or that of a row that is asked through it."""
+        known = self.known.get((name, variant.seed))
+        return known is not None and (known.config, known.data) == (variant.config_hash, self.data)
+
+    @cached_property
+    def data(self) -> str:
+        """The hash of the held-out files as they are now. Raises UserError for a missing file."""
+        return data_of(inputs_of(self.plan.variants[0])["evaluation/base"])
+
+    def shown(self) -> list[Found]:
+        """The results that can be compared: those on the held-out files as they are now, of the config as it is."""
+        planned = {(one.overlay.name, one.seed): one.config_hash for one in self.plan.variants}
+        planned |= {(name, run.seed): run.config_hash for name, run in self.through()}
+        return [
+            one
+            for one in self.known.values()
+            if one.data == self.data and one.config == planned.get(one.key, one.config)
+        ]
 
     def _make(self, variant: Variant) -> Mapping[str, str]:
         """Do a run's steps that are not done or made elsewhere; returns where those were made."""
@@ -182,10 +201,10 @@ class Ablation:
         if not self.known:
             return
         why_not = {**self.plan.does_not_apply, **{name: f"failed: {why}" for name, why in failed.items()}}
-        found = list(self.known.values())
-        write_found(self.directory / RESULTS, found, self.config, why_not)
-        write_plot(self.directory / PLOT, by_variant(found))
-        write_text(self.directory / PAGE, page(found, why_not, PLOT))
+        write_found(self.directory / RESULTS, list(self.known.values()), self.config, why_not)
+        if found := self.shown():
+            write_plot(self.directory / PLOT, by_variant(found))
+            write_text(self.directory / PAGE, page(found, why_not, PLOT))
 
     def _log(self, what: str, variant: Variant, **more: Any) -> None:
         """Add a line to the one log of what was done."""

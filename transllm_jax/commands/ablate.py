@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from transllm_jax.ablation.page import by_variant, page
 from transllm_jax.ablation.plan import Variant, plan_of
-from transllm_jax.ablation.results import Found, read_found
+from transllm_jax.ablation.results import Found, read_found, require_same
 from transllm_jax.ablation.sharing import answers_key
 from transllm_jax.ablation.work import PAGE, PLOT, RESULTS, Ablation, day_of, inputs_of
 from transllm_jax.choices import TRAININGS
@@ -23,7 +22,7 @@ from transllm_jax.config.marks import require_values
 from transllm_jax.disk import locked, write_text
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.registry import suite_named
-from transllm_jax.evaluation.suites.suite_run import ITEMS, SuiteOptions, SuiteRun
+from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun, read_items
 from transllm_jax.evaluation.systems.named import parse_system
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -66,8 +65,7 @@ def ablate(
         plan = plan_of(of, directory, options.seeds, options.only, options.given, day_of(of, directory))
         ask = partial(_through, directory, progress, interrupt)
         ablation = Ablation(str(config), of, directory, plan, progress, interrupt, ask)
-        known = _read_known(directory, options.others)
-        ablation.known.update(known)
+        _add_known(ablation, options.others)
         if options.dry_run:
             show_plan(ablation)
             return []
@@ -94,27 +92,31 @@ def _through(
     )
     place = directory / way / f"seed-{variant.seed}"
     suite_named("answers").run(SuiteRun("answers", system, place, options, progress, interrupt.check))
-    return [json.loads(line) for line in (place / ITEMS).read_text(encoding="utf-8").splitlines()]
+    return read_items(place)
 
 
-def _read_known(directory: Path, others: Sequence[Path]) -> dict[tuple[str, int | None], Found]:
+def _add_known(ablation: Ablation, others: Sequence[Path]) -> None:
     """What this ablation has found, and what others have, which must be on the same held-out files."""
-    known: dict[tuple[str, int | None], Found] = {}
-    own = directory / RESULTS
-    for path in ([own] if own.is_file() else []) + list(others):
+    own = ablation.directory / RESULTS
+    for found in read_found(own) if own.is_file() else ():
+        ablation.known[found.key] = found
+    for path in others:
         for found in read_found(path):
-            data = next((one.data for one in known.values()), found.data)
-            if found.data != data:
-                raise UserError(
-                    f"{path}: {found.name} was measured on other held-out files than the results before it; only "
-                    "results on the same files can be compared"
-                )
-            known.setdefault(found.key, found)
-    return known
+            require_same(found, ablation.data, path)
+            known = ablation.known.get(found.key)
+            if known is None or known.data != ablation.data:
+                ablation.known[found.key] = found
+    stale = [found for found in ablation.known.values() if found not in ablation.shown()]
+    if stale:
+        names = ", ".join(dict.fromkeys(found.name for found in stale))
+        ablation.progress.say(
+            f"{len(stale)} results are of another config or other held-out files, and not shown: {names}",
+            style="yellow",
+        )
 
 
 def _show(ablation: Ablation, failed: Sequence[str], markdown: Path | None) -> None:
-    say, found = ablation.progress.say, list(ablation.known.values())
+    say, found = ablation.progress.say, ablation.shown()
     if not found:
         return
     if markdown is not None:
@@ -158,8 +160,7 @@ def show_plan(ablation: Ablation) -> None:
     planned: set[tuple[str, str]] = set()
     cost, total = Cost(ablation), 0.0
     for variant in ablation.plan.variants:
-        known = ablation.known.get((variant.overlay.name, variant.seed))
-        if known is not None and known.config == variant.config_hash:
+        if ablation.is_known(variant.overlay.name, variant):
             table.add_row(variant.name, "all of it", "", "")
             continue
         runs = [variant] if variant.start is None else [variant.start.variant, variant]
@@ -192,7 +193,7 @@ def show_plan(ablation: Ablation) -> None:
         total += seconds
         table.add_row(variant.name, ", ".join(done), ", ".join(todo), duration(seconds) if cost.known else "")
     for name, variant in ablation.through():
-        made = (name, variant.seed) in ablation.known
+        made = ablation.is_known(name, variant)
         table.add_row(
             f"{name}, seed {variant.seed}",
             "all of it" if made else "",

@@ -27,6 +27,7 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages.inputs import reading
 
+MT_BENCH = "mt_bench"
 # Where the results of systems without a work directory are kept.
 ELSEWHERE = Path("evaluation")
 
@@ -68,6 +69,11 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
     suites = {name: suite_named(name) for name in dict.fromkeys(given.suites)}
     if not suites:
         raise UserError("give a suite, such as --suite answers")
+    if given.judge.reference_file is not None and MT_BENCH not in suites:
+        raise UserError(
+            f"--reference-file is for the suite {MT_BENCH}; other questions have `references` in their own file: leave "
+            "it out"
+        )
     config = _config_of(named)
     out = given.out or _default_out(named)
     judging = judging_of(given.judge, out)

@@ -5,6 +5,7 @@ Everything here looks at texts alone; `evaluation/asked.py` asks the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +17,8 @@ from transllm_jax.data.clean.whole_words import number_of, numbers, spelled, wor
 # English answer is wrong; it is right and its translation is wrong; or the file does not say what is right in English.
 Reason = Literal["form", "misread", "english", "translation", "unknown"]
 REASONS: tuple[Reason, ...] = ("form", "misread", "english", "translation", "unknown")
+
+_SIGNS = {"*": "×", "/": "÷", "%": "percent"}
 
 # An accepted text as it is compared: a number in digits by its value, another text as it is spelled.
 _Form = str | Decimal
@@ -101,8 +104,22 @@ def _form(text: str) -> _Form:
 
 
 def is_understood(question: str, wordings: Iterable[str]) -> bool:
-    """Whether a question in English is one of the wordings, apart from case, spaces and punctuation."""
-    return words(question).replace(" ", "") in {words(wording).replace(" ", "") for wording in wordings}
+    """Whether a question in English is one of the wordings, apart from case, spaces and punctuation.
+
+    Numbers are compared by their values, and the signs of sums are no punctuation.
+    """
+    return _bare(question) in {_bare(wording) for wording in wordings}
+
+
+def _bare(question: str) -> str:
+    text, parts, last = spelled(question), [], 0
+    for start, end, value in numbers(text):
+        # A letter, because a point would count as punctuation.
+        parts += [text[last:start], f"{value:f}".replace(".", "p")]
+        last = end
+    text = re.sub(r"(?<=\d)( ?)([*/%])", lambda sign: sign[1] + _SIGNS[sign[2]], "".join(parts) + text[last:])
+    # Between two numbers, a space tells them apart.
+    return re.sub(r"(?<!\d) | (?!\d)", "", words(text))
 
 
 def reason_of(*, in_form: bool, understood: bool | None, english_right: bool | None) -> Reason:

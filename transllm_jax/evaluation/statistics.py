@@ -141,10 +141,15 @@ def corrected_interval(
     shift, of_shift = _added_rows(differences, ones, (-1.0, 0.0, 1.0), _DIFFERENCE, 1.0)
     _, of_people = _added_rows(truth, ones, (0.0, 0.5, 1.0), _SHARE, 1.0)
     variance = of_people * count / whole + of_shift * (1 - count / whole)
-    tail = float(stdtrit(max(count - 1, 1), 0.5 + level / 2))
+    tail = students_quantile(max(count - 1, 1), level)
     middle, half = float(all_judged.mean()) + shift, tail * float(np.sqrt(variance))
     value = float(all_judged.mean() + differences.mean())
     return _interval(min(max(value, 0.0), 1.0), middle - half, middle + half, count, level, (0.0, 1.0))
+
+
+def students_quantile(degrees: int, level: float) -> float:
+    """By how many standard errors the interval of a mean reaches to each side, with so many degrees of freedom."""
+    return float(stdtrit(degrees, 0.5 + level / 2))
 
 
 def _numbers(values: Sequence[float]) -> np.ndarray[Any, Any]:
@@ -203,7 +208,7 @@ def _with_added(
     # Without clusters the added rows suffice; the spread between few clusters is known less well.
     tail = NormalDist().inv_cdf(0.5 + level / 2)
     if clusters < count and clusters > 1:
-        tail = float(stdtrit(clusters - 1, 0.5 + level / 2))
+        tail = students_quantile(clusters - 1, level)
     half = tail * float(np.sqrt(variance))
     return _interval(mean, middle - half, middle + half, clusters, level, (added[0], added[2]))
 
@@ -257,7 +262,7 @@ def _bca(
     influence = without.mean() - without if len(without) else np.zeros(1)
     squares = float((influence**2).sum())
     acceleration = float((influence**3).sum()) / (6 * squares**1.5) if squares > near**2 else 0.0
-    tail = float(stdtrit(count - 1, 0.5 + level / 2)) * float(np.sqrt(count / (count - 1)))
+    tail = students_quantile(count - 1, level) * float(np.sqrt(count / (count - 1)))
     ends = []
     for side in (-tail, tail):
         stretch = 1 - acceleration * (bias + side)

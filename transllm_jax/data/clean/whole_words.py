@@ -33,14 +33,20 @@ _THOUSANDS = re.compile(
     r"[1-9]\d{0,2}(?:(?:,\d{3})+(?:\.\d+)?|(?:\.\d{3})+(?:,\d+)?)|[1-9]\d?(?:,\d{2})*,\d{3}(?:\.\d+)?"
 )
 _MINUS = "-−"
+# Spaces that only typography puts into a number, between its thousands.
+_GROUPED = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
+# NFKC would make 102 of 10².
+_RAISED = re.compile("(?<=\\d)(?=[\u00b2\u00b3\u00b9\u2070\u2074-\u2079])")
 
 
 def spelled(text: str) -> str:
     """The form of a text in which texts are compared.
 
     NFKC, without case, invisible characters and optional vowel marks, with one space for white space; the digits of all
-    scripts are 0 to 9, Arabic's separators in numbers are . and , .
+    scripts are 0 to 9, Arabic's separators in numbers are . and , . Narrow and no-break spaces between thousands are
+    left out, and a raised number after another follows ^.
     """
+    text = _RAISED.sub("^", _GROUPED.sub("", text))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = _OPTIONAL.sub("", text.replace("\u066b", ".").replace("\u066c", ","))
     kept = (_digit(letter) for letter in text if unicodedata.category(letter) != "Cf")

@@ -44,7 +44,7 @@ def parse_object(text: str, place: Place, fields: Sequence[str] = ()) -> dict[st
     return record
 
 
-def check_surrogates(item: Any, place: Place) -> None:
+def check_surrogates(item: Any, place: Place | str) -> None:
     """Raise BadRow for half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     for text in texts_of(item):
         if not text.isascii() and _SURROGATE.search(text):

@@ -2,7 +2,8 @@
 
 From lm-sys/FastChat, fastchat/llm_judge/data/judge_prompts.jsonl, Apache-2.0 (as this project), by Zheng et al.,
 "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685. Changed only in that sentences which several
-prompts share are written once. A test compares each prompt with the SHA-256 of the published one.
+prompts share are written once. A test compares each prompt with the SHA-256 of the published one. There are none for
+more than two turns; those for more say all of the conversation in the same form.
 """
 
 from __future__ import annotations
@@ -47,29 +48,31 @@ _MISTAKES = "Identify and correct any mistakes. "
 # Blocks of the templates.
 _QUESTION = "{question}\n\n"
 _REFERENCE = "[The Start of Reference Answer]\n{ref_answer_1}\n[The End of Reference Answer]\n\n"
-_REFERENCES = (
-    "<|The Start of Reference Answer|>\n\n### User:\n{question_1}\n\n### Reference answer:\n{ref_answer_1}\n\n"
-    "### User:\n{question_2}\n\n### Reference answer:\n{ref_answer_2}\n\n<|The End of Reference Answer|>\n\n\n"
-)
 
 
 def _answer(title: str, place: str) -> str:
     return f"[The Start of {title}'s Answer]\n{{{place}}}\n[The End of {title}'s Answer]"
 
 
-def _conversation(assistant: str, place: str) -> str:
+def _conversation(assistant: str, place: str, turns: int) -> str:
     name = f"Assistant {assistant}"
-    return (
-        f"<|The Start of {name}'s Conversation with User|>\n\n### User:\n{{question_1}}\n\n### {name}:\n"
-        f"{{{place}_1}}\n\n### User:\n{{question_2}}\n\n### {name}:\n{{{place}_2}}\n\n"
-        f"<|The End of {name}'s Conversation with User|>"
+    said = "".join(
+        f"### User:\n{{question_{turn}}}\n\n### {name}:\n{{{place}_{turn}}}\n\n" for turn in range(1, turns + 1)
     )
+    return f"<|The Start of {name}'s Conversation with User|>\n\n{said}<|The End of {name}'s Conversation with User|>"
+
+
+def _references(turns: int) -> str:
+    said = "".join(
+        f"### User:\n{{question_{turn}}}\n\n### Reference answer:\n{{ref_answer_{turn}}}\n\n"
+        for turn in range(1, turns + 1)
+    )
+    return f"<|The Start of Reference Answer|>\n\n{said}<|The End of Reference Answer|>\n\n\n"
 
 
 _PAIR = _answer("Assistant A", "answer_a") + "\n\n" + _answer("Assistant B", "answer_b")
-_CONVERSATIONS = _conversation("A", "answer_a") + "\n\n\n" + _conversation("B", "answer_b")
 
-PROMPTS: dict[str, Prompt] = {
+_ONE_TURN: dict[str, Prompt] = {
     "single-v1": Prompt(
         "You are a helpful assistant.",
         f"[Instruction]\n{_ONE} displayed below. {_FACTORS}the response. Begin your evaluation by providing a short "
@@ -80,17 +83,6 @@ PROMPTS: dict[str, Prompt] = {
         f"[Instruction]\n{_ONE} displayed below. {_CORRECTNESS}You will be given a reference answer and the "
         "assistant's answer. Begin your evaluation by comparing the assistant's answer with the reference answer. "
         f"{_MISTAKES}{_RATE}[Question]\n{_QUESTION}{_REFERENCE}{_answer('Assistant', 'answer')}",
-    ),
-    "single-v1-multi-turn": Prompt(
-        f"{_ONE} displayed below. {_FACTORS}the response. You evaluation should focus on the assistant's answer to the "
-        f"second user question. Begin your evaluation by providing a short explanation. {_RATE}",
-        _conversation("A", "answer"),
-    ),
-    "single-math-v1-multi-turn": Prompt(
-        f"{_ONE}. {_CORRECTNESS}You will be given a reference answer and the assistant's answer. You evaluation should "
-        "focus on the assistant's answer to the second question. Begin your evaluation by comparing the assistant's "
-        f"answer with the reference answer. {_MISTAKES}{_RATE}",
-        _REFERENCES + _conversation("A", "answer"),
     ),
     "pair-v2": Prompt(
         f"{_TWO} displayed below. You should choose the assistant that follows the user's instructions and answers the "
@@ -104,18 +96,46 @@ PROMPTS: dict[str, Prompt] = {
         f"comparing both assistants' answers with the reference answer. {_MISTAKES}{_FAIR}",
         f"[User Question]\n{_QUESTION}{_REFERENCE}{_PAIR}",
     ),
-    "pair-v2-multi-turn": Prompt(
-        f"{_TWO}s. You should choose the assistant that follows the user's instructions and answers the user's "
-        f"questions better. {_FACTORS}their responses. You should focus on who provides a better answer to the second "
-        "user question. Begin your evaluation by comparing the responses of the two assistants and provide a short "
-        f"explanation. {_FAIR}",
-        _CONVERSATIONS,
-    ),
-    "pair-math-v1-multi-turn": Prompt(
-        f"{_TWO}s. {_CORRECTNESS}You will be given reference answers, the assistant A's answers, the assistant B's "
-        "answers. Your job is to determine which assistant provides correct and helpful answers to the second user "
-        f"question. Begin your evaluation by comparing both assistants' answers with the reference answers. {_MISTAKES}"
-        f"{_FAIR}",
-        _REFERENCES + _CONVERSATIONS,
-    ),
 }
+
+
+def _of_turns(turns: int) -> dict[str, Prompt]:
+    """The prompts for conversations. The published ones have two turns and speak of the second; longer ones, of the
+    last."""
+    place = "second" if turns == 2 else "last"
+    both = _conversation("A", "answer_a", turns) + "\n\n\n" + _conversation("B", "answer_b", turns)
+    return {
+        "single-v1-multi-turn": Prompt(
+            f"{_ONE} displayed below. {_FACTORS}the response. You evaluation should focus on the assistant's answer to "
+            f"the {place} user question. Begin your evaluation by providing a short explanation. {_RATE}",
+            _conversation("A", "answer", turns),
+        ),
+        "single-math-v1-multi-turn": Prompt(
+            f"{_ONE}. {_CORRECTNESS}You will be given a reference answer and the assistant's answer. You evaluation "
+            f"should focus on the assistant's answer to the {place} question. Begin your evaluation by comparing the "
+            f"assistant's answer with the reference answer. {_MISTAKES}{_RATE}",
+            _references(turns) + _conversation("A", "answer", turns),
+        ),
+        "pair-v2-multi-turn": Prompt(
+            f"{_TWO}s. You should choose the assistant that follows the user's instructions and answers the user's "
+            f"questions better. {_FACTORS}their responses. You should focus on who provides a better answer to the "
+            f"{place} user question. Begin your evaluation by comparing the responses of the two assistants and "
+            f"provide a short explanation. {_FAIR}",
+            both,
+        ),
+        "pair-math-v1-multi-turn": Prompt(
+            f"{_TWO}s. {_CORRECTNESS}You will be given reference answers, the assistant A's answers, the assistant B's "
+            "answers. Your job is to determine which assistant provides correct and helpful answers to the "
+            f"{place} user question. Begin your evaluation by comparing both assistants' answers with the reference "
+            f"answers. {_MISTAKES}{_FAIR}",
+            _references(turns) + both,
+        ),
+    }
+
+
+PROMPTS: dict[str, Prompt] = {**_ONE_TURN, **_of_turns(2)}
+
+
+def prompt_named(name: str, turns: int) -> Prompt:
+    """The prompt of a name, for a conversation of so many turns."""
+    return PROMPTS[name] if turns <= 2 else _of_turns(turns)[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,8 @@ V = TypeVar("V")
 
 # Prompts in a row without a reply after which the judge counts as unreachable.
 SILENT = 5
-_THOUGHT = "</think>"
+# Thoughts that a limit cut off have no end.
+_THOUGHTS = re.compile(r"\A\s*<think>(?:.*</think>|.*\Z)|\A.*</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Judge:
 
 
 def spoken(text: str) -> str:
-    """What a judge says after its thoughts, which some servers leave in the text."""
-    return text.rpartition(_THOUGHT)[2]
+    """What a judge says after its thoughts, which some servers leave in the text; nothing if it was cut off in them."""
+    return _THOUGHTS.sub("", text)
 
 
 def _verdict(ask: Ask[V], first: Reply, second: Reply | None) -> Verdict[V]:

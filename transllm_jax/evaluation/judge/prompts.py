@@ -1,4 +1,4 @@
-"""What a judge is asked: the messages for one answer, or for two, after the first turn or the second."""
+"""What a judge is asked: the messages for one answer, or for two, after one turn or several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from transllm_jax.errors import UserError
-from transllm_jax.evaluation.judge.fastchat_prompts import PROMPTS, Prompt
+from transllm_jax.evaluation.judge.fastchat_prompts import Prompt, prompt_named
 from transllm_jax.tokenizer.chat import Message
 
 # fastchat: the published prompts of MT-Bench. transllm-as-published: those of TransLLM's code, with the remains of JSON
@@ -31,7 +31,7 @@ def single_prompt(
     *,
     language: str = "",
 ) -> list[Message]:
-    """The messages that ask for a rating of the last answer, of one or two.
+    """The messages that ask for a rating of the last answer.
 
     questions, answers: the turns so far. references: right answers to these turns, if there are any. language: the
     English name of the answers' language, which the preset `transllm-as-published` names.
@@ -44,8 +44,8 @@ def single_prompt(
         values = {**_numbered("question", questions), **_numbered("answer", answers)}
     values |= _numbered("ref_answer", references or [])
     if preset == "transllm-as-published":
-        return _as_published(name, values, language)
-    return _filled(PROMPTS[name], values)
+        return _as_published(name, prompt_named(name, len(questions)), values, language)
+    return _filled(prompt_named(name, len(questions)), values)
 
 
 def pair_prompt(
@@ -69,7 +69,7 @@ def pair_prompt(
         values = {"question": questions[0], "answer_a": first[0], "answer_b": second[0]}
     else:
         values = {**_numbered("question", questions), **_numbered("answer_a", first), **_numbered("answer_b", second)}
-    return _filled(PROMPTS[name], {**values, **_numbered("ref_answer", references or [])})
+    return _filled(prompt_named(name, len(questions)), {**values, **_numbered("ref_answer", references or [])})
 
 
 def again(messages: Sequence[Message], kind: Literal["rating", "choice"]) -> list[Message]:
@@ -91,14 +91,14 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return _PLACE.sub(lambda place: values[place[1]], template)
 
 
-def _as_published(name: str, values: Mapping[str, str], language: str) -> list[Message]:
+def _as_published(name: str, prompt: Prompt, values: Mapping[str, str], language: str) -> list[Message]:
     """The messages of TransLLM's eval/gpt4_eval.py (commit 3ec02f0), made from FastChat's by what differs there.
 
     The language is named. The system message has its own words and spelling. What followed the prompt in FastChat's
     JSON line was taken over with it; a second turn has all of the prompt in the user's message, with the key between
     its two parts.
     """
-    prompt, spoken = PROMPTS[name], language.lower()
+    spoken = language.lower()
     category = "math" if "math" in name else "general"
     debris = (
         f'", "description": "Prompt for general questions", "category": "{category}", "output_format": "[[rating]]"'

@@ -76,7 +76,8 @@ def read_references(path: Path) -> dict[str, tuple[str, ...]]:
     for row, place in zip(rows, rows.places, strict=True):
         id = row.get("question_id", row.get("id"))
         choices = row.get("choices")
-        turns = choices[0].get("turns") if isinstance(choices, list) and choices else row.get("turns")
+        first = choices[0] if isinstance(choices, list) and choices else row
+        turns = first.get("turns") if isinstance(first, dict) else None
         if id is None or not isinstance(turns, list) or not turns or not all(isinstance(text, str) for text in turns):
             raise UserError(f"{place}: a reference answer needs question_id and choices (or turns: a list of texts)")
         if str(id) in found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any, Literal
@@ -73,19 +73,23 @@ def pair_results(
 _OUTCOMES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
-def alpha(units: Mapping[Any, Mapping[int, float]], level: Level) -> dict[str, Any]:
-    """Krippendorff's alpha with its interval, which resamples units. As JSON.
+def alpha(
+    units: Mapping[Any, Mapping[int, float]], level: Level, cluster: Callable[[Any], Hashable] = lambda unit: unit
+) -> dict[str, Any]:
+    """Krippendorff's alpha with its interval, which resamples questions. As JSON.
 
-    units: by unit, each person's value. `value` is None where it is not defined, and `why` says so: if no unit has
-    values of two people, or if all values are equal. Of `pairable` units, which have values of two or more.
+    units: by unit, each person's value. cluster: the question of a unit, if that is not the unit itself. `value` is
+    None where it is not defined, and `why` says so: if no unit has values of two people, or if all values are equal. Of
+    `pairable` units, which have values of two or more.
     """
+    clusters = [cluster(unit) for unit, values in units.items() if len(values) > 1]
     pairable = [values for values in units.values() if len(values) > 1]
     found = {"level": level, "units": len(units), "pairable": len(pairable)}
     if not pairable:
         return {**found, "interval": None, "why": "no row was judged by two people"}
     if len({value for values in pairable for value in values.values()}) < 2:
         return {**found, "interval": None, "why": "all judgements are equal"}
-    interval = statistic_interval(pairable, _alpha_of(level), resamples=_RESAMPLES)
+    interval = statistic_interval(pairable, _alpha_of(level), clusters, resamples=_RESAMPLES)
     return {**found, "interval": _recorded(interval), "why": None}
 
 
@@ -134,7 +138,7 @@ def _ratings(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
         "first": _recorded(mean_interval(first, clusters, share=False)),
         "second": _recorded(mean_interval(second, clusters, share=False)),
         "difference": _recorded(paired_interval(first, second, clusters, share=False)),
-        "alpha": alpha(units, "ordinal"),
+        "alpha": alpha(units, "ordinal", lambda unit: unit[0]),
     }
 
 

@@ -77,8 +77,8 @@ def conversation(texts: Sequence[str]) -> str:
 
 
 def same(text: str) -> str:
-    """A text without what spreadsheets change: spaces, line ends, and the apostrophe that marks a text as one."""
-    return " ".join(unicodedata.normalize("NFC", text).split()).removeprefix("'").lstrip()
+    """A text without what spreadsheets change: spaces, line ends, and apostrophes before it (one marks a text)."""
+    return " ".join(unicodedata.normalize("NFC", text).split()).lstrip("' ")
 
 
 def is_right_to_left(text: str) -> bool:

@@ -85,15 +85,15 @@ def preferences(results: Path, suite: str, first: str, second: str) -> dict[str,
     for name, other, turned in ((first, second, False), (second, first, True)):
         directory = results / name / suite
         if (directory / ITEMS).exists() and _baseline(directory) == other:
-            wins = _means(directory, "win")
+            wins = _means(_values(directory, "win"))
             return {id: 1 - won if turned else won for id, won in wins.items()}
     paths = [results / name / suite for name in (first, second)]
     if not all((path / ITEMS).exists() for path in paths):
         return {}
-    found = [_means(path, "rating") or ({} if _baseline(path) else _means(path, "score")) for path in paths]
-    return {
-        id: 0.5 + (one > found[1][id]) / 2 - (one < found[1][id]) / 2 for id, one in found[0].items() if id in found[1]
-    }
+    found = [_values(path, "rating") or ({} if _baseline(path) else _values(path, "score")) for path in paths]
+    # Turns that only one of them has a verdict on say nothing about the two.
+    one, other = (_means({key: own[key] for key in own if all(key in both for both in found)}) for own in found)
+    return {id: 0.5 + (one[id] > other[id]) / 2 - (one[id] < other[id]) / 2 for id in one}
 
 
 def _items(results: Path, suite: str) -> list[Path]:
@@ -162,13 +162,21 @@ def _text(value: Any) -> str:
     return value
 
 
-def _means(directory: Path, field: str) -> dict[str, float]:
-    """By question, the mean of a field over the items in which it is a number."""
-    values: dict[str, list[float]] = {}
-    for _, id, item in _rows(directory / ITEMS):
-        if isinstance(item.get(field), (int, float)):
-            values.setdefault(id, []).append(float(item[field]))
-    return {id: sum(own) / len(own) for id, own in values.items()}
+def _values(directory: Path, field: str) -> dict[tuple[str, str], float]:
+    """A field of the items in which it is a number, by the ids of the question and of the item."""
+    return {
+        (id, str(item["id"])): float(item[field])
+        for _, id, item in _rows(directory / ITEMS)
+        if isinstance(item.get(field), (int, float))
+    }
+
+
+def _means(values: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """The mean of each question's values."""
+    by_question: dict[str, list[float]] = {}
+    for (id, _), value in values.items():
+        by_question.setdefault(id, []).append(value)
+    return {id: sum(own) / len(own) for id, own in by_question.items()}
 
 
 def _baseline(directory: Path) -> str | None:

@@ -26,7 +26,7 @@ from transllm_jax.evaluation.judge.judge import Ask, Judge, Verdict
 from transllm_jax.evaluation.judge.references import References, mt_bench_references
 from transllm_jax.evaluation.statistics import mean_interval
 from transllm_jax.evaluation.suites.judging import Judging
-from transllm_jax.evaluation.suites.measure import by_group, mean_of, measured
+from transllm_jax.evaluation.suites.measure import by_group, clusters_of, mean_of, measured
 from transllm_jax.evaluation.suites.question_file import OpenQuestion, read_open_questions
 from transllm_jax.evaluation.suites.results import Results
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
@@ -135,15 +135,16 @@ class JudgedSuite:
         name, field = ("rating", "rating") if rated else ("win rate", "win")
         more = measured(MEASURES, items)
         main = more.pop(name)
-        clusters = [item["cluster"] for item in items]
+        clusters = clusters_of(item["cluster"] for item in items)
+        # As the measure itself: with repeats, a win rate has values between 0, ½ and 1.
         ends = [
-            mean_interval([item[f"{field}_{end}"] for item in items], clusters, share=False if rated else None)
+            mean_interval([item[f"{field}_{end}"] for item in items], clusters, share=not rated)
             for end in ("low", "high")
         ]
         unread = [item["id"] for item in items if item[field] is None]
         cut_off = sum(bool(item["turns"][-1]["cut_off"]) for item in items)
         counts: dict[str, Any] = {
-            "questions": len(set(clusters)),
+            "questions": len({item["cluster"] for item in items}),
             "verdicts": len(verdicts),
             "verdicts that could not be read": sum(one.value is None for one in verdicts.values()),
             "without a verdict": unread,

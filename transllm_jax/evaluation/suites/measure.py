@@ -17,6 +17,14 @@ from transllm_jax.evaluation.suites.results import Interval
 
 Item = Mapping[str, Any]
 
+# Fields of items that hold what was asked: an id may be a place in a file, and another file has others there.
+_ASKED = ("question", "questions", "source", "instruction", "original", "text")
+
+
+def key_of(item: Item) -> tuple[Hashable, ...]:
+    """What two items of different systems have in common if both were asked the same."""
+    return item["id"], *(str(item.get(name)) for name in _ASKED)
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -37,20 +45,20 @@ class Measure:
         rows = self._rows(items)
         if not rows:
             return None
-        clusters = _clusters(cluster for cluster, _ in rows.values())
+        clusters = clusters_of(cluster for cluster, _ in rows.values())
         parts = [values for _, values in rows.values()]
         if self.value is None:
             return mean_interval([values[0] for values in parts], clusters, share=self.percent)
         return statistic_interval(range(len(parts)), self._over(np.array(parts)), clusters)
 
     def difference(self, items: Iterable[Item], others: Iterable[Item]) -> Interval | None:
-        """How much higher the value of `items` is than that of `others`, over the ids that count in both."""
+        """How much higher the value of `items` is than that of `others`, over those that count and ask the same."""
         mine, theirs = self._rows(items), self._rows(others)
-        both = [id for id in mine if id in theirs]
+        both = [key for key in mine if key in theirs]
         if not both:
             return None
-        clusters = _clusters(mine[id][0] for id in both)
-        first, second = (np.array([rows[id][1] for id in both]) for rows in (mine, theirs))
+        clusters = clusters_of(mine[key][0] for key in both)
+        first, second = (np.array([rows[key][1] for key in both]) for rows in (mine, theirs))
         if self.value is None:
             return paired_interval(first[:, 0].tolist(), second[:, 0].tolist(), clusters, share=self.percent)
         one, other = self._over(first), self._over(second)
@@ -62,16 +70,16 @@ class Measure:
         assert value is not None
         return lambda chosen: value(parts[np.asarray(chosen)].sum(axis=0))
 
-    def _rows(self, items: Iterable[Item]) -> dict[str, tuple[Hashable, Sequence[float]]]:
+    def _rows(self, items: Iterable[Item]) -> dict[tuple[Hashable, ...], tuple[Hashable, Sequence[float]]]:
         found = {}
         for item in items:
             parts = self.parts(item)
             if parts is not None:
-                found[item["id"]] = item.get("cluster", item["id"]), parts
+                found[key_of(item)] = item.get("cluster", item["id"]), parts
         return found
 
 
-def _clusters(given: Iterable[Hashable]) -> list[Hashable] | None:
+def clusters_of(given: Iterable[Hashable]) -> list[Hashable] | None:
     """The clusters, or None if each item is its own."""
     clusters = list(given)
     return None if len(set(clusters)) == len(clusters) else clusters

@@ -67,9 +67,10 @@ def texts_of(given: Iterable[Reading], language: str, limit: int | None) -> dict
     found: dict[str, str] = {}
     for reading in given:
         collector = Collector("remove")
+        last = None if limit is None else len(found) + limit
         for shard in shards(reading, sha256_of):
             for item, _ in shard.items(collector):
-                if limit is not None and len(found) >= limit:
+                if last is not None and len(found) >= last:
                     break
                 text = item[language == TARGET] if isinstance(item, tuple) else item
                 assert isinstance(text, str)

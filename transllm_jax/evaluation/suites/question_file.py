@@ -112,6 +112,8 @@ def _id(row: Mapping[str, Any], place: Place, mt_bench: bool) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int) or "/" in str(given):
         raise UserError(f"{place}: {name} must be a text without a slash, or a whole number; correct it")
     if mt_bench and name in ("index", "Instruct_id"):
+        if not str(given).isdecimal():
+            raise UserError(f"{place}: {name} must be the question's place, from 0; correct it")
         return str(FIRST_ID + int(given))
     return str(given)
 

@@ -240,12 +240,15 @@ def _rows(path: Path) -> list[tuple[str, int, Mapping[str, Any]]]:
     try:
         # Tables of office programs begin with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a file of requests") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file of requests") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     table = csv.DictReader(io.StringIO(text, newline=""))
-    return [(f"{path}:{table.line_num}", number, row) for number, row in enumerate(table, 1)]
+    try:
+        return [(f"{path}:{table.line_num}", number, row) for number, row in enumerate(table, 1)]
+    except csv.Error as error:
+        raise UserError(f"{path}:{table.line_num + 1} is no row of a csv file ({error}); correct it") from None
 
 
 def _spoken(requests: Sequence[OpenQuestion], language: LanguageSection) -> Language:

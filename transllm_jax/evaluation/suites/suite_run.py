@@ -10,7 +10,8 @@ from typing import Any
 
 from transllm_jax.config import Language, Prompts
 from transllm_jax.data.read.shards import Reading
-from transllm_jax.disk import sha256_of_json, write_json, write_text
+from transllm_jax.disk import sha256_of_json, whole_lines, write_json, write_text
+from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.judging import Judging
 from transllm_jax.evaluation.suites.records import open_records
 from transllm_jax.evaluation.suites.results import Results
@@ -105,6 +106,16 @@ class SuiteRun:
 
 
 def read_items(directory: Path) -> list[dict[str, Any]]:
-    """The items of a suite that is done."""
-    lines = (directory / ITEMS).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    """The items of a suite that is done. Raises UserError with the place for a line that is no item."""
+    path = directory / ITEMS
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            item = json.loads(line)
+            _ = item["id"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}:{number} is no item of a suite; remove {directory}, and evaluate the system again"
+            ) from None
+        found.append(item)
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from transllm_jax.evaluation.suites.measure import Measure
+from transllm_jax.evaluation.suites.measure import Measure, key_of
 from transllm_jax.evaluation.suites.results import Interval
 from transllm_jax.evaluation.suites.suite_run import read_items
 
@@ -20,7 +20,8 @@ def compared(
 ) -> dict[str, Any]:
     """A suite's measures of each system, each with its difference to the first system on the items that both have.
 
-    directories, results: by the system's name, in the order of the command.
+    directories, results: by the system's name, in the order of the command. `items` and `shared` of a system: how many
+    it has, and how many of them ask what the first system was asked.
     """
     items = {name: read_items(directory) for name, directory in directories.items()}
     first = next(iter(items))
@@ -43,6 +44,9 @@ def compared(
             )
     counts = ("asked", "parsed", "contamination", "notes")
     systems = {name: {key: found.get(key) for key in counts} for name, found in results.items()}
+    asked = {name: {key_of(item) for item in own} for name, own in items.items()}
+    for name, own in asked.items():
+        systems[name] |= {"items": len(own), "shared": len(own & asked[first])}
     return {"suite": suite, "first": first, "systems": systems, "rows": rows}
 
 
@@ -81,7 +85,13 @@ def remarks(comparison: Mapping[str, Any]) -> list[str]:
     """What a reader of the table has to know: questions without an answer, contamination, notes."""
     found: list[str] = []
     notes: dict[str, None] = {}
+    first = comparison["first"]
     for name, system in comparison["systems"].items():
+        if system["shared"] < max(system["items"], comparison["systems"][first]["items"]):
+            found.append(
+                f"{name}: {system['shared']} of its {system['items']} items ask what {first} was asked; the "
+                "differences are of these"
+            )
         missing = system["asked"] - system["parsed"]
         if missing:
             found.append(f"{name}: {missing} of {system['asked']} have no answer or score; they count")

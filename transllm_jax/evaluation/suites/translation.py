@@ -9,6 +9,7 @@ there is read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,8 @@ def _read_comet(directory: Path, items: Sequence[dict[str, Any]]) -> list[str]:
         try:
             (rows,) = json.loads(path.read_text(encoding="utf-8")).values()
             scores = [(" ".join(row["mt"].split()), float(row[_COMET])) for row in rows]
+            if not all(math.isfinite(score) for _, score in scores):
+                raise ValueError("a score that is no number")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not what comet-score --to_json writes ({error}); make it again") from None
         if [text for text, _ in scores] != [item["translation"] for item in own]:

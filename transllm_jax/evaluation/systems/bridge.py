@@ -45,7 +45,8 @@ class PairTranslator:
     @property
     def identity(self) -> Mapping[str, Any]:
         """That of the model, and how it is used."""
-        return {**self.system.identity, "max_new_tokens": self.max_new_tokens, "by": "sentence"}
+        how = {"by": "sentence", "between_sentences": self.between_sentences}
+        return {**self.system.identity, "max_new_tokens": self.max_new_tokens, **how}
 
     def translate(self, texts: Sequence[str], direction: Direction, between: Callable[[], None]) -> list[str | None]:
         """As `TextTranslator.translate`; a text of which a sentence has no translation has none."""
@@ -77,23 +78,30 @@ class EndpointTranslator:
     def __init__(
         self, settings: TranslatorEndpoint, language: str, max_new_tokens: int, say: Callable[[str], None]
     ) -> None:
-        self._settings, self._language, self._max_new_tokens = settings, language, max_new_tokens
+        self._settings, self._language = settings, language
+        self._limit = settings.max_tokens or max_new_tokens
         self._client = Client(settings, "endpoint", say)
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """The server's URL, the model's name there, and what it is asked."""
         settings = self._settings
-        return {"url": settings.endpoint, "model": settings.model, "prompt": settings.prompt, "body": settings.body}
+        return {
+            "url": settings.endpoint,
+            "model": settings.model,
+            "prompt": settings.prompt,
+            "body": settings.body,
+            "language": self._language,
+            "max_tokens": self._limit,
+        }
 
     def translate(self, texts: Sequence[str], direction: Direction, between: Callable[[], None]) -> list[str | None]:
         """As `TextTranslator.translate`."""
         language = self._language if direction == "to_target" else "English"
-        limit = self._settings.max_tokens or self._max_new_tokens
         requests = []
         for number, text in enumerate(texts):
             prompt = self._settings.prompt.replace("{language}", language).replace("{text}", text)
-            body = request_body(self._settings, [{"role": "user", "content": prompt}], limit, 0)
+            body = request_body(self._settings, [{"role": "user", "content": prompt}], self._limit, 0)
             requests.append(Request(str(number), body))
         found: list[str | None] = [None] * len(texts)
         for reply in self._client.replies(requests):
