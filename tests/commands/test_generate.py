@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Command, write_tiny_model
 from processes import wait_for
 from scripted import WHOLE_CHAIN, Script, chain_tokenizer
+from tiny_sentencepiece import write_sentencepiece_model
 
 from transllm_jax.commands.generate import GenerateOptions, generate, parse_share
-from transllm_jax.commands.open_chat import ChatModel
+from transllm_jax.commands.open_chat import ChatModel, open_chat_model
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.generation.engine import Engine
+from transllm_jax.generation.request import Result
 from transllm_jax.generation.sampling import Sampling
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
@@ -167,6 +170,9 @@ def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Pa
         ({"id": 9, "prompt": "many words " * 600}, "exceed the model's context of 512"),
         ({"id": [1], "prompt": "x"}, "its id"),
         ('{"id": 10, "prompt": "\\ud800"}', "surrogate"),
+        # Not equal to itself: the answer would belong to no record of the input.
+        ('{"id": 12, "prompt": "x", "score": NaN}', "NaN is no number of JSON"),
+        ("[" * 100_000, "not JSON"),
     ]
     source = write(tmp_path / "in.jsonl", [*RECORDS, "", *(row for row, _ in bad)])
     source.write_bytes(source.read_bytes() + b'{"id": 11, "prompt": "\xff"}\n')
@@ -212,6 +218,14 @@ def test_answers_of_other_settings_are_not_mixed(tiny_model: Path, tmp_path: Pat
         answer(tiny_model, other, target)
     with pytest.raises(UserError, match="is the input"):
         answer(tiny_model, source, source)
+    for name in ("q.rejected.jsonl", "q.settings.json"):
+        given = write(tmp_path / name, RECORDS[:1])
+        with pytest.raises(UserError, match=f"{name}, which is written, is the input"):
+            answer(tiny_model, given, tmp_path / "q.jsonl")
+        assert given.exists()
+    for place in (tmp_path, source / "out.jsonl"):
+        with pytest.raises(UserError, match=r"is no file; name one|is no directory; name another"):
+            answer(tiny_model, source, place)
     (tmp_path / "out.settings.json").unlink()
     with pytest.raises(UserError, match="does not; name another file"):
         answer(tiny_model, source, target)
@@ -226,6 +240,48 @@ def test_answers_of_other_settings_are_not_mixed(tiny_model: Path, tmp_path: Pat
     answer(tiny_model, write(source, RECORDS[:2]), target, GenerateOptions(6, batch_size=1))
     write(source, RECORDS)
     assert answer(tiny_model, source, target) == 0 and len(read(target)) == len(RECORDS)
+
+
+def test_another_model_at_the_same_path_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    source, target = write(tmp_path / "in.jsonl", RECORDS[:1]), tmp_path / "out.jsonl"
+    answer(model, source, target)
+    write(source, RECORDS[:2])
+    shutil.rmtree(model)
+    write_tiny_model(model, seed=5)
+    with pytest.raises(UserError, match=r"out.jsonl has answers of other settings \(weights was"):
+        answer(model, source, target)
+
+
+def test_a_refused_command_leaves_the_list_of_the_one_before(tiny_model: Path, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", [*RECORDS[:1], "{"]), tmp_path / "out.jsonl"
+    assert answer(tiny_model, source, target) == 1
+    with pytest.raises(UserError, match="answers no record of the input"):
+        answer(tiny_model, write(tmp_path / "other.jsonl", [{"id": "talk", "prompt": "another"}]), target)
+    assert (tmp_path / "out.rejected.jsonl").exists()
+
+
+def test_a_space_at_the_beginning_of_a_continuation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SentencePiece's decoder drops it from what it is given; and a rendered template has its first token already."""
+    write_sentencepiece_model(tmp_path / "model")
+    opened = open_chat_model(tmp_path / "model")
+    tokenizer = opened.tokenizer
+    asked: list[list[int]] = []
+    # As it goes on behind a word.
+    words = tokenizer.encode("It is here")[len(tokenizer.encode("It")) :]
+
+    def say(self: Any, requests: Any, **_: Any) -> Any:
+        for number, request in enumerate(requests):
+            asked.append(list(request.prompt))
+            yield number, Result(words, "stop", len(words))
+
+    monkeypatch.setattr(Engine, "run", say)
+    bos = tokenizer.decode(tokenizer.bos_ids, skip_special_tokens=False)
+    records = [{"id": 1, "prompt": "It"}, {"id": 2, "prompt": f"{bos}It"}]
+    source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    answer(tmp_path / "model", source, target)
+    assert [row["text"] for row in read(target)] == [" is here"] * 2
+    assert asked[0] == asked[1] and asked[0][: len(tokenizer.bos_ids)] == tokenizer.bos_ids
 
 
 MANY = [{"id": number, "prompt": f"Number {number} is"} for number in range(150)]
@@ -287,6 +343,7 @@ def test_the_original_model_is_asked_without_adapters(finished_run: Path, tmp_pa
         (("model", "missing.jsonl", "out.jsonl"), "missing.jsonl: no such file"),
         (("model", "in.jsonl", "out.jsonl", "--top-p", "2"), "sampling: temperature"),
         (("model", "in.jsonl", "out.jsonl", "--min-p", "2"), "min_p 2.0 in"),
+        (("model", "in.jsonl", "out.jsonl", "--top-k", "3000000000"), "top_k 3000000000 must be from 0 to"),
         (("model", "in.jsonl", "out.jsonl", "--base"), "has no original model in it"),
         (("model", "in.jsonl", "out.jsonl", "--english", "original"), "no original model is beside"),
     ],

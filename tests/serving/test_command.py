@@ -51,6 +51,29 @@ def test_a_run_and_its_original_are_served_until_a_signal(finished_run: Path) ->
             server.kill()
 
 
+@pytest.mark.slow
+def test_a_server_whose_reader_is_gone_answers_and_ends(tiny_model: Path) -> None:
+    """As `transllm serve ... | tee log`, of which Ctrl-C ends both."""
+    command = [sys.executable, "-m", "transllm_jax.cli.main", "serve", str(tiny_model), "--port", "0"]
+    environment = {**os.environ, "TRANSLLM_API_KEY": "", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*command, "--slots", "2", "--context", "128"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as server:
+        try:
+            assert server.stdout is not None and server.stderr is not None
+            said = [server.stdout.readline().decode(), server.stdout.readline().decode()]
+            found = re.match(r"(http://127\.0\.0\.1:\d+) serves", said[1])
+            assert found, said
+            server.stdout.close()
+            # At once: it listens when it says so.
+            assert chat(found.group(1), "Who?", max_tokens=2).status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+            assert b"Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
+
+
 def test_what_cannot_be_served_is_one_line(transllm: Command, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -90,6 +90,17 @@ WRONG: dict[str, tuple[Any, str | None]] = {
             ("frequency_penalty", "x"),
             ("logit_bias", {"1": 2}),
             ("truncation", "oldest"),
+            # For Python, 0 is False; and what other servers do.
+            ("logprobs", 0),
+            ("stop_token_ids", [1]),
+            ("min_tokens", 5),
+            ("ignore_eos", True),
+            ("guided_json", {}),
+            ("structured_outputs", {"regex": "a"}),
+            ("prompt_logprobs", 0),
+            ("modalities", ["audio"]),
+            ("skip_special_tokens", False),
+            ("add_generation_prompt", False),
             ("model", 5),
         ]
     },
@@ -172,11 +183,15 @@ def test_what_other_clients_send_is_accepted() -> None:
     assert [message.role for message in asked.messages] == ["system", "user", "assistant", "user"]
     assert asked.messages[0].content == "Be\nbrief." and asked.max_new_tokens == 7
     assert asked.sampling.seed == 2**64 - 3 and asked.sampling.top_k == 0
+    # The narrowest nucleus, and not none.
+    assert read_chat({"messages": [USER], "top_p": 0, "top_k": 2**40}, GREEDY, 5).sampling.top_p == 1e-6
+    others = {"stop_token_ids": [], "ignore_eos": False, "min_tokens": 0, "modalities": ["text"], "guided_json": None}
+    assert read_chat({"messages": [USER], **others}, GREEDY, 5).messages
     both = {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 9}
     assert read_chat(both, GREEDY, 5).max_new_tokens == 9 and read_chat(both, GREEDY, 5).sampling.seed == 5
 
 
-def test_errors_over_http(address: str, thread: ScriptedThread) -> None:
+def test_errors_over_http(address: str, thread: ScriptedThread, capfd: pytest.CaptureFixture[str]) -> None:
     asked = len(thread.asked)
 
     def error(response: httpx2.Response, status: int, code: str | None) -> dict[str, Any]:
@@ -199,6 +214,43 @@ def test_errors_over_http(address: str, thread: ScriptedThread) -> None:
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
     assert chat(address).status_code == 200
+    # That is the client's affair, and no defect.
+    printed = "".join(capfd.readouterr())
+    assert "POST /v1/chat/completions 499" in printed and "Traceback" not in printed
+
+
+def test_pages_of_others_may_not_ask(tokenizer: Tokenizer) -> None:
+    """A browser sends a text to any address without asking first, and any name can be made to lead to this machine."""
+    models = [scripted(ScriptedThread(tokenizer, "A dog."))]
+
+    def status(address: str, **headers: str) -> int:
+        body = json.dumps({"messages": [USER]})
+        sent = {"Content-Type": "text/plain", **headers}
+        return httpx2.post(f"{address}/v1/chat/completions", content=body, headers=sent, timeout=60).status_code
+
+    for settings_, wanted in (
+        (Settings(local=True), [200, 200, 403, 403, 403, 200]),
+        (Settings(local=True, key="k"), [200, 200, 403, 403, 200, 200]),
+        (Settings(), [200, 200, 403, 403, 200, 200]),
+        (Settings(local=True, origins=("http://a.example",)), [200, 200, 200, 403, 403, 200]),
+        (Settings(local=True, origins=("http://b.example:8000",)), [200, 200, 403, 403, 200, 200]),
+        (Settings(local=True, origins=("*",)), [200, 200, 200, 200, 200, 200]),
+    ):
+        with listening(models, settings_) as address:
+            port = address.rpartition(":")[2]
+            key = {"Authorization": f"Bearer {settings_.key}"} if settings_.key else {}
+            found = [
+                status(address, **key, **headers)
+                for headers in (
+                    {},
+                    {"Origin": address},
+                    {"Origin": "http://a.example"},
+                    {"Origin": "null"},
+                    {"Host": "b.example:8000"},
+                    {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"},
+                )
+            ]
+            assert found == wanted, settings_
 
 
 def test_a_key_and_other_origins(tokenizer: Tokenizer) -> None:
@@ -208,7 +260,11 @@ def test_a_key_and_other_origins(tokenizer: Tokenizer) -> None:
         refused = httpx2.get(url, headers={"Origin": "http://a.example"})
         assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert refused.headers["access-control-allow-origin"] == "http://a.example"
-        assert "access-control-allow-origin" not in httpx2.get(url, headers={"Origin": "http://b.example"}).headers
+        other = httpx2.get(url, headers={"Origin": "http://b.example"})
+        assert "access-control-allow-origin" not in other.headers and other.status_code == 403
+        assert (
+            other.json()["error"]["code"] == "origin" and "--cors http://b.example" in other.json()["error"]["message"]
+        )
         assert httpx2.get(url, headers={"Authorization": "Bearer schlüssel".encode()}).status_code == 200
         assert chat(address).status_code == 401 and httpx2.get(f"{address}/health").status_code == 200
         preflight = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
@@ -225,6 +281,10 @@ def test_texts_are_continued(tokenizer: Tokenizer, thread: ScriptedThread, addre
     assert found["object"] == "text_completion" and [one["index"] for one in found["choices"]] == [0, 1]
     assert [one["text"] for one in found["choices"]] == ["A d"] * 2
     assert thread.asked[-1].request.prompt[0] == tokenizer.token_id("<|im_start|>")
+    # Equal prompts of one request are samples; the first is what it is alone.
+    complete(["Who"] * 3, seed=5, temperature=1)
+    seeds = [job.request.sampling.seed for job in thread.asked[-3:]]
+    assert seeds[0] == 5 and len(set(seeds)) == 3
     ids = tokenizer.encode("Who")
     assert complete(ids).json()["usage"]["prompt_tokens"] == len(ids) and thread.asked[-1].request.prompt == ids
     *chunks, end, usage, done = events(complete("Who", stream=True, stream_options={"include_usage": True}).text)
@@ -272,6 +332,11 @@ def test_metrics_are_what_prometheus_reads() -> None:
     [
         ("Question: Who?\n\nAnswer: A dog.", ("Who?", "A dog.")),
         ("  Question: Who\nis it?\n\nAnswer: A\n\nAnswer: dog.\n", ("Who\nis it?", "A\n\nAnswer: dog.")),
+        ("Question: Who?\n  Answer: A dog.", ("Who?", "A dog.")),
+        ("Question: Who? Answer: A dog.", None),
+        ("Well. Question: Who?\nAnswer: A dog.", None),
+        # Once took minutes.
+        ("Question:" + "\n" * 3000 + "x", None),
         ("Question: Who?", None),
         ("Question: Who?\n\nAnswer: ", None),
         ("Let me think.", None),

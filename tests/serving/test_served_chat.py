@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import httpx2
@@ -9,8 +11,12 @@ import pytest
 from scripted import chain_tokenizer
 from serving_setup import ScriptedThread, chat, events, listening, scripted, streamed
 
+from transllm_jax.serving import app
 from transllm_jax.serving.app import Settings
+from transllm_jax.serving.engine_thread import Job, Told
+from transllm_jax.serving.history import TOGETHER
 from transllm_jax.serving.responses import Reasoning
+from transllm_jax.serving.served import StopStrings
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 CHAIN = "<EN>Who is it?<RESPONSE>A dog.<TH>หมา"
@@ -146,6 +152,12 @@ def test_a_stop_string_ends_the_visible_answer_also_across_chunks(tokenizer: Tok
         assert chat(address, stop=stop).json()["choices"][0]["message"]["content"] == "ทาง กล"
 
 
+def test_stop_strings_that_overlap_do_not_depend_on_how_the_text_comes() -> None:
+    for chunks in (["xabcd"], ["x", "a", "b", "c", "d"], ["xab", "cd"]):
+        stops = StopStrings(["abc", "b"])
+        assert "".join(stops.more(chunk) for chunk in chunks) + stops.rest() == "xa" and stops.found, chunks
+
+
 def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
     thread = ScriptedThread(tokenizer, "<EN>Who<|endoftext|> is it?<RESPONSE>A dog.<|im_start|><TH>หมา")
     with listening([scripted(thread)]) as address:
@@ -203,6 +215,41 @@ def test_earlier_turns_are_seen_in_english(tokenizer: Tokenizer) -> None:
         assert history("อะไร", "หมา", "ทาง")[0] == ["cache"]
 
 
+def test_earlier_turns_are_translated_together_and_a_stream_is_not_silent(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "KEEP_ALIVE", 0.05)
+    at_once, most = 0, 0
+
+    class Slow(ScriptedThread):
+        async def _tell(self, job: Job, told: Sequence[Told]) -> None:
+            nonlocal at_once, most
+            translates = self.tokenizer.decode(job.request.prompt).startswith("<TH>")
+            at_once, most = at_once + translates, max(most, at_once + translates)
+            await asyncio.sleep(0.3 if translates else 0)
+            at_once -= translates
+            await super()._tell(job, told)
+
+    thread = Slow(tokenizer, *["It is here."] * 12, CHAIN)
+    turns = talk(*(f"ทาง{number}" for number in range(12)), "อะไร")
+    with listening([scripted(thread)]) as address:
+        body = {"messages": turns, "stream": True, "stream_options": {"include_usage": True}}
+        found = events(httpx2.post(f"{address}/v1/chat/completions", json=body, timeout=60).text)
+        assert found[-2]["usage"]["history"] == ["translation"] * 6 and streamed(found, "content").strip() == "หมา"
+        # Four turns of two texts each.
+        assert most == 2 * TOGETHER
+        # What is found to be wrong after the stream began is an event of it.
+        thread.texts = [*["It is here. " * 60] * 2, CHAIN]
+        wrong = httpx2.post(
+            f"{address}/v1/chat/completions",
+            json={"messages": talk("ใหม่", "กลาง", "อะไร"), "stream": True, "max_tokens": 590},
+            timeout=60,
+        )
+        assert wrong.status_code == 200
+        told = events(wrong.text)
+        assert told[0]["error"]["code"] == "context_length_exceeded" and told[-1] == "[DONE]"
+
+
 def test_the_original_sees_what_was_said(tokenizer: Tokenizer) -> None:
     thread = ScriptedThread(tokenizer, " A <EN> dog.\n")
     models = [scripted(thread), scripted(thread, "demo-original", markers=None)]
@@ -235,6 +282,11 @@ def test_what_is_too_long_is_refused_and_nothing_is_dropped_unasked(tokenizer: T
         chat(address, "Who?")
         job = thread.asked[-1]
         assert job.request.max_new_tokens == 200 - len(job.request.prompt)
+        # Messages that cannot fit, whatever they are, are not looked at one by one.
+        many = chat(address, talk(*["a"] * 2001))
+        assert many.json()["error"]["code"] == "context_length_exceeded" and "2001 messages" in many.text
+        reasoned = talk("Who?", {"content": "Me.", "reasoning": "x" * 30_000}, "And?")
+        assert chat(address, reasoned).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_full_queue_and_a_client_that_goes_away(tokenizer: Tokenizer) -> None:

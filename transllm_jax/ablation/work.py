@@ -137,7 +137,9 @@ class Ablation:
 
     def shown(self) -> list[Found]:
         """The results that can be compared: those on the held-out files as they are now, of the config as it is."""
-        planned = {(one.overlay.name, one.seed): one.config_hash for one in self.plan.variants}
+        planned: dict[tuple[str, int | None], str] = {
+            (one.overlay.name, one.seed): one.config_hash for one in self.plan.variants
+        }
         planned |= {(name, run.seed): run.config_hash for name, run in self.through()}
         return [
             one

@@ -11,7 +11,7 @@ from typing import Any
 from transllm_jax.commands.open_chat import ChatModel
 from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
-from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.tokenizer.chat import Message, encode_prompt, encode_text
 
 # What a record may ask with: a conversation, a text to continue, or an instruction. One of them.
 ASKS = ("messages", "prompt", "instruction")
@@ -42,7 +42,7 @@ def prompt_of(opened: ChatModel, record: Mapping[str, Any]) -> list[int]:
     (name,) = (name for name in ASKS if name in record)
     asked = record[name]
     if name == "prompt":
-        ids = [*tokenizer.bos_ids, *tokenizer.encode(asked)]
+        ids = encode_text(tokenizer, asked)
         if not ids:
             raise Rejected("the prompt is empty")
         return ids
@@ -98,8 +98,8 @@ def read_items(
 def _record(line: bytes, number: int) -> dict[str, Any]:
     """The record of a line, with an id: the line's number if it has none. Raises Rejected."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise Rejected(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise Rejected("not a JSON object")
@@ -119,6 +119,11 @@ def _record(line: bytes, number: int) -> dict[str, Any]:
     elif not isinstance(asked, str) or not asked.strip():
         raise Rejected(f"its {asks[0]} is no text, or empty")
     return record
+
+
+def _no_number(name: str) -> None:
+    # Python writes and reads NaN and Infinity; other programs do not, and NaN is not equal to itself.
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _are_messages(value: Any) -> bool:

@@ -140,8 +140,12 @@ class Talk:
     def _save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs a file, such as /save talk.json")
-        path = Path(name).expanduser()
-        if path.exists() and path != self._saved:
+        try:
+            path = Path(name).expanduser()
+            exists = path.exists()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be written ({error}); give another name") from None
+        if exists and path != self._saved:
             raise UserError(f"{path} exists; give another name")
         saved = {
             "model": self._session.name,

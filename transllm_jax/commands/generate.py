@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transllm_jax.commands.asked_records import ADDED, Item, messages_of, prompt_of, read_items
+from transllm_jax.commands.model_identity import of_files
 from transllm_jax.commands.open_chat import ChatModel, English, open_chat_model, original_of
 from transllm_jax.disk import appending, cut_behind, read_json, whole_lines, write_json, write_text
 from transllm_jax.errors import UserError
@@ -23,6 +26,11 @@ from transllm_jax.generation.writing import Leg, Writing, next_legs
 from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress, counted
 from transllm_jax.tokenizer.ends import end_ids
+
+# Beside the answers: lines that cannot be answered, and what the answers were made with.
+REJECTED, SETTINGS = "rejected.jsonl", "settings.json"
+# Answers are forced to the disk so often: a loss of power costs no more.
+SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,22 +67,26 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
     """
     if not source.is_file():
         raise UserError(f"{source}: no such file; give a file of records, one JSON object a line")
-    if source.resolve() == target.resolve():
-        raise UserError(f"{target} is the input; name another file for the answers")
     number, of = options.share
     if of > 1:
         target = _beside(target, f"{number}-of-{of}.jsonl")
-    opened = open_chat_model(model, base=options.base)
-    original = original_of(opened, options.english)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Interrupt() as interrupt, appending(target) as file:
-        _require_settings(target, {"model": opened.name, **_settings(model, options)})
+    for written in (target, *(_beside(target, name) for name in (REJECTED, SETTINGS))):
+        if source.resolve() == written.resolve():
+            raise UserError(f"{written}, which is written, is the input; name another file for the answers")
+    _check_place(target)
+    with Interrupt() as interrupt, ExitStack() as stack:
+        opened = open_chat_model(model, base=options.base)
+        original = original_of(opened, options.english)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(appending(target))
+        interrupt.check("generate: before the first answer")
+        _require_settings(target, {**_identity(opened), **_settings(model, options)})
         items, rejected = read_items(source, opened, options.share, options.max_new_tokens)
-        _write_rejected(_beside(target, "rejected.jsonl"), rejected)
         done = _done(target, {item.key: item for item in items})
+        _write_rejected(_beside(target, REJECTED), rejected)
         waiting = [item for item in items if item.key not in done]
         if rejected:
-            place = _beside(target, "rejected.jsonl")
+            place = _beside(target, REJECTED)
             progress.say(f"  {counted(len(rejected), 'line')} not answered: {place}", style="yellow")
         _answer(opened, original, waiting, len(done), file, options, progress, interrupt)
     progress.say(f"  {counted(len(items), 'answer')} in {target}")
@@ -95,6 +107,7 @@ def _answer(
     if not waiting:
         return
     total, began, first, tokens = done + len(waiting), time.monotonic(), done, 0
+    synced = began
 
     answerer = _Answerer(opened, original, options, total, interrupt)
     with progress.task("answers", total=total, done=done, unit="answer") as bar:
@@ -115,6 +128,9 @@ def _answer(
             # One call, so that a killed process leaves whole lines and at most a part of the last one.
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
+            if time.monotonic() - synced > SYNC_SECONDS:
+                os.fsync(file.fileno())
+                synced = time.monotonic()
             done += 1
             bar.update(done, speed())
 
@@ -180,7 +196,7 @@ class _Answerer:
         tokenizer, markers = self._opened.tokenizer, self._opened.markers
         prompt = prompt_of(self._opened, item.record)
         if "prompt" in item.record:
-            return Writing(tokenizer, None, prompt, hidden=frozenset(tokenizer.special_tokens.values()))
+            return Writing(tokenizer, None, prompt, raw=True, hidden=frozenset(tokenizer.special_tokens.values()))
         ask = None if self._original is None else ask_original(self._original.tokenizer, messages_of(item.record))
         return Writing(tokenizer, markers, prompt, ask_original=ask)
 
@@ -227,8 +243,25 @@ def _row(record: Mapping[str, Any], text: str, reason: Reason, tokens: int) -> d
 # --- the files ------------------------------------------------------------------------------------------------------
 
 
+def _check_place(target: Path) -> None:
+    """Raises UserError if no file can be at a path: before a model is opened for minutes."""
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target} is no file; name one for the answers")
+    above = next(path for path in target.resolve().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is no directory; name another file for the answers")
+
+
 def _beside(target: Path, name: str) -> Path:
     return target.with_name(f"{target.name.removesuffix('.jsonl')}.{name}")
+
+
+def _identity(opened: ChatModel) -> dict[str, Any]:
+    found = {"model": opened.name, **of_files(opened)}
+    if opened.tokenizer.writes_date:
+        # A run that goes on tomorrow has another date; the files say what the tokenizer is.
+        del found["tokenizer"]
+    return found
 
 
 def _settings(model: str, options: GenerateOptions) -> dict[str, Any]:
@@ -243,7 +276,7 @@ def _settings(model: str, options: GenerateOptions) -> dict[str, Any]:
 
 def _require_settings(target: Path, wanted: Mapping[str, Any]) -> None:
     """Keep the settings beside the target. Raises UserError if its answers were made with others."""
-    path = _beside(target, "settings.json")
+    path = _beside(target, SETTINGS)
     if path.exists():
         known = read_json(path)
         other = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]

@@ -37,8 +37,8 @@ English = Literal["model", "original"]
 class ChatModel:
     """An opened model. name: for people. early: whether it is that of a run whose last stage, which teaches chains, is
     not done. original: opens the original model inside it; None if there is none. tuned: whether stage `transfer`
-    trained it. in_chains: whether it was trained to answer in chains there. files: where it was read from, unless it is
-    a run's. holds_original: whether its split, in mode ORIGINAL, is the original: not after full fine-tuning.
+    trained it. in_chains: whether it was trained to answer in chains there. files: where it was read from.
+    holds_original: whether its split, in mode ORIGINAL, is the original: not after full fine-tuning.
     """
 
     name: str
@@ -130,6 +130,7 @@ def at_point(run: Run, point: str, original: Callable[[], ChatModel] | None = No
         original,
         in_chains=tuned and run.config.transfer.answers == "chains",
         tuned=tuned,
+        files=(models.base,) if point == "base" else (models.base, models.trainable(point)),
         holds_original=point != "base" and models.lora is not None,
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.choices import POINTS
+from transllm_jax.commands.model_identity import of_files, of_point
 from transllm_jax.commands.open_chat import ChatModel, at_point, open_chat_model, open_run
 from transllm_jax.config import Endpoint, TranslatorEndpoint, load_section
-from transllm_jax.disk import FileHashes, cache_directory, sha256_of_json
 from transllm_jax.errors import UserError
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions
 from transllm_jax.evaluation.systems.answers_file import AnswersFile
@@ -21,12 +21,8 @@ from transllm_jax.evaluation.systems.local import LocalSystem, Weights
 from transllm_jax.evaluation.systems.named import ORIGINAL, Named, parse_system
 from transllm_jax.evaluation.systems.system import System
 from transllm_jax.stages.points import newest_point
-from transllm_jax.stages.run import Run
 from transllm_jax.stages.translations import NO_SPACE
-from transllm_jax.tokenizer.chain import Markers
-from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.scripts import script_of
-from transllm_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -46,7 +42,6 @@ class Systems:
 
     def __post_init__(self) -> None:
         self._run = cache(open_run)
-        self._hashes = FileHashes(cache_directory() / "hashes.json")
 
     def open(self, named: Named) -> System:
         """The system. Raises UserError if it is not there."""
@@ -104,7 +99,7 @@ class Systems:
         if named.part:
             raise UserError(f"{named.where} is not a run's work directory, so it has no #{named.part}; leave it out")
         opened = open_chat_model(named.where)
-        return self._system(named.name, opened, self._of_files(opened))
+        return self._system(named.name, opened, of_files(opened))
 
     def _of_run(self, named: Named, workdir: Path) -> LocalSystem:
         run = self._run(workdir)
@@ -119,7 +114,7 @@ class Systems:
         system = self._system(
             named.name,
             at_point(run, point),
-            self._of_point(run, point),
+            of_point(run, point),
             in_pairs=point == "translate",
         )
         original = cache(lambda: self._of_run(replace(named, part=ORIGINAL), workdir))
@@ -139,51 +134,6 @@ class Systems:
             in_pairs=in_pairs,
         )
         return LocalSystem(name, weights, identity, self.batch_size)
-
-    def _of_point(self, run: Run, point: str) -> dict[str, Any]:
-        """All that the answers of a run's point depend on."""
-        models = run.models
-        trained = None if point == "base" else self._hash_of([models.trainable(point)])
-        return {
-            "kind": "model",
-            "weights": self._hash_of([models.base]),
-            "point": point,
-            "trained": trained,
-            "scale": models.scale,
-            "dtype": run.config.model.dtype,
-            **_format(models.tokenizer(point), run.markers),
-        }
-
-    def _of_files(self, opened: ChatModel) -> dict[str, Any]:
-        return {
-            "kind": "model",
-            "weights": self._hash_of(opened.files),
-            "dtype": "float32",
-            **_format(opened.tokenizer, opened.markers),
-        }
-
-    def _hash_of(self, places: Sequence[Path]) -> str:
-        """A hash of all files but notes for people; large ones are hashed once, however often they are evaluated."""
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        found = sha256_of_json(
-            [
-                (str(file.relative_to(place)), self._hashes(file))
-                for place in places
-                for file in (sorted(place.rglob("*")) if place.is_dir() else [place])
-                if file.is_file() and file.suffix not in (".md", ".lock")
-            ]
-        )
-        self._hashes.write()
-        return found
-
-
-def _format(tokenizer: Tokenizer, markers: Markers) -> dict[str, Any]:
-    """How a model is asked: its tokenizer, with the chat template (and the date, if that writes it), markers, ends."""
-    return {
-        "tokenizer": tokenizer.fingerprint,
-        "ends": list(end_ids(tokenizer)),
-        "markers": list(markers.in_order()),
-    }
 
 
 def is_run(where: str) -> bool:

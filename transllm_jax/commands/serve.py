@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -15,12 +15,16 @@ from transllm_jax.commands.open_chat import ChatModel, English, check_english, o
 from transllm_jax.errors import UserError
 from transllm_jax.generation.engine import ORIGINAL, WHOLE, Engine, Mode
 from transllm_jax.generation.programs import STOPS
+from transllm_jax.generation.translate import translation_ends
 from transllm_jax.serving.app import Server, Settings
 from transllm_jax.serving.engine_thread import EngineThread, Lane
 from transllm_jax.serving.served import Served
 from transllm_jax.tokenizer.chain import Markers
 from transllm_jax.tokenizer.ends import end_ids
 from transllm_jax.tokenizer.tokenizer import Tokenizer
+
+# Connections that wait to be accepted.
+_QUEUED = 2048
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,16 @@ def serve(given: str, options: ServeOptions, say: Callable[[str], None]) -> None
         thread = models[0].thread
         say(f"compiling for {options.slots} answers at a time, of up to {models[0].longest} tokens with their prompts")
         thread.start()
+        # From now on clients wait in the kernel's queue, and are not refused.
+        listener.listen(_QUEUED)
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{address} serves {' and '.join(model.name for model in models)}; Ctrl-C ends it")
         if options.settings.key is None and not ipaddress.ip_address(host).is_loopback:
             say("anybody who reaches this address may ask; --api-key sets a key")
         try:
-            _listen(Server(models, options.settings), listener, options, say)
+            local = ipaddress.ip_address(host).is_loopback
+            _listen(Server(models, replace(options.settings, local=local)), listener, options, say)
         finally:
             thread.close()
 
@@ -76,12 +83,13 @@ def serve_models(given: str, options: ServeOptions) -> list[Served]:
         chats.append((f"{name}-original", original, mode, None))
     engines: dict[int, Engine] = {}
     lanes: list[Lane] = []
-    for _, chat, mode, _ in chats:
+    for _, chat, mode, markers in chats:
         split = opened.split if mode == ORIGINAL else chat.split
         if id(split) not in engines:
             engines[id(split)] = Engine(split, opened.config, batch_size=options.slots)
-        # One more than the end tokens: the marker at which the original takes over.
-        stops = max(STOPS, 1 + len(end_ids(chat.tokenizer)))
+        # With the end tokens: the marker at which the original takes over, or all that end a translation.
+        ends = end_ids(chat.tokenizer) if markers is None else translation_ends(chat.tokenizer, markers)
+        stops = max(STOPS, 1 + len(ends))
         lanes.append(Lane(engines[id(split)], mode, longest, stops))
     thread = EngineThread(lanes)
     models = [
@@ -125,9 +133,12 @@ def _listen(server: Server, listener: socket.socket, options: ServeOptions, say:
 
     class Finishing(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if not self.should_exit:
-                say("finishing the answers that were asked for; Ctrl-C ends at once")
+            first = not self.should_exit
             super().handle_exit(sig, frame)
+            # Whoever read the lines may have gone: `transllm serve ... | tee log`, and Ctrl-C ends both.
+            with suppress(OSError):
+                if first:
+                    say("finishing the answers that were asked for; Ctrl-C ends at once")
 
     config = uvicorn.Config(
         server.app(),

@@ -13,6 +13,9 @@ import numpy as np
 
 from transllm_jax.errors import UserError
 
+# An int32 on the device.
+MOST_K = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -37,10 +40,10 @@ class Sampling:
             raise UserError(
                 f"sampling: temperature {self.temperature} must be at least 0, and top_p {self.top_p} in (0, 1]"
             )
-        if self.top_k < 0 or not 0 <= self.min_p <= 1 or not 0 < self.repetition_penalty < float("inf"):
+        if not 0 <= self.top_k <= MOST_K or not 0 <= self.min_p <= 1 or not 0 < self.repetition_penalty < float("inf"):
             raise UserError(
-                f"sampling: top_k {self.top_k} must be at least 0, min_p {self.min_p} in [0, 1] and repetition_penalty "
-                f"{self.repetition_penalty} above 0"
+                f"sampling: top_k {self.top_k} must be from 0 to {MOST_K}, min_p {self.min_p} in [0, 1] and "
+                f"repetition_penalty {self.repetition_penalty} above 0"
             )
 
     def for_row(self, name: int | str) -> Sampling:
@@ -138,6 +141,7 @@ def _filtered(scores: jax.Array, draw: Draw) -> jax.Array:
     shares = jax.nn.softmax(jnp.where(ranked < of_k, -jnp.inf, ranked), axis=-1)
     # The most likely token is always kept: the mass before it is 0.
     kept = jnp.sum(jnp.cumsum(shares, axis=-1) - shares < draw.top_p[:, None], axis=-1, keepdims=True)
+    kept = jnp.maximum(kept, 1)  # also where a tiny top_p is 0 in float32
     of_p = jnp.where(draw.top_p[:, None] < 1, jnp.take_along_axis(ranked, kept - 1, axis=-1), -jnp.inf)
     of_min = jnp.where(draw.min_p > 0, ranked[:, 0] + jnp.log(draw.min_p), -jnp.inf)[:, None]
     return jnp.where(scores < jnp.maximum(jnp.maximum(of_k, of_p), of_min), -jnp.inf, scores)

@@ -28,6 +28,9 @@ class Leg(NamedTuple):
     original: bool = False
 
 
+# Tokens of a prompt that the first ones of its continuation are decoded with.
+_BEFORE = 4
+
 # How the original is asked: from the question in English (empty: as the user asked it), its prompt and its end tokens.
 AskOriginal = Callable[[str], Leg]
 
@@ -44,9 +47,9 @@ class _Next:
 class Writing:
     """An answer while its tokens come, and how it goes on where its chain breaks off.
 
-    markers: None for a model that writes no chains: all its text is the answer. hidden: ids that are left out of the
-    text, such as special tokens. mends: whether a broken chain goes on. ask_original: given where the original writes
-    the English answers.
+    markers: None for a model that writes no chains: all its text is the answer. raw: the prompt's text is continued,
+    and a space at the beginning belongs to it. hidden: ids that are left out of the text, such as special tokens.
+    mends: whether a broken chain goes on. ask_original: given where the original writes the English answers.
     """
 
     def __init__(
@@ -55,13 +58,15 @@ class Writing:
         markers: Markers | None,
         prompt: Sequence[int],
         *,
+        raw: bool = False,
         hidden: Container[int] = (),
         mends: bool = True,
         ask_original: AskOriginal | None = None,
     ) -> None:
         self._tokenizer, self._markers, self._prompt, self._hidden = tokenizer, markers, prompt, hidden
         self._mends, self._ask_original = mends, ask_original
-        self._text = TextStream(tokenizer)
+        before = [token for token in prompt[-_BEFORE:] if token not in hidden] if raw else []
+        self._text = TextStream(tokenizer, before)
         self._begun = 0
         self._cut_off = self._continued = False
         self._stopped_by: int | None = None

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -24,14 +27,14 @@ from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import ask_original, remembered
 from transllm_jax.generation.sampling import GREEDY, Sampling
 from transllm_jax.serving.guard import Guard
-from transllm_jax.serving.history import English, Memory, Source, Turn, as_said, seen_by_model
+from transllm_jax.serving.history import English, Find, Memory, Source, Turn, as_said, keys_of, seen_by_model
 from transllm_jax.serving.metrics import Metrics
 from transllm_jax.serving.page import page
 from transllm_jax.serving.protocol import ApiError, Asked, Said, read_body, read_chat, read_completion, wrong
 from transllm_jax.serving.responses import Envelope, Fields, Reasoning, message_of, model_object, usage_of
 from transllm_jax.serving.served import EngineFailed, Reply, Served
-from transllm_jax.serving.stream import EventStream, event, to_json, unless_gone
-from transllm_jax.tokenizer.chat import Message, encode_prompt
+from transllm_jax.serving.stream import KEEP_ALIVE, ClientGone, EventStream, event, to_json, unless_gone
+from transllm_jax.tokenizer.chat import Message, encode_prompt, encode_text
 
 MIB = 2**20
 # A body above the limit is read and thrown away up to this size, so that its sender gets to read the answer.
@@ -46,7 +49,8 @@ class Settings:
 
     max_new_tokens: where a client gives no limit. queue: how many requests may wait for each model. key: what clients
     have to send; None if anybody may ask. origins: of other pages that may ask from a browser. most_bytes: of a body.
-    reasoning_tokens: on top of a client's limit, for the English steps of a chain.
+    reasoning_tokens: on top of a client's limit, for the English steps of a chain. local: whether the address is one
+    that this machine alone reaches.
     """
 
     max_new_tokens: int = 512
@@ -57,6 +61,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     most_bytes: int = 4 * MIB
     reasoning_tokens: int = 0
+    local: bool = False
 
 
 class Place:
@@ -145,24 +150,32 @@ class Server:
         asked = read_chat(read_body(await self._body(request)), self._settings.sampling, secrets.randbits(64))
         model = self._model(asked.model)
         request.scope["transllm"] = model.name
-        place = self._place(model)
+        place, began = self._place(model), time.monotonic()
+        asking = asyncio.ensure_future(self._begun(model, asked))
         try:
-            prompt, messages, sources, dropped = await unless_gone(request, self._conversation(model, asked))
-            room = self._room(model, asked, len(prompt), "messages")
-            ask = None if model.english_by is None else ask_original(model.english_by.tokenizer, messages)
-            reply = Reply(model, prompt, room, asked.sampling, asked.stop, ask_original=ask)
-            usage = {"history": sources if model.markers is not None else None, "dropped_turns": dropped}
+            # A translation of earlier turns may take long. What is wrong before that is a status, and later an event.
+            await unless_gone(request, _done_within(asking, KEEP_ALIVE if asked.stream else None))
             if asked.stream:
-                events = self._events(reply, asked, usage, time.monotonic())
-                return EventStream(events, on_end=place.leave)
-            body = await unless_gone(request, self._whole(reply, asked, usage))
+                if asking.done():
+                    asking.result()
+                return EventStream(self._events(asking, asked, began), on_end=place.leave)
+            body = await unless_gone(request, self._whole(*asking.result(), asked))
         except BaseException:
+            asking.cancel()
             place.leave()
             raise
         place.leave()
         return _json(body)
 
-    async def _whole(self, reply: Reply, asked: Asked, usage: dict[str, Any]) -> dict[str, Any]:
+    async def _begun(self, model: Served, asked: Asked) -> tuple[Reply, dict[str, Any]]:
+        """The reply to a conversation, of which nothing is generated yet, and more for its usage."""
+        prompt, messages, sources, dropped = await self._conversation(model, asked)
+        room = self._room(model, asked, len(prompt), "messages")
+        ask = None if model.english_by is None else ask_original(model.english_by.tokenizer, messages)
+        reply = Reply(model, prompt, room, asked.sampling, asked.stop, ask_original=ask)
+        return reply, {"history": sources if model.markers is not None else None, "dropped_turns": dropped}
+
+    async def _whole(self, reply: Reply, usage: dict[str, Any], asked: Asked) -> dict[str, Any]:
         fields, found = Fields(self._shown(asked)), []
         async with aclosing(reply.deltas()) as parts:
             async for deltas in parts:
@@ -172,8 +185,16 @@ class Server:
         choice = {"index": 0, "message": message_of(found), "logprobs": None, "finish_reason": reply.finish_reason}
         return Envelope(reply.model.name, "chat.completion").whole([choice], usage_of([reply.prompt], [reply], **usage))
 
-    async def _events(self, reply: Reply, asked: Asked, usage: dict[str, Any], began: float) -> AsyncGenerator[bytes]:
-        """The events of a stream."""
+    async def _events(
+        self, asking: asyncio.Future[tuple[Reply, dict[str, Any]]], asked: Asked, began: float
+    ) -> AsyncGenerator[bytes]:
+        """The events of a stream. asking: becomes the reply, when earlier turns are translated."""
+        try:
+            reply, usage = await asking
+        except (ApiError, EngineFailed) as error:
+            yield event(error.body if isinstance(error, ApiError) else _failure().body)
+            yield event("[DONE]")
+            return
         envelope, fields = Envelope(reply.model.name, "chat.completion"), Fields(self._shown(asked))
 
         def chunk(delta: dict[str, str], reason: str | None = None) -> bytes:
@@ -203,14 +224,18 @@ class Server:
     async def _conversation(self, model: Served, asked: Asked) -> tuple[list[int], list[Message], list[Source], int]:
         """A conversation as ids, and as the messages that the model sees; where each earlier turn's English is from;
         and how many turns were dropped."""
-        letters = sum(len(message.content) for message in asked.messages)
+        letters = sum(len(message.content) + len(message.reasoning) for message in asked.messages)
         self._refuse_long(model, letters, "messages")
+        if (count := len(asked.messages)) * model.least > model.longest:
+            raise _too_long(model, f"{count} messages take at least {count * model.least}", "messages")
         tokenizer, markers = model.tokenizer, model.markers
         for number, message in enumerate(asked.messages):
             if message.role != "assistant" and (found := tokenizer.find_special(message.content)):
                 where = f"messages[{number}].content"
                 raise wrong(f"{where} contains the special token {found}; write it in another way", where)
-        find = as_said if markers is None else English(model.name, self._memory, model.to_english)
+        find: Find = partial(as_said, asked.messages)
+        if markers is not None:
+            find = English(model.name, asked.messages, self._memory, model.to_english)
         messages, sources = await seen_by_model(asked.messages, find, tokenizer)
         for source in sources if markers is not None else ():
             self._metrics.count("transllm_history_turns_total", "Earlier turns, by their English.", source=source)
@@ -244,7 +269,8 @@ class Server:
         said = (*asked.messages, Said("assistant", reply.content.strip()))
         turn = remembered(asked.messages[-1].content, whole, model.tokenizer)
         if turn and reply.content.strip():
-            self._memory.keep(model.name, said, Turn(*(message["content"] for message in turn)))
+            *_, keys = keys_of(model.name, said)
+            self._memory.keep(keys, Turn(*(message["content"] for message in turn)))
 
     # --- texts that are continued -------------------------------------------------------------------------------------
 
@@ -255,8 +281,16 @@ class Server:
         request.scope["transllm"] = model.name
         prompts = [await asyncio.to_thread(self._ids, model, prompt) for prompt in asked.prompts]
         replies = [
-            Reply(model, ids, self._room(model, asked, len(ids), "prompt"), asked.sampling, asked.stop, raw=True)
-            for ids in prompts
+            Reply(
+                model,
+                ids,
+                self._room(model, asked, len(ids), "prompt"),
+                # The first one as it is asked for alone; equal prompts are samples, so they differ.
+                asked.sampling.for_row(number) if number else asked.sampling,
+                asked.stop,
+                raw=True,
+            )
+            for number, ids in enumerate(prompts)
         ]
         place = self._place(model, len(replies))
         try:
@@ -314,8 +348,7 @@ class Server:
         """The ids of a text that is to be continued. It may spell out special tokens, as a rendered template does."""
         if isinstance(prompt, str):
             self._refuse_long(model, len(prompt), "prompt")
-            ids, first = model.tokenizer.encode(prompt), model.tokenizer.bos_ids
-            ids = ids if first and ids[: len(first)] == first else [*first, *ids]
+            ids = encode_text(model.tokenizer, prompt)
         else:
             ids = list(prompt)
             # The original model's own tokens are fewer.
@@ -328,7 +361,22 @@ class Server:
     # --- what both have in common -------------------------------------------------------------------------------------
 
     def _authorise(self, request: Request) -> None:
-        key = self._settings.key
+        """Raises ApiError for a page of another origin, a name that is not this machine's, and a wrong key."""
+        key, host = self._settings.key, request.headers.get("host", "")
+        origin = request.headers.get("origin")
+        # A browser asks before it shows a page the answer, but not before it sends a plain text.
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower() and not self._is_known(origin):
+            raise ApiError(
+                403, f"pages of {origin[:200]} may not ask; start the server with --cors {origin[:200]}", code="origin"
+            )
+        # Any name on the web can be made to lead to this machine, and a page under it has the same origin.
+        if self._settings.local and key is None and host and not is_local(host) and not self._is_known(f"//{host}"):
+            raise ApiError(
+                403,
+                f"{host[:200]} is not a name of this machine; ask at localhost, or start the server with --api-key, or "
+                "with --cors and this origin",
+                code="host",
+            )
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if key is not None and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             raise ApiError(
@@ -338,6 +386,12 @@ class Server:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    def _is_known(self, origin: str) -> bool:
+        """Whether an origin is named in the settings; without its scheme, whether one of them has its host."""
+        known = self._settings.origins
+        names = known if "://" in origin else [f"//{urlsplit(one).netloc}" for one in known]
+        return "*" in known or origin.lower() in (name.lower() for name in names)
 
     async def _body(self, request: Request) -> bytes:
         """The bytes of a request's body. Raises ApiError if they are too many, or too slow."""
@@ -350,6 +404,8 @@ class Server:
                         parts.append(part)
                     elif size > MOST_READ:
                         break
+        except ClientDisconnect:
+            raise ClientGone from None
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from None
         if size > most:
@@ -394,6 +450,20 @@ class Server:
 
     def _observe(self, name: str, meaning: str, began: float, reply: Reply) -> None:
         self._metrics.observe(name, meaning, time.monotonic() - began, model=reply.model.name)
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine alone."""
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+async def _done_within(task: asyncio.Future[Any], seconds: float | None) -> None:
+    """Wait for a task, at most so long; it goes on."""
+    await asyncio.wait({task}, timeout=seconds)
 
 
 def _too_long(model: Served, message: str, param: str) -> ApiError:

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from transllm_jax.generation.engine import BURST, Batch, Engine, Mode, Request
@@ -214,6 +215,6 @@ class EngineThread:
 def report(error: BaseException) -> None:
     """Print where a defect is. Its message may hold a user's text, which belongs in no log."""
     lines = traceback.format_tb(error.__traceback__)
-    print(
-        "".join(["Traceback (most recent call last):\n", *lines, type(error).__qualname__]), file=sys.stderr, flush=True
-    )
+    text = "".join(["Traceback (most recent call last):\n", *lines, type(error).__qualname__])
+    with suppress(OSError):  # whoever read it has gone
+        print(text, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,7 +55,9 @@ class Guard:
         if model and status == 200:
             self._metrics.observe("transllm_request_seconds", "From asking to the end.", seconds, model=model)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{now} {scope['method']} {path} {status} {seconds:.2f} s{f' {model}' if model else ''}", flush=True)
+        # Whoever read the log may have gone; that is no reason to stop.
+        with suppress(OSError):
+            print(f"{now} {scope['method']} {path} {status} {seconds:.2f} s{f' {model}' if model else ''}", flush=True)
 
 
 async def _send_defect(send: Send) -> None:

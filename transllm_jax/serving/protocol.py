@@ -13,10 +13,30 @@ from typing import Any
 
 from transllm_jax.disk import is_utf8
 from transllm_jax.errors import UserError
-from transllm_jax.generation.sampling import Sampling
+from transllm_jax.generation.sampling import MOST_K, Sampling
 
 # The most stop strings, and prompts of one request.
 MOST_STOPS, MOST_PROMPTS = 16, 64
+# What other servers do with an answer, and what it is where nothing is asked of them.
+_OF_OTHERS: dict[str, Any] = {
+    "stop_token_ids": [],
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "top_logprobs": 0,
+    "prompt_logprobs": None,
+    "use_beam_search": False,
+    "length_penalty": 1,
+    "guided_json": None,
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+    "structured_outputs": None,
+    "modalities": ["text"],
+    "audio": None,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "skip_special_tokens": True,
+}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -126,6 +146,8 @@ def _common(body: Mapping[str, Any], defaults: Sampling, seed: int, limits: tupl
     for name in ("presence_penalty", "frequency_penalty"):
         _refuse(body, name, (None, 0), "repetition_penalty is supported")
     _refuse(body, "logit_bias", (None, {}, []), "tokens cannot be weighted")
+    for name, accepted in _OF_OTHERS.items():
+        _refuse(body, name, (None, accepted), "this server does not do it")
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise wrong("stream_options must be an object", "stream_options")
@@ -225,14 +247,16 @@ def _sampling(body: Mapping[str, Any], defaults: Sampling, seed: int) -> Samplin
     top_k = _whole(body, "top_k", least=-1) if body.get("top_k") is not None else defaults.top_k
     given = _whole(body, "seed") if body.get("seed") is not None else seed
     try:
-        # Some clients write -1 for all, and 0 for no nucleus.
-        return Sampling(temperature, top_p or 1.0, given % 2**64, min(max(top_k, 0), 2**31 - 1), min_p, penalty)
+        # Some clients write -1 for all. A nucleus of 0 is the likeliest token; in float32 less than this would be none.
+        return Sampling(temperature, max(top_p, 1e-6), given % 2**64, min(max(top_k, 0), MOST_K), min_p, penalty)
     except UserError as error:
         raise wrong(str(error)) from None
 
 
 def _refuse(body: Mapping[str, Any], name: str, accepted: tuple[Any, ...], reason: str) -> None:
-    if body.get(name) not in accepted:
+    value = body.get(name)
+    # For Python, 0 is False.
+    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
         raise wrong(f"{name} is not supported: {reason}; leave it out", name, "unsupported")
 
 

@@ -8,6 +8,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from transllm_jax.errors import UserError
 from transllm_jax.generation.answer import Answer, Delta, Deltas
 from transllm_jax.generation.engine import Request
 from transllm_jax.generation.request import Reason
@@ -16,6 +17,7 @@ from transllm_jax.generation.translate import translation_ends, translation_prom
 from transllm_jax.generation.writing import AskOriginal, Leg, Writing
 from transllm_jax.serving.engine_thread import EngineThread, Job, Lane, Told
 from transllm_jax.tokenizer.chain import Markers
+from transllm_jax.tokenizer.chat import Message, encode_prompt
 from transllm_jax.tokenizer.text_stream import INCOMPLETE
 from transllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -42,6 +44,16 @@ class Served:
     def longest(self) -> int:
         """The most tokens of a prompt and its answer."""
         return self.lane.longest
+
+    @cached_property
+    def least(self) -> int:
+        """The fewest tokens that a message takes, with what the chat template writes around it."""
+        turn: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        try:
+            one, two = (len(encode_prompt(self.tokenizer, [*turn * count, turn[0]])) for count in (0, 1))
+        except UserError:
+            return 1
+        return max((two - one) // 2, 1)
 
     @cached_property
     def specials(self) -> frozenset[int]:
@@ -112,10 +124,11 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + text
-        ends = [at for string in self._strings if (at := text.find(string)) >= 0]
+        # The one that is whole first, as if the text came letter by letter.
+        ends = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
         if ends:
             self.found, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(ends, key=lambda end: (end[0], end[1]))[1]]
         size = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - size :]
         return text[: len(text) - size]
@@ -160,7 +173,9 @@ class Reply:
         model = self.model
         hidden = model.specials if self.raw else model.hidden
         markers = None if self.raw else model.markers
-        writing = Writing(model.tokenizer, markers, self.prompt, hidden=hidden, ask_original=self.ask_original)
+        writing = Writing(
+            model.tokenizer, markers, self.prompt, raw=self.raw, hidden=hidden, ask_original=self.ask_original
+        )
         given, stops = Deltas(), StopStrings(self.stop_strings)
 
         def has_room(leg: Leg) -> bool:

@@ -241,6 +241,13 @@ def encode_prompt(
     return [i for ids, _ in _encoded(tokenizer, _prompt(tokenizer, messages)) for i in ids]
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that is continued. It may spell out special tokens, also the first, as a rendered template
+    does."""
+    ids, first = tokenizer.encode(text), tokenizer.bos_ids
+    return ids if first and ids[: len(first)] == first else [*first, *ids]
+
+
 def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str, bool]]:
     segments = _segments(tokenizer, messages, generate=True)
     return segments or [(render(tokenizer, messages, add_generation_prompt=True), False)]

@@ -16,14 +16,16 @@ class TextStream:
     The text of all tokens may change when one is added: where a character is not whole yet, and with byte fallback (as
     in LLaMA-2) also before it, because there one incomplete character makes all bytes next to it unreadable. So only a
     few tokens are decoded at a time, from the end of a character on, and an incomplete one is held back.
+
+    before: the last tokens of a text that goes on, whose text is no part of this one's.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self.ids: list[int] = []
+        self.ids: list[int] = list(before)
         # The tokens before `_done` are in `text`. Those from `_context` to `_done` are decoded with the ones after
         # them: a decoder may drop the space at the beginning of what it is given.
-        self._context = self._done = 0
+        self._context, self._done = 0, len(self.ids)
         self.text = ""
 
     def add(self, ids: Sequence[int]) -> str:

@@ -29,6 +29,8 @@ RARE_ROLES = ("cls_token", "sep_token", "mask_token")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", *RARE_ROLES)
 # What ends a document in pre-training, if eos ends an answer: ChatML's and Llama 3's tokens.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+# So often special tokens are looked for in what others leave.
+_NESTED = 8
 
 
 class Tokenizer:
@@ -282,9 +284,13 @@ class Tokenizer:
 
     def without_specials(self, text: str) -> str:
         """The text without special tokens and without white space at its ends."""
-        while self.find_special(text):
+        for _ in range(_NESTED):
+            if not self.find_special(text):
+                return text.strip()
+            # What is left around one may be another one.
             text = self._special_pattern.sub("", text)
-        return text.strip()
+        # Nested on purpose: a space in its place makes no new ones.
+        return self._special_pattern.sub(" ", text).strip()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -92,8 +92,8 @@ def preferences(results: Path, suite: str, first: str, second: str) -> dict[str,
         return {}
     found = [_values(path, "rating") or ({} if _baseline(path) else _values(path, "score")) for path in paths]
     # Turns that only one of them has a verdict on say nothing about the two.
-    one, other = (_means({key: own[key] for key in own if all(key in both for both in found)}) for own in found)
-    return {id: 0.5 + (one[id] > other[id]) / 2 - (one[id] < other[id]) / 2 for id in one}
+    mine, theirs = (_means({key: own[key] for key in own if all(key in both for both in found)}) for own in found)
+    return {id: 0.5 + (mine[id] > theirs[id]) / 2 - (mine[id] < theirs[id]) / 2 for id in mine}
 
 
 def _items(results: Path, suite: str) -> list[Path]:

@@ -45,8 +45,8 @@ def compared(
     counts = ("asked", "parsed", "contamination", "notes")
     systems = {name: {key: found.get(key) for key in counts} for name, found in results.items()}
     asked = {name: {key_of(item) for item in own} for name, own in items.items()}
-    for name, own in asked.items():
-        systems[name] |= {"items": len(own), "shared": len(own & asked[first])}
+    for name, keys in asked.items():
+        systems[name] |= {"items": len(keys), "shared": len(keys & asked[first])}
     return {"suite": suite, "first": first, "systems": systems, "rows": rows}
 
 
