@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from transllm_jax.cli.devices import prepare_jax, require_devices
 from transllm_jax.cli.options import English, EnglishBy
+from transllm_jax.errors import PREEMPTED
 
 
 def generate(
@@ -46,5 +48,10 @@ def generate(
     from transllm_jax.progress import Progress
 
     options = GenerateOptions(max_new_tokens, sampling, batch_size, base, parse_share(share), english.value)
-    with Progress() as progress:
-        answer(model, source, target, options, progress)
+    try:
+        with Progress() as progress:
+            answer(model, source, target, options, progress)
+    except KeyboardInterrupt:
+        # Caught here because typer would exit with its own code.
+        print("stopped; the same command goes on with what is there", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
