@@ -87,7 +87,14 @@ def test_letters_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_config_file(refused: Refused, tmp_path: Path) -> None:
     says(refused("run", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such config file", "transllm init")
-    says(refused("run", tmp_path), "no such config file")
+    says(refused("run", tmp_path), "this is a directory; give a config file")
+    (tmp_path / "mine.yaml").touch()
+    says(refused("run", tmp_path / "mine.yml"), "no such config file; did you mean", "mine.yaml?")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").touch()
+    says(refused("run", run), "this is a run's directory; transllm run", "--workdir")
+    says(refused("run", tmp_path / "mine.yaml", "--workdir", ""), "--workdir has no value")
 
 
 @pytest.mark.parametrize(

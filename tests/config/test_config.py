@@ -140,7 +140,10 @@ def test_which_vocabulary_rows_train() -> None:
 def test_full_fine_tuning_has_no_adapters() -> None:
     assert load_config(DEMO, ALL_WEIGHTS).lora is None
     with pytest.raises(UserError, match="lora: it has no value; write `none` for full fine-tuning"):
-        load_config(DEMO, ["lora="])
+        load_config(DEMO, ["lora=null"])
+    # An empty variable of a shell takes nothing away.
+    with pytest.raises(UserError, match=r"override 'pretrain.steps=': it has no value; write pretrain.steps=null"):
+        load_config(DEMO, ["pretrain.steps="])
     both = [*ALL_WEIGHTS, "vocabulary={adapter: somewhere}"]
     with pytest.raises(UserError, match=r"lora is none, but vocabulary\.adapter brings adapters; remove one"):
         load_config(DEMO, both)

@@ -88,6 +88,14 @@ def test_the_whole_command(server: Server, words: list[object], transllm: Comman
     assert json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8")) == table
 
 
+def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(
+    server: Server, words: list[object], transllm: Command
+) -> None:
+    place = words.index("--judge") + 1
+    code, printed = transllm(*words[:place], "http://127.0.0.1:1/v1#judge", *words[place + 1 :])
+    assert code == 2 and "http://127.0.0.1:1/v1 cannot be reached (ConnectError" in printed and not server.bodies
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_key_or_model_of_the_judge(
     status: int, server: Server, words: list[object], transllm: Command, tmp_path: Path

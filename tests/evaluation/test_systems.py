@@ -65,6 +65,13 @@ def test_what_generate_writes_is_the_text_and_not_what_is_accepted(tmp_path: Pat
         AnswersFile("a", path)
 
 
+def test_a_file_that_answers_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "q1", "answer": "x"}\n')
+    with pytest.raises(UserError, match=r"answers none of the 2 questions: it has q1, and asked are 1, 2 \('Who"):
+        answered(AnswersFile("a", path), Asked("1", ("Who?",)), Asked("2", ("Where?",)))
+
+
 def test_ids_that_are_those_of_other_questions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"id": number, "question": f"Question {number}?", "answer": f"to {number}"} for number in range(3)]

@@ -105,8 +105,7 @@ def plan_of(
     for name in only:
         if name not in names:
             raise UserError(f"--only {name}: there is no such variant; the variants are {', '.join(names)}")
-    if config.evaluation.answers is None:
-        raise UserError("evaluation.answers is not given: an ablation is measured on questions with known answers")
+    require_questions(config)
     update = {"date": day, "token_cache": config.token_cache or str(directory / "tokens")}
     config = config.model_copy(update=update)
     through = THROUGH if not only or FULL.name in only else tuple(name for name in THROUGH if name in only)
@@ -124,6 +123,15 @@ def plan_of(
         if name in why_not:
             raise UserError(f"--only {name}: it does not apply to this config: {why_not[name]}")
     return Plan(variants, why_not, through, by_name=not set(through).isdisjoint(only))
+
+
+def require_questions(config: Config) -> None:
+    """Raises UserError if a config has no questions with known answers."""
+    if config.evaluation.answers is None:
+        raise UserError(
+            "evaluation.answers is not given: an ablation is measured on questions with known answers, a jsonl file "
+            "whose lines have question and answers"
+        )
 
 
 def _variant(overlay: Overlay, config: Config, workdir: Path, given: Mapping[str, str], seed: int) -> Variant:

@@ -116,6 +116,8 @@ def run(
     from transllm_jax.hosts.connection import ConnectionOptions, connection_from
     from transllm_jax.hosts.runtime import join
 
+    if workdir is not None and not workdir.strip():
+        raise UserError("--workdir has no value; give a directory, or leave it out")
     if dry_run and (until or force or profile):
         raise UserError("--dry-run trains nothing; leave --until, --force and --profile out")
     try:

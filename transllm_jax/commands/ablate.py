@@ -11,7 +11,7 @@ from statistics import median
 from rich.table import Table
 
 from transllm_jax.ablation.page import by_variant, page
-from transllm_jax.ablation.plan import Variant, plan_of
+from transllm_jax.ablation.plan import Variant, plan_of, require_questions
 from transllm_jax.ablation.results import Found, read_found, require_same
 from transllm_jax.ablation.sharing import answers_key
 from transllm_jax.ablation.work import PAGE, PLOT, RESULTS, Ablation, day_of, inputs_of
@@ -60,6 +60,7 @@ def ablate(
     for path in options.given.values():
         if not Path(path).exists() and "/" in path and not path.startswith("pypi:"):
             raise UserError(f"{path}: there is no such file or directory; correct the path")
+    require_questions(of)
     directory = options.out or Path(f"{of.workdir.rstrip('/')}-ablation")
     with locked(directory):
         plan = plan_of(of, directory, options.seeds, options.only, options.given, day_of(of, directory))

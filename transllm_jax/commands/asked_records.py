@@ -63,14 +63,20 @@ def messages_of(record: Mapping[str, Any]) -> list[Message]:
 def read_items(
     source: Path, opened: ChatModel, share: tuple[int, int], max_new_tokens: int
 ) -> tuple[list[Item], list[dict[str, Any]]]:
-    """The records of a share that can be answered, and the lines that cannot, with their numbers and reasons."""
+    """The records of a share that can be answered, and the lines that cannot, with their numbers and reasons.
+
+    Raises UserError for a file in UTF-16.
+    """
     items: list[Item] = []
     rejected: list[dict[str, Any]] = []
     places: dict[str, int] = {}
     own, of = share
     order = 0
     # Bytes, because a line may be no UTF-8; and because str.splitlines would split at more than line breaks.
-    for number, line in enumerate(source.read_bytes().split(b"\n"), 1):
+    content = source.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{source} is UTF-16; save it as UTF-8")
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         order += 1

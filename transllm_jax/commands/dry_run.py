@@ -59,8 +59,11 @@ def show_plan(run: Run) -> None:
     """Print the plan of the three training stages. Stage `vocabulary` must be done."""
     console, say = run.progress.console, run.progress.say
     total: float | None = 0.0
+    unknown = ""
     for name, stage in STAGES.items():
         missing = name == "transfer" and not (run.workdir / "recover" / CHAINS).is_file()
+        if missing and section_of(run, name).steps is None:
+            unknown = f", and stage {name} has more steps once its chains are known"
         console.print(f"\n{name}", style="bold")
         if section_of(run, name).steps == 0:
             say("  0 steps: left out")
@@ -83,7 +86,8 @@ def show_plan(run: Run) -> None:
     if total:
         # The rows above have scrolled the times away.
         left_out = "stage recover, evaluations, compiling and saving"
-        say(f"\ntraining takes {duration(total)} on this machine, without {left_out}")
+        least = "at least " if unknown else ""
+        say(f"\ntraining takes {least}{duration(total)} on this machine, without {left_out}{unknown}")
 
 
 def _sources(job: Job) -> Table:

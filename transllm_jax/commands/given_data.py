@@ -27,6 +27,8 @@ LOOKED, LOOKED_BYTES = 20_000, 50_000_000
 _EXPANDS, _EXPANDS_OF = 3.5, {".parquet": 2.0}
 # Below this share of letters of the language's script, a file is probably not the right one.
 LEAST_SCRIPT_SHARE = 0.3
+# And below this, certainly.
+NO_SCRIPT_SHARE = 0.01
 _TEXT_FIELDS = ("text", "content", "raw_content", "document", "article", "body", "maintext")
 _ENGLISH_FIELDS = ("en", "eng", "english", "source", "src", "sentence_en", "text_en")
 
@@ -86,6 +88,16 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
         kinds = ", ".join(f"{count} {kind}" for kind, count in collector.skipped.most_common())
         notes.append(f"{skipped} bad rows are left out ({kinds}; `on_bad_rows: skip`)")
     share = _share(items, content, scripts)
+    if share < NO_SCRIPT_SHARE and items:
+        other = 0.0 if content == "text" else script_share("\n".join(item[0] for item in items[:200]), scripts)
+        if other > 1 - LEAST_SCRIPT_SHARE:
+            raise UserError(
+                f"{path}: its columns are swapped: write English<TAB>{language}; the first is {language} here"
+            )
+        what = "the target side" if content == "pairs" else "the text"
+        raise UserError(
+            f"{path}: none of the letters of {what} are {' or '.join(scripts)}; give a file in the language {language}"
+        )
     if share < LEAST_SCRIPT_SHARE:
         what = "the target side" if content == "pairs" else "the text"
         notes.append(f"only {share:.0%} of the letters of {what} are {' or '.join(scripts)}: is it the right file?")

@@ -154,6 +154,8 @@ def check_answer(option: str, given: str, language: str | None, looks: Looks) ->
 
 def require_free(path: Path, *, force: bool) -> None:
     """Raises UserError if a config of this name cannot be written, or is there already and `force` is not given."""
+    if not path.name:
+        raise UserError(f"{str(path)!r} names no file: name the config, such as mine.yaml")
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path}: name the config with the ending .yaml, such as {path.with_suffix('.yaml')}")
     for there in (path, _held_out_directory(path)):

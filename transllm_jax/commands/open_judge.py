@@ -77,6 +77,9 @@ def opened(
     if model is not None:
         candidates = [*systems.values(), *([] if baseline is None else [baseline])]
         refuse_own_judge(model, candidates, confirmed=given.is_system)
+    # Before answers are made for hours; what it has said before needs no server.
+    if isinstance(model, EndpointModel) and not judging.cache.exists():
+        model.reach()
     return replace(judging, model=model, baseline=baseline)
 
 

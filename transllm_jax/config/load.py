@@ -55,7 +55,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError that names the file and the key path, and says how to fix it.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; `transllm init {path}` writes one")
+        raise UserError(f"{path}: {_no_config(path)}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -135,11 +135,27 @@ def recorded_settings(path: Path) -> dict[str, Any]:
     return found or {}
 
 
+def _no_config(path: Path) -> str:
+    if (own := path / "run.yaml").is_file():
+        return f"this is a run's directory; transllm run {own} --workdir {path} goes on with it"
+    if path.is_dir():
+        return "this is a directory; give a config file"
+    import difflib
+
+    near = difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*.y*ml")], n=1)
+    if near:
+        return f"no such config file; did you mean {path.with_name(near[0])}?"
+    return f"no such config file; `transllm init {path}` writes one"
+
+
 def _override(tree: dict[str, Any], override: str, given: Set[str]) -> None:
     """Put an override into the tree. given: the keys of all overrides."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key.path=value, such as pretrain.steps=10")
+    if not text.strip():
+        # As from an empty variable of a shell.
+        raise UserError(f"override {override!r}: it has no value; write {key}=null to take the key away")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:

@@ -148,6 +148,18 @@ class Client:
         self._httpx, self._tenacity = _libraries()
         self._stop, self._repeated, self._told = stop, 0, -TELL_EVERY
 
+    def reach(self) -> None:
+        """Raises UserError if nobody answers at the server's address; any answer will do."""
+        try:
+            self._httpx.get(self._url, timeout=CONNECT)
+        except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
+            raise UserError(
+                f"{self._where}: {self.settings.endpoint} cannot be reached ({type(error).__name__}: {error}); correct "
+                "the address, or start the server"
+            ) from None
+        except self._httpx.TransportError:
+            return  # somebody is there
+
     def replies(self, requests: Sequence[Request]) -> Generator[Reply | None, None, None]:
         """Yields each reply when it comes, in any order, and None after each `POLL` seconds without one.
 

@@ -112,7 +112,13 @@ def run_stage(run: Run, directory: Path) -> Mapping[str, Any]:
         raise UserError(
             f"recover: no chain is left of {len(instructions)} instructions; answers left out: "
             f"{shown(left_out) or 'none'}; translations rejected: {shown(reasons) or 'none'}; "
-            f"see {directory}/{DROPPED}; with other recover.checks, the run goes on from what is translated"
+            f"see {directory}/{DROPPED}; "
+            + (
+                "with other recover.checks, the run goes on from what is translated"
+                if reasons
+                else "raise recover.max_new_tokens, or look at what the original answers: transllm chat "
+                f"{run.workdir} --base"
+            )
         )
     if run.primary:
         write_text(directory / CHAINS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chains))

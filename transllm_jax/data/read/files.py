@@ -146,7 +146,9 @@ class Collector:
     def refuse_or_skip(self, error: BadRow, place: Place) -> None:
         """Raise a BadRow, or note it so that the row is skipped, as `on_bad_rows` says."""
         if self.on_bad_rows == "refuse":
-            raise BadRow(f"{error}; or leave such rows out (on_bad_rows: skip)", error.reason) from error
+            # A file with other line ends has all of its rows so.
+            skip = "" if "carriage return" in str(error) else "; or leave such rows out (on_bad_rows: skip)"
+            raise BadRow(f"{error}{skip}", error.reason) from error
         self.skipped[error.reason] += 1
         if len(self.bad_rows) < _NOTED:
             row = error.row.decode("utf-8", "backslashreplace") if isinstance(error.row, bytes) else error.row

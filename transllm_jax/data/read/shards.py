@@ -315,7 +315,10 @@ def container_of(files: Sequence[Path]) -> Container:
     """How files are read, by their suffixes. Raises UserError for files of several kinds, and for CSV."""
     found = {_suffixes(file)[0]: file for file in files}
     if ".csv" in found:
-        raise UserError(f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or set container")
+        raise UserError(
+            f"{found['.csv']} is CSV, which is not read: make it jsonl or parquet, or for pairs lines of "
+            "English<TAB>target (.tsv), or set container"
+        )
     kinds = {_CONTAINERS.get(suffix, "lines"): file for suffix, file in found.items()}
     if len(kinds) > 1:
         what = ", ".join(f"{file} ({kind})" for kind, file in kinds.items())

@@ -71,6 +71,10 @@ class EndpointModel:
         self._settings = settings.model_copy(update={"refused": "drop"})
         self._client = Client(self._settings, WHERE, say, stop=False)
 
+    def reach(self) -> None:
+        """Raises UserError if the server cannot be reached."""
+        self._client.reach()
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """The server's URL, the model's name there, and what is added to each request; as a server's as a system."""

@@ -174,7 +174,7 @@ class JudgedSuite:
             more={**{key: value for key, value in more.items() if value is not None}, **counts},
             groups=groups,
             made_with=made_with,
-            notes=_notes(work, name, unread, ends[0].value, ends[1].value, cut_off, letters),
+            notes=_notes(work, name, items, unread, ends[0].value, ends[1].value, cut_off, letters),
         )
 
     def _pairs_alone(self, judging: Judging) -> bool:
@@ -291,7 +291,14 @@ def _spoken(row: _Row, options: SuiteOptions) -> str:
 
 
 def _notes(
-    work: SuiteRun, name: str, unread: Sequence[str], worst: float, best: float, cut_off: int, letters: Letters
+    work: SuiteRun,
+    name: str,
+    items: Sequence[Mapping[str, Any]],
+    unread: Sequence[str],
+    worst: float,
+    best: float,
+    cut_off: int,
+    letters: Letters,
 ) -> list[str]:
     system, options, found = work.system.name, work.options, []
     if unread:
@@ -299,6 +306,8 @@ def _notes(
             f"{system}: {len(unread)} without a {name}, because no verdict could be read: it is {worst:.3g} if all of "
             f"them were as bad as can be, and {best:.3g} if as good"
         )
+    if silent := sum(item["turns"][-1]["error"] is not None for item in items):
+        found.append(f"{system}: {silent} of {len(items)} turns have no answer; they have the lowest rating, and lose")
     if cut_off:
         limit = f"{options.max_new_tokens} tokens (--max-new-tokens)"
         found.append(f"{system}: {cut_off} of all answers cut off at {limit}")

@@ -49,8 +49,9 @@ class AnswersFile:
     ) -> Iterator[tuple[Asked, list[Turn]]]:
         """As `System.answers`; a question without an answer in the file is a turn with an error.
 
-        Raises UserError for a row with the id of one question and the text of another.
+        Raises UserError for a row with the id of one question and the text of another, and if no row answers any.
         """
+        self._require_some(asked)
         for one in asked:
             row = self._by_id.get(one.id)
             if row is not None and not row.may_answer(one):
@@ -68,6 +69,16 @@ class AnswersFile:
                     error = f"{self._path} has no answer to turn {number + 1} of question {one.id}"
                     turns.append(Turn([{"role": "user", "content": question}], "", "", error=error))
             yield one, turns
+
+    def _require_some(self, asked: Sequence[Asked]) -> None:
+        if not asked or any(one.id in self._by_id or _plain(one.turns[0]) in self._by_text for one in asked):
+            return
+        theirs = ", ".join([*self._by_id, *self._by_text][:3]) or "none"
+        raise UserError(
+            f"{self._path} answers none of the {len(asked)} questions: it has {_short(theirs)}, and asked are "
+            f"{', '.join(one.id for one in asked[:3])} ({_short(asked[0].turns[0])!r}, ...); give the file of these "
+            "questions"
+        )
 
     def _add(self, place: str, row: Any) -> None:
         if not isinstance(row, dict):
