@@ -135,6 +135,23 @@ def test_a_vocabulary_within_words_is_not_taken_for_another(
     assert transllm("run", config, within, "--until", "vocabulary")[0] == 0
 
 
+def test_pairs_the_wrong_way_round_are_refused_before_a_run_begins(
+    tiny_model: Path, tmp_path: Path, transllm: Command
+) -> None:
+    lines = (EXAMPLES / "pairs.train.tsv").read_text(encoding="utf-8").splitlines()
+    swapped = tmp_path / "swapped.tsv"
+    swapped.write_text("".join("\t".join(reversed(line.split("\t"))) + "\n" for line in lines), encoding="utf-8")
+    tree: Any = tiny_run(tiny_model, tmp_path / "run")
+    tree["translate"]["sources"] = [{"path": str(swapped), "format": "pairs"}]
+    config = write_config(tmp_path / "config.yaml", tree)
+    code, printed = transllm("run", config, "--until", "translate")
+    assert code == 2 and f"{swapped}: its columns are swapped: write English<TAB>th" in printed, printed
+    # English in place of the target side is another matter: a source may be English on purpose.
+    swapped.write_text("".join(f"{line.split(chr(9))[0]}\tthe same\n" for line in lines), encoding="utf-8")
+    run = Run(load_config(config), tmp_path / "run", Progress(quiet=True), Interrupt())
+    run.inputs.check(run.config.translate.sources[0])
+
+
 def test_a_source_of_chains_may_hold_their_markers(tiny_model: Path, tmp_path: Path, transllm: Command) -> None:
     turns = [
         {"role": "user", "content": "Which city do people love?"},
