@@ -159,7 +159,7 @@ class Inputs:
                 self._check_template(item, place)
             if source.format == "pairs" and good < COMPARED:
                 for side, text in zip(sides, item, strict=True):
-                    side.append(text)
+                    side.append(str(text))
             good += 1
             characters += sum(map(len, texts_of(item)))
             if characters > CHECKED_CHARACTERS:
