@@ -107,7 +107,8 @@ def _add_known(ablation: Ablation, others: Sequence[Path]) -> None:
             known = ablation.known.get(found.key)
             if known is None or known.data != ablation.data:
                 ablation.known[found.key] = found
-    stale = [found for found in ablation.known.values() if found not in ablation.shown()]
+    shown = {found.key for found in ablation.shown()}
+    stale = [found for found in ablation.known.values() if found.key not in shown]
     if stale:
         names = ", ".join(dict.fromkeys(found.name for found in stale))
         ablation.progress.say(

@@ -46,7 +46,7 @@ class Contamination:
             hashes = run.inputs.source_hashes(source for _, source, _ in sources)
             if point == POINTS[-1]:
                 hashes |= run.inputs.hashes([recover.instructions])
-            key = sha256_of_json([wanted.key, point, hashes, self._read(run, sources)])
+            key = sha256_of_json([wanted.key, point, hashes, _how_read(run, sources)])
             known = read_json(self._path) if self._path.exists() else {}
             if key not in known:
                 self._progress.say(f"  {count:,} questions or texts are looked for in the training data of {workdir}")
@@ -60,16 +60,6 @@ class Contamination:
             return {"of": count, "found": None, "why": str(error)}
         kept: dict[str, Any] = known[key]
         return kept
-
-    def _read(self, run: Run, sources: list[tuple[str, Source, bool]]) -> list[Any]:
-        """How the sources are read, and which text the run left out."""
-        recover = run.config.recover
-        filters = recover.contamination or any(is_filtered for _, _, is_filtered in sources)
-        return [
-            [[name, source.model_dump(mode="json"), is_filtered] for name, source, is_filtered in sources],
-            [recover.max_instructions, recover.contamination],
-            run.inputs.evaluation_texts.key if filters else None,
-        ]
 
     def _look(
         self, run: Run, point: str, sources: list[tuple[str, Source, bool]], wanted: EvaluationTexts
@@ -86,6 +76,17 @@ class Contamination:
             texts = (" ".join(_strings(row)) for row in rows)
             found["recover.instructions"] = _found(run, wanted, texts, section.contamination)
         return found
+
+
+def _how_read(run: Run, sources: list[tuple[str, Source, bool]]) -> list[Any]:
+    """How the sources are read, and which text the run left out."""
+    recover = run.config.recover
+    filters = recover.contamination or any(is_filtered for _, _, is_filtered in sources)
+    return [
+        [[name, source.model_dump(mode="json"), is_filtered] for name, source, is_filtered in sources],
+        [recover.max_instructions, recover.contamination],
+        run.inputs.evaluation_texts.key if filters else None,
+    ]
 
 
 def _found(run: Run, wanted: EvaluationTexts, texts: Iterable[str], filtered: bool) -> set[str]:

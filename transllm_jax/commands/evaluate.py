@@ -18,6 +18,7 @@ from transllm_jax.evaluation.page.report import report_beside
 from transllm_jax.evaluation.page.suites import IN_WORKDIR, TABLE
 from transllm_jax.evaluation.people.kept import kept
 from transllm_jax.evaluation.people.numbers import in_a_sentence
+from transllm_jax.evaluation.suites.judged import MT_BENCH
 from transllm_jax.evaluation.suites.registry import SUITES, Suite, suite_named
 from transllm_jax.evaluation.suites.suite_run import RESULTS, SuiteOptions, SuiteRun
 from transllm_jax.evaluation.suites.table import compared, remarks, shown
@@ -27,7 +28,6 @@ from transllm_jax.hosts.interrupt import Interrupt
 from transllm_jax.progress import Progress
 from transllm_jax.stages.inputs import reading
 
-MT_BENCH = "mt_bench"
 # Where the results of systems without a work directory are kept.
 ELSEWHERE = Path("evaluation")
 
@@ -69,10 +69,10 @@ def evaluate(given: Given, progress: Progress) -> dict[str, Any]:
     suites = {name: suite_named(name) for name in dict.fromkeys(given.suites)}
     if not suites:
         raise UserError("give a suite, such as --suite answers")
-    if given.judge.reference_file is not None and MT_BENCH not in suites:
+    if given.judge.reference_file is not None and MT_BENCH.name not in suites:
         raise UserError(
-            f"--reference-file is for the suite {MT_BENCH}; other questions have `references` in their own file: leave "
-            "it out"
+            f"--reference-file is for the suite {MT_BENCH.name}; other questions have `references` in their own file: "
+            "leave it out"
         )
     config = _config_of(named)
     out = given.out or _default_out(named)

@@ -83,14 +83,13 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         _require_settings(target, {**_identity(opened), **_settings(model, options)})
         items, rejected = read_items(source, opened, options.share, options.max_new_tokens)
         done = _done(target, {item.key: item for item in items})
+        place = _beside(target, REJECTED)
+        _write_rejected(place, rejected)
         if not items and of == 1:
-            _write_rejected(_beside(target, REJECTED), rejected)
-            what = f"none of its {len(rejected)} lines can be answered; see {_beside(target, REJECTED)}"
+            what = f"none of its {len(rejected)} lines can be answered; see {place}"
             raise UserError(f"{source}: {what if rejected else 'it is empty; give records, one JSON object a line'}")
-        _write_rejected(_beside(target, REJECTED), rejected)
         waiting = [item for item in items if item.key not in done]
         if rejected:
-            place = _beside(target, REJECTED)
             progress.say(f"  {counted(len(rejected), 'line')} not answered: {place}", style="yellow")
         _answer(opened, original, waiting, len(done), file, options, progress, interrupt)
     progress.say(f"  {counted(len(items), 'answer')} in {target}")

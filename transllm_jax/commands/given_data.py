@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transllm_jax.choices import Content
-from transllm_jax.data.clean.cleaning import script_share
+from transllm_jax.data.clean.cleaning import NO_SCRIPT_SHARE, refuse_swapped, script_share
 from transllm_jax.data.read.files import COMPRESSED, Collector, resolve, texts_of
 from transllm_jax.data.read.instructions import read_instruction
 from transllm_jax.data.read.shards import PLURAL, Reading, container_of, shards
@@ -27,8 +27,6 @@ LOOKED, LOOKED_BYTES = 20_000, 50_000_000
 _EXPANDS, _EXPANDS_OF = 3.5, {".parquet": 2.0}
 # Below this share of letters of the language's script, a file is probably not the right one.
 LEAST_SCRIPT_SHARE = 0.3
-# And below this, certainly.
-NO_SCRIPT_SHARE = 0.01
 _TEXT_FIELDS = ("text", "content", "raw_content", "document", "article", "body", "maintext")
 _ENGLISH_FIELDS = ("en", "eng", "english", "source", "src", "sentence_en", "text_en")
 
@@ -89,11 +87,8 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
         notes.append(f"{skipped} bad rows are left out ({kinds}; `on_bad_rows: skip`)")
     share = _share(items, content, scripts)
     if share < NO_SCRIPT_SHARE and items:
-        other = 0.0 if content == "text" else script_share("\n".join(item[0] for item in items[:200]), scripts)
-        if other > 1 - LEAST_SCRIPT_SHARE:
-            raise UserError(
-                f"{path}: its columns are swapped: write English<TAB>{language}; the first is {language} here"
-            )
+        if content == "pairs":
+            refuse_swapped(path, items[:200], language, scripts)
         what = "the target side" if content == "pairs" else "the text"
         raise UserError(
             f"{path}: none of the letters of {what} are {' or '.join(scripts)}; give a file in the language {language}"

@@ -62,10 +62,10 @@ def serve(given: str, options: ServeOptions, say: Callable[[str], None]) -> None
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{address} serves {' and '.join(model.name for model in models)}; Ctrl-C ends it")
-        if options.settings.key is None and not ipaddress.ip_address(host).is_loopback:
+        local = ipaddress.ip_address(host).is_loopback
+        if options.settings.key is None and not local:
             say("anybody who reaches this address may ask; --api-key sets a key")
         try:
-            local = ipaddress.ip_address(host).is_loopback
             _listen(Server(models, replace(options.settings, local=local)), listener, options, say)
         finally:
             thread.close()

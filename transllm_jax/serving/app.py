@@ -154,7 +154,7 @@ class Server:
         asking = asyncio.ensure_future(self._begun(model, asked))
         try:
             # A translation of earlier turns may take long. What is wrong before that is a status, and later an event.
-            await unless_gone(request, _done_within(asking, KEEP_ALIVE if asked.stream else None))
+            await unless_gone(request, asyncio.wait({asking}, timeout=KEEP_ALIVE if asked.stream else None))
             if asked.stream:
                 if asking.done():
                     asking.result()
@@ -362,15 +362,18 @@ class Server:
 
     def _authorise(self, request: Request) -> None:
         """Raises ApiError for a page of another origin, a name that is not this machine's, and a wrong key."""
-        key, host = self._settings.key, request.headers.get("host", "")
+        key, host = self._settings.key, request.headers.get("host", "").lower()
         origin = request.headers.get("origin")
+        known = [one.lower() for one in self._settings.origins]
+        own = {f"http://{host}", f"https://{host}"}
         # A browser asks before it shows a page the answer, but not before it sends a plain text.
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower() and not self._is_known(origin):
+        if origin is not None and "*" not in known and origin.lower() not in {*known, *own}:
             raise ApiError(
                 403, f"pages of {origin[:200]} may not ask; start the server with --cors {origin[:200]}", code="origin"
             )
+        named = not host or is_local(host) or "*" in known or host in {urlsplit(one).netloc for one in known}
         # Any name on the web can be made to lead to this machine, and a page under it has the same origin.
-        if self._settings.local and key is None and host and not is_local(host) and not self._is_known(f"//{host}"):
+        if self._settings.local and key is None and not named:
             raise ApiError(
                 403,
                 f"{host[:200]} is not a name of this machine; ask at localhost, or start the server with --api-key, or "
@@ -386,12 +389,6 @@ class Server:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-
-    def _is_known(self, origin: str) -> bool:
-        """Whether an origin is named in the settings; without its scheme, whether one of them has its host."""
-        known = self._settings.origins
-        names = known if "://" in origin else [f"//{urlsplit(one).netloc}" for one in known]
-        return "*" in known or origin.lower() in (name.lower() for name in names)
 
     async def _body(self, request: Request) -> bytes:
         """The bytes of a request's body. Raises ApiError if they are too many, or too slow."""
@@ -459,11 +456,6 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name == "localhost" or name.endswith(".localhost")
-
-
-async def _done_within(task: asyncio.Future[Any], seconds: float | None) -> None:
-    """Wait for a task, at most so long; it goes on."""
-    await asyncio.wait({task}, timeout=seconds)
 
 
 def _too_long(model: Served, message: str, param: str) -> ApiError:

@@ -128,7 +128,7 @@ class StopStrings:
         ends = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
         if ends:
             self.found, self._held = True, ""
-            return text[: min(ends, key=lambda end: (end[0], end[1]))[1]]
+            return text[: min(ends)[1]]
         size = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - size :]
         return text[: len(text) - size]

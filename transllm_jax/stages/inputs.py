@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
 from transllm_jax.config import Config, Source
-from transllm_jax.data.clean.cleaning import script_share, text_of
+from transllm_jax.data.clean.cleaning import refuse_swapped, text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.read.bad_rows import check_share, first_of_each
 from transllm_jax.data.read.files import Collector, Loaded, Place, catch_bad_row, resolve, texts_of
@@ -152,14 +152,13 @@ class Inputs:
         collector = Collector(source.controls, source.on_bad_rows)
         characters = good = 0
         whole = True
-        sides: tuple[list[str], list[str]] = ([], [])
+        pairs: list[tuple[str, str]] = []
         find_special = self._models.tokenizer("base").find_special if source.chains else self.find_special
         for item, place in self.items(source, collector, find_special):
             if source.format == "conversations" and good < RENDERED:
                 self._check_template(item, place)
-            if source.format == "pairs" and good < COMPARED:
-                for side, text in zip(sides, item, strict=True):
-                    side.append(str(text))
+            if isinstance(item, tuple) and len(pairs) < COMPARED:
+                pairs.append(item)
             good += 1
             characters += sum(map(len, texts_of(item)))
             if characters > CHECKED_CHARACTERS:
@@ -168,17 +167,9 @@ class Inputs:
         if whole and collector.skipped:
             first = next(iter(first_of_each(collector.bad_rows).values()))
             check_share(source.path, good, collector.skipped, source.max_bad_share, first, "")
-        self._refuse_swapped(source.path, *sides)
-        self._checked.add(known)
-
-    def _refuse_swapped(self, path: str, english: Sequence[str], target: Sequence[str]) -> None:
-        """Raises UserError for pairs whose English is in the target language, and the other way round."""
         language = self._config.language
-        scripts = script_of(language.code, language.scripts).scripts
-        if english and script_share("".join(target), scripts) < 0.01 and script_share("".join(english), scripts) > 0.7:
-            raise UserError(
-                f"{path}: its columns are swapped: write English<TAB>{language.code}; the first is {language.code} here"
-            )
+        refuse_swapped(source.path, pairs, language.code, script_of(language.code, language.scripts).scripts)
+        self._checked.add(known)
 
     def _check_template(self, item: Item, place: Place) -> None:
         """Raises UserError with the place if the chat template refuses the conversation."""

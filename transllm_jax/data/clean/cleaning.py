@@ -19,6 +19,10 @@ from transllm_jax.errors import UserError
 from transllm_jax.tokenizer.chat import Message
 from transllm_jax.tokenizer.scripts import script_of
 
+# Below this share of letters of the language's scripts, a text is certainly not in it; above the other, it is the wrong
+# side of a pair.
+NO_SCRIPT_SHARE, LEAST_SWAPPED_SHARE = 0.01, 0.7
+
 # A document; a pair (English, target); a conversation.
 Item = str | tuple[str, str] | Sequence[Message]
 Reason = Literal["too short", "too long", "other script", "contaminated"]
@@ -100,6 +104,16 @@ def script_share(text: str, scripts: tuple[str, ...]) -> float:
     """The share of a text's letters and marks that are of one of the scripts, 0 to 1; 0 if it has none."""
     _, outside, inside = np.bincount(_kinds(scripts)[code_points(text)], minlength=3).tolist()
     return inside / (inside + outside) if inside else 0.0
+
+
+def refuse_swapped(path: str, pairs: Sequence[tuple[str, str]], language: str, scripts: tuple[str, ...]) -> None:
+    """Raises UserError for a file of pairs whose English is in the target language, and the other way round.
+
+    pairs: some of them. language: the target's code; scripts: the names of its scripts.
+    """
+    english, target = (script_share("\n".join(pair[side] for pair in pairs), scripts) for side in (0, 1))
+    if target < NO_SCRIPT_SHARE and english > LEAST_SWAPPED_SHARE:
+        raise UserError(f"{path}: its columns are swapped: write English<TAB>{language}; the first is {language} here")
 
 
 def _length(text: str, rules: Rules) -> Reason | None:

@@ -78,12 +78,13 @@ class Loaded(list[T]):
 class BadRow(UserError):
     """What is wrong with one row of a source; the other rows can still be read.
 
-    reason: a short category, by which bad rows are counted. row: the row itself, if known.
+    reason: a short category, by which bad rows are counted. in_all_rows: whether the other rows most likely have it,
+    too, so that leaving such rows out leaves nothing. row: the row itself, if known.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
+    def __init__(self, message: str, reason: str, *, in_all_rows: bool = False) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.in_all_rows = reason, in_all_rows
         self.row: Any = None
 
     def __reduce__(self) -> Any:  # pickled by a process that reads a part of a source
@@ -141,13 +142,15 @@ class Collector:
         what = "a carriage return (U+000D)" if code == 0x0D else f"the control character U+{code:04X}"
         fix = "save the file with Unix line ends" if code == 0x0D else "remove it"
         fix += ", or have it removed (controls: remove; --remove-controls)"
-        raise BadRow(f"{place} has {what} at column {found.start() + 1}: {fix}", "control character")
+        # A file with other line ends has all of its rows so.
+        raise BadRow(
+            f"{place} has {what} at column {found.start() + 1}: {fix}", "control character", in_all_rows=code == 0x0D
+        )
 
     def refuse_or_skip(self, error: BadRow, place: Place) -> None:
         """Raise a BadRow, or note it so that the row is skipped, as `on_bad_rows` says."""
         if self.on_bad_rows == "refuse":
-            # A file with other line ends has all of its rows so.
-            skip = "" if "carriage return" in str(error) else "; or leave such rows out (on_bad_rows: skip)"
+            skip = "" if error.in_all_rows else "; or leave such rows out (on_bad_rows: skip)"
             raise BadRow(f"{error}{skip}", error.reason) from error
         self.skipped[error.reason] += 1
         if len(self.bad_rows) < _NOTED:

@@ -53,13 +53,12 @@ class AnswersFile:
         """
         self._require_some(asked)
         for one in asked:
-            row = self._by_id.get(one.id)
+            row = self._row_of(one)
             if row is not None and not row.may_answer(one):
                 raise UserError(
                     f"{row.place}: question {one.id} is {_short(one.turns[0])!r}, and here {_short(row.question)!r}; "
                     "correct the ids, or remove them to go by the texts"
                 )
-            row = row or self._by_text.get(_plain(one.turns[0]))
             found = [] if row is None else row.turns
             turns = []
             for number, question in enumerate(one.turns):
@@ -70,8 +69,11 @@ class AnswersFile:
                     turns.append(Turn([{"role": "user", "content": question}], "", "", error=error))
             yield one, turns
 
+    def _row_of(self, asked: Asked) -> _Row | None:
+        return self._by_id.get(asked.id) or self._by_text.get(_plain(asked.turns[0]))
+
     def _require_some(self, asked: Sequence[Asked]) -> None:
-        if not asked or any(one.id in self._by_id or _plain(one.turns[0]) in self._by_text for one in asked):
+        if not asked or any(map(self._row_of, asked)):
             return
         theirs = ", ".join([*self._by_id, *self._by_text][:3]) or "none"
         raise UserError(
