@@ -11,12 +11,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from transllm_jax.config import Config, Section, Source, meanings
+from transllm_jax.config.describe import Key, doc, keys, schema, walk
+
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))
-
-from transllm_jax.config import Config, Section, Source, meanings  # noqa: E402
-from transllm_jax.config.describe import Key, doc, keys, schema, walk  # noqa: E402
-
 PAGE, SCHEMA = DOCS / "config.md", DOCS / "config.schema.json"
 WIDTH = 120
 # Sections that are described at the end of the page, because many keys hold one or a list of them: their heading.
