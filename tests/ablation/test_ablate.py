@@ -145,6 +145,14 @@ def copied(place: Path, tmp_path: Path) -> tuple[Any, ...]:
     return ("ablate", place / "config.yaml", "--out", tmp_path / "out")
 
 
+def test_a_variant_that_begins_with_another_runs_adapter_can_be_run_alone(place: Path, transllm: Command) -> None:
+    # Nothing of it is made; so neither is the adapter that its first step reads.
+    code, printed = transllm(
+        "ablate", place / "config.yaml", "--only", "elchat", "--seeds", "0", "--out", place / "alone", "--dry-run"
+    )
+    assert code == 0 and "pretrain (12 steps)" in printed, printed
+
+
 def test_a_variant_that_fails_does_not_end_the_others(
     copied: tuple[Any, ...], transllm: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,9 @@ class Ablation:
     @cached_property
     def data(self) -> str:
         """The hash of the held-out files as they are now. Raises UserError for a missing file."""
-        return data_of(inputs_of(self.plan.variants[0])["evaluation/base"])
+        first = self.plan.variants[0]
+        # A run that begins with another's adapter has no inputs before that is made; the held-out files are the same.
+        return data_of(inputs_of(first if first.start is None else first.start.variant)["evaluation/base"])
 
     def shown(self) -> list[Found]:
         """The results that can be compared: those on the held-out files as they are now, of the config as it is."""
