@@ -199,6 +199,7 @@ def test_a_file_of_which_nothing_can_be_answered_is_refused(tiny_model: Path, tm
         source.write_bytes(content)
         with pytest.raises(UserError, match=words):
             answer(tiny_model, source, target)
+        assert not target.exists() and not (tmp_path / "out.settings.json").exists()
     assert len(read(tmp_path / "out.rejected.jsonl")) == 2
     # A byte order mark is no part of the first record.
     source.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORDS[0]).encode())

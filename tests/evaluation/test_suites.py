@@ -26,7 +26,7 @@ from transllm_jax.data.read.shards import Reading
 from transllm_jax.disk import read_json
 from transllm_jax.errors import Preempted, UserError
 from transllm_jax.evaluation.likelihood import bits_per_byte, document_nats
-from transllm_jax.evaluation.suites import answers, perplexity
+from transllm_jax.evaluation.suites import answers, perplexity, translation
 from transllm_jax.evaluation.suites.measure import mean_of, ratio_of
 from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun, read_items
 from transllm_jax.evaluation.systems.named import Named, parse_system, parse_systems
@@ -319,6 +319,13 @@ def test_translations_are_scored_as_sacrebleu_does(everything: tuple[dict[str, A
     notes = " ".join(results["notes"])
     assert "chrF++ counts words by spaces, which Thai does not" in notes
     assert ("spBLEU" in results["more"]["signatures"]) != ("spBLEU is not measured" in notes)
+
+
+def test_pairs_the_wrong_way_round_are_no_references(tmp_path: Path) -> None:
+    pairs = tmp_path / "swapped.tsv"
+    pairs.write_text("น้ำอยู่ที่ไหน\tWhere is the water?\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"swapped\.tsv: its columns are swapped: write English<TAB>th"):
+        translation.check(SuiteOptions(pairs=pairs))
 
 
 def test_scores_by_comet_are_read_back(

@@ -142,10 +142,14 @@ def test_pairs_the_wrong_way_round_are_refused_before_a_run_begins(
     swapped = tmp_path / "swapped.tsv"
     swapped.write_text("".join("\t".join(reversed(line.split("\t"))) + "\n" for line in lines), encoding="utf-8")
     tree: Any = tiny_run(tiny_model, tmp_path / "run")
-    tree["translate"]["sources"] = [{"path": str(swapped), "format": "pairs"}]
+    given, tree["translate"]["sources"] = tree["translate"]["sources"], [{"path": str(swapped), "format": "pairs"}]
     config = write_config(tmp_path / "config.yaml", tree)
     code, printed = transllm("run", config, "--until", "translate")
     assert code == 2 and f"{swapped}: its columns are swapped: write English<TAB>th" in printed, printed
+    tree["translate"]["sources"] = given
+    tree["evaluation"]["pairs"] = str(swapped)
+    code, printed = transllm("run", write_config(tmp_path / "evaluated.yaml", tree), "--until", "base")
+    assert code == 2 and f"{swapped}: its columns are swapped" in printed, printed
     # English in place of the target side is another matter: a source may be English on purpose.
     swapped.write_text("".join(f"{line.split(chr(9))[0]}\tthe same\n" for line in lines), encoding="utf-8")
     run = Run(load_config(config), tmp_path / "run", Progress(quiet=True), Interrupt())

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +79,7 @@ def generate(model: str, source: Path, target: Path, options: GenerateOptions, p
         original = original_of(opened, options.english)
         target.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(appending(target))
+        stack.enter_context(_removed_if_refused(target))
         interrupt.check("generate: before the first answer")
         _require_settings(target, {**_identity(opened), **_settings(model, options)})
         items, rejected = read_items(source, opened, options.share, options.max_new_tokens)
@@ -289,6 +290,18 @@ def _require_settings(target: Path, wanted: Mapping[str, Any]) -> None:
     elif target.stat().st_size:
         raise UserError(f"{target} exists, and {path.name}, which says how it was made, does not; name another file")
     write_json(path, dict(wanted))
+
+
+@contextmanager
+def _removed_if_refused(target: Path) -> Iterator[None]:
+    """A command that is refused leaves no file without answers that the next one would go on with."""
+    try:
+        yield
+    except UserError:
+        if not target.stat().st_size:
+            target.unlink()
+            _beside(target, SETTINGS).unlink(missing_ok=True)
+        raise
 
 
 def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:

@@ -95,6 +95,7 @@ def check(run: Run) -> None:
     run.models.check_length("evaluation.max_chain_tokens", section.max_chain_tokens)
     run.inputs.check(section.text)
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
+    run.inputs.check_columns(section.pairs, pairs)
     rows = read_jsonl(section.instructions, required=section.instruction_fields, limit=section.max_chats)
     check_no_special(pairs, run.inputs.find_special)
     check_no_special(rows, run.inputs.find_special)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -167,9 +167,13 @@ class Inputs:
         if whole and collector.skipped:
             first = next(iter(first_of_each(collector.bad_rows).values()))
             check_share(source.path, good, collector.skipped, source.max_bad_share, first, "")
-        language = self._config.language
-        refuse_swapped(source.path, pairs, language.code, script_of(language.code, language.scripts).scripts)
+        self.check_columns(source.path, pairs)
         self._checked.add(known)
+
+    def check_columns(self, path: str, pairs: Sequence[tuple[str, str]]) -> None:
+        """Raises UserError if the first pairs of a file are in the target language and English, in this order."""
+        language = self._config.language
+        refuse_swapped(path, pairs[:COMPARED], language.code, script_of(language.code, language.scripts).scripts)
 
     def _check_template(self, item: Item, place: Place) -> None:
         """Raises UserError with the place if the chat template refuses the conversation."""

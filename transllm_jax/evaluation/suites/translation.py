@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transllm_jax.data.clean.cleaning import refuse_swapped
 from transllm_jax.data.read.sources import read_pairs
 from transllm_jax.disk import write_text
 from transllm_jax.errors import UserError
@@ -23,6 +24,7 @@ from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
 from transllm_jax.evaluation.systems.system import Asked, Turn
 from transllm_jax.evaluation.translation_scores import SCORERS, Unavailable, scorer, signature
 from transllm_jax.generation.translate import Direction
+from transllm_jax.tokenizer.scripts import script_of
 
 DIRECTIONS: tuple[Direction, Direction] = ("to_target", "to_english")
 _WORDS = {"to_target": "into the target language", "to_english": "into English"}
@@ -53,8 +55,9 @@ MEASURES = (
 
 
 def check(options: SuiteOptions) -> None:
-    """Raises UserError if the file of pairs is missing or wrong."""
-    _pairs(options)
+    """Raises UserError if the file of pairs is missing or wrong, or has its columns swapped."""
+    pairs, language = _pairs(options), options.language
+    refuse_swapped(str(options.pairs), pairs, language.code, script_of(language.code, language.scripts).scripts)
 
 
 def _pairs(options: SuiteOptions) -> list[tuple[str, str]]:
