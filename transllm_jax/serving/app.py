@@ -1,10 +1,8 @@
-"""The server: what is at which address, who may ask, and how many at once."""
+"""The server: what is at which address, and how many requests it answers at once."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import math
 import secrets
 import time
@@ -13,19 +11,19 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from transllm_jax.errors import UserError
 from transllm_jax.generation.chain import ask_original, remembered
 from transllm_jax.generation.sampling import GREEDY, Sampling
+from transllm_jax.serving.access import MIB, Access
 from transllm_jax.serving.guard import Guard
 from transllm_jax.serving.history import English, Find, Memory, Source, Turn, as_said, keys_of, seen_by_model
 from transllm_jax.serving.metrics import Metrics
@@ -33,14 +31,8 @@ from transllm_jax.serving.page import page
 from transllm_jax.serving.protocol import ApiError, Asked, Said, read_body, read_chat, read_completion, wrong
 from transllm_jax.serving.responses import Envelope, Fields, Reasoning, message_of, model_object, usage_of
 from transllm_jax.serving.served import EngineFailed, Reply, Served
-from transllm_jax.serving.stream import KEEP_ALIVE, ClientGone, EventStream, event, to_json, unless_gone
+from transllm_jax.serving.stream import KEEP_ALIVE, EventStream, event, to_json, unless_gone
 from transllm_jax.tokenizer.chat import Message, encode_prompt, encode_text
-
-MIB = 2**20
-# A body above the limit is read and thrown away up to this size, so that its sender gets to read the answer.
-MOST_READ = 64 * MIB
-# A body has to be there after so many seconds.
-BODY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,7 @@ class Server:
     def __init__(self, models: Sequence[Served], settings: Settings) -> None:
         self._models = {model.name: model for model in models}
         self._first, self._settings = models[0], settings
+        self._access = Access(settings.key, settings.origins, settings.local, settings.most_bytes)
         self._memory = Memory()
         self._metrics = Metrics()
         self._created = int(time.time())
@@ -136,18 +129,18 @@ class Server:
         return PlainTextResponse(self._metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
     async def _list_models(self, request: Request) -> Response:
-        self._authorise(request)
+        self._access.authorise(request)
         return _json({"object": "list", "data": [model_object(one, self._created) for one in self._models.values()]})
 
     async def _show_model(self, request: Request) -> Response:
-        self._authorise(request)
+        self._access.authorise(request)
         return _json(model_object(self._model(request.path_params["name"]), self._created))
 
     # --- chat ---------------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        self._authorise(request)
-        asked = read_chat(read_body(await self._body(request)), self._settings.sampling, secrets.randbits(64))
+        body = read_body(await self._access.body(request))
+        asked = read_chat(body, self._settings.sampling, secrets.randbits(64))
         model = self._model(asked.model)
         request.scope["transllm"] = model.name
         place, began = self._place(model), time.monotonic()
@@ -159,13 +152,13 @@ class Server:
                 if asking.done():
                     asking.result()
                 return EventStream(self._events(asking, asked, began), on_end=place.leave)
-            body = await unless_gone(request, self._whole(*asking.result(), asked))
+            whole = await unless_gone(request, self._whole(*asking.result(), asked))
         except BaseException:
             asking.cancel()
             place.leave()
             raise
         place.leave()
-        return _json(body)
+        return _json(whole)
 
     async def _begun(self, model: Served, asked: Asked) -> tuple[Reply, dict[str, Any]]:
         """The reply to a conversation, of which nothing is generated yet, and more for its usage."""
@@ -275,8 +268,8 @@ class Server:
     # --- texts that are continued -------------------------------------------------------------------------------------
 
     async def _complete(self, request: Request) -> Response:
-        self._authorise(request)
-        asked = read_completion(read_body(await self._body(request)), self._settings.sampling, secrets.randbits(64))
+        body = read_body(await self._access.body(request))
+        asked = read_completion(body, self._settings.sampling, secrets.randbits(64))
         model = self._model(asked.model)
         request.scope["transllm"] = model.name
         prompts = [await asyncio.to_thread(self._ids, model, prompt) for prompt in asked.prompts]
@@ -297,12 +290,12 @@ class Server:
             if asked.stream:
                 events = self._text_events(replies[0], asked, time.monotonic())
                 return EventStream(events, on_end=place.leave)
-            body = await unless_gone(request, self._texts(replies))
+            whole = await unless_gone(request, self._texts(replies))
         except BaseException:
             place.leave()
             raise
         place.leave()
-        return _json(body)
+        return _json(whole)
 
     async def _texts(self, replies: Sequence[Reply]) -> dict[str, Any]:
         async def finish(reply: Reply) -> None:
@@ -360,55 +353,6 @@ class Server:
 
     # --- what both have in common -------------------------------------------------------------------------------------
 
-    def _authorise(self, request: Request) -> None:
-        """Raises ApiError for a page of another origin, a name that is not this machine's, and a wrong key."""
-        key, host = self._settings.key, request.headers.get("host", "").lower()
-        origin = request.headers.get("origin")
-        known = [one.lower() for one in self._settings.origins]
-        own = {f"http://{host}", f"https://{host}"}
-        # A browser asks before it shows a page the answer, but not before it sends a plain text.
-        if origin is not None and "*" not in known and origin.lower() not in {*known, *own}:
-            raise ApiError(
-                403, f"pages of {origin[:200]} may not ask; start the server with --cors {origin[:200]}", code="origin"
-            )
-        named = not host or is_local(host) or "*" in known or host in {urlsplit(one).netloc for one in known}
-        # Any name on the web can be made to lead to this machine, and a page under it has the same origin.
-        if self._settings.local and key is None and not named:
-            raise ApiError(
-                403,
-                f"{host[:200]} is not a name of this machine; ask at localhost, or start the server with --api-key, or "
-                "with --cors and this origin",
-                code="host",
-            )
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if key is not None and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
-            raise ApiError(
-                401,
-                "the key is wrong or missing; send the header Authorization: Bearer KEY",
-                code="invalid_api_key",
-                kind="authentication_error",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    async def _body(self, request: Request) -> bytes:
-        """The bytes of a request's body. Raises ApiError if they are too many, or too slow."""
-        most, parts, size = self._settings.most_bytes, [], 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= most:
-                        parts.append(part)
-                    elif size > MOST_READ:
-                        break
-        except ClientDisconnect:
-            raise ClientGone from None
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from None
-        if size > most:
-            raise ApiError(413, f"the body is larger than {most // MIB} MiB; shorten it", code="body_too_large")
-        return b"".join(parts)
-
     def _model(self, name: str | None) -> Served:
         if name is not None and name not in self._models:
             known = " and ".join(self._models)
@@ -447,15 +391,6 @@ class Server:
 
     def _observe(self, name: str, meaning: str, began: float, reply: Reply) -> None:
         self._metrics.observe(name, meaning, time.monotonic() - began, model=reply.model.name)
-
-
-def is_local(host: str) -> bool:
-    """Whether a Host header names this machine alone."""
-    name = urlsplit(f"//{host}").hostname or ""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
 
 
 def _too_long(model: Served, message: str, param: str) -> ApiError:
