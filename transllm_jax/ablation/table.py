@@ -99,7 +99,7 @@ OVERLAYS: tuple[Overlay, ...] = (
         set=_without("pretrain"),
     ),
     _rows("mean", "new rows start from the mean of their pieces", "english"),
-    _rows("calibrated", "new rows start from that mean, with a prior"),
+    _rows("calibrated", "new rows start from the mean, with frequency as a prior"),
     Overlay(
         "within-words",
         "new tokens stay within words",
