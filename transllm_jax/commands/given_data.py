@@ -88,7 +88,7 @@ def look_at(path: str, content: Content, language: str, scripts: tuple[str, ...]
     share = _share(items, content, scripts)
     if share < NO_SCRIPT_SHARE and items:
         if content == "pairs":
-            refuse_swapped(path, items[:200], language, scripts)
+            refuse_swapped(path, items, language, scripts)
         what = "the target side" if content == "pairs" else "the text"
         raise UserError(
             f"{path}: none of the letters of {what} are {' or '.join(scripts)}; give a file in the language {language}"

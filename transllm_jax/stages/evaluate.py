@@ -9,6 +9,7 @@ from typing import Any
 
 from transllm_jax.choices import TRAININGS
 from transllm_jax.conversion.import_base import base_fingerprint
+from transllm_jax.data.clean.cleaning import refuse_swapped
 from transllm_jax.data.read.questions import read_questions
 from transllm_jax.data.read.sources import check_no_special, read_jsonl, read_pairs
 from transllm_jax.disk import read_json, write_json
@@ -95,7 +96,7 @@ def check(run: Run) -> None:
     run.models.check_length("evaluation.max_chain_tokens", section.max_chain_tokens)
     run.inputs.check(section.text)
     pairs = read_pairs(section.pairs, limit=section.max_pairs)
-    run.inputs.check_columns(section.pairs, pairs)
+    refuse_swapped(section.pairs, pairs, run.config.language.code, run.config.language.scripts)
     rows = read_jsonl(section.instructions, required=section.instruction_fields, limit=section.max_chats)
     check_no_special(pairs, run.inputs.find_special)
     check_no_special(rows, run.inputs.find_special)

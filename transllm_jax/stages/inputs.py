@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
 from transllm_jax.config import Config, Source
-from transllm_jax.data.clean.cleaning import refuse_swapped, text_of
+from transllm_jax.data.clean.cleaning import COMPARED, refuse_swapped, text_of
 from transllm_jax.data.clean.contamination import EvaluationTexts
 from transllm_jax.data.read.bad_rows import check_share, first_of_each
 from transllm_jax.data.read.files import Collector, Loaded, Place, catch_bad_row, resolve, texts_of
@@ -22,15 +22,12 @@ from transllm_jax.stages.bad_rows import BadRows
 from transllm_jax.stages.models import Models
 from transllm_jax.stages.points import markers_of
 from transllm_jax.tokenizer.chat import encode_conversation
-from transllm_jax.tokenizer.scripts import script_of
 
 T = TypeVar("T", bound=Item)
 
 # Before a run begins, at most this many characters of a source are checked, and at most this many of its conversations
 # are rendered by the chat template.
 CHECKED_CHARACTERS, RENDERED = 100_000_000, 1000
-# The pairs of which the two sides are told apart by their letters.
-COMPARED = 200
 
 
 def reading(source: Source) -> Reading:
@@ -167,13 +164,8 @@ class Inputs:
         if whole and collector.skipped:
             first = next(iter(first_of_each(collector.bad_rows).values()))
             check_share(source.path, good, collector.skipped, source.max_bad_share, first, "")
-        self.check_columns(source.path, pairs)
+        refuse_swapped(source.path, pairs, self._config.language.code, self._config.language.scripts)
         self._checked.add(known)
-
-    def check_columns(self, path: str, pairs: Sequence[tuple[str, str]]) -> None:
-        """Raises UserError if the first pairs of a file are in the target language and English, in this order."""
-        language = self._config.language
-        refuse_swapped(path, pairs[:COMPARED], language.code, script_of(language.code, language.scripts).scripts)
 
     def _check_template(self, item: Item, place: Place) -> None:
         """Raises UserError with the place if the chat template refuses the conversation."""

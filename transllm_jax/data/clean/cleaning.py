@@ -22,6 +22,8 @@ from transllm_jax.tokenizer.scripts import script_of
 # Below this share of letters of the language's scripts, a text is certainly not in it; above the other, it is the wrong
 # side of a pair.
 NO_SCRIPT_SHARE, LEAST_SWAPPED_SHARE = 0.01, 0.7
+# The pairs of a file whose two sides are told apart by their letters.
+COMPARED = 200
 
 # A document; a pair (English, target); a conversation.
 Item = str | tuple[str, str] | Sequence[Message]
@@ -106,12 +108,13 @@ def script_share(text: str, scripts: tuple[str, ...]) -> float:
     return inside / (inside + outside) if inside else 0.0
 
 
-def refuse_swapped(path: str, pairs: Sequence[tuple[str, str]], language: str, scripts: tuple[str, ...]) -> None:
+def refuse_swapped(path: str, pairs: Sequence[tuple[str, str]], language: str, scripts: Sequence[str]) -> None:
     """Raises UserError for a file of pairs whose English is in the target language, and the other way round.
 
-    pairs: some of them. language: the target's code; scripts: the names of its scripts.
+    pairs: the first `COMPARED` of them are looked at. language, scripts: as in `script_of`, the target's.
     """
-    english, target = (script_share("\n".join(pair[side] for pair in pairs), scripts) for side in (0, 1))
+    names, compared = script_of(language, scripts).scripts, pairs[:COMPARED]
+    english, target = (script_share("\n".join(pair[side] for pair in compared), names) for side in (0, 1))
     if target < NO_SCRIPT_SHARE and english > LEAST_SWAPPED_SHARE:
         raise UserError(f"{path}: its columns are swapped: write English<TAB>{language}; the first is {language} here")
 

@@ -24,7 +24,6 @@ from transllm_jax.evaluation.suites.suite_run import SuiteOptions, SuiteRun
 from transllm_jax.evaluation.systems.system import Asked, Turn
 from transllm_jax.evaluation.translation_scores import SCORERS, Unavailable, scorer, signature
 from transllm_jax.generation.translate import Direction
-from transllm_jax.tokenizer.scripts import script_of
 
 DIRECTIONS: tuple[Direction, Direction] = ("to_target", "to_english")
 _WORDS = {"to_target": "into the target language", "to_english": "into English"}
@@ -56,8 +55,7 @@ MEASURES = (
 
 def check(options: SuiteOptions) -> None:
     """Raises UserError if the file of pairs is missing or wrong, or has its columns swapped."""
-    pairs, language = _pairs(options), options.language
-    refuse_swapped(str(options.pairs), pairs, language.code, script_of(language.code, language.scripts).scripts)
+    refuse_swapped(str(options.pairs), _pairs(options), options.language.code, options.language.scripts)
 
 
 def _pairs(options: SuiteOptions) -> list[tuple[str, str]]:
