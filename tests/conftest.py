@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
-from gcs_emulator import gcs  # noqa: F401
+from gcs_emulator import gcs  # noqa: F401 - a fixture: pytest finds it here
 from tiny_tokenizer import build_tiny_tokenizer
 
 from transllm_jax.cli import main as cli

@@ -177,7 +177,7 @@ def _is_read(kind: GGMLQuantizationType) -> bool:
     try:
         with np.errstate(all="ignore"):
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # what gguf says of a kind that it cannot read
         return False
     return True
 
